@@ -1,0 +1,38 @@
+# `make train` and `make test` work on a machine with Python >= 3.11, make and a package index.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: train test slow lint types
+
+train: $(VENV)/.installed
+	$(BIN)/python -m redi.engine.quickstart runs/quickstart
+	$(BIN)/redi train engine/recipes/quickstart-sft.toml engine/recipes/quickstart-redi.toml
+
+test: $(VENV)/.installed-test
+	$(BIN)/pytest --import-mode=importlib
+
+slow: $(VENV)/.installed-test
+	$(BIN)/pytest --import-mode=importlib -m slow
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# An installed copy: mypy cannot see through the editable mapping of folders to import names.
+types: $(VENV)/.installed-test
+	rm -rf .typecheck
+	$(BIN)/pip install --quiet --no-deps --target .typecheck .
+	MYPYPATH=.typecheck $(BIN)/mypy -p redi.kernels -p redi.engine -p redi.bench
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-test: setup.py constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@ $(VENV)/.installed

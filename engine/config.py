@@ -1,0 +1,412 @@
+"""The recipe: one frozen dataclass a section, read from TOML and dotted overrides.
+
+`load_recipe` is the only way in. Every mistake a user can make in a recipe ends as one
+`InputError` that names the file and the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import tomllib
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from redi.engine.errors import InputError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model is trained."""
+
+    path: str | None = None
+    """Folder (or hub name) of a transformers causal LM in safetensors; left out: the export of
+    the recipe before this one."""
+    tokenizer: str | None = None
+    """Folder (or hub name) of the tokenizer; left out: `path`."""
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    """flash-attn, torch's varlen attention, or SDPA document by document; auto: the first of
+    them that the machine has."""
+    liger: Literal["auto", "off"] = "auto"
+    """liger-kernel's RMSNorm, RoPE and SwiGLU; auto: on CUDA when installed."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which traces it is trained on, and how they become tokens."""
+
+    path: str | list[str] = ""
+    """JSONL, JSON, Parquet or CSV files (gzip too), folders of them, or hub names."""
+    format: Literal[
+        "auto", "preference", "prompt-completion", "messages", "traces", "openr1"
+    ] = "auto"
+    """The shape of a row; auto: told from the columns of each row."""
+    template: Literal["chat", "none"] = "chat"
+    """chat: the tokenizer's chat template; none: prompt, completion and end token as they are."""
+    system_prompt: str | None = None
+    """System message of conversations that have none."""
+    pairing: Literal["zip", "first", "all"] = "zip"
+    """Problems with several traces: i-th correct with i-th incorrect; only the first of each
+    (the paper); or every correct with every incorrect."""
+    max_tokens: int = 19800
+    """Longest sequence (prompt and completion), in tokens."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a sequence over max_tokens."""
+    cache: str | None = None
+    """Folder of tokenized sets; left out: $REDI_CACHE, else ~/.cache/redi."""
+    processes: int = 0
+    """Processes that tokenize; 0: one per core, 8 at most."""
+    workers: int = 0
+    """Processes that load ahead during training; 0: none."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 2, f"data.max_tokens must be >= 2, got {self.max_tokens}")
+        _require(self.processes >= 0, f"data.processes must be >= 0, got {self.processes}")
+        _require(self.workers >= 0, f"data.workers must be >= 0, got {self.workers}")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The inputs as a tuple, whichever way they were written."""
+        return (self.path,) if isinstance(self.path, str) else tuple(self.path)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised."""
+
+    name: Literal["sft", "redi"] = "sft"
+    """sft: -log p of correct traces. redi: the same plus alpha * log p of incorrect ones."""
+    alpha: float = 0.8
+    """REDI's weight of the incorrect traces (arXiv 2505.24850); 0: positives alone."""
+    normalisation: Literal["sequence", "token"] = "sequence"
+    """Mean over each sequence first, or one mean over all tokens of the step (SFT only)."""
+    backend: Literal["auto", "reference", "torch", "triton"] = "auto"
+    """Implementation of the loss op."""
+
+    def __post_init__(self) -> None:
+        _require(
+            math.isfinite(self.alpha) and self.alpha >= 0,
+            f"objective.alpha must be finite and >= 0, got {self.alpha}",
+        )
+        _require(
+            not (self.name == "redi" and self.normalisation == "token"),
+            'objective.normalisation must be "sequence" for redi: its mean is per sequence',
+        )
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay; norms and biases are left out."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after warm-up; linear and cosine end at 0."""
+    warmup: float = 0.1
+    """Share of the steps over which the rate rises from 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this l2 norm; 0: not clipped."""
+
+    def __post_init__(self) -> None:
+        _require(
+            math.isfinite(self.lr) and self.lr >= 0, f"optim.lr must be >= 0, got {self.lr}"
+        )
+        _require(
+            self.weight_decay >= 0, f"optim.weight_decay must be >= 0, got {self.weight_decay}"
+        )
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas must lie in [0, 1), got {list(self.betas)}",
+        )
+        _require(self.eps > 0, f"optim.eps must be > 0, got {self.eps}")
+        _require(0 <= self.warmup <= 1, f"optim.warmup must lie in [0, 1], got {self.warmup}")
+        _require(
+            math.isfinite(self.max_grad_norm) and self.max_grad_norm >= 0,
+            f"optim.max_grad_norm must be >= 0, got {self.max_grad_norm}",
+        )
+
+
+@dataclass(frozen=True)
+class Train:
+    """Steps and their size."""
+
+    batch: int = 32
+    """Pairs of an optimizer step over all ranks; sequences in SFT."""
+    epochs: int | None = None
+    """Passes over the data; training ends at the earlier of epochs and max_steps (neither: 1)."""
+    max_steps: int | None = None
+    """Optimizer steps at most."""
+    row_tokens: int = 32768
+    """Tokens of a packed row: what one rank runs in one micro-step."""
+    seed: int = 42
+    """Draws the batches."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute dtype over fp32 masters, and dtype of the export; auto: bfloat16 on CUDA."""
+    deterministic: bool = False
+    """Bitwise repeatable on CUDA, at some cost in speed (a CPU is always so)."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch >= 1, f"train.batch must be >= 1, got {self.batch}")
+        for name in ("epochs", "max_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"train.{name} must be >= 1, got {value}")
+        _require(self.row_tokens >= 2, f"train.row_tokens must be >= 2, got {self.row_tokens}")
+        _require(self.seed >= 0, f"train.seed must be >= 0, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """How the model lies on the devices."""
+
+    replicate: int = 1
+    """Copies of the sharded model (HSDP); 1: sharded over all ranks."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in backward: none, all but matrix products, all."""
+    compile: bool = False
+    """torch.compile each transformer block."""
+
+    def __post_init__(self) -> None:
+        _require(self.replicate >= 1, f"shard.replicate must be >= 1, got {self.replicate}")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Held-out log-probs during training."""
+
+    path: str | list[str] | None = None
+    """Held-out traces, in the format of the training data."""
+    every: int = 100
+    """Steps between evaluations; the first is before step 1, the last after the last step."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"eval.every must be >= 1, got {self.every}")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The held-out inputs as a tuple, empty when there are none."""
+        if self.path is None:
+            return ()
+        return (self.path,) if isinstance(self.path, str) else tuple(self.path)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where the run lives."""
+
+    dir: str | None = None
+    """Run folder; left out: runs/<name of the recipe>."""
+    save_every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints kept; 0: all."""
+    resume: bool = True
+    """Go on from the newest complete checkpoint of the run folder."""
+
+    def __post_init__(self) -> None:
+        _require(self.save_every >= 1, f"run.save_every must be >= 1, got {self.save_every}")
+        _require(self.keep >= 0, f"run.keep must be >= 0, got {self.keep}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A resolved recipe."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    objective: Objective = field(default_factory=Objective)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    shard: Shard = field(default_factory=Shard)
+    eval: Eval = field(default_factory=Eval)
+    run: Run = field(default_factory=Run)
+
+
+SECTIONS: dict[str, type] = {
+    "model": Model,
+    "data": Data,
+    "objective": Objective,
+    "optim": Optim,
+    "train": Train,
+    "shard": Shard,
+    "eval": Eval,
+    "run": Run,
+}
+KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section))
+
+# What people coming from other trainers type.
+ALIASES = {
+    "learning_rate": "optim.lr",
+    "batch_size": "train.batch",
+    "per_device_train_batch_size": "train.batch",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "max_length": "data.max_tokens",
+    "max_seq_length": "data.max_tokens",
+    "model_name_or_path": "model.path",
+    "output_dir": "run.dir",
+    "warmup_ratio": "optim.warmup",
+    "lr_scheduler_type": "optim.schedule",
+    "gradient_checkpointing": "shard.checkpointing",
+    "save_steps": "run.save_every",
+    "eval_steps": "eval.every",
+    "chat_template": "data.template",
+    "loss_type": "objective.name",
+    "adam_epsilon": "optim.eps",
+}
+
+# What a resumed run may change: nothing here alters the mathematics.
+FREE_ON_RESUME = (
+    "run.dir",
+    "run.save_every",
+    "run.keep",
+    "run.resume",
+    "shard.replicate",
+    "shard.checkpointing",
+    "shard.compile",
+    "train.row_tokens",
+    "data.cache",
+    "data.processes",
+    "data.workers",
+)
+
+
+def build_parser(prog: str, description: str) -> ArgumentParser:
+    """The parser of one recipe: `recipes...` and every dotted key as an option."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog=prog,
+        description=description,
+        parser_mode="toml",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE.toml", help="run in this order")
+    parser.add_argument("--recipe", action="config", help="one more recipe file to start from")
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    return parser
+
+
+def load_recipe(parser: ArgumentParser, path: str, argv: Sequence[str]) -> Recipe:
+    """Read one recipe file and lay the overrides of the command line over it.
+
+    Args:
+        parser: made by `build_parser`.
+        path: the recipe.
+        argv: the whole command line after the command's name, overrides included.
+
+    Raises:
+        InputError: the file is missing or no TOML, a key is unknown, a value has the wrong type
+            or lies outside its range.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such recipe file")
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    for key in _dotted(content):
+        if key not in KEYS:
+            raise InputError(f"{path}: {_unknown(key)}")
+    overridden = {a[2:].split("=")[0] for a in argv if a.startswith("--")}
+    try:
+        values = parser.parse_args(["--recipe", path, *argv])
+        sections = {
+            name: section(**vars(getattr(values, name))) for name, section in SECTIONS.items()
+        }
+    except (ArgumentError, ValueError) as error:
+        raise InputError(f"{_origin(str(error), path, overridden)}{explain(error)}") from None
+    return Recipe(**sections)
+
+
+def explain(error: Exception) -> str:
+    """One clear line for what jsonargparse says in several."""
+    text = str(error)
+    if found := re.search(r"unrecognized arguments: --([\w.-]+)", text):
+        return _unknown(found[1])
+    if found := re.search(r'Parser key "([\w.]+)":', text):
+        value = re.search(r"(?:Given value|Got value): (.*)", text)
+        expected = _expected(found[1])
+        got = value[1].strip() if value else "another type"
+        return f"{found[1]}: needs {expected}, got {got}"
+    return " ".join(text.split())
+
+
+def _expected(key: str) -> str:
+    section, name = key.split(".")[:2]
+    annotation = next(f.type for f in fields(SECTIONS[section]) if f.name == name)
+    text = str(annotation).replace("Literal", "one of ").replace("| None", "")
+    for python, plain in (("str", "text"), ("int", "a whole number"), ("float", "a number")):
+        text = re.sub(rf"\b{python}\b", plain, text)
+    return re.sub(r"\s+", " ", text.replace("bool", "true or false")).strip()
+
+
+def _origin(text: str, path: str, overridden: set[str]) -> str:
+    """The file, unless the command line set the key that is wrong."""
+    return "" if any(key in text for key in overridden) else f"{path}: "
+
+
+def _unknown(key: str) -> str:
+    section, _, name = key.rpartition(".")
+    if alias := ALIASES.get(name or key):
+        return f"unknown key {key}; did you mean {alias}?"
+    same_name = [known for known in KEYS if known.rpartition(".")[2] == name]
+    near = same_name or difflib.get_close_matches(key, KEYS, n=1, cutoff=0.6)
+    if near:
+        return f"unknown key {key}; did you mean {near[0]}?"
+    if section in SECTIONS:
+        names = ", ".join(f.name for f in fields(SECTIONS[section]))
+        return f"unknown key {key}; [{section}] has {names}"
+    return f"unknown key {key}; the sections are {', '.join(SECTIONS)}"
+
+
+def _dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+            if not value and f"{prefix}{key}" not in SECTIONS:
+                yield f"{prefix}{key}"
+        else:
+            yield f"{prefix}{key}"
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as TOML (keys without a value are left out)."""
+    import toml
+
+    content = {
+        name: {key: value for key, value in section.items() if value is not None}
+        for name, section in asdict(recipe).items()
+    }
+    return toml.dumps(content)
+
+
+def changed_keys(old: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """Keys that differ from a resolved recipe read back from a run folder and may not."""
+    new = tomllib.loads(dump_recipe(recipe))
+    return [
+        key
+        for key in KEYS
+        if key not in FREE_ON_RESUME
+        and old.get(key.split(".")[0], {}).get(key.split(".")[1])
+        != new[key.split(".")[0]].get(key.split(".")[1])
+    ]

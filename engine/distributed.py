@@ -1,0 +1,99 @@
+"""Processes and devices: one process is a world of one, so that one loop serves all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from redi.engine.errors import InputError
+
+# Rank 0 may tokenize for hours while the others wait.
+PREPARE_TIMEOUT = timedelta(hours=24)
+
+T = TypeVar("T")
+
+
+@dataclass
+class World:
+    """Where this process stands.
+
+    Attributes:
+        rank, size: among all processes.
+        device: what this process computes on.
+        store: key-value store shared by all ranks, for waits that outlast a collective's timeout.
+        checkpoint_group: gloo group of its own for background saves; on the default group their
+            collectives would interleave with training's and hang.
+        calls: how many times `main_first` ran, the same on every rank.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    store: dist.Store
+    checkpoint_group: dist.ProcessGroup
+    calls: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and speaks."""
+        return self.rank == 0
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0, then on the others, who find its result on disk.
+
+        Raises:
+            InputError: on every rank when rank 0's `work` raised it.
+        """
+        if self.size == 1:
+            return work()
+        self.calls += 1
+        key = f"main_first/{self.calls}"
+        if self.is_main:
+            try:
+                result = work()
+            except BaseException as error:
+                self.store.set(key, f"{type(error).__name__}: {error}")
+                raise
+            self.store.set(key, "done")
+            return result
+        self.store.wait([key], PREPARE_TIMEOUT)
+        outcome = self.store.get(key).decode()
+        if outcome != "done":
+            raise InputError(outcome)
+        return work()
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """Join the world that torchrun describes in the environment, else make one of one process."""
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    # gloo beside nccl: host-side collectives must not touch the card's stream.
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+        store = dist.distributed_c10d._get_default_store()
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        yield World(
+            rank=dist.get_rank(),
+            size=dist.get_world_size(),
+            device=device,
+            store=store,
+            checkpoint_group=dist.new_group(backend="gloo"),
+        )
+    finally:
+        dist.destroy_process_group()

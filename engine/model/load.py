@@ -1,0 +1,87 @@
+"""A causal language model from a folder: safetensors only, nothing executed or unpickled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from redi.engine.errors import InputError
+
+# Features that change logits or attention in ways the fused loss and packed attention do not
+# reproduce. A model that has one is refused, not trained wrongly.
+UNSUPPORTED = {
+    "final_logit_softcapping": "soft-capped logits",
+    "attn_logit_softcapping": "soft-capped attention",
+    "logit_scale": "scaled logits",
+    "logits_scaling": "scaled logits",
+}
+
+
+def read_config(path: str) -> Any:
+    """The model's configuration, checked before any weight is read.
+
+    Raises:
+        InputError: no model there, no safetensors, or an unsupported architecture.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"model.path: {path} has no config.json; give a model folder")
+        if not any(folder.glob("*.safetensors")):
+            raise InputError(
+                f"model.path: {path} has no *.safetensors; weights in other formats are not "
+                "read: load the model once and save it with save_pretrained()"
+            )
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise InputError(f"model.path: {path} does not exist")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.path: {path}: {_first_line(error)}") from None
+    for name, meaning in UNSUPPORTED.items():
+        value = getattr(config, name, None)
+        if value is not None and value != 1.0:
+            raise InputError(f"model.path: {path} uses {meaning} ({name}), which is not supported")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise InputError(f"model.path: {path} uses sliding-window attention, not supported")
+    return config
+
+
+def load_model(path: str, attention: str) -> PreTrainedModel:
+    """Load fp32 master weights on the CPU.
+
+    Args:
+        path: folder or hub name.
+        attention: the name that `register_attention` returned.
+
+    Raises:
+        InputError: as `read_config`, or the weights do not fit the configuration.
+    """
+    config = read_config(path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"model.path: {path}: {_first_line(error)}") from None
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info[problem]:
+            names = ", ".join(sorted(map(str, info[problem]))[:3])
+            raise InputError(f"model.path: {path}: {problem.replace('_', ' ')}: {names} ...")
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise InputError(f"model.path: {path} has no plain lm_head (a bias is not supported)")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

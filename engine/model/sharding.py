@@ -1,0 +1,100 @@
+"""FSDP2 over the student: bf16 compute and fp32 reduction over fp32 masters, sums not means."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed._composable.fsdp import FSDPModule
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from redi.engine.config import Shard
+from redi.engine.errors import InputError
+from redi.engine.model.student import Student
+
+# Results that selective checkpointing keeps: products and attention cost far more to recompute
+# than to hold; all that lies between is recomputed.
+KEPT_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Resolve `[train] dtype`: "auto" is bfloat16 on CUDA, float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def shard(student: Student, section: Shard, dtype: torch.dtype, device: torch.device) -> Student:
+    """Recompute, compile and shard in place, in this order.
+
+    The root group holds what blocks do not: embeddings, final norm, lm_head (tied or not).
+
+    Raises:
+        InputError: replicate does not divide the number of ranks.
+    """
+    world = dist.get_world_size()
+    if world % section.replicate:
+        raise InputError(
+            f"shard.replicate = {section.replicate} does not divide the {world} ranks of this run"
+        )
+    student.to(device)
+    _checkpoint_blocks(student, section.checkpointing)
+    if section.compile:
+        for block in student.blocks:
+            block.compile()
+    options: dict[str, Any] = {
+        "mesh": _mesh(device, section.replicate, world),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+    }
+    for block in student.blocks:
+        fully_shard(block, **options)
+    fully_shard(student, **options)
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            # Denominators are global counts, so ranks are summed. gloo knows no other way.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+    for name, parameter in student.named_parameters():
+        # At a learning rate of 1e-6 a bf16 master would never move.
+        assert parameter.dtype == torch.float32, f"master weight {name} is {parameter.dtype}"
+    return student
+
+
+def _mesh(device: torch.device, replicate: int, world: int) -> DeviceMesh:
+    if replicate == 1:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    shape = (replicate, world // replicate)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _checkpoint_blocks(student: Student, how: str) -> None:
+    if how == "none":
+        return
+    options: dict[str, Any] = {}
+    if how == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    block_type = type(student.blocks[0])
+    apply_activation_checkpointing(
+        student.model.base_model,
+        checkpoint_wrapper_fn=partial(checkpoint_wrapper, **options),
+        check_fn=lambda module: isinstance(module, block_type),
+    )
+
+
+def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = op in KEPT_OPS
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,344 @@
+"""The training loop: the one place where everything meets."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+import tomllib
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+
+from redi.engine.config import Recipe, changed_keys, dump_recipe
+from redi.engine.data.loader import StepBatches, StepLoader
+from redi.engine.data.packing import Cost
+from redi.engine.data.schedule import Examples, Schedule, select
+from redi.engine.data.tokens import TokenizedTraces, TokenSettings, load_tokenizer, tokenize
+from redi.engine.distributed import World
+from redi.engine.errors import InputError, RunError
+from redi.engine.model.attention import choose_attention, register_attention
+from redi.engine.model.export import check_exportable, export
+from redi.engine.model.load import load_model, read_config
+from redi.engine.model.sharding import compute_dtype, shard
+from redi.engine.model.student import Student
+from redi.engine.train.checkpoint import Checkpointer
+from redi.engine.train.metrics import MetricsLog, Progress, manifest, peak_memory_gib
+from redi.engine.train.objectives import StepTotals, make_objective, needs
+from redi.engine.train.optimizer import learning_rate, make_optimizer
+from redi.engine.train.signals import StopRequest
+
+
+def run_recipe(recipe: Recipe, world: World) -> bool:
+    """Train one recipe to its end, going on from where an earlier attempt stopped.
+
+    The run folder is touched only when all input has been found good.
+
+    Args:
+        recipe: resolved; `run.dir` and `model.path` are set.
+        world: this process's place.
+
+    Returns:
+        True when the run is finished, False when a signal stopped it.
+
+    Raises:
+        InputError: the recipe, data or model is wrong, or the folder holds another run.
+        RunError: the run failed.
+    """
+    run_dir = Path(recipe.run.dir or "")
+    _check_same_recipe(recipe, run_dir)
+    if (run_dir / "export").is_dir():
+        _say(world, f"{run_dir}: finished already; the model is in {run_dir / 'export'}")
+        return True
+    if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    read_config(recipe.model.path or "")
+    data = prepare_data(recipe, world)
+    _check_same_data(data, run_dir)
+    dtype = compute_dtype(recipe.train.dtype, world.device)
+    student, tokenizer = build_student(recipe, dtype, world)
+    optimizer = make_optimizer(student, recipe.optim)
+    if world.is_main:
+        _write_run_dir(recipe, data, run_dir, world)
+    finished = _train(recipe, run_dir, data, student, optimizer, world)
+    if finished:
+        export(student, tokenizer, run_dir / "export", dtype, world)
+        _say(world, f"{run_dir}: done; the model is in {run_dir / 'export'}")
+    return finished
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything that is known of the data before a model is loaded."""
+
+    tokens: TokenizedTraces
+    examples: Examples
+    schedule: Schedule
+
+
+def prepare_data(recipe: Recipe, world: World) -> PreparedData:
+    """Tokenize (or find the cache), choose what is trained, lay out the steps."""
+    tokens = _tokenized(recipe, recipe.data.paths, world)
+    examples = select(
+        tokens,
+        objective_needs=needs(recipe.objective),
+        pairing=recipe.data.pairing,
+        max_tokens=recipe.data.max_tokens,
+        overlong=recipe.data.overlong,
+        row_tokens=recipe.train.row_tokens,
+    )
+    schedule = Schedule(
+        num_units=len(examples.units),
+        batch=recipe.train.batch,
+        epochs=recipe.train.epochs,
+        max_steps=recipe.train.max_steps,
+        seed=recipe.train.seed,
+    )
+    _say(world, f"data: {_counts(tokens.dropped | examples.report)}; {schedule.total_steps} steps")
+    return PreparedData(tokens, examples, schedule)
+
+
+def _tokenized(recipe: Recipe, paths: tuple[str, ...], world: World) -> TokenizedTraces:
+    settings = TokenSettings(
+        paths=paths,
+        format=recipe.data.format,
+        template=recipe.data.template,
+        system_prompt=recipe.data.system_prompt,
+        tokenizer_path=recipe.model.tokenizer or recipe.model.path or "",
+    )
+    cache = Path(
+        recipe.data.cache or os.environ.get("REDI_CACHE") or Path.home() / ".cache" / "redi"
+    )
+    processes = recipe.data.processes or min(8, os.cpu_count() or 1)
+    return world.main_first(
+        lambda: tokenize(settings, cache, processes=processes, progress=world.is_main)
+    )
+
+
+def build_student(
+    recipe: Recipe, dtype: torch.dtype, world: World
+) -> tuple[Student, PreTrainedTokenizerBase]:
+    """Load the model, check that it can be exported, shard it."""
+    path = recipe.model.path or ""
+    kind, reason = choose_attention(recipe.model.attention, world.device)
+    _say(world, f"attention: {kind} ({reason}); compute dtype {str(dtype).removeprefix('torch.')}")
+    model = load_model(path, register_attention(kind))
+    tokenizer = load_tokenizer(recipe.model.tokenizer or path)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise InputError(
+            f"model.tokenizer: it has {len(tokenizer)} tokens, the model's vocabulary only "
+            f"{model.get_input_embeddings().num_embeddings}"
+        )
+    if world.is_main:
+        with tempfile.TemporaryDirectory() as folder:
+            check_exportable(model, tokenizer, Path(folder) / "export")
+    model.train()
+    student = Student(model, make_objective(recipe.objective))
+    return shard(student, recipe.shard, dtype, world.device), tokenizer
+
+
+def _train(
+    recipe: Recipe,
+    run_dir: Path,
+    data: PreparedData,
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+) -> bool:
+    """Run the steps that are left. Returns False when a signal ended them early."""
+    total = data.schedule.total_steps
+    checkpointer = Checkpointer(run_dir, recipe.run.keep, student, optimizer, world)
+    done = checkpointer.load_newest()
+    loader = StepLoader(
+        data.tokens,
+        data.examples,
+        data.schedule,
+        row_tokens=recipe.train.row_tokens,
+        rank=world.rank,
+        world_size=world.size,
+        cost=_cost(student),
+        workers=recipe.data.workers,
+        pin=world.device.type == "cuda",
+    )
+    rate = learning_rate(recipe.optim, total)
+    metrics = MetricsLog(run_dir / "metrics.jsonl", last_step=done, active=world.is_main)
+    progress = Progress(total, done, active=world.is_main)
+    if done:
+        progress.say(f"{run_dir}: going on after step {done}")
+    with StopRequest() as stop, closing(metrics), closing(progress):
+        began = time.perf_counter()
+        for batches in loader.steps(done):
+            step = batches.step
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+            sums = _forward_backward(student, batches, world.device)
+            grad_norm = _clip(student, recipe.optim.max_grad_norm)
+            sums["stop"] = float(stop.asked)
+            sums = _all_reduce(sums)
+            now = time.perf_counter()
+            line = {
+                "step": step,
+                "epoch": (step - 1) // data.schedule.steps_per_epoch,
+                "loss": sums["loss"],
+                "positive_logp": _mean(sums["positive"], batches.num_positives),
+                "negative_logp": _mean(sums["negative"], batches.num_negatives),
+                "grad_norm": grad_norm,
+                "lr": rate(step),
+                "tokens": batches.num_tokens,
+                "targets": batches.num_targets,
+                "micro_steps": len(batches.micro_batches),
+                "rank_efficiency": batches.rank_efficiency,
+                "seconds": now - began,
+                "tokens_per_s": batches.num_tokens / (now - began),
+                "peak_memory_gib": peak_memory_gib(world.device),
+            }
+            began = now
+            metrics.write(line)
+            if not (math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
+                checkpointer.wait()
+                raise RunError(
+                    f"step {step}: loss {sums['loss']}, gradient norm {grad_norm}: not finite. "
+                    f"The weights were not touched; checkpoints are in {run_dir / 'checkpoints'}"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.step(line)
+            stopping = sums["stop"] > 0 and step < total
+            if step % recipe.run.save_every == 0 or step == total or stopping:
+                checkpointer.save(step)
+            if stopping:
+                checkpointer.wait()
+                progress.say(
+                    f"stopped after step {step} of {total}, saved in {run_dir}; "
+                    "the same command goes on from here"
+                )
+                return False
+        checkpointer.wait()
+    return True
+
+
+def _forward_backward(
+    student: Student, batches: StepBatches, device: torch.device
+) -> dict[str, float]:
+    """Accumulate the step's gradient; return this rank's sums."""
+    totals = StepTotals(units=len(batches.units), targets=batches.num_targets)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    logps = torch.zeros(2, dtype=torch.float64, device=device)
+    for index, batch in enumerate(batches.micro_batches):
+        batch = batch.to(device)
+        last = index == len(batches.micro_batches) - 1
+        student.set_requires_gradient_sync(last)
+        out = student(batch, totals)
+        out.loss.backward()
+        loss += out.loss.detach()
+        means = out.sequence_logps.double() / out.sequence_lengths.clamp(min=1)
+        logps += torch.stack([means[batch.signs > 0].sum(), means[batch.signs < 0].sum()])
+    positive, negative = logps.tolist()
+    return {"loss": loss.item(), "positive": positive, "negative": negative}
+
+
+def _clip(student: Student, max_norm: float) -> float:
+    """Clip the whole gradient to `max_norm` (0: leave it). Returns its l2 norm before."""
+    parameters = [p for p in student.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm.item()
+
+
+def _all_reduce(sums: dict[str, float]) -> dict[str, float]:
+    """Sum over ranks, in float64 on the host."""
+    values = torch.tensor(list(sums.values()), dtype=torch.float64)
+    dist.all_reduce(values)
+    return dict(zip(sums, values.tolist(), strict=True))
+
+
+def _mean(total: float, count: int) -> float | None:
+    return total / count if count else None
+
+
+def _cost(student: Student) -> Cost:
+    """Training flops of a row: 6 N per token, and causal attention, 6 layers * D per token pair."""
+    config = student.model.config
+    embeddings = student.model.get_input_embeddings().num_embeddings * config.hidden_size
+    trunk = sum(p.numel() for p in student.model.base_model.parameters()) - embeddings
+    head = student.model.get_output_embeddings().weight.numel()
+    return Cost(
+        linear=6.0 * (trunk + head), quadratic=6.0 * config.num_hidden_layers * config.hidden_size
+    )
+
+
+def _check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
+    """A run folder belongs to one recipe."""
+    if not run_dir.exists():
+        return
+    if not run_dir.is_dir() or (any(run_dir.iterdir()) and not _recipe_file(run_dir).is_file()):
+        raise InputError(f"run.dir: {run_dir} exists and is not a run folder; name another")
+    if not _recipe_file(run_dir).is_file():
+        return
+    if not recipe.run.resume:
+        raise InputError(
+            f"run.dir: {run_dir} holds a run and run.resume is false; remove it or name another"
+        )
+    old = tomllib.loads(_recipe_file(run_dir).read_text(encoding="utf-8"))
+    for key in changed_keys(old, recipe):
+        section, name = key.split(".")
+        raise InputError(
+            f"run.dir: {run_dir} holds a run with another {key} "
+            f"({old.get(section, {}).get(name)}, now {getattr(getattr(recipe, section), name)}); "
+            "name another run.dir, or change it back to go on"
+        )
+
+
+def _check_same_data(data: PreparedData, run_dir: Path) -> None:
+    """The files of a run may not change under it."""
+    if not (run_dir / "manifest.json").is_file():
+        return
+    old = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+    if old["data"] != data.tokens.key:
+        raise InputError(
+            f"data.path: the data or tokenizer has changed since {run_dir} began; "
+            "name another run.dir, or put it back to go on"
+        )
+
+
+def _write_run_dir(recipe: Recipe, data: PreparedData, run_dir: Path, world: World) -> None:
+    """Start the run folder; it appears with recipe and manifest whole, or not at all."""
+    if _recipe_file(run_dir).is_file():
+        folder = run_dir  # what may differ on resume is noted
+    else:
+        folder = run_dir.with_name(run_dir.name + ".partial")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        facts = manifest(world.size, world.device, data=data.tokens.key)
+        (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    partial = folder / "recipe.toml.partial"
+    partial.write_text(dump_recipe(recipe), encoding="utf-8")
+    os.replace(partial, _recipe_file(folder))
+    if folder != run_dir:
+        os.replace(folder, run_dir)
+
+
+def _recipe_file(run_dir: Path) -> Path:
+    return run_dir / "recipe.toml"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+
+
+def _say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, file=sys.stderr, flush=True)

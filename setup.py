@@ -1,0 +1,58 @@
+"""Package definition: the folder X of the checkout is imported as `redi.X`.
+
+A top-level module called `kernels` would shadow the Hugging Face package that transformers
+imports, hence the mapping. `redi` itself is a namespace package without `__init__`.
+"""
+
+from setuptools import find_packages, setup
+
+FOLDERS = ("engine", "kernels", "bench")
+
+KERNELS = ["numpy", "torch>=2.11"]
+ENGINE = [
+    "datasets>=4.0",
+    "jinja2>=3.1",
+    "jsonargparse[signatures,toml]>=4.45",
+    "pyarrow>=18",
+    "rich>=13",
+    "safetensors>=0.5",
+    "tqdm>=4.66",
+    "transformers>=5.17",
+    "xxhash>=3.4",
+]
+# Linux only, and imported late: a CPU or macOS machine works without them.
+EXTRAS = {
+    "triton": ["triton>=3.6; sys_platform == 'linux'"],
+    "liger": ["liger-kernel>=0.8; sys_platform == 'linux'"],
+    "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
+    "gguf": ["accelerate>=1.0", "gguf>=0.17"],
+    "test": [
+        "hypothesis>=6.100",
+        "mypy>=1.15",
+        "pytest>=8.3",
+        "ruff>=0.12",
+    ],
+}
+
+packages = [
+    name
+    for folder in FOLDERS
+    for name in (f"redi.{folder}", *(f"redi.{folder}.{sub}" for sub in find_packages(folder)))
+]
+
+setup(
+    name="redi-engine",
+    version="0.1.0",
+    description="Training on correct and incorrect reasoning traces: fused loss, packing, FSDP2",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=packages,
+    package_dir={f"redi.{folder}": folder for folder in FOLDERS},
+    package_data={
+        **{f"redi.{folder}": ["py.typed"] for folder in FOLDERS},
+        "redi.engine": ["py.typed", "recipes/*.toml"],
+    },
+    install_requires=KERNELS + ENGINE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["redi = redi.engine.cli:main"]},
+)
