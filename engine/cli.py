@@ -50,9 +50,7 @@ def train(argv: Sequence[str]) -> None:
             model = replace(model, path=str(Path(resolved[-1][1].run.dir or "") / "export"))
         if not all(recipe.data.paths):
             raise InputError(f"{path}: data.path is missing")
-        resolved.append(
-            (path, replace(recipe, model=model, run=replace(recipe.run, dir=folder)))
-        )
+        resolved.append((path, replace(recipe, model=model, run=replace(recipe.run, dir=folder))))
 
     from redi.engine.distributed import join_world
     from redi.engine.train.loop import run_recipe

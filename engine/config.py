@@ -49,9 +49,9 @@ class Data:
 
     path: str | list[str] = ""
     """JSONL, JSON, Parquet or CSV files (gzip too), folders of them, or hub names."""
-    format: Literal[
-        "auto", "preference", "prompt-completion", "messages", "traces", "openr1"
-    ] = "auto"
+    format: Literal["auto", "preference", "prompt-completion", "messages", "traces", "openr1"] = (
+        "auto"
+    )
     """The shape of a row; auto: told from the columns of each row."""
     template: Literal["chat", "none"] = "chat"
     """chat: the tokenizer's chat template; none: prompt, completion and end token as they are."""
@@ -126,9 +126,7 @@ class Optim:
     """Gradients are clipped to this l2 norm; 0: not clipped."""
 
     def __post_init__(self) -> None:
-        _require(
-            math.isfinite(self.lr) and self.lr >= 0, f"optim.lr must be >= 0, got {self.lr}"
-        )
+        _require(math.isfinite(self.lr) and self.lr >= 0, f"optim.lr must be >= 0, got {self.lr}")
         _require(
             self.weight_decay >= 0, f"optim.weight_decay must be >= 0, got {self.weight_decay}"
         )
@@ -290,8 +288,9 @@ FREE_ON_RESUME = (
 
 def build_parser(prog: str, description: str) -> ArgumentParser:
     """The parser of one recipe: `recipes...` and every dotted key as an option."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
         description=description,
@@ -369,8 +368,8 @@ def _unknown(key: str) -> str:
     section, _, name = key.rpartition(".")
     if alias := ALIASES.get(name or key):
         return f"unknown key {key}; did you mean {alias}?"
-    same_name = [known for known in KEYS if known.rpartition(".")[2] == name]
-    near = same_name or difflib.get_close_matches(key, KEYS, n=1, cutoff=0.6)
+    near = [known for known in KEYS if known.rpartition(".")[2] == name]
+    near += difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
     if near:
         return f"unknown key {key}; did you mean {near[0]}?"
     if section in SECTIONS:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 DIGITS = 7
 BLANK = "*"
+END = "<|endoftext|>"  # transformers adds this token to any Qwen2 tokenizer that lacks it
 BLANK_PROBABILITY = 0.5
 # Probability of a wrong box after 0, 1, ..., 5 blanks in a row.
 ERROR_PROBABILITY = (0.01, 0.3, 0.5, 0.6, 0.7, 0.75)
@@ -102,13 +104,13 @@ def write_model(folder: Path, seed: int) -> None:
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, logging
 
     logging.disable_progress_bar()
-    characters = [*"0123456789=", BLANK, "<eos>"]
-    base = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}))
-    base.pre_tokenizer = pre_tokenizers.Split(Regex("<eos>|."), "isolated")
+    characters = [*"0123456789=", BLANK, END]
+    base = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=END))
+    base.pre_tokenizer = pre_tokenizers.Split(Regex(re.escape(END) + "|."), "isolated")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=base,
-        eos_token="<eos>",
-        pad_token="<eos>",
+        eos_token=END,
+        pad_token=END,
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = (

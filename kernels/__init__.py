@@ -1,0 +1,19 @@
+"""Loss ops that never hold the logits: REDI, signed cross-entropy, log-probs of given tokens.
+
+Start with `redi.kernels.reference`, which defines each op in plain PyTorch.
+"""
+
+from redi.kernels.logprobs import linear_logprobs
+from redi.kernels.losses import redi_loss, redi_value_and_grad, signed_cross_entropy
+from redi.kernels.reference import IGNORE_INDEX, RediLoss
+from redi.kernels.segments import segment_sum
+
+__all__ = [
+    "IGNORE_INDEX",
+    "RediLoss",
+    "linear_logprobs",
+    "redi_loss",
+    "redi_value_and_grad",
+    "segment_sum",
+    "signed_cross_entropy",
+]

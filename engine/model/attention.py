@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
-
 from redi.engine.errors import InputError
+from transformers import AttentionInterface
 
 NAME = "redi_packed"
 

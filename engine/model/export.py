@@ -10,6 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from redi.engine.distributed import World
+from redi.engine.errors import InputError, RunError
+from redi.engine.model.load import read_config
+from redi.engine.model.sharding import compute_dtype
+from redi.engine.model.student import Student
+from redi.engine.train.checkpoint import complete_checkpoints
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import (
     AutoConfig,
@@ -19,13 +25,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-
-from redi.engine.distributed import World
-from redi.engine.errors import InputError, RunError
-from redi.engine.model.load import read_config
-from redi.engine.model.sharding import compute_dtype
-from redi.engine.model.student import Student
-from redi.engine.train.checkpoint import complete_checkpoints
 
 
 def export(

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
+from safetensors import SafetensorError
 from redi.engine.errors import InputError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 # Features that change logits or attention in ways the fused loss and packed attention do not
 # reproduce. A model that has one is refused, not trained wrongly.
@@ -71,7 +71,7 @@ def load_model(path: str, attention: str) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model.path: {path}: {_first_line(error)}") from None
     for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:

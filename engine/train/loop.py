@@ -16,14 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
-
 from redi.engine.config import Recipe, changed_keys, dump_recipe
 from redi.engine.data.loader import StepBatches, StepLoader
 from redi.engine.data.packing import Cost
 from redi.engine.data.schedule import Examples, Schedule, select
-from redi.engine.data.tokens import TokenizedTraces, TokenSettings, load_tokenizer, tokenize
+from redi.engine.data.text import load_tokenizer
+from redi.engine.data.tokens import TokenizedTraces, TokenSettings, tokenize
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
 from redi.engine.model.attention import choose_attention, register_attention
@@ -36,6 +34,9 @@ from redi.engine.train.metrics import MetricsLog, Progress, manifest, peak_memor
 from redi.engine.train.objectives import StepTotals, make_objective, needs
 from redi.engine.train.optimizer import learning_rate, make_optimizer
 from redi.engine.train.signals import StopRequest
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 
 def run_recipe(recipe: Recipe, world: World) -> bool:
@@ -62,6 +63,7 @@ def run_recipe(recipe: Recipe, world: World) -> bool:
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    transformers_logging.disable_progress_bar()
     read_config(recipe.model.path or "")
     data = prepare_data(recipe, world)
     _check_same_data(data, run_dir)
@@ -159,6 +161,7 @@ def _train(
     total = data.schedule.total_steps
     checkpointer = Checkpointer(run_dir, recipe.run.keep, student, optimizer, world)
     done = checkpointer.load_newest()
+    cost = training_cost(student)
     loader = StepLoader(
         data.tokens,
         data.examples,
@@ -166,7 +169,7 @@ def _train(
         row_tokens=recipe.train.row_tokens,
         rank=world.rank,
         world_size=world.size,
-        cost=_cost(student),
+        cost=cost,
         workers=recipe.data.workers,
         pin=world.device.type == "cuda",
     )
@@ -269,7 +272,7 @@ def _mean(total: float, count: int) -> float | None:
     return total / count if count else None
 
 
-def _cost(student: Student) -> Cost:
+def training_cost(student: Student) -> Cost:
     """Training flops of a row: 6 N per token, and causal attention, 6 layers * D per token pair."""
     config = student.model.config
     embeddings = student.model.get_input_embeddings().num_embeddings * config.hidden_size

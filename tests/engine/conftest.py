@@ -6,12 +6,12 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toml
-
 from redi.engine.quickstart import write_model
 
 ENV = {
@@ -57,11 +57,11 @@ def write_traces(path: Path, problems: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-@pytest.fixture
-def recipe(world: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Write a recipe of the small world: `recipe("name", {"train.batch": 2, ...})` -> its path."""
+@pytest.fixture(scope="session")
+def write_recipe(world: Path) -> Callable[..., Path]:
+    """Write a recipe of the small world: `write_recipe(folder, "name", {"train.batch": 2})`."""
 
-    def write(name: str, changes: dict[str, Any] | None = None) -> Path:
+    def write(folder: Path, name: str, changes: dict[str, Any] | None = None) -> Path:
         values: dict[str, Any] = {
             "model.path": str(world / "model"),
             "data.path": str(world / "traces.jsonl"),
@@ -74,7 +74,7 @@ def recipe(world: Path, tmp_path: Path) -> Callable[..., Path]:
             "train.max_steps": 4,
             "train.epochs": 50,
             "train.row_tokens": 256,
-            "run.dir": str(tmp_path / "runs" / name),
+            "run.dir": str(folder / name),
             **(changes or {}),
         }
         content: dict[str, dict[str, Any]] = {}
@@ -82,11 +82,17 @@ def recipe(world: Path, tmp_path: Path) -> Callable[..., Path]:
             section, option = key.split(".")
             if value is not None:
                 content.setdefault(section, {})[option] = value
-        path = tmp_path / f"{name}.toml"
+        path = folder / f"{name}.toml"
         path.write_text(toml.dumps(content))
         return path
 
     return write
+
+
+@pytest.fixture
+def recipe(write_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Write a recipe of the small world into the test's folder: `recipe("name", {...})`."""
+    return partial(write_recipe, tmp_path)
 
 
 @pytest.fixture(scope="session")

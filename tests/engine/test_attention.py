@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from redi.engine.errors import InputError
+from redi.engine.model.attention import choose_attention, document_kwargs, register_attention
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -11,9 +13,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-
-from redi.engine.errors import InputError
-from redi.engine.model.attention import choose_attention, document_kwargs, register_attention
 
 MODELS = [
     (Qwen2Config, Qwen2ForCausalLM),

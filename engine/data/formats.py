@@ -1,0 +1,47 @@
+"""The row shapes that the engine reads, and how a shape is told from a row's columns."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from redi.engine.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """Columns of one row shape; a row may hold any others, which are ignored."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+
+
+_COMMON = ("id", "teacher", "weight")
+
+# In the order of detection: the more telling columns first (a preference set often carries a
+# `messages` column as well).
+FORMATS: dict[str, Format] = {
+    "preference": Format(("chosen", "rejected"), ("prompt", *_COMMON)),
+    "traces": Format(("prompt", "traces"), _COMMON),
+    "openr1": Format(
+        ("problem", "generations", "correctness", "problem_is_valid", "source"),
+        ("uuid", *_COMMON),
+    ),
+    "prompt-completion": Format(("prompt", "completion"), ("label", *_COMMON)),
+    "messages": Format(("messages",), ("label", *_COMMON)),
+}
+
+
+def resolve_format(format: str, columns: Collection[str], where: str) -> str:
+    """The concrete format of a row: `format` itself, or for "auto" the one its columns tell.
+
+    Raises InputError for an unknown format name, and for columns that fit no known shape.
+    """
+    if format in FORMATS:
+        return format
+    if format != "auto":
+        raise InputError(f"[data] format {format!r} is unknown; known: auto, {', '.join(FORMATS)}")
+    for name, shape in FORMATS.items():
+        if all(column in columns for column in shape.required):
+            return name
+    known = "; ".join(f"{name} ({', '.join(shape.required)})" for name, shape in FORMATS.items())
+    found = ", ".join(sorted(columns)) or "none"
+    raise InputError(f"{where}: the columns ({found}) fit no known row shape. Known: {known}")

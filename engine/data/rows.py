@@ -1,0 +1,256 @@
+"""Raw rows from local files or the Hugging Face hub, one dictionary at a time.
+
+JSON Lines, JSON, Parquet and CSV are read as they are or gzipped. Nothing is held in memory but
+the row (a JSON array excepted: it can only be parsed whole). Errors name the file and the row.
+"""
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from redi.engine.data.formats import FORMATS, resolve_format
+from redi.engine.errors import InputError
+
+FILE_KINDS = ("jsonl", "json", "parquet", "csv")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.\[\]%-]+)?")
+# A CSV cell is text; in these columns the text is JSON.
+_CSV_JSON_COLUMNS = ("messages", "traces", "generations", "correctness")
+_CSV_OPTIONAL_COLUMNS = ("id", "teacher", "weight")
+_PARQUET_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One raw row."""
+
+    value: dict[str, Any]
+    """The row's columns, as parsed."""
+    source: str
+    """The file or hub name that it came from."""
+    number: int
+    """Line of a JSON Lines or CSV file, else the row's number; both count from 1."""
+    format: str
+    """The row's shape, a key of `FORMATS`."""
+
+    @property
+    def where(self) -> str:
+        """The row's place for a message: "file.jsonl:12"."""
+        return f"{self.source}:{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file, or one split of a hub data set."""
+
+    name: str
+    """The path, or "owner/name:split"."""
+    kind: str
+    """One of FILE_KINDS, or "hub"."""
+
+    def digest(self) -> str:
+        """Hash of the content (for the hub: of the data set's own fingerprint)."""
+        hasher = xxhash.xxh3_128(self.kind.encode())
+        if self.kind == "hub":
+            hasher.update(_hub_dataset(self.name)._fingerprint.encode())
+            return hasher.hexdigest()
+        try:
+            with open(self.name, "rb") as file:
+                while block := file.read(1 << 22):
+                    hasher.update(block)
+        except OSError as error:
+            raise InputError(f"{self.name}: cannot be read: {error.strerror}") from error
+        return hasher.hexdigest()
+
+
+def read_rows(paths: Sequence[str], format: str) -> Iterator[Row]:
+    """Yields every row of `paths` in order.
+
+    Args:
+        paths: files, folders (their data files, sorted by name) and hub names ("owner/name" or
+            "owner/name:split", split "train" by default).
+        format: a key of `FORMATS`, or "auto": told from the columns of each file's first row.
+
+    Raises InputError for missing, empty, unreadable or broken files, naming file and row.
+    """
+    for source in find_sources(paths):
+        yield from read_source(source, format)
+
+
+def find_sources(paths: Sequence[str]) -> list[Source]:
+    """The files and hub data sets that `paths` name, in order; InputError for a missing one."""
+    sources = []
+    for name in paths:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.is_file() and _file_kind(file))
+            if not files:
+                raise InputError(f"{name}: the folder holds no {_kinds_text()} file")
+            sources += [Source(str(file), _file_kind(file)) for file in files]
+        elif path.exists():
+            kind = _file_kind(path)
+            if not kind:
+                raise InputError(f"{name}: not a kind of file read here ({_kinds_text()})")
+            sources.append(Source(str(path), kind))
+        elif _HUB_NAME.fullmatch(name) and not _file_kind(path):
+            sources.append(Source(name if ":" in name else f"{name}:train", "hub"))
+        else:
+            raise InputError(f"{name}: no such file or folder, nor a hub name (owner/name)")
+    if not sources:
+        raise InputError("[data] path is empty: name at least one file, folder or hub data set")
+    return sources
+
+
+def read_source(source: Source, format: str) -> Iterator[Row]:
+    """Yields the rows of one source; see `read_rows`."""
+    number = 0
+    shape = ""
+    labelled = False
+    try:
+        for number, value in _numbered_values(source, format):
+            where = f"{source.name}:{number}"
+            if not isinstance(value, dict):
+                raise InputError(f"{where}: a row must be a JSON object, not {_kind_name(value)}")
+            if not shape:
+                shape = resolve_format(format, value.keys(), where)
+                labelled = "label" in value
+            # A row whose label was forgotten must not pass for a positive.
+            if "label" in FORMATS[shape].optional and ("label" in value) != labelled:
+                raise InputError(
+                    f"{where}: column 'label' must be in every row of a file or in none; "
+                    f"the first row has {'it' if labelled else 'none'}"
+                )
+            yield Row(value, source.name, number, shape)
+    except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"{source.name}:{number + 1}: the file is broken: {problem}") from error
+    if not shape:
+        raise InputError(f"{source.name}: the file is empty: it holds no row")
+
+
+def _numbered_values(source: Source, format: str) -> Iterator[tuple[int, Any]]:
+    if source.kind == "hub":
+        dataset = _hub_dataset(source.name)
+        columns = _wanted_columns(dataset.column_names, format, source.name)
+        yield from enumerate(dataset.select_columns(columns), start=1)
+        return
+    with _open(source.name) as file:
+        if source.kind == "parquet":
+            yield from _parquet_values(file, source.name, format)
+        elif source.kind == "csv":
+            yield from _csv_values(file, source.name)
+        elif source.kind == "json" and _first_byte(file) == b"[":
+            yield from enumerate(_parse_json(file.read(), source.name, line=None), start=1)
+        else:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _parse_json(line, source.name, line=number)
+
+
+def _open(name: str) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(name)) if name.endswith(".gz") else open(name, "rb")
+
+
+def _parquet_values(file: IO[bytes], name: str, format: str) -> Iterator[tuple[int, Any]]:
+    number = 0
+    parquet = pq.ParquetFile(file)
+    columns = _wanted_columns(parquet.schema_arrow.names, format, name)
+    for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+        for value in batch.to_pylist():
+            number += 1
+            yield number, value
+
+
+def _wanted_columns(columns: list[str], format: str, where: str) -> list[str]:
+    """Those of `columns` that the format reads: a column store can leave the others alone."""
+    shape = FORMATS[resolve_format(format, columns, where)]
+    return [name for name in columns if name in shape.required or name in shape.optional]
+
+
+def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(2**31 - 1)  # a long trace is one cell; the default stops at 128 KiB
+    reader = csv.reader(_decoded_lines(file, name))
+    header = next(reader, [])
+    number = reader.line_num + 1
+    for cells in reader:
+        if cells:
+            if len(cells) != len(header):
+                raise InputError(
+                    f"{name}:{number}: {len(cells)} cells where the header has {len(header)}"
+                )
+            value: dict[str, Any] = dict(zip(header, cells, strict=True))
+            for column in _CSV_OPTIONAL_COLUMNS:
+                if value.get(column) == "":
+                    del value[column]
+            for column in _CSV_JSON_COLUMNS:
+                if column in value:
+                    value[column] = _parse_json(value[column].encode(), name, line=number)
+            yield number, value
+        number = reader.line_num + 1
+
+
+def _decoded_lines(file: IO[bytes], name: str) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{name}:{number}: not valid UTF-8: {error.reason}") from error
+
+
+def _parse_json(text: bytes, name: str, line: int | None) -> Any:
+    """Parses `text`; `line` is its line in the file, None if it is the whole file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        row = error.lineno if line is None else line
+        place = f"column {error.colno}"
+        raise InputError(f"{name}:{row}: not valid JSON: {error.msg} ({place})") from error
+    except UnicodeDecodeError as error:
+        row = text[: error.start].count(b"\n") + 1 if line is None else line
+        raise InputError(f"{name}:{row}: not valid UTF-8: {error.reason}") from error
+    except RecursionError as error:
+        raise InputError(f"{name}:{line or 1}: not valid JSON: nested too deeply") from error
+
+
+def _first_byte(file: IO[bytes]) -> bytes:
+    """The first byte that is not white space (or a byte-order mark); rewinds the file."""
+    start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    file.seek(0)
+    return start
+
+
+def _file_kind(path: Path) -> str:
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    return kind if kind in FILE_KINDS else ""
+
+
+def _kinds_text() -> str:
+    return ", ".join(f".{kind}" for kind in FILE_KINDS) + ", or one of these with .gz"
+
+
+def _kind_name(value: object) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+@lru_cache(maxsize=8)
+def _hub_dataset(name: str) -> Any:
+    """The `datasets.Dataset` of "owner/name:split"."""
+    import datasets  # imported late: slow, and local files do not need it
+
+    repository, _, split = name.partition(":")
+    try:
+        return datasets.load_dataset(repository, split=split)
+    except Exception as error:  # the hub client raises a great many types
+        problem = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{name}: neither a local file nor a data set that the hub gives: {problem}"
+        ) from error

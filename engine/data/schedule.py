@@ -1,0 +1,208 @@
+"""Which traces are trained (`select`), and which of them at which step (`Schedule`)."""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import Literal
+
+import numpy as np
+from redi.engine.data.cache import TokenizedTraces
+from redi.engine.errors import InputError
+
+Needs = Literal["positives", "pairs"]
+Pairing = Literal["zip", "first", "all"]
+Overlong = Literal["error", "drop", "truncate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """The units of training: single positives, or pairs of a positive and a negative."""
+
+    units: np.ndarray
+    """int64 [n, 1] or [n, 2] (positive, negative): indices of traces."""
+    lengths: np.ndarray
+    """int64 [traces], after truncation; of every trace, used or not."""
+    report: dict[str, int]
+    """Counts of what was kept and what was left out, by reason."""
+
+
+def select(
+    tokens: TokenizedTraces,
+    *,
+    objective_needs: Needs,
+    pairing: Pairing = "zip",
+    max_tokens: int,
+    overlong: Overlong,
+    row_tokens: int,
+) -> Examples:
+    """Forms the units of training from a data set.
+
+    Args:
+        tokens: the data set.
+        objective_needs: "positives" (negatives are left out) or "pairs".
+        pairing: within each problem: "zip" pairs the first positive with the first negative, the
+            second with the second, ...; "first" takes only the first of each; "all" takes every
+            combination. For positives, "first" takes one a problem and the others all.
+        max_tokens: the longest sequence allowed, prompt and completion with its end.
+        overlong: what becomes of a longer one: "error"; "drop" leaves it out (before pairing);
+            "truncate" cuts its end off, or leaves it out if no completion token would remain.
+        row_tokens: the longest sequence that packing can place; a longer one that was kept is
+            an error, whatever `overlong` says.
+
+    Raises InputError for an overlong sequence, naming its row, and if no unit can be formed.
+    """
+    lengths = tokens.lengths
+    usable = np.ones(len(tokens), dtype=bool)
+    if objective_needs == "positives":
+        usable = tokens.signs > 0
+    report: Counter[str] = Counter()
+    if overlong == "drop":
+        report["overlong dropped"] = int(np.sum(usable & (lengths > max_tokens)))
+        usable = usable & (lengths <= max_tokens)
+    elif overlong == "truncate":
+        emptied = tokens.prompt_lengths >= max_tokens
+        report["prompt too long, dropped"] = int(np.sum(usable & emptied))
+        usable = usable & ~emptied
+        report["truncated"] = int(np.sum(usable & (lengths > max_tokens)))
+        lengths = np.minimum(lengths, max_tokens)
+
+    members = _by_problem(tokens, usable)
+    if objective_needs == "positives":
+        chosen = [positives[: 1 if pairing == "first" else None] for positives, _ in members]
+        units = np.array([[index] for group in chosen for index in group], np.int64).reshape(-1, 1)
+        report["negatives unused"] = int(np.sum(tokens.signs < 0))
+        report["positives unused"] = int(usable.sum()) - len(units)
+    else:
+        paired = [pair for group in members for pair in _pairs(*group, pairing)]
+        units = np.array(paired, np.int64).reshape(-1, 2)
+        used = np.zeros(len(tokens), dtype=bool)
+        used[units] = True
+        report["positives unpaired"] = int(np.sum(usable & ~used & (tokens.signs > 0)))
+        report["negatives unpaired"] = int(np.sum(usable & ~used & (tokens.signs < 0)))
+    _check_units(tokens, units, objective_needs, report)
+    _check_lengths(tokens, np.unique(units), lengths, max_tokens, row_tokens)
+    kept = {"units": len(units), "traces": len(np.unique(units))}
+    left_out = {reason: count for reason, count in report.items() if count}
+    return Examples(units, lengths, kept | left_out)
+
+
+def _by_problem(tokens: TokenizedTraces, usable: np.ndarray) -> list[tuple[list[int], list[int]]]:
+    """The usable positives and negatives of each problem, in the order of the data."""
+    members: dict[int, tuple[list[int], list[int]]] = {}
+    for index in np.flatnonzero(usable).tolist():
+        positives, negatives = members.setdefault(int(tokens.groups[index]), ([], []))
+        (positives if tokens.signs[index] > 0 else negatives).append(index)
+    return list(members.values())
+
+
+def _pairs(positives: list[int], negatives: list[int], pairing: Pairing) -> list[tuple[int, int]]:
+    if pairing == "all":
+        return list(product(positives, negatives))
+    pairs = list(zip(positives, negatives, strict=False))
+    return pairs[:1] if pairing == "first" else pairs
+
+
+def _check_units(
+    tokens: TokenizedTraces, units: np.ndarray, needs: Needs, report: Counter[str]
+) -> None:
+    if len(units):
+        return
+    positives, negatives = int(np.sum(tokens.signs > 0)), int(np.sum(tokens.signs < 0))
+    left_out = ", ".join(f"{count} {reason}" for reason, count in report.items() if count)
+    sources = ", ".join(tokens.sources)
+    if needs == "positives":
+        problem = "no positive trace to train on"
+    elif not negatives:
+        problem = "only positive traces: pairs need negatives too (or use the sft objective)"
+    elif not positives:
+        problem = "only negative traces: pairs need positives too"
+    else:
+        problem = "no problem has both a positive and a negative trace: no pair can be formed"
+    counts = f"{positives} positives, {negatives} negatives"
+    raise InputError(f"{sources}: {problem} ({'; '.join(filter(None, [counts, left_out]))})")
+
+
+def _check_lengths(
+    tokens: TokenizedTraces,
+    used: np.ndarray,
+    lengths: np.ndarray,
+    max_tokens: int,
+    row_tokens: int,
+) -> None:
+    for limit, key, advice in (
+        (
+            max_tokens,
+            "[data] max_tokens",
+            'raise it, or set [data] overlong = "drop" or "truncate"',
+        ),
+        (
+            row_tokens,
+            "[train] row_tokens",
+            "raise it, or lower [data] max_tokens with overlong set",
+        ),
+    ):
+        over = used[lengths[used] > limit]
+        if len(over):
+            first = int(over[0])
+            raise InputError(
+                f"{tokens.where(first)}: {lengths[first]} tokens are more than {key} = {limit} "
+                f"({len(over)} of {len(used)} traces are): {advice}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Which units are drawn at which step: a function of (seed, epoch, step) alone."""
+
+    num_units: int
+    batch: int
+    """Units in a step."""
+    epochs: int | None
+    max_steps: int | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        if self.num_units < self.batch:
+            raise InputError(
+                f"the data gives {self.num_units} units (pairs, or sequences in SFT), fewer than "
+                f"one batch: lower [train] batch = {self.batch} or add data"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches of an epoch."""
+        return self.num_units // self.batch
+
+    @property
+    def dropped_per_epoch(self) -> int:
+        """Units of the last, partial batch: not trained in that epoch."""
+        return self.num_units % self.batch
+
+    @property
+    def total_steps(self) -> int:
+        """Steps until the earlier of `epochs` and `max_steps`; one epoch if neither is given."""
+        if self.epochs is None and self.max_steps is None:
+            return self.steps_per_epoch
+        by_epochs = None if self.epochs is None else self.epochs * self.steps_per_epoch
+        return min(limit for limit in (by_epochs, self.max_steps) if limit is not None)
+
+    def units(self, step: int) -> np.ndarray:
+        """The units of a step, int64 [batch]; steps count from 1."""
+        if step < 1:
+            raise ValueError(f"steps count from 1, got {step}")
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        order = _permutation(self.num_units, self.seed, epoch)
+        return order[position * self.batch : (position + 1) * self.batch]
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    # Sorted raw bits, not Generator.permutation: numpy promises the stream of bits for every
+    # version, but not what Generator makes of it, and a resume may meet another numpy.
+    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    order = np.argsort(bits, kind="stable").astype(np.int64)
+    order.flags.writeable = False
+    return order

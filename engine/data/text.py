@@ -1,0 +1,189 @@
+"""Chat template, end of sequence and tokenizer: from a trace to token ids.
+
+The prompt and the completion are tokenized apart: tokenized together, the last characters of
+the one could merge with the first of the other, and the model is never prompted like that.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from redi.engine.data.traces import Message, Trace, as_messages
+from redi.engine.errors import InputError
+
+TEMPLATES = ("chat", "none")
+_PROBE = "redi probe message"
+_OPENED_TAG = re.compile(r"<[^<>/|｜\s]+>\s*$")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSettings:
+    """Everything that shapes token ids; a change of any part makes another cache."""
+
+    paths: tuple[str, ...]
+    """Files, folders and hub names."""
+    format: str
+    """A row shape of `redi.engine.data.formats`, or "auto"."""
+    template: str
+    """"chat": the tokenizer's chat template. "none": prompt and completion as they are."""
+    system_prompt: str | None
+    """Put before messages that have no system message; needs the chat template."""
+    tokenizer_path: str
+    """Folder or hub name of a tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of one trace."""
+
+    ids: np.ndarray
+    """int32 [length]: prompt, then completion with its end."""
+    prompt_length: int
+
+
+class Encoder:
+    """A tokenizer with its template, as the settings want them applied."""
+
+    def __init__(self, settings: TokenSettings) -> None:
+        """Loads the tokenizer; InputError if it cannot be had or lacks what is needed."""
+        if settings.template not in TEMPLATES:
+            known = ", ".join(TEMPLATES)
+            raise InputError(f"[data] template {settings.template!r} is unknown; known: {known}")
+        if settings.template == "none" and settings.system_prompt is not None:
+            raise InputError('[data] system_prompt has no place without a template: use "chat"')
+        self._tokenizer = load_tokenizer(settings.tokenizer_path)
+        if settings.template == "chat" and not self._tokenizer.chat_template:
+            raise InputError(
+                f"{settings.tokenizer_path}: the tokenizer has no chat template: set [data] "
+                'template = "none", or give a tokenizer with one'
+            )
+        self._eos: str = self._tokenizer.eos_token
+        self._eos_id: int = self._tokenizer.eos_token_id
+        self._template = settings.template
+        self._system_prompt = settings.system_prompt
+
+    def digest(self) -> str:
+        """Hash of the tokenizer, its template and how they are applied."""
+        parts = (
+            self._tokenizer.backend_tokenizer.to_str(),
+            self._tokenizer.chat_template,
+            self._eos,
+            self._template,
+            self._system_prompt,
+        )
+        return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+
+    def encode(self, traces: Sequence[Trace]) -> list[Encoded]:
+        """Token ids of each trace; InputError naming the row that cannot be rendered."""
+        texts = [self.texts(trace) for trace in traces]
+        # Traces of one problem share the prompt: it is tokenized once.
+        prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(p for p, _ in texts))}
+        prompt_ids = self._ids(list(prompts))
+        completion_ids = self._ids([completion for _, completion in texts])
+        encoded = []
+        for trace, (prompt, completion), end in zip(traces, texts, completion_ids, strict=True):
+            start = prompt_ids[prompts[prompt]]
+            if not start or not end:
+                what = "completion" if start else "prompt"
+                raise InputError(f"{trace.where}: the {what} has no token in this vocabulary")
+            if not completion.rstrip().endswith(self._eos):
+                end = [*end, self._eos_id]
+            encoded.append(Encoded(np.array([*start, *end], dtype=np.int32), len(start)))
+        return encoded
+
+    def texts(self, trace: Trace) -> tuple[str, str]:
+        """The prompt's and the completion's text, with whatever the template puts around them."""
+        if self._template == "none":
+            return _plain_prompt(trace), trace.completion
+        messages = [{"role": m.role, "content": m.content} for m in self._with_system(trace.prompt)]
+        return self._chat_texts(messages, trace)
+
+    def _chat_texts(self, messages: list[dict[str, str]], trace: Trace) -> tuple[str, str]:
+        """Prompt with the generation prompt; then what the full conversation adds to it.
+
+        Some templates rewrite the answer (they cut reasoning out, up to `</think>`), or have a
+        generation prompt that the full conversation lacks. The trace is what is to be learned:
+        it then goes in as it is, with the end of turn that the template gives any message.
+        """
+        where = trace.where
+        prompt = self._render(messages, where, add_generation_prompt=True)
+        completion = _without_opened_tag(prompt, trace.completion)
+        full = self._render(_answered(messages, trace.completion), where)
+        added = full.removeprefix(prompt) if full.startswith(prompt) else ""
+        # Stripped: many templates trim the white space around a message.
+        if completion.strip() in added:
+            return prompt, added
+        probe = self._render(_answered(messages, _PROBE), where)
+        _, found, end_of_turn = probe.rpartition(_PROBE)
+        if not found:
+            raise InputError(f"{where}: the chat template does not show the assistant's message")
+        return prompt, completion + end_of_turn
+
+    def _render(self, messages: list[dict[str, str]], where: str, **options: bool) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:  # a template may raise anything, of its own or of Jinja's
+            problem = " ".join(str(error).split())
+            raise InputError(f"{where}: the chat template refuses the row: {problem}") from error
+
+    def _with_system(self, prompt: tuple[Message, ...] | str) -> tuple[Message, ...]:
+        messages = as_messages(prompt)
+        if self._system_prompt is None or any(m.role == "system" for m in messages):
+            return messages
+        return (Message("system", self._system_prompt), *messages)
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:  # transformers cannot tokenize an empty batch
+            return []
+        # verbose: else it warns of sequences longer than the tokenizer's nominal maximum.
+        batch = self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return batch["input_ids"]
+
+
+def load_tokenizer(path: str) -> Any:
+    """The fast tokenizer in a folder or on the hub; InputError if there is none with an EOS."""
+    from transformers import AutoTokenizer  # imported late: a cache can be read without it
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # transformers and the hub client raise a great many types
+        problem = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: no tokenizer can be loaded from here: {problem}") from error
+    if not tokenizer.is_fast:
+        raise InputError(f"{path}: a fast tokenizer is needed (a folder with tokenizer.json)")
+    if tokenizer.eos_token is None:
+        raise InputError(f"{path}: the tokenizer has no eos_token: the end could not be trained")
+    return tokenizer
+
+
+def _answered(messages: list[dict[str, str]], answer: str) -> list[dict[str, str]]:
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def _without_opened_tag(prompt: str, completion: str) -> str:
+    """Drops the completion's opening tag if the generation prompt has already opened it.
+
+    Reasoning models' templates end with "<think>" and a newline; teachers' traces begin so.
+    """
+    opened = _OPENED_TAG.search(prompt)
+    if not opened:
+        return completion
+    if completion.startswith(opened.group()):
+        return completion.removeprefix(opened.group())
+    return completion.removeprefix(opened.group().rstrip())
+
+
+def _plain_prompt(trace: Trace) -> str:
+    prompt = as_messages(trace.prompt)
+    if len(prompt) != 1 or prompt[0].role != "user":
+        raise InputError(
+            f"{trace.where}: a prompt of several messages needs a chat template: "
+            'set [data] template = "chat"'
+        )
+    return prompt[0].content

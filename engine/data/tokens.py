@@ -1,0 +1,184 @@
+"""Tokenizes a data set once, in parallel, and keeps the result in a cache on disk."""
+
+import multiprocessing
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
+from redi.engine.data.rows import Row, Source, find_sources, read_source
+from redi.engine.data.text import Encoder, TokenSettings
+from redi.engine.data.traces import normalise
+from redi.engine.errors import InputError
+from tqdm import tqdm
+
+__all__ = ["TokenSettings", "TokenizedTraces", "cache_key", "tokenize"]
+
+CACHE_VERSION = 1
+"""Raise it whenever the same input would give other tokens or another file layout."""
+_CHUNK_ROWS = 128
+# Starting worker processes takes seconds: a set of fewer chunks is done before they are up.
+_CHUNKS_WORTH_WORKERS = 16
+
+
+# Columns that are known only once the whole set is seen in order are added last.
+_CHUNK_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in ("source", "group")])
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """The traces of some rows, tokenized."""
+
+    batch: pa.RecordBatch
+    """Columns of _CHUNK_SCHEMA, one row a trace."""
+    sources: list[str]
+    """Name of each trace's source."""
+    groups: list[str]
+    """Problem of each trace."""
+    dropped: Counter[str]
+
+
+def tokenize(
+    settings: TokenSettings, cache_dir: Path, *, processes: int, progress: bool
+) -> TokenizedTraces:
+    """The tokenized traces of a data set: from the cache, or made now and cached.
+
+    Args:
+        settings: the data and how to tokenize it.
+        cache_dir: holds one folder for each key.
+        processes: worker processes; with 1, the tokenizer's own threads do the work.
+        progress: whether to show a progress bar.
+
+    Several processes may do this at once; each ends with the same complete cache.
+
+    Raises InputError for anything wrong with the data, naming file and row; RunError if the
+    cache cannot be written.
+    """
+    sources = find_sources(settings.paths)
+    names = [source.name for source in sources]
+    encoder = Encoder(settings)
+    key = cache_key(sources, settings, encoder)
+    folder = cache_dir / key
+    cached = open_cache(folder, names)
+    if cached is not None:
+        return cached
+
+    dropped: Counter[str] = Counter()
+    rows = chain.from_iterable(read_source(source, settings.format) for source in sources)
+    chunks = _tokenized_chunks(rows, settings, encoder, processes)
+
+    def describe(size: int, count: int) -> Meta:
+        if count == 0:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+            raise InputError(f"{', '.join(names)}: no trace is left; dropped: {reasons}")
+        return Meta(key, size, count, tuple(names), dict(dropped))
+
+    with tqdm(desc="tokenizing", unit=" traces", disable=not progress) as bar:
+        write_cache(folder, _numbered_batches(chunks, names, dropped, bar), describe)
+    made = open_cache(folder, names)
+    assert made is not None, f"the cache just written to {folder} is not whole"
+    return made
+
+
+def cache_key(sources: list[Source], settings: TokenSettings, encoder: Encoder) -> str:
+    """Hash of everything that shapes the tokens; file names do not."""
+    parts = [str(CACHE_VERSION), settings.format, encoder.digest()]
+    parts += [source.digest() for source in sources]
+    return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
+
+
+def _tokenized_chunks(
+    rows: Iterator[Row], settings: TokenSettings, encoder: Encoder, processes: int
+) -> Iterator[_Chunk]:
+    """The chunks in the rows' order, whatever the number of processes."""
+    chunks = iter(lambda: list(islice(rows, _CHUNK_ROWS)), [])
+    first = list(islice(chunks, _CHUNKS_WORTH_WORKERS))
+    if processes <= 1 or len(first) < _CHUNKS_WORTH_WORKERS:
+        for chunk in chain(first, chunks):
+            yield _tokenize_chunk(chunk, encoder)
+        return
+    # Spawned, not forked: the caller may hold threads (gloo, CUDA) that a fork would break.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (settings,))
+    try:
+        # Few chunks in flight: the pool would else take in the whole set at once.
+        pending: deque[Future[_Chunk]] = deque()
+        for chunk in chain(first, chunks):
+            pending.append(pool.submit(_tokenize_in_worker, chunk))
+            if len(pending) > 2 * processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _tokenize_chunk(rows: list[Row], encoder: Encoder) -> _Chunk:
+    dropped: Counter[str] = Counter()
+    pairs = [(row, trace) for row in rows for trace in normalise(row, row.format, dropped)]
+    traces = [trace for _, trace in pairs]
+    encoded = encoder.encode(traces)
+    offsets = np.cumsum([0, *(len(one.ids) for one in encoded)], dtype=np.int32)
+    values = np.concatenate([np.zeros(0, np.int32), *(one.ids for one in encoded)])
+    columns = [
+        pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)),
+        [one.prompt_length for one in encoded],
+        [trace.sign for trace in traces],
+        [trace.weight for trace in traces],
+        [trace.teacher for trace in traces],
+        [row.number for row, _ in pairs],
+    ]
+    return _Chunk(
+        _record_batch(columns, _CHUNK_SCHEMA),
+        [row.source for row, _ in pairs],
+        [trace.group for trace in traces],
+        dropped,
+    )
+
+
+def _numbered_batches(
+    chunks: Iterable[_Chunk], names: list[str], dropped: Counter[str], bar: tqdm
+) -> Iterator[pa.RecordBatch]:
+    """Batches with sources and problems numbered; counts into `dropped` on the way."""
+    source_numbers = {name: number for number, name in enumerate(names)}
+    group_numbers: dict[str, int] = {}
+    tokens = 0
+    for chunk in chunks:
+        dropped.update(chunk.dropped)
+        if chunk.batch.num_rows == 0:
+            continue
+        sources = [source_numbers[name] for name in chunk.sources]
+        groups = [group_numbers.setdefault(name, len(group_numbers)) for name in chunk.groups]
+        yield _record_batch([*chunk.batch.columns, sources, groups], SCHEMA)
+        tokens += len(chunk.batch["ids"].values)
+        bar.update(chunk.batch.num_rows)
+        bar.set_postfix_str(f"{tokens / 1e6:.1f} M tokens", refresh=False)
+
+
+def _record_batch(columns: list[Any], schema: pa.Schema) -> pa.RecordBatch:
+    typed = zip(columns, schema, strict=True)
+    arrays = [pa.array(column, field.type) for column, field in typed]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+_worker_encoder: Encoder | None = None
+
+
+def _start_worker(settings: TokenSettings) -> None:
+    global _worker_encoder
+    # The processes are the parallelism; threads on top of them would only contend.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_encoder = Encoder(settings)
+
+
+def _tokenize_in_worker(rows: list[Row]) -> _Chunk:
+    assert _worker_encoder is not None, "the pool's initializer makes it"
+    return _tokenize_chunk(rows, _worker_encoder)

@@ -1,0 +1,318 @@
+"""From a raw row of any shape to traces: one prompt, one completion, one sign each."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+from redi.engine.data.formats import FORMATS, resolve_format
+from redi.engine.data.rows import Row
+from redi.engine.errors import InputError
+
+# Keys of a chat message that carry meaning which role and content alone would lose.
+_UNREAD_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A teacher's answer to a problem, with its verdict."""
+
+    prompt: tuple[Message, ...] | str
+    """The messages before the answer, or plain text."""
+    completion: str
+    sign: int
+    """+1 for a correct (chosen) trace, -1 for an incorrect (rejected) one."""
+    group: str
+    """Traces of one problem share it: pairs are formed within a group, never across."""
+    weight: float
+    teacher: str | None
+    where: str
+    """The row that it came from, for messages: "file.jsonl:12"."""
+
+
+def normalise(row: Row, format: str = "auto", dropped: Counter[str] | None = None) -> list[Trace]:
+    """The traces of one row, in the row's order.
+
+    Args:
+        row: a raw row.
+        format: a key of `FORMATS`, or "auto": told from this row's columns.
+        dropped: what the paper's filter of OpenR1 rows leaves out is counted here, by reason.
+
+    Raises InputError naming the row and the column: a missing column, a wrong type, an empty
+    prompt or completion.
+    """
+    format = resolve_format(format, row.value.keys(), row.where)
+    for column in FORMATS[format].required:
+        if column not in row.value:
+            found = ", ".join(row.value) or "none"
+            raise _error(row, column, f"is missing; the row has: {found}")
+    return _READERS[format](row, Counter() if dropped is None else dropped)
+
+
+def as_messages(prompt: tuple[Message, ...] | str) -> tuple[Message, ...]:
+    """The prompt as messages: plain text is one user message."""
+    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def _preference(row: Row, _: Counter[str]) -> list[Trace]:
+    chosen, rejected = row.value["chosen"], row.value["rejected"]
+    for column in ("chosen", "rejected"):
+        if not isinstance(row.value[column], str | list):
+            raise _error(row, column, "must be text or a list of messages")
+    if type(chosen) is not type(rejected):
+        raise _error(row, "rejected", "must be of chosen's kind: text, or a list of messages")
+    if isinstance(chosen, str):
+        if "prompt" not in row.value:
+            raise _error(row, "prompt", "is missing; plain chosen and rejected need it")
+        prompt = _prompt(row, "prompt")
+        completions = (_text(row, "chosen", chosen), _text(row, "rejected", rejected))
+    else:
+        prompt, completions = _conversational_pair(row)
+    # Without an id the row itself is the problem: its pair stays the pair that the user made.
+    group = _group(row, "id", prompt, default=row.where)
+    return [
+        _trace(row, prompt, text, sign, group)
+        for text, sign in zip(completions, (1, -1), strict=True)
+    ]
+
+
+def _conversational_pair(row: Row) -> tuple[tuple[Message, ...] | str, tuple[str, str]]:
+    """Prompt and answers of a row whose chosen and rejected are messages.
+
+    Each holds the answer alone (the prompt has its own column) or the whole conversation.
+    """
+    pair = []
+    for column in ("chosen", "rejected"):
+        messages = _messages(row, column, row.value[column])
+        if messages[-1].role != "assistant":
+            raise _error(row, column, "must end with an assistant message")
+        pair.append(messages)
+    chosen, rejected = pair
+    if chosen[:-1] != rejected[:-1]:
+        raise _error(row, "rejected", "must differ from chosen in the last message only")
+    prompt: tuple[Message, ...] | str = chosen[:-1]
+    own_prompt = _prompt(row, "prompt") if row.value.get("prompt") is not None else None
+    if not prompt:
+        if own_prompt is None:
+            raise _error(row, "prompt", "is missing, and chosen holds the answer alone")
+        prompt = own_prompt
+    elif own_prompt is not None and not _repeats(own_prompt, chosen[:-1]):
+        raise _error(row, "prompt", "differs from the prompt that chosen and rejected begin with")
+    else:
+        _check_prompt(row, "chosen", chosen[:-1])
+    return prompt, (chosen[-1].content, rejected[-1].content)
+
+
+def _repeats(prompt: tuple[Message, ...] | str, messages: tuple[Message, ...]) -> bool:
+    """Whether the prompt column says again what the conversation begins with."""
+    if isinstance(prompt, str):
+        return any(message.content == prompt for message in messages)
+    return prompt == messages
+
+
+def _prompt_completion(row: Row, _: Counter[str]) -> list[Trace]:
+    prompt = _prompt(row, "prompt")
+    completion = row.value["completion"]
+    if isinstance(completion, list):
+        messages = _messages(row, "completion", completion)
+        if len(messages) != 1 or messages[0].role != "assistant":
+            raise _error(row, "completion", "must be text or a list of one assistant message")
+        completion = messages[0].content
+    text = _text(row, "completion", completion)
+    return [_trace(row, prompt, text, _label(row), _group(row, "id", prompt))]
+
+
+def _conversation(row: Row, _: Counter[str]) -> list[Trace]:
+    """The last assistant message is the completion; what comes after it cannot bear on it."""
+    messages = _messages(row, "messages", row.value["messages"])
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    if not answers:
+        raise _error(row, "messages", "holds no assistant message: the row has no completion")
+    prompt = messages[: answers[-1]]
+    _check_prompt(row, "messages", prompt)
+    text = messages[answers[-1]].content
+    return [_trace(row, prompt, text, _label(row), _group(row, "id", prompt))]
+
+
+def _graded_traces(row: Row, _: Counter[str]) -> list[Trace]:
+    prompt = _prompt(row, "prompt")
+    group = _group(row, "id", prompt)
+    entries = row.value["traces"]
+    if not isinstance(entries, list) or not entries:
+        raise _error(row, "traces", "must be a list of at least one trace")
+    traces = []
+    for index, entry in enumerate(entries):
+        column = f"traces[{index}]"
+        if not isinstance(entry, dict) or not {"text", "correct"} <= entry.keys():
+            raise _error(row, column, "must be an object with text and correct")
+        text = _text(row, f"{column}.text", entry["text"])
+        sign = _sign(row, f"{column}.correct", entry["correct"])
+        traces.append(_trace(row, prompt, text, sign, group, entry))
+    return traces
+
+
+def _openr1(row: Row, dropped: Counter[str]) -> list[Trace]:
+    """OpenR1-Math-Raw with the paper's filter (arXiv 2505.24850, appendix on data)."""
+    valid, source = row.value["problem_is_valid"], row.value["source"]
+    for column, value in (("problem_is_valid", valid), ("source", source)):
+        if value is not None and not isinstance(value, str):
+            raise _error(row, column, f"must be text, not {type(value).__name__}")
+    generations, correctness = row.value["generations"], row.value["correctness"]
+    if not isinstance(generations, list):
+        raise _error(row, "generations", "must be a list of texts")
+    if not isinstance(correctness, dict):
+        raise _error(row, "correctness", "must be an object with the two verifiers' lists")
+    verdicts = [
+        correctness.get(key) or [] for key in ("llama_verification", "math_verify_reparsed_answer")
+    ]
+    if not all(isinstance(verdict, list) for verdict in verdicts):
+        raise _error(row, "correctness", "must hold a list for each verifier")
+    if (valid or "").lower() != "yes":
+        dropped["problem not valid"] += 1
+    elif source == "cn_k12":
+        dropped["source cn_k12"] += 1
+    elif any(len(verdict) != len(generations) for verdict in verdicts):
+        dropped["lists of different length"] += 1
+    else:
+        prompt = _prompt(row, "problem")
+        group = _group(row, "uuid" if row.value.get("uuid") is not None else "id", prompt)
+        traces = []
+        for index, (text, *correct) in enumerate(zip(generations, *verdicts, strict=True)):
+            if text is None or (isinstance(text, str) and not text.strip()):
+                dropped["empty generation"] += 1
+                continue
+            text = _text(row, f"generations[{index}]", text)
+            sign = 1 if all(verdict is True for verdict in correct) else -1
+            traces.append(_trace(row, prompt, text, sign, group))
+        return traces
+    return []
+
+
+_READERS: dict[str, Callable[[Row, Counter[str]], list[Trace]]] = {
+    "preference": _preference,
+    "prompt-completion": _prompt_completion,
+    "messages": _conversation,
+    "traces": _graded_traces,
+    "openr1": _openr1,
+}
+
+
+def _trace(
+    row: Row,
+    prompt: tuple[Message, ...] | str,
+    completion: str,
+    sign: int,
+    group: str,
+    entry: dict[str, Any] | None = None,
+) -> Trace:
+    """Builds a trace; `entry` may carry its own teacher and weight, else they are the row's."""
+    entry = entry or {}
+    teacher = entry.get("teacher", row.value.get("teacher"))
+    if teacher is not None and not isinstance(teacher, str):
+        raise _error(row, "teacher", f"must be text, not {type(teacher).__name__}")
+    weight = _weight(row, entry.get("weight", row.value.get("weight")))
+    return Trace(prompt, completion, sign, group, weight, teacher, row.where)
+
+
+def _prompt(row: Row, column: str) -> tuple[Message, ...] | str:
+    value = row.value[column]
+    if isinstance(value, str):
+        return _text(row, column, value)
+    prompt = _messages(row, column, value)
+    _check_prompt(row, column, prompt)
+    return prompt
+
+
+def _check_prompt(row: Row, column: str, prompt: tuple[Message, ...]) -> None:
+    if not any(message.role == "user" for message in prompt):
+        raise _error(row, column, "has an empty prompt: no user message before the completion")
+    if prompt[-1].role == "assistant":
+        raise _error(row, column, "has a prompt that ends with an assistant message")
+
+
+def _messages(row: Row, column: str, value: object) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise _error(row, column, "must be a list of at least one message (or text, if a prompt)")
+    messages = []
+    for index, message in enumerate(value):
+        name = f"{column}[{index}]"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise _error(row, name, "must be an object with role and content")
+        for key in _UNREAD_MESSAGE_KEYS:
+            if message.get(key):
+                raise _error(row, f"{name}.{key}", "is not read: put its text into content")
+        role = _text(row, f"{name}.role", message["role"])
+        # A system message may be empty: that is how a template's default one is switched off.
+        content = _text(row, f"{name}.content", message["content"], empty=role == "system")
+        messages.append(Message(role, content))
+    return tuple(messages)
+
+
+def _text(row: Row, column: str, value: object, *, empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise _error(row, column, f"must be text, not {_type_name(value)}")
+    if not empty and not value.strip():
+        raise _error(row, column, "is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _error(row, column, f"is not valid Unicode text: {error.reason}") from error
+    return value
+
+
+def _label(row: Row) -> int:
+    return _sign(row, "label", row.value["label"]) if "label" in row.value else 1
+
+
+def _sign(row: Row, column: str, value: object) -> int:
+    if isinstance(value, str) and value.lower() in ("true", "1", "false", "0"):
+        return 1 if value.lower() in ("true", "1") else -1
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return 1 if value else -1
+    raise _error(row, column, f"must be true or false (or 1 or 0), not {value!r}")
+
+
+def _weight(row: Row, value: object) -> float:
+    if value is None:
+        return 1.0
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not (math.isfinite(weight) and weight > 0):
+        raise _error(row, "weight", f"must be a positive finite number, not {value!r}")
+    return weight
+
+
+def _group(
+    row: Row, column: str, prompt: tuple[Message, ...] | str, default: str | None = None
+) -> str:
+    """The problem that the row belongs to: its id where it has one, else `default` or the prompt.
+
+    The prompt's hash is joined to an id: two files may both count their problems from 0.
+    """
+    value = row.value.get(column)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
+        raise _error(row, column, f"must be text or a whole number, not {_type_name(value)}")
+    if value is None and default is not None:
+        return default
+    digest = xxhash.xxh3_128_hexdigest(repr(as_messages(prompt)).encode())
+    return digest if value is None else f"{value}|{digest}"
+
+
+def _type_name(value: object) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _error(row: Row, column: str, problem: str) -> InputError:
+    return InputError(f"{row.where}: column {column!r} {problem}")

@@ -1,0 +1,56 @@
+"""Held-out log-probs of both signs during training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from redi.engine.data.packing import Cost, build_batch, pack
+from redi.engine.data.schedule import Examples
+from redi.engine.data.tokens import TokenizedTraces
+from redi.engine.distributed import World
+from redi.engine.model.student import Student
+from redi.engine.train.objectives import StepTotals
+
+
+@torch.no_grad()
+def validate(
+    student: Student,
+    tokens: TokenizedTraces,
+    examples: Examples,
+    *,
+    row_tokens: int,
+    cost: Cost,
+    world: World,
+) -> dict[str, Any]:
+    """Mean log-prob per token of the held-out traces. Every rank must call it.
+
+    Args:
+        examples: units [n, 1] of positives, or [n, 2] of pairs.
+        row_tokens, cost: as in training.
+
+    Returns:
+        positive_logp, and for pairs negative_logp and margin_accuracy: the share of pairs whose
+        positive has the higher mean log-prob.
+    """
+    sequences = np.unique(examples.units)
+    lengths = examples.lengths[sequences]
+    packing = pack(lengths, row_tokens=row_tokens, world_size=world.size, cost=cost)
+    means = torch.zeros(len(examples.lengths), dtype=torch.float64)
+    totals = StepTotals(units=1, targets=1)  # the loss itself is not used
+    for rows in packing.rows:
+        row = sequences[rows[world.rank]]
+        batch = build_batch(tokens, row, examples.lengths).to(world.device)
+        out = student(batch, totals)
+        if not batch.is_dummy:
+            mean = out.sequence_logps.double() / out.sequence_lengths.clamp(min=1)
+            means[row] = mean.cpu()
+    dist.all_reduce(means)
+    by_unit = means.numpy()[examples.units]
+    result = {"positive_logp": float(by_unit[:, 0].mean())}
+    if by_unit.shape[1] == 2:
+        result["negative_logp"] = float(by_unit[:, 1].mean())
+        result["margin_accuracy"] = float((by_unit[:, 0] > by_unit[:, 1]).mean())
+    return result

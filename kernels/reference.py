@@ -1,0 +1,163 @@
+"""What every op means, in plain PyTorch: read this first.
+
+Each function has the name and signature of a public op of `redi.kernels` and is its definition:
+whole logits, ordinary autograd, nothing clever. Everything is computed in float32, or in float64
+for float64 inputs, and float64 is the oracle of the tests. `valid_index`, `backend` and
+`chunk_tokens` say how to compute, not what, so they are accepted and ignored.
+
+Dimensions, here and in every other file:
+
+    T   tokens of a packed row           N   tokens whose target is not masked (N <= T)
+    S   sequences of the row             C   tokens of one chunk
+    D   hidden size                      V   vocabulary size
+
+Names: `hidden` [T, D] enters the lm_head, `weight` [V, D] is the lm_head, z = hidden weight^T are
+the logits, p = softmax(z), and logp_t = log p_t[targets_t]. A token's weight w_t says how much
+its log-prob is wanted: loss = - sum_t w_t logp_t.
+"""
+
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # the target of a token that takes no part, as in torch.nn.functional
+
+Coefficient = Literal["weight", "dft", "unlikelihood"]
+Backend = Literal["auto", "reference", "torch", "triton"]
+
+
+class RediLoss(NamedTuple):
+    """What `redi_loss` returns; a tuple, so that FSDP2's hooks find the tensors in it."""
+
+    loss: Tensor
+    """Scalar float32 (float64 for float64 inputs), differentiable."""
+    sequence_logps: Tensor
+    """[S], the loss's dtype: sum of the log-probs of each sequence's unmasked tokens, detached."""
+    sequence_lengths: Tensor
+    """[S] int64: each sequence's number of unmasked tokens |y_s|."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, log-probs, losses and sums for operands of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _valid_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens [T] are unmasked, and their logits [N, V]."""
+    valid = targets != IGNORE_INDEX
+    dtype = accumulation_dtype(hidden.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return valid, hidden[valid].to(dtype) @ weight.to(dtype).T
+
+
+def _place(values: Tensor, valid: Tensor) -> Tensor:
+    """Spread values [N] of the unmasked tokens over all T tokens, 0 elsewhere."""
+    return torch.zeros(valid.shape, dtype=values.dtype, device=values.device).masked_scatter(
+        valid, values
+    )
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    keep: bool | Literal["auto"] = "auto",
+    valid_index: Tensor | None = None,
+    backend: Backend = "reference",
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """logp_t = z_t[targets_t] - logsumexp(z_t) for each token [T]; 0 where masked."""
+    valid, logits = _valid_logits(hidden, weight, targets)
+    logps = torch.log_softmax(logits, -1).gather(1, targets[valid, None])[:, 0]
+    return _place(logps, valid)
+
+
+def signed_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    *,
+    coefficient: Coefficient = "weight",
+    valid_index: Tensor | None = None,
+    backend: Backend = "reference",
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss over all tokens, and the detached log-probs [T].
+
+    weight        - sum_t w_t logp_t
+    dft           - sum_t w_t sg(p_t) logp_t, sg = stop-gradient
+    unlikelihood  - sum_t w_t logp_t where w_t >= 0, |w_t| * -log(1 - p_t) where w_t < 0
+    """
+    valid, logits = _valid_logits(hidden, weight, targets)
+    target = targets[valid, None]
+    weights = token_weights[valid].to(logits.dtype)
+    logps = torch.log_softmax(logits, -1).gather(1, target)[:, 0]
+    terms = -weights * logps
+    if coefficient == "dft":
+        terms = terms * logps.detach().exp()
+    elif coefficient == "unlikelihood":
+        # 1 - p is the sum over the other columns; subtracting p from 1 would cancel near p = 1.
+        others = logits.scatter(1, target, -torch.inf).logsumexp(-1)
+        terms = torch.where(weights < 0, weights * (others - logits.logsumexp(-1)), terms)
+    return terms.sum(), _place(logps.detach(), valid)
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """sums[s] = sum of values[cu_seqlens[s] : cu_seqlens[s + 1]], [S]; an empty one sums to 0."""
+    bounds = cu_seqlens.tolist()
+    return torch.stack([values[a:b].sum() for a, b in pairwise(bounds)] or [values[:0]]).view(-1)
+
+
+def redi_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    signs: Tensor,
+    *,
+    alpha: float,
+    num_pairs: float,
+    valid_index: Tensor | None = None,
+    backend: Backend = "reference",
+    chunk_tokens: int | None = None,
+) -> RediLoss:
+    """The REDI objective (arXiv 2505.24850), as this call's share of a sum over `num_pairs` pairs.
+
+    loss = (1 / num_pairs) sum_s c_s (sum_{t in s} logp_t) / |y_s|,
+    c_s = -1 where signs is +1, +alpha where it is -1, 0 where it is 0.
+    """
+    logps = segment_sum(linear_logprobs(hidden, weight, targets), cu_seqlens)
+    lengths = segment_sum((targets != IGNORE_INDEX).long(), cu_seqlens)
+    signs = signs.to(logps.dtype)
+    coefficients = torch.where(signs > 0, -signs, -alpha * signs)
+    loss = (coefficients * logps / lengths.clamp(min=1)).sum() / num_pairs
+    return RediLoss(loss, logps.detach(), lengths)
+
+
+def redi_value_and_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    signs: Tensor,
+    *,
+    alpha: float,
+    num_pairs: float,
+    grad_scale: float = 1.0,
+    dweight: Tensor | None = None,
+    valid_index: Tensor | None = None,
+    backend: Backend = "reference",
+    chunk_tokens: int | None = None,
+) -> tuple[RediLoss, Tensor, Tensor]:
+    """`redi_loss` and its gradients times `grad_scale`; adds to `dweight` where one is given."""
+    operands = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    with torch.enable_grad():
+        out = redi_loss(*operands, targets, cu_seqlens, signs, alpha=alpha, num_pairs=num_pairs)
+        dhidden, new_dweight = torch.autograd.grad(out.loss * grad_scale, operands)
+    new_dweight = new_dweight.to(accumulation_dtype(weight.dtype))
+    dweight = new_dweight if dweight is None else dweight.add_(new_dweight)
+    return RediLoss(out.loss.detach(), out.sequence_logps, out.sequence_lengths), dhidden, dweight

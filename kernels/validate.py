@@ -1,0 +1,219 @@
+"""Checks of the arguments of public ops: each error names the argument, what it got, what it needs.
+
+Shapes, dtypes and devices are checked on every call. What lies in a tensor (a target out of
+range, falling cu_seqlens) is checked where that costs no device synchronisation, on the CPU, and
+on other devices with the environment variable REDI_DEBUG=1.
+"""
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from redi.kernels.reference import IGNORE_INDEX, accumulation_dtype
+
+DEBUG = os.environ.get("REDI_DEBUG", "0") not in ("", "0")
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+INDICES = (torch.int32, torch.int64)
+
+
+def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`hidden` [T, D], `weight` [V, D], `targets` [T]: shapes, dtypes, one device.
+
+    Returns `hidden` and `weight` in one dtype. Operands of the same dtype stay as they are (in
+    float32 too: autocast does not lower these logits). Under autocast, operands of two dtypes are
+    cast to its dtype, as `linear` would do; otherwise they are an error.
+    """
+    _check_tensor("hidden", hidden, ("T", "D"), FLOATS)
+    _check_tensor("weight", weight, ("V", "D"), FLOATS)
+    _check_tensor("targets", targets, ("T",), (torch.int64,))
+    device = hidden.device.type
+    if hidden.dtype != weight.dtype and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"hidden and weight must have the same dtype, got {hidden.dtype} and {weight.dtype}"
+        )
+    if hidden.dtype == torch.float64 and hidden.device.type != "cpu":
+        raise TypeError(f"hidden: float64 is for the CPU only, got a tensor on {hidden.device}")
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "hidden [T, D] and weight [V, D] must agree in D, "
+            f"got {_shape(hidden)} and {_shape(weight)}"
+        )
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"weight must have V >= 1 and D >= 1, got {_shape(weight)}")
+    check_per_token("targets", targets, hidden)
+    check_same_device("weight", weight, hidden)
+    return hidden, weight
+
+
+def check_per_token(name: str, values: Tensor, hidden: Tensor) -> None:
+    """`values` [T] on hidden's device."""
+    if values.dim() != 1 or values.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"{name} must have one entry for each row of hidden, shape ({hidden.shape[0]},), "
+            f"got {_shape(values)}"
+        )
+    check_same_device(name, values, hidden)
+
+
+def check_token_weights(token_weights: Tensor, hidden: Tensor) -> None:
+    """`token_weights` [T] floating, without a gradient of its own."""
+    _check_tensor("token_weights", token_weights, ("T",), FLOATS)
+    check_per_token("token_weights", token_weights, hidden)
+    if token_weights.requires_grad:
+        raise ValueError("token_weights gets no gradient from this op: pass token_weights.detach()")
+
+
+def check_sequences(cu_seqlens: Tensor, signs: Tensor, hidden: Tensor) -> None:
+    """`cu_seqlens` [S + 1] and `signs` [S] on hidden's device."""
+    check_cu_seqlens(cu_seqlens, hidden)
+    _check_tensor("signs", signs, ("S",), INTEGERS)
+    if signs.shape[0] != cu_seqlens.shape[0] - 1:
+        raise ValueError(
+            "signs must have one entry for each sequence, shape "
+            f"({cu_seqlens.shape[0] - 1},) for cu_seqlens of {_shape(cu_seqlens)}, "
+            f"got {_shape(signs)}"
+        )
+    check_same_device("signs", signs, hidden)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor) -> None:
+    """`cu_seqlens` [S + 1] on the tokens' device."""
+    _check_tensor("cu_seqlens", cu_seqlens, ("S + 1",), INDICES)
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens must have S + 1 >= 1 entries, got none")
+    check_same_device("cu_seqlens", cu_seqlens, tokens)
+
+
+def check_schedule(valid_index: Tensor | None, chunk_tokens: int | None, hidden: Tensor) -> None:
+    """`valid_index` [N] with N <= T, `chunk_tokens` a positive int; None for either is fine."""
+    if valid_index is not None:
+        _check_tensor("valid_index", valid_index, ("N",), INDICES)
+        check_same_device("valid_index", valid_index, hidden)
+        if valid_index.shape[0] > hidden.shape[0]:
+            raise ValueError(
+                f"valid_index must have at most T = {hidden.shape[0]} entries, "
+                f"got {valid_index.shape[0]}"
+            )
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be a positive int or None, got {chunk_tokens}")
+
+
+def check_objective(alpha: float, num_pairs: float) -> None:
+    """`alpha` finite and >= 0, `num_pairs` finite and > 0."""
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
+    if not (math.isfinite(num_pairs) and num_pairs > 0):
+        raise ValueError(f"num_pairs must be finite and > 0, got {num_pairs}")
+
+
+def check_dweight(dweight: Tensor, weight: Tensor) -> None:
+    """`dweight` [V, D] in the accumulation dtype, contiguous, on weight's device."""
+    _check_tensor("dweight", dweight, ("V", "D"), (accumulation_dtype(weight.dtype),))
+    if dweight.shape != weight.shape:
+        raise ValueError(
+            f"dweight must have weight's shape {_shape(weight)}, got {_shape(dweight)}"
+        )
+    if not dweight.is_contiguous():
+        raise ValueError(f"dweight must be contiguous, got strides {tuple(dweight.stride())}")
+    if dweight.requires_grad:
+        raise ValueError("dweight is written in place: it must not require a gradient")
+    check_same_device("dweight", dweight, weight)
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """`value` is one of `choices`."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def check_same_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    """`tensor` lies where the tokens lie."""
+    if tensor.device != hidden.device:
+        raise ValueError(f"{name} must be on {hidden.device} like the tokens, got {tensor.device}")
+
+
+def check_target_values(targets: Tensor, vocab_size: int, valid_index: Tensor | None) -> None:
+    """Targets in [0, V) or -100, `valid_index` exactly the unmasked positions; reads the tensors.
+
+    Without this check a target out of range would read and write out of bounds.
+    """
+    if not _may_read(targets):
+        return
+    valid = targets != IGNORE_INDEX
+    wrong = valid & ((targets < 0) | (targets >= vocab_size))
+    if wrong.any():
+        position = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"targets must be in [0, {vocab_size}) or {IGNORE_INDEX}, "
+            f"got {int(targets[position])} at position {position}"
+        )
+    if valid_index is None:
+        return
+    if ((valid_index < 0) | (valid_index >= len(targets))).any():
+        raise ValueError(
+            f"valid_index must hold positions in [0, {len(targets)}), "
+            f"got {int(valid_index.min())} to {int(valid_index.max())}"
+        )
+    if not torch.equal(valid_index.long().sort().values, valid.nonzero()[:, 0]):
+        raise ValueError(
+            f"valid_index must hold each position with targets != {IGNORE_INDEX} once, got "
+            f"{len(valid_index)} entries for {int(valid.sum())} unmasked targets"
+        )
+
+
+def check_sequence_values(cu_seqlens: Tensor, tokens: int, signs: Tensor | None = None) -> None:
+    """`cu_seqlens` rises from 0 to T, `signs` are +1, -1 or 0; reads the tensors."""
+    if not _may_read(cu_seqlens):
+        return
+    bounds = cu_seqlens.long()
+    first, last = int(bounds[0]), int(bounds[-1])
+    if first != 0 or last != tokens:
+        raise ValueError(f"cu_seqlens must go from 0 to T = {tokens}, got {first} to {last}")
+    if (falls := bounds.diff() < 0).any():
+        i = int(falls.nonzero()[0])
+        raise ValueError(
+            f"cu_seqlens must not fall, got {int(bounds[i])} then {int(bounds[i + 1])} at {i + 1}"
+        )
+    if signs is not None and (wrong := (signs > 1) | (signs < -1)).any():
+        i = int(wrong.nonzero()[0])
+        raise ValueError(f"signs must be +1, -1 or 0, got {int(signs[i])} at sequence {i}")
+
+
+def check_weight_values(token_weights: Tensor, targets: Tensor) -> None:
+    """Finite weights where the target is not masked; reads the tensors."""
+    if not _may_read(targets):
+        return
+    wrong = ~token_weights.isfinite() & (targets != IGNORE_INDEX)
+    if wrong.any():
+        i = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"token_weights must be finite, got {float(token_weights[i])} at position {i}"
+        )
+
+
+def _may_read(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" or DEBUG
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, dims: tuple[str, ...], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {names}, got {tensor.dtype}")
+    if tensor.dim() != len(dims):
+        raise ValueError(f"{name} must have shape [{', '.join(dims)}], got {_shape(tensor)}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

@@ -1,0 +1,151 @@
+"""What a user can get wrong: exit code 2, one clear line, nothing half-written."""
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redi.engine.cli import main
+
+WriteRecipe = Callable[..., Path]
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "12=", "chosen": "34", "rejected": "56", **changes}
+
+
+def jsonl(*rows: Any) -> bytes:
+    return "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows).encode()
+
+
+GOOD = [row(prompt=f"{n}=") for n in range(10)]
+FILES: dict[str, tuple[bytes | None, dict[str, Any], list[str]]] = {
+    # what: (content of data.jsonl, changes to the recipe, what the line must say)
+    "missing file": (None, {}, ["data.jsonl"]),
+    "empty file": (b"", {}, ["data.jsonl", "empty"]),
+    "broken JSON": (jsonl(*GOOD[:2], '{"prompt": '), {}, ["data.jsonl:3"]),
+    "no object": (jsonl(GOOD[0], "[1]"), {}, ["data.jsonl:2"]),
+    "missing column": (jsonl(GOOD[0], {"prompt": "1="}), {}, ["data.jsonl:2"]),
+    "wrong type": (jsonl(GOOD[0], row(chosen=7)), {}, ["data.jsonl:2", "chosen"]),
+    "no completion": (jsonl(GOOD[0], row(rejected=" ")), {}, ["data.jsonl:2", "rejected"]),
+    "empty prompt": (jsonl(GOOD[0], row(prompt="")), {}, ["data.jsonl:2", "prompt"]),
+    "over max_tokens": (
+        jsonl(*GOOD, row(chosen="1" * 99)),
+        {},
+        ["data.jsonl:11", "max_tokens", "drop"],
+    ),
+    "over row_tokens": (
+        jsonl(*GOOD, row(chosen="1" * 40)),
+        {"train.row_tokens": 32, "data.overlong": "drop"},
+        ["data.jsonl:11", "row_tokens"],
+    ),
+    "fewer rows than a batch": (jsonl(*GOOD[:3]), {}, ["batch"]),
+    "only positives": (
+        jsonl(*({"prompt": "1=", "completion": "2"} for _ in range(20))),
+        {},
+        ["only positive"],
+    ),
+    "only negatives": (
+        jsonl(*({"prompt": "1=", "completion": "2", "label": False} for _ in range(20))),
+        {},
+        ["only negative"],
+    ),
+    "no positives for SFT": (
+        jsonl(*({"prompt": "1=", "completion": "2", "label": False} for _ in range(20))),
+        {"objective.name": "sft"},
+        ["no positive"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_bad_data_is_one_line_with_file_and_row(
+    what: str, recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, changes, said = FILES[what]
+    data = tmp_path / "data.jsonl"
+    if content is not None:
+        data.write_bytes(content)
+    path = recipe("r", {"data.path": str(data), "data.cache": str(tmp_path / "cache"), **changes})
+    assert main(["train", str(path)]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len([line for line in err if line.startswith("redi: ")]) == 1, err
+    for words in said:
+        assert words in err[-1]
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_gzipped_file_that_is_cut_off_is_named(
+    recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl.gz"
+    data.write_bytes(gzip.compress(jsonl(*GOOD))[:-20])
+    assert main(["train", str(recipe("r", {"data.path": str(data)}))]) == 2
+    assert "data.jsonl.gz" in capsys.readouterr().err
+
+
+def test_a_model_folder_without_safetensors_is_refused(
+    world: Path, recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(world / "model", folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert main(["train", str(recipe("r", {"model.path": str(folder)}))]) == 2
+    assert "has no *.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/model"])
+def test_a_missing_model_is_named(
+    path: str, recipe: WriteRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe("r", {"model.path": path}))]) == 2
+    assert f"model.path: {path}" in capsys.readouterr().err
+
+
+def test_a_truncated_model_file_is_refused(
+    world: Path, recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(world / "model", folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert main(["train", str(recipe("r", {"model.path": str(folder)}))]) == 2
+    err = capsys.readouterr().err
+    assert "model.path" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(
+    recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert main(["train", str(recipe("r", {"run.dir": str(tmp_path / "mine")}))]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_model_with_softcapped_logits_is_refused(
+    world: Path, recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(world / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 30.0}))
+    assert main(["train", str(recipe("r", {"model.path": str(folder)}))]) == 2
+    assert "soft-capped logits" in capsys.readouterr().err
+
+
+def test_under_torchrun_one_rank_speaks(
+    recipe: WriteRecipe, redi: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = recipe("r", {"data.path": str(tmp_path / "none.jsonl")})
+    done = redi("train", path, ranks=2)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("redi: ")]
+    assert len(lines) == 1, done.stderr
+    assert "none.jsonl" in lines[0]

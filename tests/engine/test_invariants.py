@@ -1,0 +1,175 @@
+"""The mathematics of a step does not depend on packing, micro-steps, ranks or sharding.
+
+One launch per world size runs all its recipes: a launch costs seconds. The oracle is plain
+transformers in float64, one sequence at a time.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from redi.engine.cli import main
+from redi.engine.config import build_parser, load_recipe
+from redi.engine.data.loader import StepLoader
+from redi.engine.data.packing import Cost
+from redi.engine.distributed import join_world
+from redi.engine.train.loop import prepare_data
+from transformers import AutoModelForCausalLM
+
+Steps = Callable[[Path], list[dict[str, Any]]]
+
+# Adam's first updates are signs of the gradient: where it is rounding noise, a large eps keeps
+# noise from becoming a whole step.
+STEADY = {"optim.eps": 1e-3, "optim.schedule": "constant", "optim.warmup": 0.0}
+OBJECTIVES = {
+    "sft": {"objective.name": "sft"},
+    "token": {"objective.name": "sft", "objective.normalisation": "token"},
+    "redi": {"objective.name": "redi"},
+    "alpha0": {"objective.name": "redi", "objective.alpha": 0.0},
+}
+# Rows of 64 tokens hold one or two sequences, rows of 4096 a whole step.
+LAYOUTS = {
+    "whole": {"train.row_tokens": 4096},
+    "split": {"train.row_tokens": 64},
+    "recomputed": {"train.row_tokens": 128, "shard.checkpointing": "full"},
+    "selective": {"train.row_tokens": 128, "shard.checkpointing": "selective"},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(
+    world: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    write_recipe: Callable[..., Path],
+    redi: Callable[..., Any],
+) -> Path:
+    """All recipes on 1 process (in this one) and on 2 ranks (torchrun)."""
+    folder = tmp_path_factory.mktemp("invariants")
+    recipes: dict[int, list[Path]] = {1: [], 2: []}
+    for ranks in recipes:
+        layouts = dict(LAYOUTS)
+        if ranks == 2:
+            layouts["replicated"] = {"train.row_tokens": 128, "shard.replicate": 2}
+        for objective, of_objective in OBJECTIVES.items():
+            for head in ("model", "tied"):
+                for layout, of_layout in layouts.items():
+                    simple = objective in ("token", "alpha0") or head == "tied"
+                    if simple and layout in ("recomputed", "selective"):
+                        continue
+                    name = f"{objective}-{head}-{layout}-{ranks}"
+                    changes = {
+                        **STEADY,
+                        **of_objective,
+                        **of_layout,
+                        "model.path": str(world / head),
+                        "run.dir": str(folder / name),
+                        "train.max_steps": 3,
+                    }
+                    recipes[ranks].append(write_recipe(folder, name, changes))
+    assert main(["train", *map(str, recipes[1])]) == 0
+    done = redi("train", *recipes[2], ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("head", ["model", "tied"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_layout_and_world_size_do_not_matter(
+    runs: Path, steps: Steps, objective: str, head: str
+) -> None:
+    expected = steps(runs / f"{objective}-{head}-whole-1")
+    assert len(expected) == 3
+    compared = 0
+    for run in sorted(runs.glob(f"{objective}-{head}-*")):
+        if not run.is_dir():
+            continue
+        for ours, theirs in zip(steps(run), expected, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6), run.name
+            assert ours["positive_logp"] == pytest.approx(theirs["positive_logp"], rel=1e-6)
+            if objective in ("redi", "alpha0"):
+                assert ours["negative_logp"] == pytest.approx(theirs["negative_logp"], rel=1e-6)
+            else:
+                assert ours["negative_logp"] is None
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-5), run.name
+            assert ours["tokens"] == theirs["tokens"], run.name
+        compared += 1
+    assert compared >= 5
+
+
+def test_the_layouts_really_differ(runs: Path, steps: Steps) -> None:
+    micro_steps = {
+        layout: steps(runs / f"redi-model-{layout}")[0]["micro_steps"]
+        for layout in ("whole-1", "split-1", "split-2", "whole-2")
+    }
+    assert micro_steps["whole-1"] == micro_steps["whole-2"] == 1
+    assert micro_steps["split-1"] > micro_steps["split-2"] > 3
+
+
+@pytest.mark.parametrize("head", ["model", "tied"])
+def test_alpha_0_is_sft_with_a_mean_per_sequence(
+    runs: Path, steps: Steps, head: str, world: Path
+) -> None:
+    """Its loss is that of the positives alone; negatives only show in their log-prob."""
+    line = steps(runs / f"alpha0-{head}-whole-1")[0]
+    assert line["loss"] == pytest.approx(-line["positive_logp"], rel=1e-6)
+    assert line["negative_logp"] is not None
+
+
+@pytest.mark.parametrize("head", ["model", "tied"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_first_step_is_plain_transformers_in_float64(
+    runs: Path, steps: Steps, objective: str, head: str
+) -> None:
+    name = f"{objective}-{head}-split-1"
+    path = str(runs / f"{name}.toml")
+    recipe = load_recipe(build_parser("", ""), path, [path])
+    with join_world() as alone:
+        data = prepare_data(recipe, alone)
+    loader = StepLoader(
+        data.tokens,
+        data.examples,
+        data.schedule,
+        row_tokens=4096,
+        rank=0,
+        world_size=1,
+        cost=Cost(1.0, 0.0),
+    )
+    batches = next(iter(loader.steps(0)))
+    model = AutoModelForCausalLM.from_pretrained(
+        recipe.model.path, dtype=torch.float64, attn_implementation="eager"
+    )
+    loss = torch.zeros((), dtype=torch.float64)
+    means: dict[int, list[float]] = {1: [], -1: []}
+    for index in data.examples.units[batches.units].flatten().tolist():
+        ids = torch.from_numpy(data.tokens.ids(index).astype("int64"))
+        prompt = int(data.tokens.prompt_lengths[index])
+        sign = int(data.tokens.signs[index])
+        logp = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        logps = logp.gather(1, ids[1:, None])[prompt - 1 :, 0]
+        means[sign].append(logps.mean().item())
+        if recipe.objective.normalisation == "token":
+            loss = loss - logps.sum() / batches.num_targets
+        else:
+            alpha = recipe.objective.alpha
+            loss = loss + (-1.0 if sign > 0 else alpha) * logps.mean() / len(batches.units)
+    loss.backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+    line = steps(runs / name)[0]
+    assert line["loss"] == pytest.approx(loss.item(), rel=2e-6)
+    assert line["grad_norm"] == pytest.approx(norm, rel=2e-5)
+    assert line["positive_logp"] == pytest.approx(sum(means[1]) / len(means[1]), rel=2e-6)
+    if means[-1]:
+        expected = sum(means[-1]) / len(means[-1])
+        assert line["negative_logp"] == pytest.approx(expected, rel=2e-6)
+    else:
+        assert line["negative_logp"] is None
+
+
+def test_a_different_alpha_is_a_different_loss(runs: Path, steps: Steps) -> None:
+    with_negatives = steps(runs / "redi-model-whole-1")[0]
+    assert with_negatives["loss"] != pytest.approx(
+        steps(runs / "alpha0-model-whole-1")[0]["loss"], rel=1e-3
+    )

@@ -1,0 +1,135 @@
+"""Recipes and the command line: what is read, and one clear line for every mistake."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redi.engine.cli import main
+from redi.engine.config import KEYS, build_parser, changed_keys, dump_recipe, load_recipe
+from redi.engine.errors import InputError
+
+WriteRecipe = Callable[..., Path]
+
+
+def load(path: Path, *overrides: str) -> Any:
+    argv = [str(path), *overrides]
+    return load_recipe(build_parser("redi train", ""), str(path), argv)
+
+
+def test_a_recipe_is_read_and_overridden(recipe: WriteRecipe) -> None:
+    read = load(recipe("a", {"optim.lr": 3e-4, "optim.betas": [0.9, 0.95]}), "--optim.lr", "1e-5")
+    assert read.optim.lr == 1e-5
+    assert tuple(read.optim.betas) == (0.9, 0.95)
+    assert read.train.seed == 42
+
+
+def test_several_data_files_are_a_list(recipe: WriteRecipe) -> None:
+    assert load(recipe("a", {"data.path": ["x", "y"]})).data.paths == ("x", "y")
+
+
+def test_the_resolved_recipe_reads_back_the_same(recipe: WriteRecipe, tmp_path: Path) -> None:
+    first = load(recipe("a", {"optim.betas": [0.8, 0.9], "data.path": ["x", "y"]}))
+    path = tmp_path / "resolved.toml"
+    path.write_text(dump_recipe(first))
+    assert dump_recipe(load(path)) == dump_recipe(first)
+
+
+MISTAKES = {
+    "[optim]\nlearning_rate = 1e-5\n": "unknown key optim.learning_rate; did you mean optim.lr?",
+    "[objective]\nalhpa = 0.5\n": "did you mean objective.alpha?",
+    "[training]\nseed = 1\n": "did you mean train.seed?",
+    "[wandb]\nproject = 'x'\n": "the sections are model, data, objective",
+    "[optim]\nfoo = 1\n": "[optim] has lr, weight_decay",
+    "seed = 1\n": "did you mean train.seed?",
+    "[optim]\nlr = 'fast'\n": "optim.lr: needs a number, got fast",
+    "[optim]\nlr = -1.0\n": "optim.lr must be >= 0, got -1.0",
+    "[objective]\nname = 'dop'\n": "objective.name: needs one of ['sft', 'redi'], got dop",
+    "[objective]\nalpha = nan\n": "objective.alpha must be finite",
+    "[objective]\nname = 'redi'\nnormalisation = 'token'\n": "objective.normalisation",
+    "[train]\nbatch = 0\n": "train.batch must be >= 1, got 0",
+    "[train]\nbatch = 1.5\n": "train.batch: needs a whole number, got 1.5",
+    "[model]\npath = 3\n": "model.path: needs text, got 3",
+    "[optim\nlr = 1\n": "not valid TOML",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES, ids=lambda t: t.replace("\n", " "))
+def test_a_mistake_in_a_recipe_is_one_line_with_file_and_key(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert MISTAKES[text] in message
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+
+
+OVERRIDES = {
+    ("--optim.learning_rate", "1"): "did you mean optim.lr?",
+    ("--lr", "1"): "did you mean optim.lr?",
+    ("--train.batch", "many"): "train.batch: needs a whole number, got many",
+    ("--train.batch", "-2"): "train.batch must be >= 1, got -2",
+}
+
+
+@pytest.mark.parametrize("override", OVERRIDES, ids=" ".join)
+def test_a_mistake_on_the_command_line_exits_2_with_one_line(
+    override: tuple[str, ...], recipe: WriteRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe("a")), *override]) == 2
+    err = capsys.readouterr().err
+    assert OVERRIDES[override] in err
+    assert err.count("\n") == 1
+    assert ".toml" not in err  # the file is not to blame
+
+
+@pytest.mark.parametrize("argv", [["train"], ["train", "no.toml"], ["trian", "x"], []])
+def test_wrong_commands_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_first_recipe_must_name_its_model(
+    recipe: WriteRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe("a", {"model.path": None}))]) == 2
+    assert "model.path is missing" in capsys.readouterr().err
+
+
+def test_two_recipes_may_not_share_a_run_folder(
+    recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = {"run.dir": str(tmp_path / "same")}
+    assert main(["train", str(recipe("a", same)), str(recipe("b", same))]) == 2
+    assert "also that of the recipe before it" in capsys.readouterr().err
+
+
+def test_what_a_resumed_run_may_change(recipe: WriteRecipe) -> None:
+    import tomllib
+
+    first = load(recipe("a"))
+    old = tomllib.loads(dump_recipe(first))
+    free = ["--run.save_every=3", "--run.keep=9", "--train.row_tokens=99", "--shard.compile=true"]
+    assert changed_keys(old, load(recipe("a"), *free)) == []
+    changed = load(recipe("a"), "--optim.lr=1", "--data.system_prompt=hi")
+    assert changed_keys(old, changed) == ["data.system_prompt", "optim.lr"]
+
+
+def test_every_key_is_in_the_help_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for key in KEYS:
+        assert f"--{key}" in text
+    assert "REDI's weight of the incorrect traces" in text
+
+
+def test_help_takes_under_half_a_second(redi: Callable[..., Any]) -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert redi("--help").returncode == 0
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.5
