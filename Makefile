@@ -11,7 +11,7 @@ train: $(VENV)/.installed
 	$(BIN)/redi train engine/recipes/quickstart-sft.toml engine/recipes/quickstart-redi.toml
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest --import-mode=importlib
+	OMP_NUM_THREADS=1 $(BIN)/pytest --import-mode=importlib -n 2 --dist loadfile
 
 slow: $(VENV)/.installed-test
 	$(BIN)/pytest --import-mode=importlib -m slow

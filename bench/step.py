@@ -1,16 +1,14 @@
 """One REDI training step, ours against the two usual ways, at a size for a CPU or one card.
 
 `python -m redi.bench.step` times forward, backward, clipping and AdamW over the same pairs on the
-same model, each way in a process of its own so that its peak memory is its own:
+same model, each way in a process of its own, so that its peak memory is its own:
 
-- packed: ours: all traces of the step in packed rows, fused loss, FSDP2;
-- pairs: one pair a micro-step, unpadded, whole logits (as the authors of the paper ran it);
+- packed: ours: the step's traces in packed rows, fused loss, FSDP2;
+- pairs: one pair a micro-step, unpadded, whole logits (as the paper's authors ran it);
 - padded: all pairs in one padded batch, whole logits (as preference trainers run it).
 
-The three losses are compared, so that a fast wrong step cannot pass.
+All three must compute the same loss. The engine's dependencies are needed.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -23,12 +21,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WAYS = ("packed", "pairs", "padded")
+import numpy as np
+import torch
+from torch import Tensor
+
+from redi.bench.loss import environment
+
+ALPHA = 0.8
+PROMPT_TOKENS = 64
 
 
 def main() -> None:
-    """Run each way in a process of its own, print a table, write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m redi.bench.step", description=__doc__)
+    """Measure each way in a process of its own, print a table, write JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m redi.bench.step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--median-tokens", type=int, default=192, help="of a positive trace")
     parser.add_argument("--row-tokens", type=int, default=4096)
@@ -49,32 +58,34 @@ def main() -> None:
         results[way] = json.loads(done.stdout.splitlines()[-1])
     ours = results["packed"]
     print(f"{'way':8} {'s/step':>8} {'x ours':>7} {'tokens/s':>9} {'peak GiB':>9}  loss")
-    for way, r in results.items():
-        assert abs(r["loss"] - ours["loss"]) < 1e-4, f"{way} computes another loss"
-        ratio = r["seconds"] / ours["seconds"]
+    for way, result in results.items():
         print(
-            f"{way:8} {r['seconds']:8.3f} {ratio:7.2f} {r['tokens'] / r['seconds']:9.0f} "
-            f"{r['peak_gib']:9.2f}  {r['loss']:.6f}"
+            f"{way:8} {result['seconds']:8.3f} {result['seconds'] / ours['seconds']:7.2f} "
+            f"{result['tokens'] / result['seconds']:9.0f} {result['peak_gib']:9.2f}  "
+            f"{result['loss']:.6f}"
         )
+        if abs(result["loss"] - ours["loss"]) > 1e-4:
+            sys.exit(f"{way} computes another loss: the times mean nothing")
     if args.out:
-        from redi.bench.report import write_json  # noqa: F401
-
-        write_json(args.out, vars(args), results)
+        sizes = {k: v for k, v in vars(args).items() if k not in ("out", "way")}
+        content = {**environment(_device()), "sizes": sizes, "results": results}
+        args.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Time one way; returns medians, spread, peak memory and the first loss."""
-    import torch
+    """Median and spread of one way's steps, its peak memory, and the loss before any update."""
+    from redi.engine.distributed import join_world
 
-    step, tokens = _ways()[args.way](args)
-    first_loss = step()
-    seconds = []
-    for _ in range(args.steps):
-        began = time.perf_counter()
-        step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+    with join_world():
+        step, tokens = WAYS[args.way](args)
+        loss = step()
+        seconds = []
+        for _ in range(args.steps):
+            began = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:
@@ -85,16 +96,41 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "slowest": max(seconds),
         "tokens": tokens,
         "peak_gib": peak,
-        "loss": first_loss,
+        "loss": loss,
     }
 
 
-def _ways() -> dict[str, Callable[[argparse.Namespace], tuple[Callable[[], float], int]]]:
-    return {"packed": _packed, "pairs": _pairs, "padded": _padded}
+def _traces(args: argparse.Namespace) -> list[np.ndarray]:
+    """Token ids; positives (lognormal lengths) and negatives (1.7 times as long) in turn."""
+    rng = np.random.default_rng(0)
+    traces = []
+    for index in range(2 * args.pairs):
+        median = args.median_tokens * (1.7 if index % 2 else 1.0)
+        drawn = rng.lognormal(np.log(median), 0.7)
+        length = int(np.clip(drawn, PROMPT_TOKENS + 1, args.row_tokens))
+        traces.append(rng.integers(0, args.vocabulary, length, dtype=np.int64))
+    return traces
+
+
+class _InMemory:
+    """The traces in the place of a tokenized set."""
+
+    def __init__(self, traces: list[np.ndarray]) -> None:
+        self._traces = traces
+        self.prompt_lengths = np.full(len(traces), PROMPT_TOKENS)
+        self.signs = np.where(np.arange(len(traces)) % 2, -1, 1)
+        self.weights = np.ones(len(traces), np.float32)
+
+    def ids(self, index: int) -> np.ndarray:
+        """Token ids of one trace."""
+        return self._traces[index]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _model(args: argparse.Namespace, attention: str) -> Any:
-    import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -105,35 +141,13 @@ def _model(args: argparse.Namespace, attention: str) -> Any:
         num_hidden_layers=args.layers,
         num_attention_heads=args.hidden // 64,
         num_key_value_heads=max(1, args.hidden // 128),
-        max_position_embeddings=65536,
     )
     return Qwen2ForCausalLM._from_config(config, attn_implementation=attention)
 
 
-def _traces(args: argparse.Namespace) -> tuple[list[Any], list[int], list[int]]:
-    """Ids, signs and prompt lengths: positives lognormal, negatives 1.7 times as long."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    traces, signs, prompts = [], [], []
-    for _ in range(args.pairs):
-        for sign, median in ((1, args.median_tokens), (-1, 1.7 * args.median_tokens)):
-            length = int(np.clip(rng.lognormal(np.log(median), 0.7), 16, 8 * args.median_tokens))
-            traces.append(rng.integers(0, args.vocabulary, length).astype(np.int32))
-            signs.append(sign)
-            prompts.append(min(64, length // 2))
-    return traces, signs, prompts
-
-
-def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
-    ...
-
-
-def _update(model: Any) -> Callable[[], None]:
-    """Clip and step, the same for every way."""
-    import torch
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+def _update(model: torch.nn.Module) -> Callable[[], None]:
+    """Clip and AdamW, alike for every way."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -143,31 +157,84 @@ def _update(model: Any) -> Callable[[], None]:
     return update
 
 
-def _logps(logits: Any, ids: Any, prompt: int) -> Any:
-    """Mean log-prob of a completion from its whole logits [L, V]."""
-    logp = logits[prompt - 1 : len(ids) - 1].float().log_softmax(-1)
-    return logp.gather(1, ids[prompt:, None]).mean()
+def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
+    from redi.engine.config import Objective, Shard
+    from redi.engine.data.packing import build_batch, pack
+    from redi.engine.model.attention import choose_attention, register_attention
+    from redi.engine.model.sharding import compute_dtype, shard
+    from redi.engine.model.student import Student
+    from redi.engine.train.loop import training_cost
+    from redi.engine.train.objectives import StepTotals, make_objective
 
-
-def _pairs(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
-    import torch
-
-    traces, signs, prompts = _traces(args)
-    ids = [torch.from_numpy(t).long() for t in traces]
-    model = _model(args, "sdpa")
-    update = _update(model)
+    device = torch.device(_device())
+    attention = register_attention(choose_attention("auto", device)[0])
+    objective = make_objective(Objective(name="redi", alpha=ALPHA))
+    student = Student(_model(args, attention), objective)
+    shard(student, Shard(), compute_dtype("auto", device), device)
+    update = _update(student)
+    traces = _traces(args)
+    lengths = np.array([len(trace) for trace in traces])
+    packing = pack(lengths, row_tokens=args.row_tokens, world_size=1, cost=training_cost(student))
+    tokens: Any = _InMemory(traces)
+    rows = [build_batch(tokens, row, lengths[row]).to(device) for (row,) in packing.rows]
+    totals = StepTotals(units=args.pairs, targets=int(lengths.sum()))
 
     def step() -> float:
         total = 0.0
-        for k in range(0, len(ids), 2):
-            loss = sum(
-                (-signs[i] if signs[i] > 0 else 0.8)
-                * _logps(model(ids[i][None], use_cache=False).logits[0], ids[i], prompts[i])
-                for i in (k, k + 1)
-            ) / args.pairs
+        for index, row in enumerate(rows):
+            student.set_requires_gradient_sync(index == len(rows) - 1)
+            loss = student(row, totals).loss
             loss.backward()
             total += loss.item()
         update()
         return total
 
-    return step, sum(map(len, ids))
+    return step, int(lengths.sum())
+
+
+def _whole_logits(args: argparse.Namespace, group_size: int) -> tuple[Callable[[], float], int]:
+    """Plain transformers with whole logits over groups of traces, padded to the longest."""
+    device = _device()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = _model(args, "sdpa").to(device)
+    update = _update(model)
+    traces = [torch.from_numpy(trace).to(device) for trace in _traces(args)]
+
+    def mean_logp(logits: Tensor, ids: Tensor) -> Tensor:
+        logp = logits[PROMPT_TOKENS - 1 : len(ids) - 1].float().log_softmax(-1)
+        return logp.gather(1, ids[PROMPT_TOKENS:, None]).mean()
+
+    def step() -> float:
+        total = 0.0
+        for start in range(0, len(traces), group_size):
+            group = traces[start : start + group_size]
+            ids = torch.nn.utils.rnn.pad_sequence(group, batch_first=True)
+            # Padding is on the right: causal attention keeps it from what is trained.
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                logits = model(input_ids=ids, use_cache=False).logits
+            loss = torch.zeros((), device=device)
+            for index, trace in enumerate(group):
+                coefficient = ALPHA if (start + index) % 2 else -1.0
+                loss = loss + coefficient / args.pairs * mean_logp(logits[index], trace)
+            loss.backward()
+            total += loss.item()
+        update()
+        return total
+
+    return step, sum(map(len, traces))
+
+
+def _pairs(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
+    # Each trace of the pair on its own: unpadded.
+    return _whole_logits(args, group_size=1)
+
+
+def _padded(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
+    return _whole_logits(args, group_size=2 * args.pairs)
+
+
+WAYS = {"packed": _packed, "pairs": _pairs, "padded": _padded}
+
+
+if __name__ == "__main__":
+    main()

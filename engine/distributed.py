@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
 from redi.engine.errors import InputError
 
 # Rank 0 may tokenize for hours while the others wait.

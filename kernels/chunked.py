@@ -78,56 +78,43 @@ def cross_entropy_chunks(
     if token_logps is None:
         order = TokenOrder(order.index[: order.weighted], order.weighted)
     if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(len(order.index), *weight.shape, weight.device)
-    with_grad = split(0, order.weighted, chunk_tokens)
-    without_grad = split(order.weighted, len(order.index), chunk_tokens)
-
+        chunk_tokens = default_chunk_tokens(len(order.index), weight)
+    chunks = [
+        *split(0, order.weighted, chunk_tokens),
+        *split(order.weighted, len(order.index), chunk_tokens),
+    ]
     dtype = accumulation_dtype(hidden.dtype)
     operand = product_operand(weight)
+    logits = _logits_buffer(chunks, operand, dtype)
+
+    scale = None
+    if token_weights is not None and hidden.dtype == torch.float16 and order.weighted:
+        scale = _power_of_two(token_weights[order.index[: order.weighted]], HALF_EXPONENT)
+        token_weights = token_weights * scale
     for output in (token_logps, dhidden):
         if output is not None:
             output.zero_()
-    logits = _logits_buffer(with_grad + without_grad, operand, dtype)
+    if dweight is not None and not accumulate and not order.weighted:
+        dweight.zero_()
+    elif dweight is not None and accumulate and scale is not None:
+        dweight.mul_(scale)
 
-    for start, end in without_grad:
-        index = order.index[start:end]
-        z = matmul(hidden[index], operand.T, logits[: end - start])
-        logps, _ = row_kernel(z, targets[index], None, coefficient, hidden.dtype)
-        assert token_logps is not None
-        token_logps[index] = logps
-
-    scale = None
-    if token_weights is not None and hidden.dtype == torch.float16:
-        scale = _power_of_two(token_weights[order.index[: order.weighted]], HALF_EXPONENT)
-    # A scaled sum cannot be added to an unscaled one: float16 accumulates apart.
-    dweight_sum = torch.empty_like(dweight) if dweight is not None and scale is not None else dweight
-    add = accumulate and scale is None
-    for start, end in with_grad:
+    for start, end in chunks:
         index = order.index[start:end]
         x = hidden[index]
-        assert token_weights is not None
-        u = token_weights[index] if scale is None else token_weights[index] * scale
         z = matmul(x, operand.T, logits[: end - start])
+        u = token_weights[index] if token_weights is not None and start < order.weighted else None
         logps, dz = row_kernel(z, targets[index], u, coefficient, hidden.dtype)
-        assert dz is not None
         if token_logps is not None:
             token_logps[index] = logps
-        if dhidden is not None:
+        if dhidden is not None and dz is not None:
             dx = matmul(dz, operand, torch.empty(x.shape, dtype=dtype, device=x.device))
             dhidden[index] = dx if scale is None else dx.div_(scale)
-        if dweight_sum is not None:
-            matmul(dz.T, x, dweight_sum, accumulate=add)
-            add = True
+        if dweight is not None and dz is not None:
+            matmul(dz.T, x, dweight, accumulate=accumulate or start > 0)
 
-    if dweight is None:
-        return
-    if not with_grad:
-        if not accumulate:
-            dweight.zero_()
-    elif scale is not None:
-        assert dweight_sum is not None
-        dweight_sum.div_(scale)
-        dweight.add_(dweight_sum) if accumulate else dweight.copy_(dweight_sum)
+    if dweight is not None and scale is not None:
+        dweight.div_(scale)
 
 
 def keep_chunks(
@@ -148,7 +135,7 @@ def keep_chunks(
     """
     index = order_tokens(targets, None, valid_index).index
     if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(len(index), *weight.shape, weight.device)
+        chunk_tokens = default_chunk_tokens(len(index), weight)
     dtype = accumulation_dtype(hidden.dtype)
     operand = product_operand(weight)
     chunks = split(0, len(index), chunk_tokens)
@@ -186,7 +173,7 @@ def kept_gradient_chunks(
     """
     index = order_tokens(targets, None, valid_index).index
     if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(len(index), *weight.shape, weight.device)
+        chunk_tokens = default_chunk_tokens(len(index), weight)
     operand = product_operand(weight)
     kept_scale = _kept_scale(hidden.dtype)
     scale = None
@@ -239,11 +226,12 @@ def split(start: int, end: int, most: int) -> list[tuple[int, int]]:
     return [(i, min(i + size, end)) for i in range(start, end, size)]
 
 
-def default_chunk_tokens(tokens: int, vocab: int, hidden_size: int, device: torch.device) -> int:
+def default_chunk_tokens(tokens: int, weight: Tensor) -> int:
     """Rows of a chunk: what a CPU's caches like, or what fills a GPU's processors."""
-    if device.type != "cuda":
+    if weight.device.type != "cuda":
         return CPU_CHUNK_TOKENS
-    card = torch.cuda.get_device_properties(device)
+    vocab, hidden_size = weight.shape
+    card = torch.cuda.get_device_properties(weight.device)
     most = max(TILE_ROWS, card.total_memory // GPU_CHUNK_SHARE // (4 * vocab))
     return fill_waves(tokens, hidden_size, card.multi_processor_count, most)
 
@@ -295,12 +283,10 @@ def _kept_scale(dtype: torch.dtype) -> float:
     return 2.0**HALF_EXPONENT if dtype == torch.float16 else 1.0
 
 
-def _power_of_two(weights: Tensor, exponent: int) -> Tensor | None:
-    """2^exponent over the largest |weight|, rounded down to a power of two; on the device.
+def _power_of_two(weights: Tensor, exponent: int) -> Tensor:
+    """2^exponent over the largest |weight|, rounded to a power of two; a scalar on the device.
 
-    None where there are no weights.
+    At most 2^60: what is scaled with it must not overflow float32.
     """
-    if len(weights) == 0:
-        return None
     _, largest = torch.frexp(weights.abs().amax())
-    return torch.ldexp(torch.ones_like(weights[0]), (exponent - largest).clamp(max=120))
+    return torch.ldexp(torch.ones_like(weights[0]), (exponent - largest).clamp(max=60))

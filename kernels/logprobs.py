@@ -68,15 +68,14 @@ def linear_logprobs(
     return logps
 
 
+@torch.compiler.assume_constant_result
 def _keep_budget(device: torch.device) -> int:
     if device.type != "cuda":
         return CPU_KEEP_BYTES
     return torch.cuda.get_device_properties(device).total_memory // GPU_KEEP_SHARE
 
 
-def _kept_buffer(
-    hidden: Tensor, weight: Tensor, valid_index: Tensor | None, keep: bool
-) -> Tensor:
+def _kept_buffer(hidden: Tensor, weight: Tensor, valid_index: Tensor | None, keep: bool) -> Tensor:
     rows = hidden.shape[0] if valid_index is None else valid_index.shape[0]
     return hidden.new_empty((rows, weight.shape[0]) if keep else (0, 0))
 

@@ -106,6 +106,8 @@ def softmax_rows(
         if weights is None:
             continue
         scale = effective_weights(logp, weights[rows, None], coefficient) / total
+        if coefficient == "unlikelihood":  # the same floor as in the weights: -w p at certainty
+            rest = rest.clamp(min=MIN_ONE_MINUS_P)
         e.mul_(scale).scatter_(1, target, -scale * rest)
         if dlogits is not logits:
             dlogits[rows] = e  # type: ignore[index]

@@ -107,9 +107,10 @@ def check_schedule(valid_index: Tensor | None, chunk_tokens: int | None, hidden:
 
 def check_objective(alpha: float, num_pairs: float) -> None:
     """`alpha` finite and >= 0, `num_pairs` finite and > 0."""
-    if not (math.isfinite(alpha) and alpha >= 0):
+    # By comparisons alone (NaN fails them too), as torch.compile may see a symbolic number here.
+    if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
-    if not (math.isfinite(num_pairs) and num_pairs > 0):
+    if not 0 < num_pairs < math.inf:
         raise ValueError(f"num_pairs must be finite and > 0, got {num_pairs}")
 
 

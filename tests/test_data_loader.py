@@ -1,6 +1,5 @@
 """The loader: the same bytes for a step, whoever asks for it and from wherever."""
 
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from data_cases import make_pairs
+
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.loader import StepBatches, StepLoader
 from redi.engine.data.packing import IGNORE, Cost

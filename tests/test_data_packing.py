@@ -1,19 +1,15 @@
 """Packing: sequences into rows by cost, and rows into tensors with the right targets."""
 
 import pickle
-import sys
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_cases import make_pairs, make_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from data_cases import make_pairs, make_tokens
 from redi.engine.data.packing import IGNORE, Cost, PackedBatch, build_batch, pack
 
 COSTS = st.builds(Cost, st.floats(0.1, 10), st.one_of(st.just(0.0), st.floats(1e-4, 1.0)))

@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from data_cases import shared_data, write_rows
+
 from redi.engine.data.rows import read_rows
 from redi.engine.data.traces import Message, Trace, normalise
 from redi.engine.errors import InputError

@@ -1,17 +1,14 @@
 """Which traces are trained and when: pairing, length limits, and the order of steps."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from data_cases import make_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from data_cases import make_tokens
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.schedule import Examples, Schedule, select
 from redi.engine.errors import InputError

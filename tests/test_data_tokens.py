@@ -4,19 +4,17 @@ import json
 import multiprocessing
 import pickle
 import shutil
-import sys
 from collections.abc import Callable
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from data_cases import CHATML, save_tokenizer, settings, shared_data, write_rows
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from data_cases import CHATML, save_tokenizer, settings, shared_data, write_rows
 from redi.engine.data import tokens as tokens_module
 from redi.engine.data.cache import open_cache
 from redi.engine.data.packing import IGNORE, build_batch
@@ -52,9 +50,14 @@ def make(tmp_path: Path) -> Callable[..., TokenizedTraces]:
     return run
 
 
+@cache
+def loaded(tokenizer: str) -> Any:
+    return AutoTokenizer.from_pretrained(tokenizer)
+
+
 def prompt_and_trained(tokens: TokenizedTraces, index: int, tokenizer: str) -> tuple[str, str]:
     """Text of the prompt, and of exactly the tokens that a training batch's targets hold."""
-    decode = AutoTokenizer.from_pretrained(tokenizer).decode
+    decode = loaded(tokenizer).decode
     batch = build_batch(tokens, np.array([index]), tokens.lengths[[index]])
     trained = batch.targets[batch.targets != IGNORE]
     assert len(trained) == int(batch.num_targets)
@@ -86,7 +89,7 @@ def test_chat_trains_exactly_completion_and_end_with_an_eos_of_its_own(make, tin
 @pytest.mark.parametrize("name", ["tiny", "qwen"])
 def test_without_template_the_completion_and_eos_are_trained(make, name, request):
     tokenizer = request.getfixturevalue(name)
-    eos = AutoTokenizer.from_pretrained(tokenizer).eos_token
+    eos = loaded(tokenizer).eos_token
     tokens = make([PAIR], tokenizer, template="none")
     for index, text in enumerate([POSITIVE, NEGATIVE]):
         assert prompt_and_trained(tokens, index, tokenizer) == (PROMPT, text + eos)
@@ -96,18 +99,18 @@ def test_without_template_the_completion_and_eos_are_trained(make, name, request
 @pytest.mark.parametrize("name", ["tiny", "qwen"])
 def test_eos_is_there_exactly_once(make, name, template, request):
     tokenizer = request.getfixturevalue(name)
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    own = loaded(tokenizer)
     # A trace may bring its own EOS, with white space behind it: no second one then.
-    rows = [PAIR, {**PAIR, "chosen": POSITIVE + loaded.eos_token + " \n"}]
+    rows = [PAIR, {**PAIR, "chosen": POSITIVE + own.eos_token + " \n"}]
     tokens = make(rows if template == "none" else rows[:1], tokenizer, template=template)
     for index in range(len(tokens)):
         completion = tokens.ids(index)[tokens.prompt_lengths[index] :]
-        assert (completion == loaded.eos_token_id).sum() == 1
+        assert (completion == own.eos_token_id).sum() == 1
 
 
 def test_prompt_and_completion_are_tokenized_apart(make, qwen):
     tokens = make([{"prompt": "hel", "completion": "lo"}], qwen, template="none")
-    encode = AutoTokenizer.from_pretrained(qwen).encode
+    encode = loaded(qwen).encode
     assert tokens.ids(0).tolist()[:-1] == encode("hel") + encode("lo") != encode("hello")
 
 
@@ -400,7 +403,7 @@ def test_real_long_traces_decode_back_to_their_text(tmp_path, qwen):
     path = write_rows(tmp_path / "rows.jsonl.gz", [row.value for row in rows])
     wanted = settings(path, qwen, system_prompt=SYSTEM)
     tokens = tokenize(wanted, tmp_path, processes=1, progress=False)
-    decode = AutoTokenizer.from_pretrained(qwen).decode
+    decode = loaded(qwen).decode
     texts = [trace["text"] for row in rows for trace in row.value["traces"]]
     assert len(tokens) == len(texts) == 240
     for index, text in enumerate(texts):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+
 from redi.engine.errors import RunError
 
 _DATA = "traces.arrow"

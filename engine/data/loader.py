@@ -4,15 +4,17 @@ The loader has no state but the step's number: whatever step it starts from and 
 workers it has, a step's bytes are the same.
 """
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
+
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.packing import Cost, PackedBatch, build_batch, pack
 from redi.engine.data.schedule import Examples, Schedule
-from torch.utils.data import DataLoader, Dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,12 @@ class _Steps(Dataset[StepBatches]):
         )
 
 
+def _ignore_interrupts(worker: int) -> None:
+    """A Ctrl-C reaches all processes of a terminal: only the training process acts on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class StepLoader:
     """Iterates over steps; see `steps`."""
 
@@ -125,6 +133,7 @@ class StepLoader:
             sampler=range(start_step + 1, self._total_steps + 1),
             num_workers=self._workers,
             pin_memory=self._pin,
+            worker_init_fn=_ignore_interrupts,
             # Its own: a DataLoader else draws from the global one, which dropout reads too.
             generator=torch.Generator(),
         )

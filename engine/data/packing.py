@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from redi.engine.data.cache import TokenizedTraces
 from torch import Tensor
+
+from redi.engine.data.cache import TokenizedTraces
 
 IGNORE = -100
 """Target of a position that is not trained."""

@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+
 from redi.engine.data.formats import FORMATS, resolve_format
 from redi.engine.errors import InputError
 

@@ -7,6 +7,7 @@ from itertools import product
 from typing import Literal
 
 import numpy as np
+
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.errors import InputError
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+
 from redi.engine.data.traces import Message, Trace, as_messages
 from redi.engine.errors import InputError
 

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import xxhash
+from tqdm import tqdm
+
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
 from redi.engine.data.rows import Row, Source, find_sources, read_source
 from redi.engine.data.text import Encoder, TokenSettings
 from redi.engine.data.traces import normalise
 from redi.engine.errors import InputError
-from tqdm import tqdm
 
 __all__ = ["TokenSettings", "TokenizedTraces", "cache_key", "tokenize"]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import xxhash
+
 from redi.engine.data.formats import FORMATS, resolve_format
 from redi.engine.data.rows import Row
 from redi.engine.errors import InputError

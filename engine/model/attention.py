@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from redi.engine.errors import InputError
 from transformers import AttentionInterface
+
+from redi.engine.errors import InputError
 
 NAME = "redi_packed"
 

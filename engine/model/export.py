@@ -5,17 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tomllib
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from redi.engine.distributed import World
-from redi.engine.errors import InputError, RunError
-from redi.engine.model.load import read_config
-from redi.engine.model.sharding import compute_dtype
-from redi.engine.model.student import Student
-from redi.engine.train.checkpoint import complete_checkpoints
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import (
     AutoConfig,
@@ -25,6 +20,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from redi.engine.distributed import World
+from redi.engine.errors import InputError, RunError
+from redi.engine.model.load import read_config
+from redi.engine.model.sharding import compute_dtype
+from redi.engine.model.student import Student
+from redi.engine.train.checkpoint import complete_checkpoints
 
 
 def export(
@@ -71,11 +73,13 @@ def export_run(run_dir: Path, step: int | None) -> Path:
     )
     shapes = _empty_model(config, torch.float32).state_dict()
     weights = {name: torch.empty(t.shape, dtype=torch.float32) for name, t in shapes.items()}
-    dcp.load(
-        {"model": {f"model.{name}": tensor for name, tensor in weights.items()}},
-        checkpoint_id=checkpoints[step],
-        no_dist=True,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it loads in a single process, which is meant
+        dcp.load(
+            {"model": {f"model.{name}": tensor for name, tensor in weights.items()}},
+            checkpoint_id=checkpoints[step],
+            no_dist=True,
+        )
     folder = run_dir / f"export-step-{step}"
     tokenizer = AutoTokenizer.from_pretrained(recipe["model"].get("tokenizer") or path)
     try:
@@ -112,6 +116,9 @@ def write_folder(
     AutoTokenizer.from_pretrained(partial)
     if problems := [f"{what}: {names}" for what, names in info.items() if names]:
         raise RunError(f"{partial} does not load as it was saved: {'; '.join(problems)}")
+    for file in partial.iterdir():
+        # safetensors writes files that only their owner may read.
+        shutil.copymode(partial / "config.json", file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
@@ -147,8 +154,10 @@ def check_exportable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             raise RunError(f"the export would not load: {', '.join(sorted(differing)[:3])} differ")
         if len(AutoTokenizer.from_pretrained(at)) != len(tokenizer):
             raise RunError("the exported tokenizer would not load as it is")
-    except (OSError, ValueError) as error:
-        raise RunError(f"the export would fail: {error}") from error
+    except RunError:
+        raise
+    except Exception as error:  # transformers validates on saving, with errors of any type
+        raise RunError(f"the export would fail: {' '.join(str(error).split())}") from error
     finally:
         shutil.rmtree(at, ignore_errors=True)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from redi.engine.errors import InputError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from redi.engine.errors import InputError
 
 # Features that change logits or attention in ways the fused loss and packed attention do not
 # reproduce. A model that has one is refused, not trained wrongly.

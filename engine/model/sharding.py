@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from redi.engine.config import Shard
-from redi.engine.errors import InputError
-from redi.engine.model.student import Student
 from torch.distributed._composable.fsdp import FSDPModule
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -18,6 +15,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from redi.engine.config import Shard
+from redi.engine.errors import InputError
+from redi.engine.model.student import Student
 
 # Results that selective checkpointing keeps: products and attention cost far more to recompute
 # than to hold; all that lies between is recomputed.

@@ -8,12 +8,13 @@ plain tensors with sharded ones.
 from __future__ import annotations
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
+
 from redi.engine.data.packing import PackedBatch
 from redi.engine.model.attention import document_kwargs
 from redi.engine.train.objectives import Objective, StepTotals
 from redi.kernels import RediLoss
-from torch import nn
-from transformers import PreTrainedModel
 
 
 class Student(nn.Module):

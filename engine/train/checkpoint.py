@@ -14,15 +14,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from redi.engine.distributed import World
-from redi.engine.errors import RunError
-from redi.engine.model.student import Student
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+
+from redi.engine.distributed import World
+from redi.engine.errors import RunError
+from redi.engine.model.student import Student
 
 FOLDER = "checkpoints"
 

@@ -16,6 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
 from redi.engine.config import Recipe, changed_keys, dump_recipe
 from redi.engine.data.loader import StepBatches, StepLoader
 from redi.engine.data.packing import Cost
@@ -26,6 +30,7 @@ from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
 from redi.engine.model.attention import choose_attention, register_attention
 from redi.engine.model.export import check_exportable, export
+from redi.engine.model.liger import apply_liger
 from redi.engine.model.load import load_model, read_config
 from redi.engine.model.sharding import compute_dtype, shard
 from redi.engine.model.student import Student
@@ -34,9 +39,7 @@ from redi.engine.train.metrics import MetricsLog, Progress, manifest, peak_memor
 from redi.engine.train.objectives import StepTotals, make_objective, needs
 from redi.engine.train.optimizer import learning_rate, make_optimizer
 from redi.engine.train.signals import StopRequest
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from redi.engine.train.validation import HeldOut, validate
 
 
 def run_recipe(recipe: Recipe, world: World) -> bool:
@@ -86,6 +89,7 @@ class PreparedData:
     tokens: TokenizedTraces
     examples: Examples
     schedule: Schedule
+    held_out: HeldOut | None
 
 
 def prepare_data(recipe: Recipe, world: World) -> PreparedData:
@@ -107,7 +111,24 @@ def prepare_data(recipe: Recipe, world: World) -> PreparedData:
         seed=recipe.train.seed,
     )
     _say(world, f"data: {_counts(tokens.dropped | examples.report)}; {schedule.total_steps} steps")
-    return PreparedData(tokens, examples, schedule)
+    return PreparedData(tokens, examples, schedule, _held_out(recipe, world))
+
+
+def _held_out(recipe: Recipe, world: World) -> HeldOut | None:
+    """The traces of `[eval]`: pairs where there are any incorrect ones, else the correct ones."""
+    if not recipe.eval.paths:
+        return None
+    tokens = _tokenized(recipe, recipe.eval.paths, world)
+    examples = select(
+        tokens,
+        objective_needs="pairs" if (tokens.signs < 0).any() else "positives",
+        pairing=recipe.data.pairing,
+        max_tokens=recipe.data.max_tokens,
+        overlong=recipe.data.overlong,
+        row_tokens=recipe.train.row_tokens,
+    )
+    _say(world, f"held out: {_counts(tokens.dropped | examples.report)}")
+    return HeldOut(tokens, examples)
 
 
 def _tokenized(recipe: Recipe, paths: tuple[str, ...], world: World) -> TokenizedTraces:
@@ -144,6 +165,8 @@ def build_student(
     if world.is_main:
         with tempfile.TemporaryDirectory() as folder:
             check_exportable(model, tokenizer, Path(folder) / "export")
+    liger = apply_liger(model, recipe.model.liger, world.device)
+    _say(world, f"liger-kernel: {liger}")
     model.train()
     student = Student(model, make_objective(recipe.objective))
     return shard(student, recipe.shard, dtype, world.device), tokenizer
@@ -178,7 +201,18 @@ def _train(
     progress = Progress(total, done, active=world.is_main)
     if done:
         progress.say(f"{run_dir}: going on after step {done}")
+
+    def evaluate(step: int) -> None:
+        if data.held_out is not None:
+            found = validate(
+                student, data.held_out, row_tokens=recipe.train.row_tokens, cost=cost, world=world
+            )
+            metrics.write({"event": "eval", "step": step, **found})
+            progress.say(f"held out after step {step}: {_figures(found)}")
+
     with StopRequest() as stop, closing(metrics), closing(progress):
+        if not done:
+            evaluate(0)
         began = time.perf_counter()
         for batches in loader.steps(done):
             step = batches.step
@@ -216,6 +250,8 @@ def _train(
             optimizer.step()
             optimizer.zero_grad()
             progress.step(line)
+            if step % recipe.eval.every == 0 or step == total:
+                evaluate(step)
             stopping = sums["stop"] > 0 and step < total
             if step % recipe.run.save_every == 0 or step == total or stopping:
                 checkpointer.save(step)
@@ -266,6 +302,10 @@ def _all_reduce(sums: dict[str, float]) -> dict[str, float]:
     values = torch.tensor(list(sums.values()), dtype=torch.float64)
     dist.all_reduce(values)
     return dict(zip(sums, values.tolist(), strict=True))
+
+
+def _figures(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
 
 
 def _mean(total: float, count: int) -> float | None:

@@ -35,7 +35,8 @@ class MetricsLog:
         if not active:
             return
         if path.exists():
-            kept = [line for line in _lines(path) if line["step"] <= last_step]
+            # Nothing is kept of an attempt that left no checkpoint: not even what preceded step 1.
+            kept = [line for line in _lines(path) if last_step and line["step"] <= last_step]
             partial = path.with_suffix(".partial")
             partial.write_text("".join(map(_encode, kept)), encoding="utf-8")
             os.replace(partial, path)

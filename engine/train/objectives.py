@@ -12,9 +12,10 @@ from functools import partial
 from typing import Literal
 
 import torch
+
 from redi.engine.config import Objective as ObjectiveSection
 from redi.engine.data.packing import PackedBatch
-from redi.kernels import IGNORE_INDEX, RediLoss, redi_loss, segment_sum, signed_cross_entropy
+from redi.kernels import RediLoss, redi_loss, segment_sum, signed_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _sequence_mean(
             backend=backend,
         )
     wanted = torch.where(batch.signs > 0, 1.0, -alpha) * (batch.signs != 0) * batch.weights
-    per_token = wanted / (totals.units * _num_targets(batch).clamp(min=1))
+    per_token = wanted / (totals.units * batch.num_targets.clamp(min=1))
     return _weighted(hidden, weight, batch, per_token, backend)
 
 
@@ -107,10 +108,4 @@ def _weighted(
         backend=backend,
     )
     sequence_logps = segment_sum(token_logps.detach(), batch.cu_seqlens)
-    return RediLoss(loss, sequence_logps, _num_targets(batch))
-
-
-def _num_targets(batch: PackedBatch) -> torch.Tensor:
-    """Trained tokens of each sequence, int64 [S]."""
-    trained = (batch.targets != IGNORE_INDEX).float()
-    return segment_sum(trained, batch.cu_seqlens).long()
+    return RediLoss(loss, sequence_logps, batch.num_targets)

@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable
 
 import torch
-from redi.engine.config import Optim
 from torch import nn
 from transformers import get_scheduler
+
+from redi.engine.config import Optim
 
 # transformers.Trainer.get_decay_parameter_names: names that are not decayed.
 NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
 from redi.engine.data.packing import Cost, build_batch, pack
 from redi.engine.data.schedule import Examples
 from redi.engine.data.tokens import TokenizedTraces
@@ -15,26 +16,28 @@ from redi.engine.model.student import Student
 from redi.engine.train.objectives import StepTotals
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Traces that are not trained: single positives, or pairs."""
+
+    tokens: TokenizedTraces
+    examples: Examples
+
+
 @torch.no_grad()
 def validate(
-    student: Student,
-    tokens: TokenizedTraces,
-    examples: Examples,
-    *,
-    row_tokens: int,
-    cost: Cost,
-    world: World,
-) -> dict[str, Any]:
+    student: Student, held_out: HeldOut, *, row_tokens: int, cost: Cost, world: World
+) -> dict[str, float]:
     """Mean log-prob per token of the held-out traces. Every rank must call it.
 
     Args:
-        examples: units [n, 1] of positives, or [n, 2] of pairs.
         row_tokens, cost: as in training.
 
     Returns:
         positive_logp, and for pairs negative_logp and margin_accuracy: the share of pairs whose
         positive has the higher mean log-prob.
     """
+    tokens, examples = held_out.tokens, held_out.examples
     sequences = np.unique(examples.units)
     lengths = examples.lengths[sequences]
     packing = pack(lengths, row_tokens=row_tokens, world_size=world.size, cost=cost)
@@ -42,7 +45,7 @@ def validate(
     totals = StepTotals(units=1, targets=1)  # the loss itself is not used
     for rows in packing.rows:
         row = sequences[rows[world.rank]]
-        batch = build_batch(tokens, row, examples.lengths).to(world.device)
+        batch = build_batch(tokens, row, examples.lengths[row]).to(world.device)
         out = student(batch, totals)
         if not batch.is_dummy:
             mean = out.sequence_logps.double() / out.sequence_lengths.clamp(min=1)

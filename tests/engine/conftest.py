@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import toml
+
 from redi.engine.quickstart import write_model
 
 ENV = {
@@ -20,6 +21,14 @@ ENV = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Bitwise equality holds at equal thread counts: here as in the processes of `ENV`."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

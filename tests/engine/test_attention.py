@@ -1,9 +1,9 @@
 """Documents of a packed row do not see each other."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-from redi.engine.errors import InputError
-from redi.engine.model.attention import choose_attention, document_kwargs, register_attention
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -13,6 +13,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from redi.engine.errors import InputError
+from redi.engine.model.attention import choose_attention, document_kwargs, register_attention
 
 MODELS = [
     (Qwen2Config, Qwen2ForCausalLM),
@@ -38,7 +41,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 def packed(model: PreTrainedModel, ids: torch.Tensor, boundaries: list[int]) -> torch.Tensor:
-    lengths = [b - a for a, b in zip(boundaries, boundaries[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(boundaries)]
     positions = torch.cat([torch.arange(length) for length in lengths])
     kwargs = document_kwargs(torch.tensor(boundaries, dtype=torch.int32), max(lengths))
     return model.base_model(
@@ -89,7 +92,7 @@ def test_each_document_is_as_transformers_runs_it_alone(
     model.set_attn_implementation("eager")
     alone = [
         model.base_model(input_ids=ids[None, a:b]).last_hidden_state[0]
-        for a, b in zip(BOUNDARIES, BOUNDARIES[1:], strict=False)
+        for a, b in pairwise(BOUNDARIES)
     ]
     torch.testing.assert_close(ours, torch.cat(alone), atol=5e-6, rtol=1e-5)
 

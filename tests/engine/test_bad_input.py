@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from redi.engine.cli import main
 
 WriteRecipe = Callable[..., Path]

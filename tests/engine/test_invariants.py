@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from redi.engine.cli import main
 from redi.engine.config import build_parser, load_recipe
 from redi.engine.data.loader import StepLoader
 from redi.engine.data.packing import Cost
 from redi.engine.distributed import join_world
 from redi.engine.train.loop import prepare_data
-from transformers import AutoModelForCausalLM
 
 Steps = Callable[[Path], list[dict[str, Any]]]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from redi.engine.cli import main
 from redi.engine.config import KEYS, build_parser, changed_keys, dump_recipe, load_recipe
 from redi.engine.errors import InputError

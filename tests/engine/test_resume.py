@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from redi.engine.cli import main
 from redi.engine.train.checkpoint import complete_checkpoints
 from redi.engine.train.metrics import TIMINGS
-from safetensors.torch import load_file
 
 Command = Callable[..., list[str]]
 Steps = Callable[[Path], list[dict[str, Any]]]

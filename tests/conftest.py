@@ -1,0 +1,43 @@
+"""Fixtures of all tests."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+# pytest's importlib mode puts no folder on the path; test files share helpers that lie here.
+sys.path.append(str(Path(__file__).parent))
+
+from kernel_cases import TARGETS, Target
+
+
+@pytest.fixture(params=TARGETS, ids="-".join)
+def target(request: pytest.FixtureRequest) -> Target:
+    """Each backend of the loss ops on each device that it runs on here."""
+    return request.param
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is NaN (integers: the lowest): who reads it before writing is found out."""
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_and_fill(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            if tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.FakeTensor):
+                return tensor
+            with torch.no_grad():
+                if tensor.is_floating_point():
+                    return tensor.fill_(torch.nan)
+                if tensor.dtype in (torch.int32, torch.int64):
+                    return tensor.fill_(torch.iinfo(tensor.dtype).min)
+            return tensor
+
+        return allocate_and_fill
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

@@ -1,0 +1,345 @@
+"""The loss ops as citizens of PyTorch: custom ops, torch.compile, autocast, errors."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import Case, Target, gradients, leaves, make_case, relative_error, run
+from torch import Tensor
+from torch.library import opcheck
+
+from redi.kernels import (
+    linear_logprobs,
+    redi_loss,
+    redi_value_and_grad,
+    reference,
+    segment_sum,
+    signed_cross_entropy,
+)
+
+
+def small(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Case:
+    return make_case(dtype, vocab=23, hidden=6, lengths=(5, 0, 7), signs=(1, 1, -1), device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_index", [False, True])
+def test_custom_ops_keep_their_contract(
+    target: Target, dtype: torch.dtype, with_index: bool
+) -> None:
+    case = leaves(small(dtype, target.device))
+    index = case.valid_index if with_index else None
+    ops = torch.ops.redi
+    tail = (target.backend, 4)
+    for need in ((True, True), (True, False), (False, True)):
+        hidden, weight = (
+            operand.detach().requires_grad_(needed)
+            for operand, needed in zip((case.hidden, case.weight), need, strict=True)
+        )
+        opcheck(
+            ops.redi_loss.default,
+            (hidden, weight, *case.arguments[2:], index, 0.8, 3.0, *tail, *need),
+        )
+        weights = case.token_weights
+        opcheck(
+            ops.signed_cross_entropy.default,
+            (hidden, weight, case.targets, weights, index, "dft", *tail, *need),
+        )
+    for keep in (True, False):
+        opcheck(
+            ops.linear_logprobs.default,
+            (case.hidden, case.weight, case.targets, index, *tail, keep),
+        )
+    opcheck(
+        ops.redi_value_and_grad.default,
+        (
+            case.hidden.detach(),
+            case.weight.detach(),
+            *case.arguments[2:],
+            index,
+            0.8,
+            3.0,
+            2.0,
+            *tail,
+            torch.zeros(case.weight.shape, device=target.device),
+            True,
+        ),
+    )
+
+
+def test_the_small_ops_keep_their_contract(target: Target) -> None:
+    case = small(device=target.device)
+    values = torch.randn(case.targets.shape, device=target.device, requires_grad=True)
+    opcheck(torch.ops.redi.segment_sum.default, (values, case.cu_seqlens))
+    opcheck(
+        torch.ops.redi.scale_gradient.default,
+        (case.hidden, torch.tensor(2.0, device=target.device), torch.bfloat16),
+    )
+
+
+def _compiled_step(backend: str) -> Any:
+    def step(case_arguments: tuple[Tensor, ...], num_pairs: int, token_weights: Tensor) -> Tensor:
+        hidden, weight, targets, cu_seqlens, signs = case_arguments
+        trunk = torch.tanh(hidden)  # something to fuse with, before and after
+        out = redi_loss(
+            trunk, weight, targets, cu_seqlens, signs, alpha=0.8, num_pairs=num_pairs,
+            backend=backend,
+        )  # fmt: skip
+        loss, _ = signed_cross_entropy(trunk, weight, targets, token_weights, backend=backend)
+        logps = segment_sum(linear_logprobs(trunk, weight, targets, backend=backend), cu_seqlens)
+        return 3 * out.loss + loss + torch.sigmoid(logps).sum() + out.sequence_logps.mean()
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_compiles_without_graph_breaks_at_any_length(target: Target, compiler: str) -> None:
+    torch.compiler.reset()
+    step = _compiled_step(target.backend)
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    for lengths, num_pairs in (((5, 7), 3), ((9, 2), 4), ((4, 4), 5)):
+        case = leaves(make_case(lengths=lengths, signs=(1, -1), device=target.device))
+        weights = torch.ones(sum(lengths), device=target.device)
+        got = compiled(case.arguments, num_pairs, weights)
+        expected = step(case.arguments, num_pairs, weights)
+        torch.testing.assert_close(got, expected)
+        got_gradients = gradients(got, case.hidden, case.weight)
+        expected_gradients = gradients(expected, case.hidden, case.weight)
+        for value, true in zip(got_gradients, expected_gradients, strict=True):
+            assert relative_error(value, true) < 1e-6
+
+
+def test_value_and_grad_compiles_and_adds_in_place(target: Target) -> None:
+    torch.compiler.reset()
+    case = small(device=target.device)
+
+    def step(dweight: Tensor) -> Tensor:
+        return redi_value_and_grad(
+            *case.arguments, **case.options, dweight=dweight, backend=target.backend
+        )[1]
+
+    expected, got = torch.ones_like(case.weight), torch.ones_like(case.weight)
+    dhidden = step(expected)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(got), dhidden)
+    torch.testing.assert_close(got, expected)
+
+
+def test_only_the_loss_carries_a_graph(target: Target) -> None:
+    case = leaves(small(device=target.device))
+    out = redi_loss(*case.arguments, **case.options, backend=target.backend)
+    assert out.loss.requires_grad
+    assert not out.sequence_logps.requires_grad
+    loss, logps = signed_cross_entropy(
+        *case.arguments[:3], case.token_weights, backend=target.backend
+    )
+    assert loss.requires_grad
+    assert not logps.requires_grad
+    value, dhidden, dweight = redi_value_and_grad(
+        *case.arguments, **case.options, backend=target.backend
+    )
+    assert not any(t.requires_grad for t in (*value, dhidden, dweight))
+
+
+def test_a_second_derivative_raises_instead_of_being_wrong(target: Target) -> None:
+    case = leaves(small(device=target.device))
+    losses = [
+        redi_loss(*case.arguments, **case.options, backend=target.backend).loss,
+        linear_logprobs(*case.arguments[:3], backend=target.backend).sum(),
+    ]
+    for loss in losses:
+        (dhidden,) = torch.autograd.grad(loss * loss, case.hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            dhidden.sum().backward()
+
+
+def test_the_result_is_a_tree_of_tensors() -> None:
+    case = small()
+    out = redi_loss(*case.arguments, **case.options)
+    flat, _ = torch.utils._pytree.tree_flatten(out)
+    assert [type(leaf) for leaf in flat] == [Tensor] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_does_not_change_a_bit(target: Target, dtype: torch.dtype) -> None:
+    case = make_case(dtype, device=target.device)
+    out, expected = run(redi_loss, case, backend=target.backend)
+    moved = leaves(case)
+    weights = case.token_weights
+    with torch.autocast(target.device, torch.bfloat16):
+        inside = redi_loss(*moved.arguments, **moved.options, backend=target.backend)
+        got = gradients(inside.loss, moved.hidden, moved.weight)
+        signed, _ = signed_cross_entropy(*case.arguments[:3], weights, backend=target.backend)
+        logps = linear_logprobs(*case.arguments[:3], backend=target.backend)
+        ref = reference.redi_loss(*case.arguments, **case.options)
+    assert torch.equal(inside.loss, out.loss)
+    for value, true in zip(got, expected, strict=True):
+        assert torch.equal(value, true)
+    outside, _ = signed_cross_entropy(*case.arguments[:3], weights, backend=target.backend)
+    assert torch.equal(signed, outside)
+    assert torch.equal(logps, linear_logprobs(*case.arguments[:3], backend=target.backend))
+    assert torch.equal(ref.loss, reference.redi_loss(*case.arguments, **case.options).loss)
+
+
+def test_autocast_casts_operands_of_two_dtypes_as_linear_would(target: Target) -> None:
+    case = leaves(make_case(torch.float32, device=target.device))
+    rounded = case.to(torch.bfloat16)
+    mixed = replace(case, hidden=rounded.hidden)
+    with torch.autocast(target.device, torch.bfloat16):
+        loss = redi_loss(*mixed.arguments, **mixed.options, backend=target.backend).loss
+    (dweight,) = torch.autograd.grad(loss, case.weight)
+    assert dweight.dtype == torch.float32
+    expected = redi_loss(*rounded.arguments, **rounded.options, backend=target.backend).loss
+    assert torch.equal(loss, expected)
+
+
+def test_the_reference_is_a_backend() -> None:
+    case = make_case(torch.float32)
+    weights = case.token_weights.float()
+    for module_op, arguments, options in (
+        (redi_loss, case.arguments, case.options),
+        (redi_value_and_grad, case.arguments, case.options),
+        (signed_cross_entropy, (*case.arguments[:3], weights), {}),
+        (linear_logprobs, case.arguments[:3], {}),
+    ):
+        reference_op = getattr(reference, module_op.__name__)
+        got = module_op(*arguments, **options, backend="reference")
+        expected = reference_op(*arguments, **options)
+        flat_got, _ = torch.utils._pytree.tree_flatten(got)
+        flat_expected, _ = torch.utils._pytree.tree_flatten(expected)
+        for value, true in zip(flat_got, flat_expected, strict=True):
+            assert torch.equal(value, true)
+
+
+def _changed(**changes: Any) -> dict[str, Any]:
+    case = small()
+    arguments: dict[str, Any] = {
+        "hidden": case.hidden,
+        "weight": case.weight,
+        "targets": case.targets,
+        "cu_seqlens": case.cu_seqlens,
+        "signs": case.signs,
+        "alpha": 0.8,
+        "num_pairs": 3,
+    }
+    for name, change in changes.items():
+        arguments[name] = change(arguments.get(name)) if callable(change) else change
+    return arguments
+
+
+def _with(position: int, value: int) -> Any:
+    def change(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor[position] = value
+        return tensor
+
+    return change
+
+
+WRONG = [
+    ({"hidden": lambda h: h.tolist()}, TypeError, "hidden must be a tensor, got list"),
+    ({"hidden": lambda h: h.long()}, TypeError, "hidden must be float16 or .* got torch.int64"),
+    ({"hidden": lambda h: h[None]}, ValueError, r"hidden must have shape \[T, D\], got \(1, 12"),
+    ({"hidden": lambda h: h[:, :5]}, ValueError, r"must agree in D, got \(12, 5\) and \(23, 6\)"),
+    ({"hidden": lambda h: h.bfloat16()}, TypeError, "same dtype, got torch.bfloat16 and"),
+    ({"weight": lambda w: w[0]}, ValueError, r"weight must have shape \[V, D\], got \(6,\)"),
+    ({"weight": lambda w: w[:0]}, ValueError, r"V >= 1 and D >= 1, got \(0, 6\)"),
+    ({"weight": lambda w: w.to("meta")}, ValueError, "weight must be on cpu .* got meta"),
+    ({"targets": lambda t: t.int()}, TypeError, "targets must be int64, got torch.int32"),
+    ({"targets": lambda t: t[:-1]}, ValueError, r"targets .* shape \(12,\), got \(11,\)"),
+    ({"targets": _with(3, 23)}, ValueError, r"targets must be in \[0, 23\) or -100, got 23 at p"),
+    ({"targets": _with(3, -1)}, ValueError, "targets must be in .* got -1 at position 3"),
+    ({"cu_seqlens": lambda c: c.float()}, TypeError, "cu_seqlens must be int32 or int64"),
+    ({"cu_seqlens": lambda c: c[:0]}, ValueError, "cu_seqlens must have S . 1 >= 1 entries"),
+    ({"cu_seqlens": _with(1, 8)}, ValueError, "cu_seqlens must not fall, got 8 then 5 at 2"),
+    ({"cu_seqlens": _with(-1, 11)}, ValueError, "from 0 to T = 12, got 0 to 11"),
+    ({"cu_seqlens": _with(0, 1)}, ValueError, "from 0 to T = 12, got 1 to 12"),
+    ({"signs": lambda s: s[:2]}, ValueError, r"signs .* shape \(3,\) for .* got \(2,\)"),
+    ({"signs": lambda s: s.float()}, TypeError, "signs must be int8 or .* got torch.float32"),
+    ({"signs": _with(1, 2)}, ValueError, r"signs must be \+1, -1 or 0, got 2 at sequence 1"),
+    ({"alpha": -0.1}, ValueError, "alpha must be finite and >= 0, got -0.1"),
+    ({"alpha": float("nan")}, ValueError, "alpha must be finite and >= 0, got nan"),
+    ({"num_pairs": 0}, ValueError, "num_pairs must be finite and > 0, got 0"),
+    ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', .* got 'cuda'"),
+    ({"backend": "triton"}, ValueError, 'backend="triton" is not available'),
+    ({"chunk_tokens": 0}, ValueError, "chunk_tokens must be a positive int or None, got 0"),
+    (
+        {"valid_index": lambda _: torch.zeros(3)},
+        TypeError,
+        "valid_index must be int32 or int64, got torch.float32",
+    ),
+    (
+        {"valid_index": lambda _: torch.zeros(13, dtype=torch.int64)},
+        ValueError,
+        "valid_index must have at most T = 12 entries, got 13",
+    ),
+    (
+        {"valid_index": lambda _: torch.tensor([12])},
+        ValueError,
+        r"valid_index must hold positions in \[0, 12\), got 12 to 12",
+    ),
+    (
+        {"valid_index": lambda _: torch.tensor([0, 0])},
+        ValueError,
+        "valid_index must hold each position with targets != -100 once, got 2 entries",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), WRONG)
+def test_a_wrong_argument_is_named_with_what_it_got_and_needs(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        redi_loss(**_changed(**changes))
+    with pytest.raises(error, match=message):
+        redi_value_and_grad(**_changed(**changes))
+
+
+@pytest.mark.parametrize(
+    ("dweight", "error", "message"),
+    [
+        (torch.zeros(23, 6).bfloat16(), TypeError, "dweight must be float32, got torch.bfloat16"),
+        (torch.zeros(6, 23), ValueError, r"weight's shape \(23, 6\), got \(6, 23\)"),
+        (torch.zeros(6, 23).T, ValueError, "dweight must be contiguous, got strides"),
+        (torch.zeros(23, 6, requires_grad=True), ValueError, "must not require a gradient"),
+    ],
+)
+def test_a_wrong_dweight_is_named(dweight: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        redi_value_and_grad(**_changed(dweight=dweight))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"token_weights": torch.ones(11)}, ValueError, r"token_weights .* \(12,\), got \(11,\)"),
+        ({"token_weights": torch.ones(12).long()}, TypeError, "token_weights must be float16 or"),
+        (
+            {"token_weights": torch.ones(12, requires_grad=True)},
+            ValueError,
+            "token_weights gets no gradient",
+        ),
+        (
+            {"token_weights": torch.full((12,), torch.inf)},
+            ValueError,
+            "token_weights must be finite, got inf at position",
+        ),
+        ({"coefficient": "mle"}, ValueError, "coefficient must be one of 'weight', 'dft'"),
+    ],
+)
+def test_wrong_token_weights_are_named(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    case = small()
+    arguments = {"token_weights": torch.ones(12), "coefficient": "weight"} | changes
+    with pytest.raises(error, match=message):
+        signed_cross_entropy(*case.arguments[:3], **arguments)
+
+
+def test_a_wrong_keep_is_named() -> None:
+    with pytest.raises(ValueError, match="keep must be one of 'auto', True, False, got 'yes'"):
+        linear_logprobs(*small().arguments[:3], keep="yes")

@@ -1,0 +1,212 @@
+"""Chunks: their sizes, and that no product is computed that nobody asked for."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import Case, Target, gradients, leaves, make_case, relative_error, run
+from torch import Tensor
+
+from redi.kernels import chunked, linear_logprobs, redi_loss, redi_value_and_grad
+from redi.kernels.chunked import fill_waves, split
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@given(st.integers(0, 50), st.integers(0, 1000), st.integers(1, 300))
+def test_split_covers_the_range_in_equal_parts(start: int, length: int, most: int) -> None:
+    ranges = split(start, start + length, most)
+    assert [i for a, b in ranges for i in range(a, b)] == list(range(start, start + length))
+    sizes = [b - a for a, b in ranges]
+    assert all(0 < size <= most for size in sizes)
+    assert len(ranges) == -(-length // most)
+    assert len(set(sizes[:-1])) <= 1
+
+
+@pytest.mark.parametrize(
+    ("hidden", "processors", "most"), [(1536, 132, 8800), (3584, 132, 15000), (896, 108, 4000)]
+)
+def test_chunks_of_a_gpu_fill_its_processors(hidden: int, processors: int, most: int) -> None:
+    def waves(rows: int) -> int:
+        return -(-(-(-rows // 128) * -(-hidden // 256)) // processors)
+
+    tokens = 32768
+    rows = fill_waves(tokens, hidden, processors, most)
+    assert rows <= most
+    total = sum(waves(b - a) for a, b in split(0, tokens, rows))
+    ideal = tokens / 128 * -(-hidden // 256) / processors
+    assert total <= 1.12 * ideal + 1
+    assert fill_waves(1, hidden, processors, most) == 1
+    assert fill_waves(0, hidden, processors, most) == 1
+
+
+class Products:
+    """The matrix products that were computed, as (rows, inner, columns)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shapes: list[tuple[int, int, int]] = []
+        matmul = chunked.matmul
+
+        def spy(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+            assert out.shape == (a.shape[0], b.shape[1])
+            self.shapes.append((a.shape[0], a.shape[1], b.shape[1]))
+            return matmul(a, b, out, accumulate)
+
+        monkeypatch.setattr(chunked, "matmul", spy)
+
+    def count(self, case: Case) -> dict[str, int]:
+        """Tokens that went through each of the three products."""
+        vocab, hidden = case.weight.shape
+        found = {"logits": 0, "dhidden": 0, "dweight": 0}
+        for rows, inner, columns in self.shapes:
+            if (inner, columns) == (hidden, vocab):
+                found["logits"] += rows
+            elif (inner, columns) == (vocab, hidden):
+                found["dhidden"] += rows
+            else:
+                assert (rows, columns) == (vocab, hidden)
+                found["dweight"] += inner
+        self.shapes.clear()
+        return found
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> Products:
+    return Products(monkeypatch)
+
+
+def frozen(case: Case, hidden: bool = False, weight: bool = False) -> Case:
+    case = leaves(case)
+    case.hidden.requires_grad_(not hidden)
+    case.weight.requires_grad_(not weight)
+    return case
+
+
+def loss_of(case: Case, target: Target, **options: object) -> Tensor:
+    return redi_loss(
+        *case.arguments, **(case.options | options), backend=target.backend, chunk_tokens=30
+    ).loss
+
+
+def test_masked_tokens_cost_nothing_and_the_rest_three_products(
+    target: Target, products: Products
+) -> None:
+    case = make_case(device=target.device)
+    run(redi_loss, case, backend=target.backend)
+    n = len(case.valid_index)
+    assert n < len(case.targets)
+    assert products.count(case) == {"logits": n, "dhidden": n, "dweight": n}
+
+
+def test_a_frozen_operand_costs_no_product(target: Target, products: Products) -> None:
+    case = make_case(device=target.device)
+    n = len(case.valid_index)
+    _, expected = run(redi_loss, case, backend=target.backend)
+    products.count(case)
+
+    head = frozen(case, weight=True)
+    (dhidden,) = torch.autograd.grad(loss_of(head, target), head.hidden)
+    assert products.count(case) == {"logits": n, "dhidden": n, "dweight": 0}
+    assert relative_error(dhidden, expected.dhidden) < 1e-6
+
+    trunk = frozen(case, hidden=True)
+    (dweight,) = torch.autograd.grad(loss_of(trunk, target), trunk.weight)
+    assert products.count(case) == {"logits": n, "dhidden": 0, "dweight": n}
+    assert relative_error(dweight, expected.dweight) < 1e-6
+
+    both = frozen(case, hidden=True, weight=True)
+    assert not loss_of(both, target).requires_grad
+    assert products.count(case) == {"logits": n, "dhidden": 0, "dweight": 0}
+
+
+def test_without_gradients_only_logits_are_computed(target: Target, products: Products) -> None:
+    case = leaves(make_case(device=target.device))
+    with_grad = loss_of(case, target)
+    n = len(case.valid_index)
+    products.count(case)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            loss = loss_of(case, target)
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, with_grad.detach(), rtol=1e-6, atol=1e-6)
+        assert products.count(case) == {"logits": n, "dhidden": 0, "dweight": 0}
+
+
+def test_tokens_of_weight_zero_cost_the_logits_alone(target: Target, products: Products) -> None:
+    case = replace(make_case(masked=0.0, device=target.device), alpha=0.0)
+    negatives = int(case.cu_seqlens.diff()[case.signs < 0].sum())
+    _, got = run(redi_loss, case, backend=target.backend)
+    n = len(case.targets)
+    positives = n - negatives
+    assert products.count(case) == {"logits": n, "dhidden": positives, "dweight": positives}
+    assert not got.dhidden[case.token_weights == 0].any()
+
+    nobody = replace(case, signs=torch.zeros_like(case.signs))
+    _, got = run(redi_loss, nobody, backend=target.backend)
+    assert products.count(case) == {"logits": n, "dhidden": 0, "dweight": 0}
+    assert not got.dhidden.any()
+    assert not got.dweight.any()
+
+
+@pytest.mark.parametrize(("keep", "logits_twice"), [(True, 1), (False, 2)])
+def test_logprobs_keep_or_recompute_the_logits(
+    target: Target, products: Products, keep: bool, logits_twice: int
+) -> None:
+    case = leaves(make_case(device=target.device))
+    n = len(case.valid_index)
+    logps = linear_logprobs(
+        case.hidden, case.weight, case.targets, keep=keep, backend=target.backend
+    )
+    gradients(logps.sum(), case.hidden, case.weight)
+    assert products.count(case) == {"logits": logits_twice * n, "dhidden": n, "dweight": n}
+
+
+def test_keep_auto_is_a_matter_of_size(
+    target: Target, products: Products, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = leaves(make_case(device=target.device))
+    n = len(case.valid_index)
+    for budget, times in ((1 << 30, 1), (1000, 2)):
+        monkeypatch.setattr("redi.kernels.logprobs._keep_budget", lambda device, b=budget: b)
+        logps = linear_logprobs(*case.arguments[:3], backend=target.backend)
+        gradients(logps.sum(), case.hidden, case.weight)
+        assert products.count(case)["logits"] == times * n
+
+
+def test_no_more_rows_of_logits_than_asked_for_are_ever_at_hand(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(device=target.device)
+    sizes: list[int] = []
+    matmul = chunked.matmul
+
+    def spy(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+        if out.shape[1] == len(case.weight):
+            sizes.append(out.untyped_storage().nbytes() // (out.element_size() * out.shape[1]))
+        return matmul(a, b, out, accumulate)
+
+    monkeypatch.setattr(chunked, "matmul", spy)
+    redi_value_and_grad(*case.arguments, **case.options, chunk_tokens=7, backend=target.backend)
+    assert sizes
+    assert max(sizes) <= 7
+
+
+@pytest.mark.parametrize("op", [redi_loss])
+def test_memory_for_a_step_does_not_grow_with_tokens_times_vocabulary(op: Callable) -> None:
+    """Peak of live allocations, from the profiler: far below one whole [N, V] tensor."""
+    case = make_case(vocab=4096, hidden=32, lengths=(2048, 2048), signs=(1, -1), masked=0.0)
+    run(op, case)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        run(op, case)
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    whole = 4096 * 4096 * 4
+    assert whole / 20 < peak < whole / 4

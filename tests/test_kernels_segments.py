@@ -1,0 +1,86 @@
+"""Sums over sequences do not depend on packing, by a single bit."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from redi.kernels import reference, segment_sum
+from redi.kernels.segments import sequence_ids, sequence_lengths
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+# Around the block of 1024, empty, and one that needs three levels of blocks.
+LENGTHS = st.lists(
+    st.one_of(st.integers(0, 5), st.integers(1020, 1030), st.integers(2040, 5000)), max_size=6
+)
+
+
+def bounds(lengths: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=LENGTHS,
+    seed=st.integers(0, 1000),
+    index=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_a_sum_is_right_and_the_same_bits_wherever_the_sequence_lies(
+    lengths: list[int], seed: int, index: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    parts = [-torch.rand(n, generator=generator) for n in lengths]
+    values = torch.cat([torch.zeros(0), *parts])
+    sums = segment_sum(values, bounds(lengths, index))
+    exact = reference.segment_sum(values.double(), bounds(lengths))
+    torch.testing.assert_close(sums.double(), exact, rtol=1e-6, atol=0)
+    for part, total in zip(parts, sums, strict=True):
+        alone = segment_sum(part, bounds([len(part)]))
+        assert torch.equal(alone[0], total)
+        shifted = torch.cat([torch.ones(3), part, torch.ones(1500)])
+        assert torch.equal(segment_sum(shifted, bounds([3, len(part), 1500]))[1], total)
+
+
+def test_a_sequence_of_over_a_million_tokens_is_summed_exactly_enough() -> None:
+    torch.manual_seed(0)
+    values = -torch.rand(1024**2 + 1500)
+    sums = segment_sum(values, bounds([1024**2 + 77, 1423]))
+    exact = reference.segment_sum(values.double(), bounds([1024**2 + 77, 1423]))
+    torch.testing.assert_close(sums.double(), exact, rtol=5e-7, atol=0)
+
+
+def test_the_gradient_goes_to_the_sequence_s_own_tokens() -> None:
+    values = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: segment_sum(v, bounds([2, 0, 4, 3])), values)
+    (grad,) = torch.autograd.grad(
+        segment_sum(values, bounds([2, 0, 4, 3])),
+        values,
+        torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64),
+    )
+    assert grad.tolist() == [1, 1, 3, 3, 3, 3, 4, 4, 4]
+
+
+def test_ids_and_lengths_follow_the_bounds() -> None:
+    cu_seqlens = bounds([0, 2, 0, 3, 0], torch.int32)
+    assert sequence_ids(cu_seqlens, 6).tolist() == [1, 1, 3, 3, 3, 5]
+    targets = torch.tensor([5, -100, 1, -100, 2])
+    assert sequence_lengths(targets, cu_seqlens).tolist() == [0, 1, 0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "cu_seqlens", "error", "message"),
+    [
+        (torch.zeros(3, dtype=torch.bfloat16), [0, 3], TypeError, "values must be float32 or"),
+        (torch.zeros(3, 1), [0, 3], ValueError, r"values must have shape \[T\], got \(3, 1\)"),
+        (torch.zeros(3), [0, 2], ValueError, "from 0 to T = 3, got 0 to 2"),
+        (torch.zeros(3), [0, 2, 1, 3], ValueError, "must not fall, got 2 then 1 at 2"),
+        (torch.zeros(3), [0.0, 3.0], TypeError, "cu_seqlens must be int32 or int64"),
+        (torch.zeros(3), [], TypeError, "cu_seqlens must be int32 or int64"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    values: torch.Tensor, cu_seqlens: list[float], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        segment_sum(values, torch.tensor(cu_seqlens))
