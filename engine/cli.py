@@ -103,6 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if speaks:
             print(f"redi: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # during training it is handled: this is before the first step
+        if speaks:
+            print("redi: interrupted before the first step", file=sys.stderr)
+        return 1
     except SystemExit as request:  # --help of a command
         return int(request.code or 0)
     return 0

@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 
 from redi.engine.config import Shard
 from redi.engine.errors import InputError
@@ -52,7 +53,7 @@ def shard(student: Student, section: Shard, dtype: torch.dtype, device: torch.de
             f"shard.replicate = {section.replicate} does not divide the {world} ranks of this run"
         )
     student.to(device)
-    _checkpoint_blocks(student, section.checkpointing)
+    checkpoint_blocks(student.model, section.checkpointing)
     if section.compile:
         for block in student.blocks:
             block.compile()
@@ -81,15 +82,16 @@ def _mesh(device: torch.device, replicate: int, world: int) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def _checkpoint_blocks(student: Student, how: str) -> None:
+def checkpoint_blocks(model: PreTrainedModel, how: str) -> None:
+    """Recompute activations of the transformer blocks in backward: "none", "selective", "full"."""
     if how == "none":
         return
     options: dict[str, Any] = {}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    block_type = type(student.blocks[0])
+    block_type = type(model.base_model.layers[0])
     apply_activation_checkpointing(
-        student.model.base_model,
+        model.base_model,
         checkpoint_wrapper_fn=partial(checkpoint_wrapper, **options),
         check_fn=lambda module: isinstance(module, block_type),
     )

@@ -16,6 +16,7 @@ from transformers import (
 
 from redi.engine.errors import InputError
 from redi.engine.model.attention import choose_attention, document_kwargs, register_attention
+from redi.engine.model.sharding import checkpoint_blocks
 
 MODELS = [
     (Qwen2Config, Qwen2ForCausalLM),
@@ -58,13 +59,12 @@ def changed_first_document(ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([(ids[:13] + 7) % 50, ids[13:]])
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", ["none", "selective", "full"])
 def test_changing_one_document_leaves_the_others_bitwise_alone(
-    model: PreTrainedModel, ids: torch.Tensor, recomputed: bool
+    model: PreTrainedModel, ids: torch.Tensor, recomputed: str
 ) -> None:
     model.train()
-    if recomputed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_blocks(model, recomputed)
     before = packed(model, ids, BOUNDARIES)
     after = packed(model, changed_first_document(ids), BOUNDARIES)
     assert torch.equal(before[13:], after[13:])
