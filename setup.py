@@ -16,6 +16,7 @@ ENGINE = [
     "pyarrow>=18",
     "rich>=13",
     "safetensors>=0.5",
+    "tomli-w>=1.0",
     "tqdm>=4.66",
     "transformers>=5.17",
     "xxhash>=3.4",

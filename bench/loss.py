@@ -2,8 +2,8 @@
 
 All contenders compute the same thing on the same operands, turn by turn in one run: the loss of a
 packed row of positive and negative traces, dhidden and dweight. `floor` is the three matrix
-products alone, on logits and a gradient made beforehand; nothing that forms the gradient by all
-three can be faster. Errors are against float64. Writes JSON and prints a short table; exits with
+products alone, on operands and into memory made beforehand; nothing that computes all three in
+full can be faster. Errors are against float64. Writes JSON and prints a short table; exits with
 status 1, and writes nothing, if this project's own error is out of bounds: a wrong result has no
 speed.
 

@@ -158,6 +158,8 @@ def _update(model: torch.nn.Module) -> Callable[[], None]:
 
 
 def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
+    from torch.distributed.fsdp import FSDPModule
+
     from redi.engine.config import Objective, Shard
     from redi.engine.data.packing import build_batch, pack
     from redi.engine.model.attention import choose_attention, register_attention
@@ -167,10 +169,11 @@ def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
     from redi.engine.train.objectives import StepTotals, make_objective
 
     device = torch.device(_device())
-    attention = register_attention(choose_attention("auto", device)[0])
+    dtype = compute_dtype("auto", device)
+    attention = register_attention(choose_attention("auto", device, dtype)[0])
     objective = make_objective(Objective(name="redi", alpha=ALPHA))
     student = Student(_model(args, attention), objective)
-    shard(student, Shard(), compute_dtype("auto", device), device)
+    shard(student, Shard(), dtype, device)
     update = _update(student)
     traces = _traces(args)
     lengths = np.array([len(trace) for trace in traces])
@@ -180,6 +183,7 @@ def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
     totals = StepTotals(units=args.pairs, targets=int(lengths.sum()))
 
     def step() -> float:
+        assert isinstance(student, FSDPModule)
         total = 0.0
         for index, row in enumerate(rows):
             student.set_requires_gradient_sync(index == len(rows) - 1)

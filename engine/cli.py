@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from redi.engine.config import build_parser, explain, load_recipe
+from redi.engine.config import Recipe, build_parser, explain, load_recipe
 from redi.engine.errors import InputError, RunError
 
 USAGE = """\
@@ -35,7 +35,7 @@ def train(argv: Sequence[str]) -> None:
     parser = build_parser("redi train", "Train by recipe; the same command again resumes.")
     paths = parser.parse_args(list(argv)).recipes
     recipes = [load_recipe(parser, path, argv) for path in paths]
-    resolved = []
+    resolved: list[tuple[str, Recipe]] = []
     for path, recipe in zip(paths, recipes, strict=True):
         folder = recipe.run.dir or f"runs/{Path(path).stem}"
         if any(folder == other.run.dir for _, other in resolved):
@@ -52,9 +52,12 @@ def train(argv: Sequence[str]) -> None:
             raise InputError(f"{path}: data.path is missing")
         resolved.append((path, replace(recipe, model=model, run=replace(recipe.run, dir=folder))))
 
+    from redi.engine.data.rows import find_sources
     from redi.engine.distributed import join_world
     from redi.engine.train.loop import run_recipe
 
+    for _, recipe in resolved:  # before the first has trained for hours
+        find_sources([*recipe.data.paths, *recipe.eval.paths])
     with join_world() as world:
         for _, recipe in resolved:
             if not run_recipe(recipe, world):

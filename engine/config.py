@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 import tomllib
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -293,13 +293,14 @@ def build_parser(prog: str, description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
+        usage=f"{prog} RECIPE.toml [MORE.toml ...] [--section.key value ...]",
         description=description,
         parser_mode="toml",
         exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("recipes", nargs="+", metavar="RECIPE.toml", help="run in this order")
-    parser.add_argument("--recipe", action="config", help="one more recipe file to start from")
+    parser.add_argument("--recipe", action="config", help=SUPPRESS)  # how load_recipe gives one
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
     return parser
@@ -318,7 +319,8 @@ def load_recipe(parser: ArgumentParser, path: str, argv: Sequence[str]) -> Recip
             or lies outside its range.
     """
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such recipe file")
+        kind = "a folder, not a recipe file" if Path(path).is_dir() else "no such recipe file"
+        raise InputError(f"{path}: {kind}")
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -344,7 +346,7 @@ def explain(error: Exception) -> str:
         return _unknown(found[1])
     if found := re.search(r'Parser key "([\w.]+)":', text):
         value = re.search(r"(?:Given value|Got value): (.*)", text)
-        expected = _expected(found[1])
+        expected = _expected(found[1]) if found[1] in KEYS else "another value"
         got = value[1].strip() if value else "another type"
         return f"{found[1]}: needs {expected}, got {got}"
     return " ".join(text.split())
@@ -354,6 +356,7 @@ def _expected(key: str) -> str:
     section, name = key.split(".")[:2]
     annotation = next(f.type for f in fields(SECTIONS[section]) if f.name == name)
     text = str(annotation).replace("Literal", "one of ").replace("| None", "")
+    text = text.replace("tuple[float, float]", "two numbers such as [0.9,0.999]")
     for python, plain in (("str", "text"), ("int", "a whole number"), ("float", "a number")):
         text = re.sub(rf"\b{python}\b", plain, text)
     return re.sub(r"\s+", " ", text.replace("bool", "true or false")).strip()
@@ -390,22 +393,32 @@ def _dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as TOML (keys without a value are left out)."""
-    import toml
+    import tomli_w
 
     content = {
         name: {key: value for key, value in section.items() if value is not None}
         for name, section in asdict(recipe).items()
     }
-    return toml.dumps(content)
+    return tomli_w.dumps(content)
 
 
 def changed_keys(old: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """Keys that differ from a resolved recipe read back from a run folder and may not."""
-    new = tomllib.loads(dump_recipe(recipe))
+    """Keys that differ from a resolved recipe read back from a run folder and may not.
+
+    A key that the old recipe does not have (it is younger) had its default value.
+    """
+    before, now = asdict(Recipe()), asdict(recipe)
+    for section, values in old.items():
+        before[section] |= values
     return [
-        key
-        for key in KEYS
-        if key not in FREE_ON_RESUME
-        and old.get(key.split(".")[0], {}).get(key.split(".")[1])
-        != new[key.split(".")[0]].get(key.split(".")[1])
+        f"{section}.{name}"
+        for section, values in now.items()
+        for name, value in values.items()
+        if f"{section}.{name}" not in FREE_ON_RESUME
+        and _as_list(before[section][name]) != _as_list(value)
     ]
+
+
+def _as_list(value: Any) -> Any:
+    # TOML gives back a tuple as a list.
+    return list(value) if isinstance(value, tuple) else value

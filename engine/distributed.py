@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from redi.engine.errors import InputError
+from redi.engine.errors import InputError, RunError
 
 # Rank 0 may tokenize for hours while the others wait.
 PREPARE_TIMEOUT = timedelta(hours=24)
@@ -49,7 +49,8 @@ class World:
         """Run `work` on rank 0, then on the others, who find its result on disk.
 
         Raises:
-            InputError: on every rank when rank 0's `work` raised it.
+            InputError, RunError: on every rank, when rank 0's `work` raised; any other error of
+                rank 0 is a RunError on the others.
         """
         if self.size == 1:
             return work()
@@ -59,14 +60,16 @@ class World:
             try:
                 result = work()
             except BaseException as error:
-                self.store.set(key, f"{type(error).__name__}: {error}")
+                kind = "input" if isinstance(error, InputError) else "run"
+                self.store.set(key, f"{kind} {error}")
                 raise
             self.store.set(key, "done")
             return result
         self.store.wait([key], PREPARE_TIMEOUT)
         outcome = self.store.get(key).decode()
-        if outcome != "done":
-            raise InputError(outcome)
+        kind, _, text = outcome.partition(" ")
+        if kind != "done":
+            raise InputError(text) if kind == "input" else RunError(text)
         return work()
 
 
@@ -75,7 +78,13 @@ def join_world() -> Iterator[World]:
     """Join the world that torchrun describes in the environment, else make one of one process."""
     on_cuda = torch.cuda.is_available()
     if on_cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"local rank {local_rank} has no card: this machine has "
+                f"{torch.cuda.device_count()}; lower --nproc-per-node"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")

@@ -85,7 +85,7 @@ def test_every_kind_of_file_gives_the_same_traces(tmp_path, kind, zipped):
     suffix = kind.__name__.removeprefix("as_")
     data = kind(tmp_path / "plain")
     path = tmp_path / f"data.{suffix}{'.gz' if zipped else ''}"
-    path.write_bytes(gzip.compress(data) if zipped else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if zipped else data)
     expected = []
     for row in ROWS:
         expected += [(row["prompt"], row["chosen"], 1), (row["prompt"], row["rejected"], -1)]
@@ -162,7 +162,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("a.json", b"[]"),
         ("a.csv", b""),
         ("a.csv", b"prompt,chosen,rejected\n"),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
     ],
 )
 def test_an_empty_file_is_an_error(tmp_path, name, data):
@@ -218,7 +218,7 @@ def test_a_file_cut_off_is_an_error_that_names_it(tmp_path, name):
     maker = {"jsonl": as_jsonl, "parquet": as_parquet, "csv": as_csv, "json": as_json}
     data = maker[name.split(".")[1]](tmp_path / "plain")
     if name.endswith(".gz"):
-        data = gzip.compress(data)
+        data = gzip.compress(data, mtime=0)
     path = tmp_path / name
     for length in range(1, len(data), max(1, len(data) // 25)):
         path.write_bytes(data[:length])

@@ -88,9 +88,12 @@ class _Steps(Dataset[StepBatches]):
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """A Ctrl-C reaches all processes of a terminal: only the training process acts on it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """A Ctrl-C, and torchrun's SIGTERM, reach all processes: only the training process acts.
+
+    Workers end by themselves when it does.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StepLoader:

@@ -8,7 +8,7 @@ never trusted to keep documents apart.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from redi.engine.errors import InputError
 NAME = "redi_packed"
 
 
-def choose_attention(wanted: str, device: torch.device) -> tuple[str, str]:
+def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """Resolve `[model] attention` on this machine.
 
     Returns:
@@ -29,20 +29,32 @@ def choose_attention(wanted: str, device: torch.device) -> tuple[str, str]:
     Raises:
         InputError: the wanted one cannot run here.
     """
+    problem = None
     if device.type != "cuda":
+        problem = f"needs CUDA, this run is on {device.type}"
+    elif dtype not in (torch.bfloat16, torch.float16):
+        problem = f"computes in half precision, this run in {str(dtype).removeprefix('torch.')}"
+    if problem:
         if wanted in ("flash", "varlen"):
-            raise InputError(
-                f'model.attention: "{wanted}" needs CUDA, this run is on {device.type}; '
-                'use "auto" or "sdpa"'
-            )
-        return "sdpa", f"document by document: the device is {device.type}"
-    if wanted == "flash" and find_spec("flash_attn") is None:
-        raise InputError('model.attention: "flash" needs the package flash-attn; use "auto"')
-    if wanted in ("auto", "flash") and find_spec("flash_attn") is not None:
+            raise InputError(f'model.attention: "{wanted}" {problem}; use "auto" or "sdpa"')
+        return "sdpa", f"document by document: flash attention {problem}"
+    if wanted == "sdpa":
+        return "sdpa", "document by document: asked for"
+    missing = _import_problem("flash_attn", "flash_attn_varlen_func")
+    if wanted != "varlen" and not missing:
         return "flash", "flash-attn is installed"
-    if wanted in ("auto", "varlen"):
-        return "varlen", "torch's own: flash-attn is not installed"
-    return "sdpa", "document by document: asked for"
+    if wanted == "flash":
+        raise InputError(f'model.attention: "flash": {missing}; use "auto"')
+    return "varlen", "torch's own" + (": asked for" if wanted == "varlen" else f": {missing}")
+
+
+def _import_problem(module: str, name: str) -> str | None:
+    """Why `module.name` cannot be had, None if it can: a wheel may be there and not load."""
+    try:
+        getattr(import_module(module), name)
+    except Exception as error:
+        return f"{module}.{name} cannot be imported ({type(error).__name__})"
+    return None
 
 
 def register_attention(kind: str) -> str:
@@ -72,6 +84,13 @@ def document_kwargs(cu_seqlens: torch.Tensor, max_seqlen: int) -> dict[str, Any]
     }
 
 
+def _refuse(attention_mask: torch.Tensor | None, other: dict[str, Any]) -> None:
+    """What would change the result must not be swallowed; `read_config` turns such models away."""
+    assert attention_mask is None, "packed rows carry boundaries, not masks"
+    for name in ("sliding_window", "softcap", "s_aux"):
+        assert other.get(name) is None, f"{name} is not supported in packed attention"
+
+
 def _sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -81,10 +100,10 @@ def _sdpa(
     *,
     cu_seq_lens_q: torch.Tensor,
     scaling: float | None = None,
-    **_: Any,
+    **other: Any,
 ) -> tuple[torch.Tensor, None]:
     """One causal SDPA per document. query [1, heads, T, d], key and value [1, kv_heads, T, d]."""
-    assert attention_mask is None, "packed rows carry boundaries, not masks"
+    _refuse(attention_mask, other)
     groups = query.shape[1] // key.shape[1]
     # Expanded by hand: enable_gqa would fall back to the O(T^2) memory path on a CPU.
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
@@ -111,13 +130,14 @@ def _varlen(
     cu_seq_lens_q: torch.Tensor,
     max_length_q: int,
     scaling: float | None = None,
-    **_: Any,
+    **other: Any,
 ) -> tuple[torch.Tensor, None]:
     """torch's varlen attention, CUDA only; nothing to install."""
     from torch.nn.attention.varlen import varlen_attn
 
-    assert attention_mask is None, "packed rows carry boundaries, not masks"
+    _refuse(attention_mask, other)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     out = varlen_attn(
         query,
         key,
@@ -128,8 +148,9 @@ def _varlen(
         max_length_q,
         scale=scaling,
         window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
+    assert isinstance(out, torch.Tensor)  # a tuple only when the log-sum-exp is asked for
     return out.unsqueeze(0), None
 
 
@@ -143,12 +164,12 @@ def _flash(
     cu_seq_lens_q: torch.Tensor,
     max_length_q: int,
     scaling: float | None = None,
-    **_: Any,
+    **other: Any,
 ) -> tuple[torch.Tensor, None]:
     """flash-attn's varlen function, CUDA only."""
     from flash_attn import flash_attn_varlen_func
 
-    assert attention_mask is None, "packed rows carry boundaries, not masks"
+    _refuse(attention_mask, other)
     out = flash_attn_varlen_func(
         *(x[0].transpose(0, 1) for x in (query, key, value)),
         cu_seqlens_q=cu_seq_lens_q,
@@ -157,5 +178,6 @@ def _flash(
         max_seqlen_k=max_length_q,
         softmax_scale=scaling,
         causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return out.unsqueeze(0), None

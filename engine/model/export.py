@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tomllib
@@ -20,11 +21,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
 from redi.engine.model.load import read_config
-from redi.engine.model.sharding import compute_dtype
 from redi.engine.model.student import Student
 from redi.engine.train.checkpoint import complete_checkpoints
 
@@ -42,11 +43,16 @@ def export(
         RunError: the weights are not finite, or what was written does not load.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(student, options=options)
-    if world.is_main:
-        weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        model = student.model
-        write_folder(folder, model.config, weights, dtype, tokenizer, model.generation_config)
+    state: dict[str, Any] = get_model_state_dict(student, options=options)
+    model = student.model
+
+    def write() -> None:
+        if world.is_main:
+            weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+            write_folder(folder, model.config, weights, dtype, tokenizer, model.generation_config)
+
+    # The others wait: a recipe that follows reads the folder.
+    world.main_first(write)
 
 
 def export_run(run_dir: Path, step: int | None) -> Path:
@@ -63,14 +69,15 @@ def export_run(run_dir: Path, step: int | None) -> Path:
     checkpoints = complete_checkpoints(run_dir)
     if not checkpoints or (step is not None and step not in checkpoints):
         have = ", ".join(map(str, sorted(checkpoints))) or "none"
-        raise InputError(f"{run_dir} has no complete checkpoint of step {step}; it has: {have}")
+        wanted = "" if step is None else f" of step {step}"
+        raise InputError(f"{run_dir} has no complete checkpoint{wanted}; it has: {have}")
+    transformers_logging.disable_progress_bar()
     step = max(checkpoints) if step is None else step
     recipe = tomllib.loads((run_dir / "recipe.toml").read_text(encoding="utf-8"))
     path = recipe["model"]["path"]
     config = read_config(path)
-    dtype = compute_dtype(
-        recipe["train"]["dtype"], torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+    dtype = getattr(torch, manifest["dtype"])
     shapes = _empty_model(config, torch.float32).state_dict()
     weights = {name: torch.empty(t.shape, dtype=torch.float32) for name, t in shapes.items()}
     with warnings.catch_warnings():

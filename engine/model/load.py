@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from redi.engine.errors import InputError
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 # Features that change logits or attention in ways the fused loss and packed attention do not
 # reproduce. A model that has one is refused, not trained wrongly.
@@ -36,18 +40,25 @@ def read_config(path: str) -> Any:
                 f"model.path: {path} has no *.safetensors; weights in other formats are not "
                 "read: load the model once and save it with save_pretrained()"
             )
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise InputError(f"model.path: {path} does not exist")
+    elif not HUB_NAME.fullmatch(path):
+        raise InputError(f"model.path: {path}: no such folder, nor a hub name (owner/name)")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.path: {path}: {_first_line(error)}") from None
+    except Exception as error:  # a wrong field raises errors of many types
+        here = "" if folder.is_dir() else "no such folder here; the hub: "
+        raise InputError(f"model.path: {path}: {here}{_first_line(error)}") from None
     for name, meaning in UNSUPPORTED.items():
         value = getattr(config, name, None)
         if value is not None and value != 1.0:
             raise InputError(f"model.path: {path} uses {meaning} ({name}), which is not supported")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise InputError(f"model.path: {path} uses sliding-window attention, not supported")
+    layers = getattr(config, "layer_types", None)
+    if layers is None and getattr(config, "sliding_window", None) is not None:
+        layers = ["sliding_attention"]
+    if other := set(layers or ()) - {"full_attention"}:
+        raise InputError(
+            f"model.path: {path} has layers of type {', '.join(sorted(other))}; packed rows need "
+            "full attention in every layer"
+        )
     return config
 
 
@@ -78,10 +89,27 @@ def load_model(path: str, attention: str) -> PreTrainedModel:
         if info[problem]:
             names = ", ".join(sorted(map(str, info[problem]))[:3])
             raise InputError(f"model.path: {path}: {problem.replace('_', ' ')}: {names} ...")
+    blocks = getattr(model.base_model, "layers", ())
+    if not blocks or not all(hasattr(block, "self_attn") for block in blocks):
+        raise InputError(
+            f"model.path: {path}: {type(model).__name__} is not built of attention blocks, which "
+            "packed rows need"
+        )
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise InputError(f"model.path: {path} has no plain lm_head (a bias is not supported)")
     return model
+
+
+def model_digest(path: str) -> str | None:
+    """Hash of a model folder's weights; None for a hub name."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    digest = xxhash.xxh3_128()
+    for file in files:
+        with file.open("rb") as content:
+            while block := content.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest() if files else None
 
 
 def _first_line(error: Exception) -> str:

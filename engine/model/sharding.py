@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._composable.fsdp import FSDPModule
+from torch._ops import OpOverload
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
@@ -30,6 +30,8 @@ KEPT_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
 }
+# CUDA's own ways, named once their packages are imported.
+KEPT_NAMES = {"torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward"}
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -39,20 +41,24 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
+def check_replicas(section: Shard, world_size: int) -> None:
+    """InputError unless the copies of the model divide the ranks evenly."""
+    if world_size % section.replicate:
+        raise InputError(
+            f"shard.replicate = {section.replicate} does not divide the {world_size} ranks of "
+            "this run"
+        )
+
+
 def shard(student: Student, section: Shard, dtype: torch.dtype, device: torch.device) -> Student:
     """Recompute, compile and shard in place, in this order.
 
     The root group holds what blocks do not: embeddings, final norm, lm_head (tied or not).
 
-    Raises:
-        InputError: replicate does not divide the number of ranks.
+    Args:
+        section: its `replicate` divides the number of ranks (`check_replicas`).
     """
     world = dist.get_world_size()
-    if world % section.replicate:
-        raise InputError(
-            f"shard.replicate = {section.replicate} does not divide the {world} ranks of this run"
-        )
-    student.to(device)
     checkpoint_blocks(student.model, section.checkpointing)
     if section.compile:
         for block in student.blocks:
@@ -98,5 +104,5 @@ def checkpoint_blocks(model: PreTrainedModel, how: str) -> None:
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = op in KEPT_OPS
+    keep = op in KEPT_OPS or (isinstance(op, OpOverload) and op.name() in KEPT_NAMES)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

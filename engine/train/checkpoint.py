@@ -114,12 +114,14 @@ class Checkpointer:
         Returns:
             Its step; 0 when there is none.
         """
-        complete = complete_checkpoints(self.run_dir)
-        if not complete:
+        # Rank 0 decides: on a network file system the others may not see the newest one yet.
+        newest = [max(complete_checkpoints(self.run_dir), default=0)]
+        dist.broadcast_object_list(newest, src=0, group=self.world.checkpoint_group)
+        step = newest[0]
+        if not step:
             return 0
-        step = max(complete)
         state = self._state()
-        dcp.load(state, checkpoint_id=complete[step])
+        dcp.load(state, checkpoint_id=self.run_dir / FOLDER / f"step-{step}")
         set_model_state_dict(self.student, state["model"])
         set_optimizer_state_dict(self.student, self.optimizer, state["optimizer"])
         return step

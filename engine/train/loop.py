@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -31,8 +32,8 @@ from redi.engine.errors import InputError, RunError
 from redi.engine.model.attention import choose_attention, register_attention
 from redi.engine.model.export import check_exportable, export
 from redi.engine.model.liger import apply_liger
-from redi.engine.model.load import load_model, read_config
-from redi.engine.model.sharding import compute_dtype, shard
+from redi.engine.model.load import load_model, model_digest, read_config
+from redi.engine.model.sharding import check_replicas, compute_dtype, shard
 from redi.engine.model.student import Student
 from redi.engine.train.checkpoint import Checkpointer
 from redi.engine.train.metrics import MetricsLog, Progress, manifest, peak_memory_gib
@@ -40,6 +41,7 @@ from redi.engine.train.objectives import StepTotals, make_objective, needs
 from redi.engine.train.optimizer import learning_rate, make_optimizer
 from redi.engine.train.signals import StopRequest
 from redi.engine.train.validation import HeldOut, validate
+from redi.kernels.backends import choose_backend
 
 
 def run_recipe(recipe: Recipe, world: World) -> bool:
@@ -68,13 +70,21 @@ def run_recipe(recipe: Recipe, world: World) -> bool:
         torch.use_deterministic_algorithms(True)
     transformers_logging.disable_progress_bar()
     read_config(recipe.model.path or "")
+    check_replicas(recipe.shard, world.size)
+    try:
+        choose_backend(recipe.objective.backend)
+    except ValueError as error:
+        raise InputError(f"objective.backend: {error}") from None
     data = prepare_data(recipe, world)
     _check_same_data(data, run_dir)
     dtype = compute_dtype(recipe.train.dtype, world.device)
     student, tokenizer = build_student(recipe, dtype, world)
     optimizer = make_optimizer(student, recipe.optim)
     if world.is_main:
-        _write_run_dir(recipe, data, run_dir, world)
+        try:
+            _write_run_dir(recipe, data, dtype, run_dir, world)
+        except OSError as error:
+            raise InputError(f"run.dir: {run_dir} cannot be written: {error}") from None
     finished = _train(recipe, run_dir, data, student, optimizer, world)
     if finished:
         export(student, tokenizer, run_dir / "export", dtype, world)
@@ -153,7 +163,7 @@ def build_student(
 ) -> tuple[Student, PreTrainedTokenizerBase]:
     """Load the model, check that it can be exported, shard it."""
     path = recipe.model.path or ""
-    kind, reason = choose_attention(recipe.model.attention, world.device)
+    kind, reason = choose_attention(recipe.model.attention, world.device, dtype)
     _say(world, f"attention: {kind} ({reason}); compute dtype {str(dtype).removeprefix('torch.')}")
     model = load_model(path, register_attention(kind))
     tokenizer = load_tokenizer(recipe.model.tokenizer or path)
@@ -216,6 +226,8 @@ def _train(
         began = time.perf_counter()
         for batches in loader.steps(done):
             step = batches.step
+            # Dropout, where a model has it, depends on seed, step and rank: nothing to save.
+            torch.manual_seed((recipe.train.seed * total + step) * world.size + world.rank)
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
             sums = _forward_backward(student, batches, world.device)
@@ -239,14 +251,15 @@ def _train(
                 "tokens_per_s": batches.num_tokens / (now - began),
                 "peak_memory_gib": peak_memory_gib(world.device),
             }
-            began = now
             metrics.write(line)
             if not (math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
-                checkpointer.wait()
-                raise RunError(
-                    f"step {step}: loss {sums['loss']}, gradient norm {grad_norm}: not finite. "
-                    f"The weights were not touched; checkpoints are in {run_dir / 'checkpoints'}"
-                )
+                try:
+                    checkpointer.wait()
+                finally:
+                    raise RunError(
+                        f"step {step}: loss {sums['loss']}, gradient norm {grad_norm}: not "
+                        f"finite; the last good checkpoint is in {run_dir / 'checkpoints'}"
+                    )
             optimizer.step()
             optimizer.zero_grad()
             progress.step(line)
@@ -262,6 +275,7 @@ def _train(
                     "the same command goes on from here"
                 )
                 return False
+            began = time.perf_counter()
         checkpointer.wait()
     return True
 
@@ -270,18 +284,20 @@ def _forward_backward(
     student: Student, batches: StepBatches, device: torch.device
 ) -> dict[str, float]:
     """Accumulate the step's gradient; return this rank's sums."""
+    assert isinstance(student, FSDPModule)
     totals = StepTotals(units=len(batches.units), targets=batches.num_targets)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     logps = torch.zeros(2, dtype=torch.float64, device=device)
     for index, batch in enumerate(batches.micro_batches):
-        batch = batch.to(device)
+        batch = batch.to(device, non_blocking=True)
         last = index == len(batches.micro_batches) - 1
         student.set_requires_gradient_sync(last)
         out = student(batch, totals)
         out.loss.backward()
         loss += out.loss.detach()
         means = out.sequence_logps.double() / out.sequence_lengths.clamp(min=1)
-        logps += torch.stack([means[batch.signs > 0].sum(), means[batch.signs < 0].sum()])
+        # Not means[signs > 0]: boolean indexing would wait for the device.
+        logps += torch.stack([(means * (batch.signs == sign)).sum() for sign in (1, -1)])
     positive, negative = logps.tolist()
     return {"loss": loss.item(), "positive": positive, "negative": negative}
 
@@ -313,14 +329,16 @@ def _mean(total: float, count: int) -> float | None:
 
 
 def training_cost(student: Student) -> Cost:
-    """Training flops of a row: 6 N per token, and causal attention, 6 layers * D per token pair."""
+    """Training flops of a row: 6 N a token, and causal attention, 6 layers * width a token pair."""
     config = student.model.config
     embeddings = student.model.get_input_embeddings().num_embeddings * config.hidden_size
     trunk = sum(p.numel() for p in student.model.base_model.parameters()) - embeddings
     head = student.model.get_output_embeddings().weight.numel()
-    return Cost(
-        linear=6.0 * (trunk + head), quadratic=6.0 * config.num_hidden_layers * config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
     )
+    width = config.num_attention_heads * head_dim
+    return Cost(linear=6.0 * (trunk + head), quadratic=6.0 * config.num_hidden_layers * width)
 
 
 def _check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
@@ -335,7 +353,12 @@ def _check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
         raise InputError(
             f"run.dir: {run_dir} holds a run and run.resume is false; remove it or name another"
         )
-    old = tomllib.loads(_recipe_file(run_dir).read_text(encoding="utf-8"))
+    try:
+        old = tomllib.loads(_recipe_file(run_dir).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{_recipe_file(run_dir)}: damaged ({error}); name another run.dir"
+        ) from None
     for key in changed_keys(old, recipe):
         section, name = key.split(".")
         raise InputError(
@@ -350,14 +373,23 @@ def _check_same_data(data: PreparedData, run_dir: Path) -> None:
     if not (run_dir / "manifest.json").is_file():
         return
     old = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
-    if old["data"] != data.tokens.key:
-        raise InputError(
-            f"data.path: the data or tokenizer has changed since {run_dir} began; "
-            "name another run.dir, or put it back to go on"
-        )
+    for name, key in _data_keys(data).items():
+        if old[name] != key:
+            raise InputError(
+                f"{name}.path: the data or tokenizer has changed since {run_dir} began; "
+                "name another run.dir, or put it back to go on"
+            )
 
 
-def _write_run_dir(recipe: Recipe, data: PreparedData, run_dir: Path, world: World) -> None:
+def _data_keys(data: PreparedData) -> dict[str, str | None]:
+    """Hashes of the tokenized sets, by section of the recipe."""
+    held_out = data.held_out.tokens.key if data.held_out else None
+    return {"data": data.tokens.key, "eval": held_out}
+
+
+def _write_run_dir(
+    recipe: Recipe, data: PreparedData, dtype: torch.dtype, run_dir: Path, world: World
+) -> None:
     """Start the run folder; it appears with recipe and manifest whole, or not at all."""
     if _recipe_file(run_dir).is_file():
         folder = run_dir  # what may differ on resume is noted
@@ -365,7 +397,13 @@ def _write_run_dir(recipe: Recipe, data: PreparedData, run_dir: Path, world: Wor
         folder = run_dir.with_name(run_dir.name + ".partial")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        facts = manifest(world.size, world.device, data=data.tokens.key)
+        facts = manifest(
+            world.size,
+            world.device,
+            **_data_keys(data),
+            model=model_digest(recipe.model.path or ""),
+            dtype=str(dtype).removeprefix("torch."),
+        )
         (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     partial = folder / "recipe.toml.partial"
     partial.write_text(dump_recipe(recipe), encoding="utf-8")

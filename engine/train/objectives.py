@@ -15,7 +15,7 @@ import torch
 
 from redi.engine.config import Objective as ObjectiveSection
 from redi.engine.data.packing import PackedBatch
-from redi.kernels import RediLoss, redi_loss, segment_sum, signed_cross_entropy
+from redi.kernels import Backend, RediLoss, redi_loss, segment_sum, signed_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _sequence_mean(
     totals: StepTotals,
     *,
     alpha: float,
-    backend: str,
+    backend: Backend,
 ) -> RediLoss:
     """(1/B) sum_s c_s (1/|y_s|) sum_t log p_t; c = -1 correct, +alpha incorrect (2505.24850)."""
     if batch.weights is None:
@@ -81,7 +81,7 @@ def _token_mean(
     batch: PackedBatch,
     totals: StepTotals,
     *,
-    backend: str,
+    backend: Backend,
 ) -> RediLoss:
     """-(1/N) sum over all trained tokens of the step of log p_t: the usual SFT loss."""
     wanted = (batch.signs > 0).float() / totals.targets
@@ -95,7 +95,7 @@ def _weighted(
     weight: torch.Tensor,
     batch: PackedBatch,
     per_token: torch.Tensor,
-    backend: str,
+    backend: Backend,
 ) -> RediLoss:
     """Cross-entropy whose tokens weigh `per_token` [S] of their sequence."""
     lengths = batch.cu_seqlens.diff()

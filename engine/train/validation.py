@@ -43,6 +43,7 @@ def validate(
     packing = pack(lengths, row_tokens=row_tokens, world_size=world.size, cost=cost)
     means = torch.zeros(len(examples.lengths), dtype=torch.float64)
     totals = StepTotals(units=1, targets=1)  # the loss itself is not used
+    student.eval()
     for rows in packing.rows:
         row = sequences[rows[world.rank]]
         batch = build_batch(tokens, row, examples.lengths[row]).to(world.device)
@@ -50,6 +51,7 @@ def validate(
         if not batch.is_dummy:
             mean = out.sequence_logps.double() / out.sequence_lengths.clamp(min=1)
             means[row] = mean.cpu()
+    student.train()
     dist.all_reduce(means)
     by_unit = means.numpy()[examples.units]
     result = {"positive_logp": float(by_unit[:, 0].mean())}

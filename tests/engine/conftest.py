@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toml
+import tomli_w
 
 from redi.engine.quickstart import write_model
 
@@ -92,7 +92,7 @@ def write_recipe(world: Path) -> Callable[..., Path]:
             if value is not None:
                 content.setdefault(section, {})[option] = value
         path = folder / f"{name}.toml"
-        path.write_text(toml.dumps(content))
+        path.write_text(tomli_w.dumps(content))
         return path
 
     return write

@@ -100,4 +100,4 @@ def test_each_document_is_as_transformers_runs_it_alone(
 @pytest.mark.parametrize("wanted", ["flash", "varlen"])
 def test_an_attention_that_cannot_run_here_is_an_input_error(wanted: str) -> None:
     with pytest.raises(InputError, match=f'"{wanted}" needs CUDA'):
-        choose_attention(wanted, torch.device("cpu"))
+        choose_attention(wanted, torch.device("cpu"), torch.float32)

@@ -150,3 +150,84 @@ def test_under_torchrun_one_rank_speaks(
     lines = [line for line in done.stderr.splitlines() if line.startswith("redi: ")]
     assert len(lines) == 1, done.stderr
     assert "none.jsonl" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("mistral", "sliding_attention"), ("gpt2", "not built of attention blocks")],
+)
+def test_an_architecture_that_packed_rows_cannot_run_is_refused(
+    kind: str,
+    said: str,
+    world: Path,
+    recipe: WriteRecipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from transformers import (
+        AutoTokenizer,
+        GPT2Config,
+        GPT2LMHeadModel,
+        MistralConfig,
+        MistralForCausalLM,
+    )
+
+    folder = tmp_path / "model"
+    if kind == "gpt2":
+        GPT2LMHeadModel(GPT2Config(vocab_size=13, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+            folder
+        )
+    else:
+        config = MistralConfig(
+            vocab_size=13,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            sliding_window=8,
+        )
+        MistralForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(world / "model").save_pretrained(folder)
+    assert main(["train", str(recipe("r", {"model.path": str(folder)}))]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective.backend": "triton"}, "objective.backend"),
+        ({"shard.replicate": 2}, "shard.replicate = 2 does not divide the 1 ranks"),
+        ({"run.dir": "/proc/none/run"}, "run.dir: /proc/none/run cannot be written"),
+        ({"eval.path": "none.jsonl"}, "none.jsonl"),
+        ({"model.path": "nowhere"}, "nowhere: no such folder, nor a hub name"),
+    ],
+)
+def test_what_cannot_run_here_is_said_in_one_line(
+    changes: dict[str, Any],
+    said: str,
+    recipe: WriteRecipe,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", str(recipe("r", changes))]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_second_recipe_with_missing_data_stops_the_first_from_training(
+    recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [recipe("one"), recipe("two", {"data.path": "none.jsonl"})]
+    assert main(["train", *map(str, paths)]) == 2
+    assert "none.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "one").exists()
+
+
+def test_a_damaged_run_folder_and_a_wrong_step_are_named(
+    recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "recipe.toml").write_text("junk")
+    assert main(["train", str(recipe("r"))]) == 2
+    assert "recipe.toml: damaged" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "r"), "--step", "abc"]) == 2
+    assert "step: needs another value, got abc" in capsys.readouterr().err

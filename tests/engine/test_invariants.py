@@ -70,6 +70,9 @@ def runs(
                         "train.max_steps": 3,
                     }
                     recipes[ranks].append(write_recipe(folder, name, changes))
+    # Starts from the export of the one before it, which rank 1 must not read too early.
+    chained = {**STEADY, "model.path": None, "train.max_steps": 3, "run.dir": str(folder / "next")}
+    recipes[2].append(write_recipe(folder, "next", chained))
     assert main(["train", *map(str, recipes[1])]) == 0
     done = redi("train", *recipes[2], ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -167,6 +170,14 @@ def test_the_first_step_is_plain_transformers_in_float64(
         assert line["negative_logp"] == pytest.approx(expected, rel=2e-6)
     else:
         assert line["negative_logp"] is None
+
+
+def test_a_recipe_that_follows_starts_from_the_export_on_every_rank(
+    runs: Path, steps: Steps
+) -> None:
+    before, after = steps(runs / "alpha0-tied-replicated-2"), steps(runs / "next")
+    assert len(after) == 3
+    assert after[0]["positive_logp"] > before[0]["positive_logp"]
 
 
 def test_a_different_alpha_is_a_different_loss(runs: Path, steps: Steps) -> None:

@@ -1,6 +1,7 @@
 """Recipes and the command line: what is read, and one clear line for every mistake."""
 
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,24 @@ def test_several_data_files_are_a_list(recipe: WriteRecipe) -> None:
     assert load(recipe("a", {"data.path": ["x", "y"]})).data.paths == ("x", "y")
 
 
-def test_the_resolved_recipe_reads_back_the_same(recipe: WriteRecipe, tmp_path: Path) -> None:
-    first = load(recipe("a", {"optim.betas": [0.8, 0.9], "data.path": ["x", "y"]}))
+@pytest.mark.parametrize("prompt", ["plain", r"\xi \x41 \boxed{}", "line\nline\t\x1b", 'a "b" \\'])
+def test_the_resolved_recipe_reads_back_the_same(
+    prompt: str, recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    changes = {"optim.betas": [0.8, 0.9], "data.path": ["x", "y"], "data.system_prompt": prompt}
+    first = load(recipe("a", changes))
     path = tmp_path / "resolved.toml"
     path.write_text(dump_recipe(first))
-    assert dump_recipe(load(path)) == dump_recipe(first)
+    assert load(path).data == first.data
+    assert changed_keys(tomllib.loads(path.read_text()), first) == []
+
+
+def test_a_run_older_than_a_key_goes_on_with_its_default(recipe: WriteRecipe) -> None:
+    first = load(recipe("a"))
+    old = tomllib.loads(dump_recipe(first))
+    del old["data"]["pairing"], old["objective"]["alpha"]
+    assert changed_keys(old, first) == []
+    assert changed_keys(old, load(recipe("a"), "--objective.alpha=0.5")) == ["objective.alpha"]
 
 
 MISTAKES = {
@@ -109,8 +123,6 @@ def test_two_recipes_may_not_share_a_run_folder(
 
 
 def test_what_a_resumed_run_may_change(recipe: WriteRecipe) -> None:
-    import tomllib
-
     first = load(recipe("a"))
     old = tomllib.loads(dump_recipe(first))
     free = ["--run.save_every=3", "--run.keep=9", "--train.row_tokens=99", "--shard.compile=true"]
