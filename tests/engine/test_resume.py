@@ -131,7 +131,7 @@ def test_killed_at_twenty_moments(
     same(run_dir)
 
 
-def test_killed_on_two_ranks_it_ends_the_same(
+def test_stopped_on_two_ranks_it_ends_the_same(
     recipe: WriteRecipe, command: Command, redi: Callable[..., Any], steps: Steps, tmp_path: Path
 ) -> None:
     paths = {name: recipe(name, SETTINGS) for name in ("whole", "killed")}
