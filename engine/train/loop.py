@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from redi.engine.config import Recipe, changed_keys, dump_recipe
 from redi.engine.data.loader import StepBatches, StepLoader
 from redi.engine.data.packing import Cost
-from redi.engine.data.schedule import Examples, Schedule, select
+from redi.engine.data.schedule import Examples, Needs, Schedule, select
 from redi.engine.data.text import load_tokenizer
 from redi.engine.data.tokens import TokenizedTraces, TokenSettings, tokenize
 from redi.engine.distributed import World
@@ -105,14 +105,7 @@ class PreparedData:
 def prepare_data(recipe: Recipe, world: World) -> PreparedData:
     """Tokenize (or find the cache), choose what is trained, lay out the steps."""
     tokens = _tokenized(recipe, recipe.data.paths, world)
-    examples = select(
-        tokens,
-        objective_needs=needs(recipe.objective),
-        pairing=recipe.data.pairing,
-        max_tokens=recipe.data.max_tokens,
-        overlong=recipe.data.overlong,
-        row_tokens=recipe.train.row_tokens,
-    )
+    examples = _examples(recipe, tokens, needs(recipe.objective))
     schedule = Schedule(
         num_units=len(examples.units),
         batch=recipe.train.batch,
@@ -129,16 +122,20 @@ def _held_out(recipe: Recipe, world: World) -> HeldOut | None:
     if not recipe.eval.paths:
         return None
     tokens = _tokenized(recipe, recipe.eval.paths, world)
-    examples = select(
+    examples = _examples(recipe, tokens, "pairs" if (tokens.signs < 0).any() else "positives")
+    _say(world, f"held out: {_counts(tokens.dropped | examples.report)}")
+    return HeldOut(tokens, examples)
+
+
+def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: Needs) -> Examples:
+    return select(
         tokens,
-        objective_needs="pairs" if (tokens.signs < 0).any() else "positives",
+        objective_needs=objective_needs,
         pairing=recipe.data.pairing,
         max_tokens=recipe.data.max_tokens,
         overlong=recipe.data.overlong,
         row_tokens=recipe.train.row_tokens,
     )
-    _say(world, f"held out: {_counts(tokens.dropped | examples.report)}")
-    return HeldOut(tokens, examples)
 
 
 def _tokenized(recipe: Recipe, paths: tuple[str, ...], world: World) -> TokenizedTraces:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 
 from redi.engine.config import Objective as ObjectiveSection
 from redi.engine.data.packing import PackedBatch
+from redi.engine.data.schedule import Needs
 from redi.kernels import Backend, RediLoss, redi_loss, segment_sum, signed_cross_entropy
 
 
@@ -34,7 +34,7 @@ class StepTotals:
 Objective = Callable[[torch.Tensor, torch.Tensor, PackedBatch, StepTotals], RediLoss]
 
 
-def needs(section: ObjectiveSection) -> Literal["positives", "pairs"]:
+def needs(section: ObjectiveSection) -> Needs:
     """What a unit of the schedule is: one correct trace, or a correct and an incorrect one."""
     return "pairs" if section.name == "redi" else "positives"
 
