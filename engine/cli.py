@@ -33,7 +33,8 @@ examples:
 def train(argv: Sequence[str]) -> None:
     """`redi train`: run recipes in order, each from the export of the one before."""
     parser = build_parser("redi train", "Train by recipe; the same command again resumes.")
-    paths = parser.parse_args(list(argv)).recipes
+    arguments = parser.parse_args(list(argv))
+    paths = arguments.recipes
     recipes = [load_recipe(parser, path, argv) for path in paths]
     resolved: list[tuple[str, Recipe]] = []
     for path, recipe in zip(paths, recipes, strict=True):
@@ -52,6 +53,7 @@ def train(argv: Sequence[str]) -> None:
             raise InputError(f"{path}: data.path is missing")
         resolved.append((path, replace(recipe, model=model, run=replace(recipe.run, dir=folder))))
 
+    from redi.engine.console import Console
     from redi.engine.data.rows import find_sources
     from redi.engine.distributed import join_world
     from redi.engine.train.loop import run_recipe
@@ -59,8 +61,9 @@ def train(argv: Sequence[str]) -> None:
     for _, recipe in resolved:  # before the first has trained for hours
         find_sources([*recipe.data.paths, *recipe.eval.paths])
     with join_world() as world:
+        console = Console(active=world.is_main, quiet=arguments.quiet)
         for _, recipe in resolved:
-            if not run_recipe(recipe, world):
+            if not run_recipe(recipe, world, console):
                 break  # stopped by a signal: the next would start from an unfinished run
 
 
