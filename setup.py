@@ -13,6 +13,7 @@ ENGINE = [
     "datasets>=4.0",
     "jinja2>=3.1",
     "jsonargparse[signatures,toml]>=4.45",
+    "math-verify>=0.8",
     "pyarrow>=18",
     "rich>=13",
     "safetensors>=0.5",
