@@ -14,6 +14,7 @@ ENGINE = [
     "jinja2>=3.1",
     "jsonargparse[signatures,toml]>=4.45",
     "math-verify>=0.8",
+    "matplotlib>=3.9",
     "pyarrow>=18",
     "rich>=13",
     "safetensors>=0.5",
