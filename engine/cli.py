@@ -20,6 +20,7 @@ Train language models on correct and incorrect reasoning traces: SFT, then REDI.
 commands:
   train RECIPE.toml [MORE.toml ...] [--section.key value]   train; the same line again resumes
   export RUN [--step N]                                     write a checkpoint as a model folder
+  doctor                                                    what this machine has; tests the loss
 
 examples:
   redi train sft.toml redi.toml                  both stages; the second starts from the first
@@ -86,7 +87,27 @@ def export(argv: Sequence[str]) -> None:
     print(export_run(Path(args.run), args.step))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "export": export}
+def doctor(argv: Sequence[str]) -> None:
+    """`redi doctor`: versions, devices, what a run here will use, and a self-test."""
+    from jsonargparse import ArgumentParser
+
+    ArgumentParser(
+        prog="redi doctor",
+        description="What this machine has, what a run here uses and why; tests the loss.",
+        exit_on_error=False,
+    ).parse_args(list(argv))
+
+    from redi.engine.doctor import examine
+
+    if not examine():
+        raise RunError("the self-test of the loss failed")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "export": export,
+    "doctor": doctor,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # during training it is handled: this is before the first step
         if speaks:
             print("redi: interrupted before the first step", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `redi doctor | head`: whoever read stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except SystemExit as request:  # --help of a command
         return int(request.code or 0)

@@ -44,7 +44,7 @@ class Console:
             sys.stderr.flush()
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table; the first column is text, the others are set flush right."""
+        """A table; see `print_table`."""
         if self.shows:
             print_table(title, columns, rows, file=sys.stderr)
 
@@ -64,22 +64,28 @@ def print_table(
 
     Args:
         title, columns: empty ones are left out.
-        rows: one text for each column.
+        rows: one text for each column; a column of figures alone is set flush right.
     """
     from rich import box
     from rich.console import Console as RichConsole
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_header=any(columns), pad_edge=False)
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
+    lines = list(rows)
+    for name, cells in zip(columns, zip(*lines, strict=True), strict=True):
+        figures = all(cell[:1] in "+-0123456789" for cell in cells)
+        table.add_column(name, justify="right" if figures else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
     text = io.StringIO()
     width = None if file.isatty() else 120
-    RichConsole(file=text, force_terminal=file.isatty(), width=width, highlight=False).print(table)
-    lines = [title, *(line.rstrip() for line in text.getvalue().splitlines())]
-    print("\n".join(filter(None, lines)), file=file, flush=True)
+    terminal = file.isatty()
+    console = RichConsole(
+        file=text, force_terminal=terminal, width=width, highlight=False, markup=False
+    )
+    console.print(table)
+    shown = [title, *(line.rstrip() for line in text.getvalue().splitlines())]
+    print("\n".join(filter(None, shown)), file=file, flush=True)
 
 
 class Progress:

@@ -156,16 +156,12 @@ def explain() -> str:
     skipped = [a for a in attempts if a.text.count(BLANK) == 2]
     shown = {
         "correct": solve(problem),
-        "lucky: two steps left blank, and still right": next(
-            a.text for a in skipped if a.correct
-        ),
-        "unlucky: two steps left blank, and wrong": next(
-            a.text for a in skipped if not a.correct
-        ),
+        "lucky: two steps left blank, and still right": next(a.text for a in skipped if a.correct),
+        "unlucky: two steps left blank, and wrong": next(a.text for a in skipped if not a.correct),
     }
     lines = [
-        "The task: go through seven digits with t <- |t - d|; write every t; the last is the answer.",
-        "The teacher is impatient: it leaves steps blank (*), and what follows blanks is often wrong.",
+        "The task: go through seven digits by t <- |t - d|, write every t; the last is the answer.",
+        "The teacher is impatient: it leaves steps blank (*), and after blanks it is often wrong.",
         *(f"  {problem}{text}   {what}" for what, text in shown.items()),
     ]
     return "\n".join(lines)

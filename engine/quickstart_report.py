@@ -70,7 +70,7 @@ def report(folder: Path) -> dict[str, Measured]:
         json.dumps({name: asdict(one) for name, one in found.items()}, indent=1) + "\n"
     )
     draw(folder, found, folder / "quickstart.png")
-    print(f"The picture is {folder / 'quickstart.png'}, the figures are in quickstart.json beside it.")
+    print(f"Picture: {folder / 'quickstart.png'}; figures: {folder / 'quickstart.json'}")
     return found
 
 
