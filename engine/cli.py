@@ -19,6 +19,7 @@ Train language models on correct and incorrect reasoning traces: SFT, then REDI.
 
 commands:
   train RECIPE.toml [MORE.toml ...] [--section.key value]   train; the same line again resumes
+  evaluate MODEL --data FILE [FILE ...]                     sample, check answers, pass@k
   export RUN [--step N]                                     write a checkpoint as a model folder
 
 examples:
@@ -83,7 +84,22 @@ def export(argv: Sequence[str]) -> None:
     print(export_run(Path(args.run), args.step))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "export": export}
+def evaluate(argv: Sequence[str]) -> None:
+    """`redi evaluate`: sample completions, check their answers, report pass@k."""
+    from redi.engine.evaluate_options import parse_options
+
+    options = parse_options(argv)
+
+    from redi.engine import evaluate
+
+    evaluate.evaluate(options)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "export": export,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
