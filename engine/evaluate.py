@@ -118,15 +118,16 @@ def _prepare(options: EvaluateOptions) -> _Task:
     device = _device(options.device)
     dtype = compute_dtype(options.dtype, device)
     engine = _engine(options.engine, device)
+    free = {*FREE_ON_RESUME, "model", "data"}
     settings = {
-        **{name: v for name, v in asdict(options).items() if name not in FREE_ON_RESUME},
-        # Not their names: the same bytes may lie elsewhere.
-        "model": model_digest(path) or path,
-        "data": xxhash.xxh3_128_hexdigest(repr([(p.prompt, p.answer) for p in problems]).encode()),
-        "tokenizer": encoder.digest(),
+        **{name: value for name, value in asdict(options).items() if name not in free},
         "max_new_tokens": max_new_tokens,
         "engine": engine,
         "dtype": str(dtype).removeprefix("torch."),
+        # By content: the same bytes may lie elsewhere.
+        "model": model_digest(path) or path,
+        "data": xxhash.xxh3_128_hexdigest(repr([(p.prompt, p.answer) for p in problems]).encode()),
+        "tokenizer": encoder.digest(),
     }
     return _Task(
         options=options,
