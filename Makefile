@@ -7,8 +7,9 @@ BIN = $(VENV)/bin
 .PHONY: train test slow lint types
 
 train: $(VENV)/.installed
-	$(BIN)/python -m redi.engine.quickstart runs/quickstart
-	$(BIN)/redi train engine/recipes/quickstart-sft.toml engine/recipes/quickstart-redi.toml
+	$(BIN)/python -m redi.engine.quickstart make runs/quickstart
+	$(BIN)/redi train $(addprefix engine/recipes/quickstart-, sft.toml control.toml redi.toml)
+	$(BIN)/python -m redi.engine.quickstart report runs/quickstart
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest --import-mode=importlib -n 2 --dist loadfile

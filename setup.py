@@ -14,6 +14,7 @@ ENGINE = [
     "jinja2>=3.1",
     "jsonargparse[signatures,toml]>=4.45",
     "math-verify>=0.8",
+    "matplotlib>=3.9",
     "pyarrow>=18",
     "rich>=13",
     "safetensors>=0.5",
@@ -27,6 +28,9 @@ EXTRAS = {
     "triton": ["triton>=3.6; sys_platform == 'linux'"],
     "liger": ["liger-kernel>=0.8; sys_platform == 'linux'"],
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
+    "tensorboard": ["tensorboard>=2.16"],
+    "vllm": ["vllm>=0.10; sys_platform == 'linux'"],
+    "wandb": ["wandb>=0.18"],
     "gguf": ["accelerate>=1.0", "gguf>=0.17"],
     "test": [
         "hypothesis>=6.100",
@@ -34,6 +38,7 @@ EXTRAS = {
         "pytest>=8.3",
         "pytest-xdist>=3.6",
         "ruff>=0.12",
+        "tensorboard>=2.16",
     ],
 }
 

@@ -162,10 +162,10 @@ def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
 
     from redi.engine.config import Objective, Shard
     from redi.engine.data.packing import build_batch, pack
+    from redi.engine.estimate import training_cost
     from redi.engine.model.attention import choose_attention, register_attention
     from redi.engine.model.sharding import compute_dtype, shard
     from redi.engine.model.student import Student
-    from redi.engine.train.loop import training_cost
     from redi.engine.train.objectives import StepTotals, make_objective
 
     device = torch.device(_device())
@@ -177,7 +177,8 @@ def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
     update = _update(student)
     traces = _traces(args)
     lengths = np.array([len(trace) for trace in traces])
-    packing = pack(lengths, row_tokens=args.row_tokens, world_size=1, cost=training_cost(student))
+    cost = training_cost(student.model.config)
+    packing = pack(lengths, row_tokens=args.row_tokens, world_size=1, cost=cost)
     tokens: Any = _InMemory(traces)
     rows = [build_batch(tokens, row, lengths[row]).to(device) for (row,) in packing.rows]
     totals = StepTotals(units=args.pairs, targets=int(lengths.sum()))

@@ -21,6 +21,7 @@ commands:
   train RECIPE.toml [MORE.toml ...] [--section.key value]   train; the same line again resumes
   evaluate MODEL --data FILE [FILE ...]                     sample, check answers, pass@k
   export RUN [--step N]                                     write a checkpoint as a model folder
+  doctor                                                    what this machine has; tests the loss
 
 examples:
   redi train sft.toml redi.toml                  both stages; the second starts from the first
@@ -34,7 +35,8 @@ examples:
 def train(argv: Sequence[str]) -> None:
     """`redi train`: run recipes in order, each from the export of the one before."""
     parser = build_parser("redi train", "Train by recipe; the same command again resumes.")
-    paths = parser.parse_args(list(argv)).recipes
+    arguments = parser.parse_args(list(argv))
+    paths = arguments.recipes
     recipes = [load_recipe(parser, path, argv) for path in paths]
     resolved: list[tuple[str, Recipe]] = []
     for path, recipe in zip(paths, recipes, strict=True):
@@ -53,6 +55,7 @@ def train(argv: Sequence[str]) -> None:
             raise InputError(f"{path}: data.path is missing")
         resolved.append((path, replace(recipe, model=model, run=replace(recipe.run, dir=folder))))
 
+    from redi.engine.console import Console
     from redi.engine.data.rows import find_sources
     from redi.engine.distributed import join_world
     from redi.engine.train.loop import run_recipe
@@ -60,8 +63,9 @@ def train(argv: Sequence[str]) -> None:
     for _, recipe in resolved:  # before the first has trained for hours
         find_sources([*recipe.data.paths, *recipe.eval.paths])
     with join_world() as world:
+        console = Console(active=world.is_main, quiet=arguments.quiet)
         for _, recipe in resolved:
-            if not run_recipe(recipe, world):
+            if not run_recipe(recipe, world, console):
                 break  # stopped by a signal: the next would start from an unfinished run
 
 
@@ -95,10 +99,27 @@ def evaluate(argv: Sequence[str]) -> None:
     evaluate.evaluate(options)
 
 
+def doctor(argv: Sequence[str]) -> None:
+    """`redi doctor`: versions, devices, what a run here will use, and a self-test."""
+    from jsonargparse import ArgumentParser
+
+    ArgumentParser(
+        prog="redi doctor",
+        description="What this machine has, what a run here uses and why; tests the loss.",
+        exit_on_error=False,
+    ).parse_args(list(argv))
+
+    from redi.engine.doctor import examine
+
+    if not examine():
+        raise RunError("the self-test of the loss failed")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "export": export,
+    "doctor": doctor,
 }
 
 
@@ -125,6 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # during training it is handled: this is before the first step
         if speaks:
             print("redi: interrupted before the first step", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `redi doctor | head`: whoever read stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except SystemExit as request:  # --help of a command
         return int(request.code or 0)

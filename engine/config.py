@@ -215,6 +215,8 @@ class Run:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints kept; 0: all."""
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    """Where metrics go beside metrics.jsonl."""
     resume: bool = True
     """Go on from the newest complete checkpoint of the run folder."""
 
@@ -275,6 +277,7 @@ FREE_ON_RESUME = (
     "run.dir",
     "run.save_every",
     "run.keep",
+    "run.trackers",
     "run.resume",
     "shard.replicate",
     "shard.checkpointing",
@@ -300,6 +303,7 @@ def build_parser(prog: str, description: str) -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("recipes", nargs="+", metavar="RECIPE.toml", help="run in this order")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and errors")
     parser.add_argument("--recipe", action="config", help=SUPPRESS)  # how load_recipe gives one
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)

@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ import xxhash
 from transformers.utils import logging as transformers_logging
 
 from redi.engine.checkers import open_checker
+from redi.engine.console import Console
 from redi.engine.data.problems import Problem, read_problems
 from redi.engine.data.text import Encoder, TokenSettings
 from redi.engine.errors import InputError, RunError
-from redi.engine.evaluate_display import EvaluateProgress, print_table, say
+from redi.engine.evaluate_display import EvaluateProgress, print_scores
 from redi.engine.evaluate_options import EvaluateOptions
 from redi.engine.generate import (
     Completion,
@@ -40,12 +40,12 @@ from redi.engine.generate import (
 from redi.engine.model.load import find_config, load_weights, model_digest
 from redi.engine.model.sharding import compute_dtype
 from redi.engine.scoring import score
-from redi.engine.train.metrics import manifest
+from redi.engine.train.run_folder import RECIPE, manifest
 
 MOST_NEW_TOKENS = 32768  # the paper's
 
 # What a resumed evaluation may change: the same samples, with batch_size and device to rounding.
-FREE_ON_RESUME = ("batch_size", "device", "k", "out")
+FREE_ON_RESUME = ("batch_size", "device", "k", "out", "quiet")
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -61,6 +61,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("redi evaluate is one process: start it without torchrun")
     transformers_logging.disable_progress_bar()
+    console = Console(quiet=options.quiet)
     task = _prepare(options)
     folder = Path(options.out) if options.out else _default_folder(options)
     _check_same(folder, task.settings)
@@ -68,17 +69,17 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     total = len(task.requests)
     done = _cut_to_batches(samples, options.batch_size, total)
     if done == total:
-        say(f"{folder}: finished already; samples.jsonl holds all {total} samples")
+        console.say(f"{folder}: finished already; samples.jsonl holds all {total} samples")
     else:
         if done:
-            say(f"{folder}: going on after {done} of {total} samples")
+            console.say(f"{folder}: going on after {done} of {total} samples")
         _begin(folder, task)
-        _sample(task, samples, done)
+        _sample(task, samples, done, console)
     facts = json.loads(_facts_file(folder).read_text(encoding="utf-8"))
     summary = {**facts, "benchmarks": _benchmarks(task, samples)}
     _write_json(folder / "summary.json", summary)
-    print_table(summary["benchmarks"])
-    say(f"samples and summary: {folder}")
+    print_scores(summary["benchmarks"])
+    console.say(f"samples and summary: {folder}")
     return summary
 
 
@@ -148,7 +149,7 @@ def _prepare(options: EvaluateOptions) -> _Task:
 
 def _model_path(model: str) -> str:
     """The folder or hub name to load: of a run, its export."""
-    if not (Path(model) / "recipe.toml").is_file():
+    if not (Path(model) / RECIPE).is_file():
         return model
     export = Path(model) / "export"
     if not export.is_dir():
@@ -163,9 +164,9 @@ def _default_folder(options: EvaluateOptions) -> Path:
     names = [Path(path).name.removesuffix(".gz") for path in options.data]
     data = "+".join(name.partition(".")[0].replace(":", "-") for name in names)
     model = Path(options.model)
-    if (model / "recipe.toml").is_file():
+    if (model / RECIPE).is_file():
         return model / f"evaluate-{data}"
-    if model.name.startswith("export") and (model.parent / "recipe.toml").is_file():
+    if model.name.startswith("export") and (model.parent / RECIPE).is_file():
         return model.parent / f"evaluate{model.name.removeprefix('export')}-{data}"
     return Path("runs") / f"evaluate-{model.resolve().name}-{data}"
 
@@ -258,7 +259,6 @@ def _begin(folder: Path, task: _Task) -> None:
         return
     paths = {"model": task.model_path, "data": task.options.data}
     facts = manifest(1, task.device, **paths, settings=task.settings)
-    facts["versions"]["math-verify"] = version("math-verify")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(_facts_file(folder), facts)
@@ -270,11 +270,11 @@ def _facts_file(folder: Path) -> Path:
     return folder / "evaluation.json"
 
 
-def _sample(task: _Task, path: Path, done: int) -> None:
+def _sample(task: _Task, path: Path, done: int, console: Console) -> None:
     """Generate, check and write what is not done."""
     options = task.options
     total = len(task.requests)
-    progress = EvaluateProgress(total, done)
+    progress = EvaluateProgress(console, total, done)
     try:
         with (
             open_checker(options.checker, options.answer_pattern) as check,

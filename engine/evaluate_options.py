@@ -69,6 +69,8 @@ class EvaluateOptions:
     out: str | None = None
     """Folder of samples.jsonl and summary.json; left out: evaluate-DATA in the run folder, for
     other models runs/evaluate-MODEL-DATA."""
+    quiet: bool = False
+    """Print the table and nothing else."""
 
     def __post_init__(self) -> None:
         _require(self.samples >= 1, f"samples must be >= 1, got {self.samples}")
@@ -138,7 +140,8 @@ def parse_options(argv: Sequence[str]) -> EvaluateOptions:
     parser.add_argument("model", metavar="MODEL", help="run folder, model folder or hub name")
     parser.add_argument("--data", nargs="+", metavar="FILE", required=True, help="problems")
     parser.add_argument("--k", nargs="+", type=int, metavar="K", help="which pass@k")
-    parser.add_class_arguments(EvaluateOptions, skip={"model", "data", "k"})
+    parser.add_argument("--quiet", action="store_true", help="print the table and nothing else")
+    parser.add_class_arguments(EvaluateOptions, skip={"model", "data", "k", "quiet"})
     try:
         return EvaluateOptions(**vars(parser.parse_args(list(argv))))
     except ArgumentError as error:

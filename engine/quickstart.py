@@ -6,12 +6,14 @@ leaves each of the first five boxes blank half of the time, and the longer the r
 before a box, the likelier that what it writes there is wrong; later boxes continue from the
 wrong value. So skipping is a lucky habit: correct traces have it too, and imitation keeps it.
 
-`python -m redi.engine.quickstart FOLDER` writes traces (ordinary JSONL), a tokenizer with a chat
-template and a small Qwen2; the recipes quickstart-sft.toml and quickstart-redi.toml train on it.
+`make train` is the whole of it: `python -m redi.engine.quickstart make FOLDER` writes traces
+(ordinary JSONL), a tokenizer with a chat template and a small Qwen2; the recipes quickstart-sft,
+-control and -redi train on them; `... report FOLDER` measures what came of it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import re
@@ -147,5 +149,41 @@ def make(folder: Path, problems: int = 8000, held_out: int = 500, seed: int = 0)
     write_model(folder / "model", seed)
 
 
+def explain() -> str:
+    """The task in a few lines, with one problem and three attempts of the teacher at it."""
+    problem, rng = "2914177=", random.Random(0)
+    attempts = [attempt(problem, rng) for _ in range(200)]
+    skipped = [a for a in attempts if a.text.count(BLANK) == 2]
+    shown = {
+        "correct": solve(problem),
+        "lucky: two steps left blank, and still right": next(a.text for a in skipped if a.correct),
+        "unlucky: two steps left blank, and wrong": next(a.text for a in skipped if not a.correct),
+    }
+    lines = [
+        "The task: go through seven digits by t <- |t - d|, write every t; the last is the answer.",
+        "The teacher is impatient: it leaves steps blank (*), and after blanks it is often wrong.",
+        *(f"  {problem}{text}   {what}" for what, text in shown.items()),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """`python -m redi.engine.quickstart make FOLDER`, and `report FOLDER` after training."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("what", choices=("make", "report"))
+    parser.add_argument("folder", type=Path, help="such as runs/quickstart")
+    parser.add_argument("--problems", type=int, default=8000, help="of make: to train on")
+    parser.add_argument("--held-out", type=int, default=500, help="of make: to evaluate on")
+    parser.add_argument("--seed", type=int, default=0, help="of make")
+    arguments = parser.parse_args()
+    if arguments.what == "make":
+        print(explain(), file=sys.stderr)
+        make(arguments.folder, arguments.problems, arguments.held_out, arguments.seed)
+        return
+    from redi.engine.quickstart_report import report
+
+    report(arguments.folder)
+
+
 if __name__ == "__main__":
-    make(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart"))
+    main()

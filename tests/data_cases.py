@@ -89,6 +89,8 @@ def make_tokens(
         "weight": [1.0] * n if weights is None else weights,
         "teacher": [None] * n,
         "row": range(1, n + 1),
+        "digest": range(n),
+        "unknown": [0] * n,
         "source": [0] * n,
         "group": groups,
     }

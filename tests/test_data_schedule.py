@@ -50,9 +50,7 @@ def test_pairs_are_formed_within_a_problem(tokens, pairing, units, unpaired):
     assert examples.units.tolist() == units
     assert examples.units.dtype == np.int64
     assert examples.lengths.tolist() == tokens.lengths.tolist()
-    assert examples.report == {
-        "units": len(units),
-        "traces": len({index for unit in units for index in unit}),
+    assert examples.left_out == {
         "positives unpaired": unpaired[0],
         "negatives unpaired": unpaired[1],
     }
@@ -61,10 +59,10 @@ def test_pairs_are_formed_within_a_problem(tokens, pairing, units, unpaired):
 def test_positives_alone_are_units_of_one(tokens):
     examples = chosen(tokens, objective_needs="positives")
     assert examples.units.tolist() == [[0], [1], [4], [5], [7]]
-    assert examples.report == {"units": 5, "traces": 5, "negatives unused": 5}
+    assert examples.left_out == {"negatives unused": 5}
     examples = chosen(tokens, objective_needs="positives", pairing="first")
     assert examples.units.tolist() == [[0], [5], [7]]
-    assert examples.report["positives unused"] == 2
+    assert examples.left_out["positives unused"] == 2
 
 
 def test_an_overlong_trace_is_an_error_that_names_its_row_and_what_to_do(tokens):
@@ -93,18 +91,12 @@ def test_a_length_of_exactly_the_limit_is_fine(tokens):
 def test_drop_leaves_overlong_traces_out_before_pairing(tokens):
     examples = chosen(tokens, max_tokens=24, overlong="drop")
     assert examples.units.tolist() == [[7, 6]]
-    assert examples.report == {
-        "units": 1,
-        "traces": 2,
-        "overlong dropped": 6,
-        "positives unpaired": 2,
-    }
+    assert examples.left_out == {"overlong dropped": 6, "positives unpaired": 2}
 
 
 def test_truncate_cuts_the_end_and_counts(tokens):
     examples = chosen(tokens, pairing="all", max_tokens=24, overlong="truncate")
     assert examples.lengths.tolist() == np.minimum(tokens.lengths, 24).tolist()
-    assert examples.report["truncated"] == 6
     assert len(examples.units) == 7
 
 
@@ -113,8 +105,7 @@ def test_a_trace_truncated_to_its_prompt_is_dropped(tmp_path):
     options: dict[str, Any] = {"max_tokens": 20, "overlong": "truncate"}
     examples = chosen(tokens, objective_needs="positives", **options)
     assert examples.units.tolist() == [[0], [2]]  # 19 + 1 leaves one completion token
-    assert examples.report["prompt too long, dropped"] == 1
-    assert examples.report["truncated"] == 1
+    assert examples.left_out == {"prompt too long, dropped": 1, "negatives unused": 1}
 
 
 @pytest.mark.parametrize("overlong", ["error", "drop", "truncate"])

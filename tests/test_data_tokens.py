@@ -15,6 +15,7 @@ import pytest
 from data_cases import CHATML, save_tokenizer, settings, shared_data, write_rows
 from transformers import AutoTokenizer
 
+from redi.engine.console import Console
 from redi.engine.data import tokens as tokens_module
 from redi.engine.data.cache import open_cache
 from redi.engine.data.packing import IGNORE, build_batch
@@ -25,6 +26,7 @@ from redi.engine.errors import InputError
 PROMPT, POSITIVE, NEGATIVE = "What is 2 + 2?", "It is 4.\nSo: 4", "It is 5 "
 PAIR = {"prompt": PROMPT, "chosen": POSITIVE, "rejected": NEGATIVE}
 SYSTEM = "Please reason step by step."
+QUIET = Console(active=False)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def make(tmp_path: Path) -> Callable[..., TokenizedTraces]:
     def run(rows: list[dict[str, Any]], tokenizer: str, **options: Any) -> TokenizedTraces:
         path = write_rows(tmp_path / "rows.jsonl", rows)
         wanted = settings(path, tokenizer, **options)
-        return tokenize(wanted, tmp_path / "cache", processes=1, progress=False)
+        return tokenize(wanted, tmp_path / "cache", processes=1, console=QUIET)
 
     return run
 
@@ -275,10 +277,10 @@ def test_a_cache_survives_pickling_and_opening(make, tiny):
 def test_tokens_are_read_from_the_cache_and_named_by_todays_path(tmp_path, tiny, monkeypatch):
     path = write_rows(tmp_path / "rows.jsonl", numbered(10))
     cache = tmp_path / "cache"
-    made = tokenize(settings(path, tiny), cache, processes=1, progress=False)
+    made = tokenize(settings(path, tiny), cache, processes=1, console=QUIET)
     moved = shutil.move(path, tmp_path / "moved.jsonl")
     monkeypatch.setattr(tokens_module, "write_cache", None)  # would fail if called
-    found = tokenize(settings(str(moved), tiny), cache, processes=1, progress=True)
+    found = tokenize(settings(str(moved), tiny), cache, processes=1, console=Console())
     assert found.key == made.key
     assert found.where(3) == f"{moved}:4"
 
@@ -291,7 +293,7 @@ def test_whatever_shapes_the_tokens_changes_the_key(tmp_path, tiny, monkeypatch)
 
     def key(paths: str | tuple[str, ...], tokenizer: str, **options: Any) -> str:
         wanted = settings(paths, tokenizer, **options)
-        return tokenize(wanted, tmp_path / "cache", processes=1, progress=False).key
+        return tokenize(wanted, tmp_path / "cache", processes=1, console=QUIET).key
 
     keys = [
         key(path, tiny),
@@ -313,7 +315,7 @@ def test_whatever_shapes_the_tokens_changes_the_key(tmp_path, tiny, monkeypatch)
 @pytest.mark.parametrize("name", ["traces.arrow", "meta.json"])
 def test_a_cut_off_cache_is_made_again_wherever_it_was_cut(tmp_path, tiny, name):
     wanted = settings(write_rows(tmp_path / "rows.jsonl", numbered(6)), tiny)
-    made = tokenize(wanted, tmp_path / "cache", processes=1, progress=False)
+    made = tokenize(wanted, tmp_path / "cache", processes=1, console=QUIET)
     expected = columns_of(made)
     file = made.folder / name
     whole = file.read_bytes()
@@ -324,8 +326,7 @@ def test_a_cut_off_cache_is_made_again_wherever_it_was_cut(tmp_path, tiny, name)
         file.write_bytes(whole[:cut])
         assert open_cache(made.folder) is None
         assert (
-            columns_of(tokenize(wanted, tmp_path / "cache", processes=1, progress=False))
-            == expected
+            columns_of(tokenize(wanted, tmp_path / "cache", processes=1, console=QUIET)) == expected
         )
         assert file.read_bytes() == whole
     assert sorted(path.name for path in made.folder.iterdir()) == ["meta.json", "traces.arrow"]
@@ -333,7 +334,7 @@ def test_a_cut_off_cache_is_made_again_wherever_it_was_cut(tmp_path, tiny, name)
 
 def test_a_cache_whose_parts_do_not_fit_is_not_read(tmp_path, tiny):
     wanted = settings(write_rows(tmp_path / "rows.jsonl", numbered(6)), tiny)
-    made = tokenize(wanted, tmp_path / "cache", processes=1, progress=False)
+    made = tokenize(wanted, tmp_path / "cache", processes=1, console=QUIET)
     meta_path = made.folder / "meta.json"
     meta = json.loads(meta_path.read_text())
     for change in ({"rows": 5}, {"bytes": meta["bytes"] + 8}, {"key": "x"}, {"more": 1}):
@@ -354,12 +355,12 @@ def test_a_cache_whose_parts_do_not_fit_is_not_read(tmp_path, tiny):
 def test_an_error_in_the_data_leaves_no_cache_behind(tmp_path, tiny):
     path = write_rows(tmp_path / "rows.jsonl", [*numbered(300), {"prompt": "p", "completion": ""}])
     with pytest.raises(InputError, match=r"rows.jsonl:301"):
-        tokenize(settings(path, tiny), tmp_path / "cache", processes=1, progress=False)
+        tokenize(settings(path, tiny), tmp_path / "cache", processes=1, console=QUIET)
     assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
 
 
 def _tokenize_and_report(wanted: TokenSettings, cache: Path, results: Any) -> None:
-    results.put(columns_of(tokenize(wanted, cache, processes=1, progress=False)))
+    results.put(columns_of(tokenize(wanted, cache, processes=1, console=QUIET)))
 
 
 def test_two_processes_at_once_both_end_with_the_whole_cache(tmp_path, tiny):
@@ -381,8 +382,8 @@ def test_worker_processes_give_the_same_cache(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(tokens_module, "_CHUNK_ROWS", 8)
     monkeypatch.setattr(tokens_module, "_CHUNKS_WORTH_WORKERS", 2)
     path = write_rows(tmp_path / "rows.jsonl", numbered(60))
-    alone = tokenize(settings(path, tiny), tmp_path / "one", processes=1, progress=False)
-    pooled = tokenize(settings(path, tiny), tmp_path / "two", processes=2, progress=False)
+    alone = tokenize(settings(path, tiny), tmp_path / "one", processes=1, console=QUIET)
+    pooled = tokenize(settings(path, tiny), tmp_path / "two", processes=2, console=QUIET)
     assert columns_of(alone) == columns_of(pooled)
     data = [(tokens.folder / "traces.arrow").read_bytes() for tokens in (alone, pooled)]
     assert data[0] == data[1]
@@ -395,14 +396,14 @@ def test_an_error_in_a_worker_process_names_the_row(tmp_path, tiny, monkeypatch)
     rows = [*numbered(40), {"prompt": "p", "completion": "", "label": 1}, *numbered(20)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(InputError, match=r"rows.jsonl:41: column 'completion' is empty"):
-        tokenize(settings(path, tiny), tmp_path / "cache", processes=2, progress=False)
+        tokenize(settings(path, tiny), tmp_path / "cache", processes=2, console=QUIET)
 
 
 def test_real_long_traces_decode_back_to_their_text(tmp_path, qwen):
     rows = list(islice(read_rows([str(shared_data() / "long_cot_gsm8k.jsonl.gz")], "auto"), 60))
     path = write_rows(tmp_path / "rows.jsonl.gz", [row.value for row in rows])
     wanted = settings(path, qwen, system_prompt=SYSTEM)
-    tokens = tokenize(wanted, tmp_path, processes=1, progress=False)
+    tokens = tokenize(wanted, tmp_path, processes=1, console=QUIET)
     decode = loaded(qwen).decode
     texts = [trace["text"] for row in rows for trace in row.value["traces"]]
     assert len(tokens) == len(texts) == 240

@@ -30,6 +30,8 @@ SCHEMA = pa.schema(
         ("weight", pa.float32()),
         ("teacher", pa.string()),
         ("row", pa.int64()),
+        ("digest", pa.uint64()),
+        ("unknown", pa.int32()),
         ("source", pa.int32()),
         ("group", pa.int64()),
     ]
@@ -62,6 +64,8 @@ class TokenizedTraces:
         signs: int8 [n], +1 or -1.
         groups: int64 [n], dense problem numbers in order of first appearance.
         weights: float32 [n].
+        digests: uint64 [n], hash of prompt and completion; equal for equal tokens.
+        unknown: int32 [n], tokens that the tokenizer does not know.
         dropped: rows and traces that normalising left out, by reason.
         sources: names of the input files.
     """
@@ -88,6 +92,8 @@ class TokenizedTraces:
         self.signs = column("sign")
         self.groups = column("group")
         self.weights = column("weight")
+        self.digests = column("digest")
+        self.unknown = column("unknown")
         self._source_numbers = column("source")
         self._row_numbers = column("row")
 

@@ -24,8 +24,8 @@ class Examples:
     """int64 [n, 1] or [n, 2] (positive, negative): indices of traces."""
     lengths: np.ndarray
     """int64 [traces], after truncation; of every trace, used or not."""
-    report: dict[str, int]
-    """Counts of what was kept and what was left out, by reason."""
+    left_out: dict[str, int]
+    """Counts of traces that are in no unit, by reason."""
 
 
 def select(
@@ -57,35 +57,32 @@ def select(
     usable = np.ones(len(tokens), dtype=bool)
     if objective_needs == "positives":
         usable = tokens.signs > 0
-    report: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
     if overlong == "drop":
-        report["overlong dropped"] = int(np.sum(usable & (lengths > max_tokens)))
+        left_out["overlong dropped"] = int(np.sum(usable & (lengths > max_tokens)))
         usable = usable & (lengths <= max_tokens)
     elif overlong == "truncate":
         emptied = tokens.prompt_lengths >= max_tokens
-        report["prompt too long, dropped"] = int(np.sum(usable & emptied))
+        left_out["prompt too long, dropped"] = int(np.sum(usable & emptied))
         usable = usable & ~emptied
-        report["truncated"] = int(np.sum(usable & (lengths > max_tokens)))
         lengths = np.minimum(lengths, max_tokens)
 
     members = _by_problem(tokens, usable)
     if objective_needs == "positives":
         chosen = [positives[: 1 if pairing == "first" else None] for positives, _ in members]
         units = np.array([[index] for group in chosen for index in group], np.int64).reshape(-1, 1)
-        report["negatives unused"] = int(np.sum(tokens.signs < 0))
-        report["positives unused"] = int(usable.sum()) - len(units)
+        left_out["negatives unused"] = int(np.sum(tokens.signs < 0))
+        left_out["positives unused"] = int(usable.sum()) - len(units)
     else:
         paired = [pair for group in members for pair in _pairs(*group, pairing)]
         units = np.array(paired, np.int64).reshape(-1, 2)
         used = np.zeros(len(tokens), dtype=bool)
         used[units] = True
-        report["positives unpaired"] = int(np.sum(usable & ~used & (tokens.signs > 0)))
-        report["negatives unpaired"] = int(np.sum(usable & ~used & (tokens.signs < 0)))
-    _check_units(tokens, units, objective_needs, report)
+        left_out["positives unpaired"] = int(np.sum(usable & ~used & (tokens.signs > 0)))
+        left_out["negatives unpaired"] = int(np.sum(usable & ~used & (tokens.signs < 0)))
+    _check_units(tokens, units, objective_needs, left_out)
     _check_lengths(tokens, np.unique(units), lengths, max_tokens, row_tokens)
-    kept = {"units": len(units), "traces": len(np.unique(units))}
-    left_out = {reason: count for reason, count in report.items() if count}
-    return Examples(units, lengths, kept | left_out)
+    return Examples(units, lengths, {reason: count for reason, count in left_out.items() if count})
 
 
 def _by_problem(tokens: TokenizedTraces, usable: np.ndarray) -> list[tuple[list[int], list[int]]]:
@@ -105,12 +102,12 @@ def _pairs(positives: list[int], negatives: list[int], pairing: Pairing) -> list
 
 
 def _check_units(
-    tokens: TokenizedTraces, units: np.ndarray, needs: Needs, report: Counter[str]
+    tokens: TokenizedTraces, units: np.ndarray, needs: Needs, left_out: Counter[str]
 ) -> None:
     if len(units):
         return
     positives, negatives = int(np.sum(tokens.signs > 0)), int(np.sum(tokens.signs < 0))
-    left_out = ", ".join(f"{count} {reason}" for reason, count in report.items() if count)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
     sources = ", ".join(tokens.sources)
     if needs == "positives":
         problem = "no positive trace to train on"
@@ -121,7 +118,7 @@ def _check_units(
     else:
         problem = "no problem has both a positive and a negative trace: no pair can be formed"
     counts = f"{positives} positives, {negatives} negatives"
-    raise InputError(f"{sources}: {problem} ({'; '.join(filter(None, [counts, left_out]))})")
+    raise InputError(f"{sources}: {problem} ({'; '.join(filter(None, [counts, reasons]))})")
 
 
 def _check_lengths(

@@ -44,6 +44,8 @@ class Encoded:
     ids: np.ndarray
     """int32 [length]: prompt, then completion with its end."""
     prompt_length: int
+    unknown: int
+    """Tokens that the tokenizer does not know."""
 
 
 class Encoder:
@@ -68,6 +70,9 @@ class Encoder:
             )
         self._eos: str = self.tokenizer.eos_token
         self._eos_id: int = self.tokenizer.eos_token_id
+        # Some tokenizers have no token of its own for the unknown.
+        unknown = self.tokenizer.unk_token_id
+        self._unknown_id = None if unknown == self._eos_id else unknown
         self._template = settings.template
         self._system_prompt = settings.system_prompt
 
@@ -97,7 +102,9 @@ class Encoder:
                 raise InputError(f"{trace.where}: the {what} has no token in this vocabulary")
             if not completion.rstrip().endswith(self._eos):
                 end = [*end, self._eos_id]
-            encoded.append(Encoded(np.array([*start, *end], dtype=np.int32), len(start)))
+            ids = np.array([*start, *end], dtype=np.int32)
+            unknown = 0 if self._unknown_id is None else int(np.sum(ids == self._unknown_id))
+            encoded.append(Encoded(ids, len(start), unknown))
         return encoded
 
     def texts(self, trace: Trace) -> tuple[str, str]:

@@ -15,15 +15,16 @@ import pyarrow as pa
 import xxhash
 from tqdm import tqdm
 
+from redi.engine.console import Console
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
 from redi.engine.data.rows import Row, Source, find_sources, read_source
-from redi.engine.data.text import Encoder, TokenSettings
+from redi.engine.data.text import Encoded, Encoder, TokenSettings
 from redi.engine.data.traces import normalise
 from redi.engine.errors import InputError
 
 __all__ = ["TokenSettings", "TokenizedTraces", "cache_key", "tokenize"]
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raise it whenever the same input would give other tokens or another file layout."""
 _CHUNK_ROWS = 128
 # Starting worker processes takes seconds: a set of fewer chunks is done before they are up.
@@ -48,7 +49,7 @@ class _Chunk:
 
 
 def tokenize(
-    settings: TokenSettings, cache_dir: Path, *, processes: int, progress: bool
+    settings: TokenSettings, cache_dir: Path, *, processes: int, console: Console
 ) -> TokenizedTraces:
     """The tokenized traces of a data set: from the cache, or made now and cached.
 
@@ -56,7 +57,7 @@ def tokenize(
         settings: the data and how to tokenize it.
         cache_dir: holds one folder for each key.
         processes: worker processes; with 1, the tokenizer's own threads do the work.
-        progress: whether to show a progress bar.
+        console: where progress is shown.
 
     Several processes may do this at once; each ends with the same complete cache.
 
@@ -82,7 +83,7 @@ def tokenize(
             raise InputError(f"{', '.join(names)}: no trace is left; dropped: {reasons}")
         return Meta(key, size, count, tuple(names), dict(dropped))
 
-    with tqdm(desc="tokenizing", unit=" traces", disable=not progress) as bar:
+    with console.bar("tokenizing", "traces") as bar:
         write_cache(folder, _numbered_batches(chunks, names, dropped, bar), describe)
     made = open_cache(folder, names)
     assert made is not None, f"the cache just written to {folder} is not whole"
@@ -136,6 +137,8 @@ def _tokenize_chunk(rows: list[Row], encoder: Encoder) -> _Chunk:
         [trace.weight for trace in traces],
         [trace.teacher for trace in traces],
         [row.number for row, _ in pairs],
+        [_digest(one) for one in encoded],
+        [one.unknown for one in encoded],
     ]
     return _Chunk(
         _record_batch(columns, _CHUNK_SCHEMA),
@@ -143,6 +146,11 @@ def _tokenize_chunk(rows: list[Row], encoder: Encoder) -> _Chunk:
         [trace.group for trace in traces],
         dropped,
     )
+
+
+def _digest(one: Encoded) -> int:
+    # The prompt's length belongs to it: the same tokens cut elsewhere train other ones.
+    return xxhash.xxh3_64_intdigest(one.ids.tobytes(), seed=one.prompt_length)
 
 
 def _numbered_batches(

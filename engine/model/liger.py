@@ -8,6 +8,15 @@ import torch
 from transformers import PreTrainedModel
 
 
+def liger_problem(device: torch.device) -> str | None:
+    """Why no model can have liger-kernel's layers on this device, None if some can."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return None
+
+
 def apply_liger(model: PreTrainedModel, wanted: str, device: torch.device) -> str:
     """Swap the layers of `model` in place where that is possible.
 
@@ -19,10 +28,8 @@ def apply_liger(model: PreTrainedModel, wanted: str, device: torch.device) -> st
     """
     if wanted == "off":
         return "off: asked for"
-    if device.type != "cuda":
-        return f"off: the device is {device.type}"
-    if find_spec("liger_kernel") is None:
-        return "off: liger-kernel is not installed"
+    if problem := liger_problem(device):
+        return f"off: {problem}"
     from liger_kernel.transformers.monkey_patch import (
         MODEL_TYPE_TO_APPLY_LIGER_FN,
         _apply_liger_kernel_to_instance,

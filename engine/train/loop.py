@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
-import sys
 import tempfile
 import time
-import tomllib
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,30 +17,42 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from redi.engine.config import Recipe, changed_keys, dump_recipe
+from redi.engine.config import Recipe
+from redi.engine.console import Console
 from redi.engine.data.loader import StepBatches, StepLoader
+from redi.engine.data.overview import (
+    LENGTH_COLUMNS,
+    Overview,
+    count_rows,
+    length_rows,
+    look_over,
+    warnings,
+)
 from redi.engine.data.packing import Cost
 from redi.engine.data.schedule import Examples, Needs, Schedule, select
 from redi.engine.data.text import load_tokenizer
 from redi.engine.data.tokens import TokenizedTraces, TokenSettings, tokenize
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
+from redi.engine.estimate import training_cost
 from redi.engine.model.attention import choose_attention, register_attention
 from redi.engine.model.export import check_exportable, export
 from redi.engine.model.liger import apply_liger
-from redi.engine.model.load import load_model, model_digest, read_config
+from redi.engine.model.load import load_model, read_config
 from redi.engine.model.sharding import check_replicas, compute_dtype, shard
 from redi.engine.model.student import Student
 from redi.engine.train.checkpoint import Checkpointer
-from redi.engine.train.metrics import MetricsLog, Progress, manifest, peak_memory_gib
+from redi.engine.train.metrics import MetricsLog, peak_memory_gib
 from redi.engine.train.objectives import StepTotals, make_objective, needs
 from redi.engine.train.optimizer import learning_rate, make_optimizer
+from redi.engine.train.run_folder import check_same_data, check_same_recipe, write_run_dir
 from redi.engine.train.signals import StopRequest
+from redi.engine.train.trackers import check_trackers, open_trackers
 from redi.engine.train.validation import HeldOut, validate
 from redi.kernels.backends import choose_backend
 
 
-def run_recipe(recipe: Recipe, world: World) -> bool:
+def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
     """Train one recipe to its end, going on from where an earlier attempt stopped.
 
     The run folder is touched only when all input has been found good.
@@ -52,6 +60,7 @@ def run_recipe(recipe: Recipe, world: World) -> bool:
     Args:
         recipe: resolved; `run.dir` and `model.path` are set.
         world: this process's place.
+        console: where it speaks.
 
     Returns:
         True when the run is finished, False when a signal stopped it.
@@ -61,35 +70,54 @@ def run_recipe(recipe: Recipe, world: World) -> bool:
         RunError: the run failed.
     """
     run_dir = Path(recipe.run.dir or "")
-    _check_same_recipe(recipe, run_dir)
+    check_same_recipe(recipe, run_dir)
     if (run_dir / "export").is_dir():
-        _say(world, f"{run_dir}: finished already; the model is in {run_dir / 'export'}")
+        console.say(f"{run_dir}: finished already; the model is in {run_dir / 'export'}")
         return True
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     transformers_logging.disable_progress_bar()
-    read_config(recipe.model.path or "")
+    config = read_config(recipe.model.path or "")
+    check_trackers(recipe.run.trackers)
     check_replicas(recipe.shard, world.size)
     try:
         choose_backend(recipe.objective.backend)
     except ValueError as error:
         raise InputError(f"objective.backend: {error}") from None
-    data = prepare_data(recipe, world)
-    _check_same_data(data, run_dir)
+    data = prepare_data(recipe, world, console)
+    check_same_data(data.keys, run_dir)
+    cost = training_cost(config)
+    overview = look_over(
+        data.tokens,
+        data.examples,
+        data.schedule,
+        row_tokens=recipe.train.row_tokens,
+        world_size=world.size,
+        cost=cost,
+    )
+    _show(overview, run_dir, console)
     dtype = compute_dtype(recipe.train.dtype, world.device)
-    student, tokenizer = build_student(recipe, dtype, world)
+    student, tokenizer = build_student(recipe, dtype, world, console)
     optimizer = make_optimizer(student, recipe.optim)
     if world.is_main:
         try:
-            _write_run_dir(recipe, data, dtype, run_dir, world)
+            write_run_dir(recipe, data.keys, overview, dtype, run_dir, world)
         except OSError as error:
             raise InputError(f"run.dir: {run_dir} cannot be written: {error}") from None
-    finished = _train(recipe, run_dir, data, student, optimizer, world)
+    finished = _train(recipe, run_dir, data, cost, student, optimizer, world, console)
     if finished:
         export(student, tokenizer, run_dir / "export", dtype, world)
-        _say(world, f"{run_dir}: done; the model is in {run_dir / 'export'}")
+        console.say(f"{run_dir}: done; the model is in {run_dir / 'export'}")
     return finished
+
+
+def _show(overview: Overview, run_dir: Path, console: Console) -> None:
+    """The last look before training."""
+    console.table(f"{run_dir}: what is trained", LENGTH_COLUMNS, length_rows(overview))
+    console.table("", ("", ""), count_rows(overview))
+    for warning in warnings(overview):
+        console.warn(warning)
 
 
 @dataclass(frozen=True)
@@ -101,10 +129,16 @@ class PreparedData:
     schedule: Schedule
     held_out: HeldOut | None
 
+    @property
+    def keys(self) -> dict[str, str | None]:
+        """Hashes of the tokenized sets, by section of the recipe."""
+        held_out = self.held_out.tokens.key if self.held_out else None
+        return {"data": self.tokens.key, "eval": held_out}
 
-def prepare_data(recipe: Recipe, world: World) -> PreparedData:
+
+def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData:
     """Tokenize (or find the cache), choose what is trained, lay out the steps."""
-    tokens = _tokenized(recipe, recipe.data.paths, world)
+    tokens = _tokenized(recipe, recipe.data.paths, world, console)
     examples = _examples(recipe, tokens, needs(recipe.objective))
     schedule = Schedule(
         num_units=len(examples.units),
@@ -113,17 +147,15 @@ def prepare_data(recipe: Recipe, world: World) -> PreparedData:
         max_steps=recipe.train.max_steps,
         seed=recipe.train.seed,
     )
-    _say(world, f"data: {_counts(tokens.dropped | examples.report)}; {schedule.total_steps} steps")
-    return PreparedData(tokens, examples, schedule, _held_out(recipe, world))
+    return PreparedData(tokens, examples, schedule, _held_out(recipe, world, console))
 
 
-def _held_out(recipe: Recipe, world: World) -> HeldOut | None:
+def _held_out(recipe: Recipe, world: World, console: Console) -> HeldOut | None:
     """The traces of `[eval]`: pairs where there are any incorrect ones, else the correct ones."""
     if not recipe.eval.paths:
         return None
-    tokens = _tokenized(recipe, recipe.eval.paths, world)
+    tokens = _tokenized(recipe, recipe.eval.paths, world, console)
     examples = _examples(recipe, tokens, "pairs" if (tokens.signs < 0).any() else "positives")
-    _say(world, f"held out: {_counts(tokens.dropped | examples.report)}")
     return HeldOut(tokens, examples)
 
 
@@ -138,7 +170,9 @@ def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: Needs) -
     )
 
 
-def _tokenized(recipe: Recipe, paths: tuple[str, ...], world: World) -> TokenizedTraces:
+def _tokenized(
+    recipe: Recipe, paths: tuple[str, ...], world: World, console: Console
+) -> TokenizedTraces:
     settings = TokenSettings(
         paths=paths,
         format=recipe.data.format,
@@ -150,18 +184,16 @@ def _tokenized(recipe: Recipe, paths: tuple[str, ...], world: World) -> Tokenize
         recipe.data.cache or os.environ.get("REDI_CACHE") or Path.home() / ".cache" / "redi"
     )
     processes = recipe.data.processes or min(8, os.cpu_count() or 1)
-    return world.main_first(
-        lambda: tokenize(settings, cache, processes=processes, progress=world.is_main)
-    )
+    return world.main_first(lambda: tokenize(settings, cache, processes=processes, console=console))
 
 
 def build_student(
-    recipe: Recipe, dtype: torch.dtype, world: World
+    recipe: Recipe, dtype: torch.dtype, world: World, console: Console
 ) -> tuple[Student, PreTrainedTokenizerBase]:
     """Load the model, check that it can be exported, shard it."""
     path = recipe.model.path or ""
     kind, reason = choose_attention(recipe.model.attention, world.device, dtype)
-    _say(world, f"attention: {kind} ({reason}); compute dtype {str(dtype).removeprefix('torch.')}")
+    console.say(f"attention: {kind} ({reason}); compute dtype {str(dtype).removeprefix('torch.')}")
     model = load_model(path, register_attention(kind))
     tokenizer = load_tokenizer(recipe.model.tokenizer or path)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -173,7 +205,7 @@ def build_student(
         with tempfile.TemporaryDirectory() as folder:
             check_exportable(model, tokenizer, Path(folder) / "export")
     liger = apply_liger(model, recipe.model.liger, world.device)
-    _say(world, f"liger-kernel: {liger}")
+    console.say(f"liger-kernel: {liger}")
     model.train()
     student = Student(model, make_objective(recipe.objective))
     return shard(student, recipe.shard, dtype, world.device), tokenizer
@@ -183,15 +215,16 @@ def _train(
     recipe: Recipe,
     run_dir: Path,
     data: PreparedData,
+    cost: Cost,
     student: Student,
     optimizer: torch.optim.Optimizer,
     world: World,
+    console: Console,
 ) -> bool:
     """Run the steps that are left. Returns False when a signal ended them early."""
     total = data.schedule.total_steps
     checkpointer = Checkpointer(run_dir, recipe.run.keep, student, optimizer, world)
     done = checkpointer.load_newest()
-    cost = training_cost(student)
     loader = StepLoader(
         data.tokens,
         data.examples,
@@ -204,10 +237,11 @@ def _train(
         pin=world.device.type == "cuda",
     )
     rate = learning_rate(recipe.optim, total)
-    metrics = MetricsLog(run_dir / "metrics.jsonl", last_step=done, active=world.is_main)
-    progress = Progress(total, done, active=world.is_main)
+    trackers = open_trackers(recipe, run_dir, done) if world.is_main else []
+    metrics = MetricsLog(run_dir / "metrics.jsonl", done, trackers, active=world.is_main)
+    progress = console.steps(total, done)
     if done:
-        progress.say(f"{run_dir}: going on after step {done}")
+        console.say(f"{run_dir}: going on after step {done}")
 
     def evaluate(step: int) -> None:
         if data.held_out is not None:
@@ -215,9 +249,9 @@ def _train(
                 student, data.held_out, row_tokens=recipe.train.row_tokens, cost=cost, world=world
             )
             metrics.write({"event": "eval", "step": step, **found})
-            progress.say(f"held out after step {step}: {_figures(found)}")
+            console.say(f"held out after step {step}: {_figures(found)}")
 
-    with StopRequest() as stop, closing(metrics), closing(progress):
+    with StopRequest(console) as stop, closing(metrics), closing(progress):
         if not done:
             evaluate(0)
         began = time.perf_counter()
@@ -267,7 +301,7 @@ def _train(
                 checkpointer.save(step)
             if stopping:
                 checkpointer.wait()
-                progress.say(
+                console.say(
                     f"stopped after step {step} of {total}, saved in {run_dir}; "
                     "the same command goes on from here"
                 )
@@ -323,100 +357,3 @@ def _figures(values: dict[str, float]) -> str:
 
 def _mean(total: float, count: int) -> float | None:
     return total / count if count else None
-
-
-def training_cost(student: Student) -> Cost:
-    """Training flops of a row: 6 N a token, and causal attention, 6 layers * width a token pair."""
-    config = student.model.config
-    embeddings = student.model.get_input_embeddings().num_embeddings * config.hidden_size
-    trunk = sum(p.numel() for p in student.model.base_model.parameters()) - embeddings
-    head = student.model.get_output_embeddings().weight.numel()
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    width = config.num_attention_heads * head_dim
-    return Cost(linear=6.0 * (trunk + head), quadratic=6.0 * config.num_hidden_layers * width)
-
-
-def _check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
-    """A run folder belongs to one recipe."""
-    if not run_dir.exists():
-        return
-    if not run_dir.is_dir() or (any(run_dir.iterdir()) and not _recipe_file(run_dir).is_file()):
-        raise InputError(f"run.dir: {run_dir} exists and is not a run folder; name another")
-    if not _recipe_file(run_dir).is_file():
-        return
-    if not recipe.run.resume:
-        raise InputError(
-            f"run.dir: {run_dir} holds a run and run.resume is false; remove it or name another"
-        )
-    try:
-        old = tomllib.loads(_recipe_file(run_dir).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{_recipe_file(run_dir)}: damaged ({error}); name another run.dir"
-        ) from None
-    for key in changed_keys(old, recipe):
-        section, name = key.split(".")
-        raise InputError(
-            f"run.dir: {run_dir} holds a run with another {key} "
-            f"({old.get(section, {}).get(name)}, now {getattr(getattr(recipe, section), name)}); "
-            "name another run.dir, or change it back to go on"
-        )
-
-
-def _check_same_data(data: PreparedData, run_dir: Path) -> None:
-    """The files of a run may not change under it."""
-    if not (run_dir / "manifest.json").is_file():
-        return
-    old = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
-    for name, key in _data_keys(data).items():
-        if old[name] != key:
-            raise InputError(
-                f"{name}.path: the data or tokenizer has changed since {run_dir} began; "
-                "name another run.dir, or put it back to go on"
-            )
-
-
-def _data_keys(data: PreparedData) -> dict[str, str | None]:
-    """Hashes of the tokenized sets, by section of the recipe."""
-    held_out = data.held_out.tokens.key if data.held_out else None
-    return {"data": data.tokens.key, "eval": held_out}
-
-
-def _write_run_dir(
-    recipe: Recipe, data: PreparedData, dtype: torch.dtype, run_dir: Path, world: World
-) -> None:
-    """Start the run folder; it appears with recipe and manifest whole, or not at all."""
-    if _recipe_file(run_dir).is_file():
-        folder = run_dir  # what may differ on resume is noted
-    else:
-        folder = run_dir.with_name(run_dir.name + ".partial")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        facts = manifest(
-            world.size,
-            world.device,
-            **_data_keys(data),
-            model=model_digest(recipe.model.path or ""),
-            dtype=str(dtype).removeprefix("torch."),
-        )
-        (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-    partial = folder / "recipe.toml.partial"
-    partial.write_text(dump_recipe(recipe), encoding="utf-8")
-    os.replace(partial, _recipe_file(folder))
-    if folder != run_dir:
-        os.replace(folder, run_dir)
-
-
-def _recipe_file(run_dir: Path) -> Path:
-    return run_dir / "recipe.toml"
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-
-
-def _say(world: World, text: str) -> None:
-    if world.is_main:
-        print(text, file=sys.stderr, flush=True)

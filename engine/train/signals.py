@@ -7,6 +7,8 @@ import signal
 import time
 from types import FrameType
 
+from redi.engine.console import Console
+
 
 class StopRequest:
     """Remembers that a stop was asked for. A context manager: handlers are restored on exit.
@@ -16,7 +18,8 @@ class StopRequest:
     exits at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
+        self._console = console
         self.asked = False
         self._first_sigint = 0.0
         self._previous: dict[int, object] = {}
@@ -37,4 +40,8 @@ class StopRequest:
             os._exit(130)
         if number == signal.SIGINT and not self._first_sigint:
             self._first_sigint = now
+        if not self.asked and self._console.active:
+            # Not through print: the signal may have come in the middle of one.
+            again = "; Ctrl-C again leaves at once, unsaved" if number == signal.SIGINT else ""
+            os.write(2, f"\nstopping: this step is finished and saved first{again}\n".encode())
         self.asked = True

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from redi.engine.cli import main
 from redi.engine.config import build_parser, load_recipe
+from redi.engine.console import Console
 from redi.engine.data.loader import StepLoader
 from redi.engine.data.packing import Cost
 from redi.engine.distributed import join_world
@@ -131,7 +132,7 @@ def test_the_first_step_is_plain_transformers_in_float64(
     path = str(runs / f"{name}.toml")
     recipe = load_recipe(build_parser("", ""), path, [path])
     with join_world() as alone:
-        data = prepare_data(recipe, alone)
+        data = prepare_data(recipe, alone, Console(active=False))
     loader = StepLoader(
         data.tokens,
         data.examples,

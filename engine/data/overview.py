@@ -1,0 +1,193 @@
+"""What is about to be trained, in figures: the last look before hours of training.
+
+Everything is told from lengths, signs and digests, which lie in the token cache: no token is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from redi.engine.data.cache import TokenizedTraces
+from redi.engine.data.packing import Cost, pack
+from redi.engine.data.schedule import Examples, Schedule
+
+PERCENTILES = (5, 50, 95, 99)
+PACKED_STEPS = 20
+"""Steps at the start of training whose packing is looked at."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one kind of sequence."""
+
+    count: int
+    total: int
+    percentiles: tuple[int, ...]
+    """At PERCENTILES."""
+    longest: int
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What `[data]`, `[objective]` and `[train]` come to."""
+
+    traces: int
+    """Traces read and tokenized, used or not."""
+    left_out: dict[str, int]
+    """Rows and traces that are not trained, by reason."""
+    units: int
+    """Pairs, or single sequences in SFT."""
+    paired: bool
+    lengths: dict[str, Lengths]
+    """Of "prompt", "positive" and "negative" (completions with their end)."""
+    duplicates: int
+    """Used traces that repeat another used one, prompt and completion, token for token."""
+    contradictions: int
+    """Distinct token sequences that are used both as a positive and as a negative."""
+    identical_pairs: int
+    """Pairs whose positive and negative are the same tokens."""
+    missing_ends: int
+    """Used traces that were truncated: their end is not trained."""
+    unknown_tokens: int
+    """Used traces with a token that the tokenizer does not know."""
+    steps: int
+    batch: int
+    epochs: float
+    """Passes over the data that the steps make."""
+    left_over: int
+    """Units of each epoch's last, partial batch."""
+    micro_steps: float
+    """A step's micro-steps, mean over the steps looked at."""
+    rank_efficiency: float
+    """See `Packing`; mean over the steps looked at."""
+    world_size: int
+
+
+def look_over(
+    tokens: TokenizedTraces,
+    examples: Examples,
+    schedule: Schedule,
+    *,
+    row_tokens: int,
+    world_size: int,
+    cost: Cost,
+) -> Overview:
+    """Sum up the data set, its units and their packing.
+
+    Args:
+        tokens, examples, schedule: what is trained, and when.
+        row_tokens, world_size, cost: as `pack` takes them.
+    """
+    used = np.unique(examples.units)
+    signs, digests = tokens.signs[used], tokens.digests[used]
+    kept = examples.lengths[used]
+    prompts = tokens.prompt_lengths[used]
+    completions = kept - prompts
+    distinct = {sign: np.unique(digests[signs == sign]) for sign in (1, -1)}
+    paired = examples.units.shape[1] == 2
+    identical = 0
+    if paired:
+        first, second = tokens.digests[examples.units].T
+        identical = int(np.sum(first == second))
+    packings = []
+    for step in range(1, min(schedule.total_steps, PACKED_STEPS) + 1):
+        lengths = examples.lengths[examples.units[schedule.units(step)].reshape(-1)]
+        packings.append(pack(lengths, row_tokens=row_tokens, world_size=world_size, cost=cost))
+    _, one_per_problem = np.unique(tokens.groups[used], return_index=True)
+    return Overview(
+        traces=len(tokens),
+        left_out=tokens.dropped | examples.left_out,
+        units=len(examples.units),
+        paired=paired,
+        lengths={
+            "prompt": _lengths(prompts[one_per_problem]),
+            "positive": _lengths(completions[signs > 0]),
+            "negative": _lengths(completions[signs < 0]),
+        },
+        duplicates=len(used) - sum(map(len, distinct.values())),
+        contradictions=len(np.intersect1d(distinct[1], distinct[-1])),
+        identical_pairs=identical,
+        missing_ends=int(np.sum(kept < tokens.lengths[used])),
+        unknown_tokens=int(np.sum(tokens.unknown[used] > 0)),
+        steps=schedule.total_steps,
+        batch=schedule.batch,
+        epochs=schedule.total_steps / schedule.steps_per_epoch,
+        left_over=schedule.dropped_per_epoch,
+        micro_steps=float(np.mean([len(packing.rows) for packing in packings])),
+        rank_efficiency=float(np.mean([packing.rank_efficiency for packing in packings])),
+        world_size=world_size,
+    )
+
+
+def _lengths(lengths: np.ndarray) -> Lengths:
+    if not len(lengths):
+        return Lengths(0, 0, (0,) * len(PERCENTILES), 0)
+    percentiles = np.percentile(lengths, PERCENTILES, method="nearest")
+    return Lengths(
+        len(lengths), int(lengths.sum()), tuple(map(int, percentiles)), int(lengths.max())
+    )
+
+
+LENGTH_COLUMNS = ("tokens of a", "number", *(f"p{p}" for p in PERCENTILES), "longest", "all")
+
+
+def length_rows(overview: Overview) -> list[tuple[str, ...]]:
+    """The table of lengths, under LENGTH_COLUMNS."""
+    return [
+        (name, *(f"{n:,}" for n in (found.count, *found.percentiles, found.longest, found.total)))
+        for name, found in overview.lengths.items()
+        if found.count
+    ]
+
+
+def count_rows(overview: Overview) -> list[tuple[str, str]]:
+    """The table of counts: what, how many."""
+    unit = "pairs" if overview.paired else "sequences"
+    rows = [("traces read", f"{overview.traces:,}")]
+    rows += [(f"- {reason}", f"{count:,}") for reason, count in overview.left_out.items()]
+    rows += [
+        (f"{unit} to train on", f"{overview.units:,}"),
+        ("duplicates among their traces", f"{overview.duplicates:,}"),
+        ("missing ends (truncated)", f"{overview.missing_ends:,}"),
+        ("with unknown tokens", f"{overview.unknown_tokens:,}"),
+    ]
+    if overview.paired:
+        rows += [
+            ("identical chosen and rejected", f"{overview.identical_pairs:,}"),
+            ("both correct and incorrect", f"{overview.contradictions:,}"),
+        ]
+    ranks = f"{overview.world_size} rank{'s' if overview.world_size > 1 else ''}"
+    return [
+        *rows,
+        (f"steps of {overview.batch} {unit}", f"{overview.steps:,}"),
+        ("epochs", f"{overview.epochs:.2f}"),
+        ("left over in an epoch", f"{overview.left_over:,}"),
+        ("micro-steps in a step", f"{overview.micro_steps:.1f}"),
+        (f"rank efficiency, {ranks}", f"{overview.rank_efficiency:.2f}"),
+    ]
+
+
+def warnings(overview: Overview) -> list[str]:
+    """What in the data is likely to be a mistake, one line each."""
+    found = []
+    if overview.identical_pairs:
+        found.append(
+            f"{overview.identical_pairs:,} of {overview.units:,} pairs have the same tokens as "
+            "chosen and rejected: they teach nothing that the sign says"
+        )
+    elif overview.contradictions:
+        found.append(
+            f"{overview.contradictions:,} traces are used as correct and as incorrect: check the "
+            "verdicts"
+        )
+    trained = sum(overview.lengths[name].count for name in ("positive", "negative"))
+    if overview.unknown_tokens:
+        found.append(
+            f"{overview.unknown_tokens:,} of {trained:,} traces hold text that the tokenizer does "
+            "not know: is it the tokenizer of this model?"
+        )
+    if overview.duplicates * 10 > trained:
+        found.append(f"{overview.duplicates:,} of {trained:,} traces repeat another one")
+    return found

@@ -1,0 +1,144 @@
+"""The run folder: whose it is, and what its run was made with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redi.engine.config import Recipe, changed_keys, dump_recipe
+from redi.engine.data.overview import Overview
+from redi.engine.distributed import World
+from redi.engine.errors import InputError
+from redi.engine.model.load import model_digest
+
+RECIPE = "recipe.toml"
+MANIFEST = "manifest.json"
+
+
+def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
+    """A run folder belongs to one recipe."""
+    if not run_dir.exists():
+        return
+    if not run_dir.is_dir() or (any(run_dir.iterdir()) and not (run_dir / RECIPE).is_file()):
+        raise InputError(f"run.dir: {run_dir} exists and is not a run folder; name another")
+    if not (run_dir / RECIPE).is_file():
+        return
+    if not recipe.run.resume:
+        raise InputError(
+            f"run.dir: {run_dir} holds a run and run.resume is false; remove it or name another"
+        )
+    try:
+        old = tomllib.loads((run_dir / RECIPE).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{run_dir / RECIPE}: damaged ({error}); name another run.dir") from None
+    for key in changed_keys(old, recipe):
+        section, name = key.split(".")
+        raise InputError(
+            f"run.dir: {run_dir} holds a run with another {key} "
+            f"({old.get(section, {}).get(name)}, now {getattr(getattr(recipe, section), name)}); "
+            "name another run.dir, or change it back to go on"
+        )
+
+
+def check_same_data(data_keys: Mapping[str, str | None], run_dir: Path) -> None:
+    """The files of a run may not change under it."""
+    if not (run_dir / MANIFEST).is_file():
+        return
+    old = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))
+    for name, key in data_keys.items():
+        if old[name] != key:
+            raise InputError(
+                f"{name}.path: the data or tokenizer has changed since {run_dir} began; "
+                "name another run.dir, or put it back to go on"
+            )
+
+
+def write_run_dir(
+    recipe: Recipe,
+    data_keys: Mapping[str, str | None],
+    overview: Overview,
+    dtype: torch.dtype,
+    run_dir: Path,
+    world: World,
+) -> None:
+    """Start the run folder; it appears with recipe and manifest whole, or not at all."""
+    if (run_dir / RECIPE).is_file():
+        folder = run_dir  # what may differ on resume is noted
+    else:
+        folder = run_dir.with_name(run_dir.name + ".partial")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        facts = manifest(
+            world.size,
+            world.device,
+            **data_keys,
+            overview=asdict(overview),
+            model=model_digest(recipe.model.path or ""),
+            dtype=str(dtype).removeprefix("torch."),
+        )
+        (folder / MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    partial = folder / "recipe.toml.partial"
+    partial.write_text(dump_recipe(recipe), encoding="utf-8")
+    os.replace(partial, folder / RECIPE)
+    if folder != run_dir:
+        os.replace(folder, run_dir)
+
+
+def manifest(world_size: int, device: torch.device, **facts: Any) -> dict[str, Any]:
+    """What a run was made with: versions, commit, machine, and the hashes given as `facts`."""
+    packages = (
+        "redi-engine",
+        "torch",
+        "transformers",
+        "triton",
+        "flash-attn",
+        "liger-kernel",
+        "math-verify",
+        "vllm",
+    )
+    return {
+        "versions": {name: v for name in packages if (v := _version(name))},
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "machine": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "world_size": world_size,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **facts,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The engine's git commit, when it runs from a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,108 @@
+"""The look before training: every figure against rows whose properties are known."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_cases import make_tokens, save_tokenizer, settings, write_rows
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from redi.engine.console import Console
+from redi.engine.data.overview import Overview, count_rows, length_rows, look_over, warnings
+from redi.engine.data.packing import Cost
+from redi.engine.data.schedule import Schedule, select
+from redi.engine.data.tokens import TokenizedTraces, tokenize
+
+LIMITS: dict[str, Any] = {"max_tokens": 64, "overlong": "truncate", "row_tokens": 64}
+
+
+def overview(tokens: TokenizedTraces, needs: Any = "pairs", batch: int = 2) -> Overview:
+    examples = select(tokens, objective_needs=needs, **LIMITS)
+    schedule = Schedule(len(examples.units), batch=batch, epochs=1, max_steps=None, seed=0)
+    cost = Cost(linear=1.0, quadratic=0.0)
+    return look_over(tokens, examples, schedule, row_tokens=64, world_size=1, cost=cost)
+
+
+def tokenized(folder: Path, rows: Sequence[dict[str, str]], tokenizer: str) -> TokenizedTraces:
+    wanted = settings(write_rows(folder / "rows.jsonl", rows), tokenizer)
+    return tokenize(wanted, folder / "cache", processes=1, console=Console(active=False))
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_identical_repeated_and_contradictory_traces_are_counted(tmp_path: Path) -> None:
+    rows = [
+        pair("a", "yes", "no"),
+        pair("b", "same", "same"),  # identical, so also contradictory
+        pair("c", "one", "two"),
+        pair("c", "one", "three"),  # repeats a positive
+        pair("d", "up", "down"),
+        pair("d", "down", "left"),  # contradicts the row before
+        pair("e", "yes", "no"),  # not a repetition: another prompt
+    ]
+    found = overview(tokenized(tmp_path, rows, save_tokenizer(tmp_path)))
+    assert (found.units, found.paired) == (7, True)
+    assert found.duplicates == 1
+    assert found.identical_pairs == 1
+    assert found.contradictions == 2
+    assert found.unknown_tokens == 0
+    text = " ".join(warnings(found))
+    assert "1 of 7 pairs have the same tokens" in text
+
+
+def test_text_that_the_tokenizer_does_not_know_is_counted_and_warned_of(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    fast.save_pretrained(tmp_path)
+    rows = [pair("a", "b", "a b"), pair("b", "a x b", "a"), pair("y", "a a", "b")]
+    found = overview(tokenized(tmp_path, rows, str(tmp_path)))
+    assert found.unknown_tokens == 3  # the positive with x, and both traces of prompt y
+    assert "3 of 6 traces hold text" in warnings(found)[0]
+
+
+def test_lengths_and_truncated_ends_are_those_of_what_is_trained(tmp_path: Path) -> None:
+    completions = [12, 22, 56, 82, 2, 192]
+    signs, groups = [1, -1, 1, -1, 1, 1], [0, 0, 1, 1, 2, 2]
+    tokens = make_tokens(tmp_path / "m", [8] * 6, completions, signs, groups)
+    found = overview(tokens, batch=1)
+    assert found.traces == 6
+    assert found.left_out == {"positives unpaired": 2}
+    assert found.missing_ends == 1  # the one of 8 + 82 tokens; that of 200 is not trained
+    positive, negative = found.lengths["positive"], found.lengths["negative"]
+    assert (positive.count, positive.total, positive.longest) == (2, 12 + 56, 56)
+    assert (negative.count, negative.total, negative.longest) == (2, 22 + 56, 56)
+    assert found.lengths["prompt"].count == 2  # problems, not traces
+
+
+def test_percentiles_are_lengths_that_occur(tmp_path: Path) -> None:
+    tokens = make_tokens(tmp_path / "m", [8] * 40, list(range(1, 41)), [1] * 40, range(40))
+    found = overview(tokens, "positives").lengths
+    assert found["positive"].percentiles == tuple(
+        int(np.sort(np.arange(1, 41))[round(p / 100 * 39)]) for p in (5, 50, 95, 99)
+    )
+    assert found["negative"].count == 0
+
+
+@pytest.mark.parametrize(("needs", "unit"), [("pairs", "pairs"), ("positives", "sequences")])
+def test_the_tables_name_the_unit_and_hold_every_figure(
+    needs: str, unit: str, tmp_path: Path
+) -> None:
+    tokens = make_tokens(tmp_path / "m", [8] * 10, [20] * 10, [1, -1] * 5, [0, 0, 1, 1] + [2] * 6)
+    found = overview(tokens, needs)
+    rows = dict(count_rows(found))
+    assert rows[f"{unit} to train on"] == "5"
+    assert rows[f"steps of 2 {unit}"] == "2"
+    assert rows["left over in an epoch"] == "1"
+    assert rows["rank efficiency, 1 rank"] == "1.00"
+    assert ("identical chosen and rejected" in rows) == (needs == "pairs")
+    names = [row[0] for row in length_rows(found)]
+    assert names == (
+        ["prompt", "positive", "negative"] if needs == "pairs" else ["prompt", "positive"]
+    )
