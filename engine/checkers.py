@@ -6,7 +6,8 @@ import logging
 import multiprocessing
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -161,19 +162,22 @@ class MathChecker:
         self._worker = self._connection = None
 
 
-def make_checker(name: str, pattern: str | None = None) -> ExactChecker | MathChecker:
+@contextmanager
+def open_checker(name: str, pattern: str | None = None) -> Iterator[Checker]:
     """The checker "math", "exact", or "auto": exact if a pattern is given, else math.
 
     Raises:
         ValueError: an unknown name, or a pattern that is wrong or for the checker "math".
     """
+    if name not in ("auto", "math", "exact"):
+        raise ValueError(f"unknown checker {name!r}; known: auto, math, exact")
     if name == "math" and pattern is not None:
         raise ValueError('a pattern for the answer needs the checker "exact"')
-    if name == "exact" or (name == "auto" and pattern is not None):
-        return ExactChecker(pattern)
-    if name in ("math", "auto"):
-        return MathChecker()
-    raise ValueError(f"unknown checker {name!r}; known: auto, math, exact")
+    if name == "exact" or pattern is not None:
+        yield ExactChecker(pattern)
+        return
+    with closing(MathChecker()) as checker:
+        yield checker
 
 
 def _words(text: str) -> str | None:

@@ -24,6 +24,7 @@ Train language models on correct and incorrect reasoning traces: SFT, then REDI.
 
 commands:
   train RECIPE.toml [MORE.toml ...] [--section.key value]   train; the same line again resumes
+  evaluate MODEL --data FILE [FILE ...]                     sample, check answers, pass@k
   export RUN [--step N]                                     write a checkpoint as a model folder
   report RUN [MORE ...]                                     table and curves of runs
   doctor                                                    what this machine has; tests the loss
@@ -91,6 +92,17 @@ def export(argv: Sequence[str]) -> None:
     print(export_run(Path(args.run), args.step))
 
 
+def evaluate(argv: Sequence[str]) -> None:
+    """`redi evaluate`: sample completions, check their answers, report pass@k."""
+    from redi.engine.evaluate_options import parse_options
+
+    options = parse_options(argv)
+
+    from redi.engine import evaluate
+
+    evaluate.evaluate(options)
+
+
 def doctor(argv: Sequence[str]) -> None:
     """`redi doctor`: versions, devices, what a run here will use, and a self-test."""
     _parser(
@@ -137,6 +149,7 @@ def _parser(command: str, description: str, *examples: str) -> ArgumentParser:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
+    "evaluate": evaluate,
     "export": export,
     "report": report,
     "doctor": doctor,

@@ -368,7 +368,11 @@ def explain(error: Exception) -> str:
 
 def _expected(key: str) -> str:
     section, name = key.split(".")[:2]
-    annotation = next(f.type for f in fields(SECTIONS[section]) if f.name == name)
+    return plain_type(next(f.type for f in fields(SECTIONS[section]) if f.name == name))
+
+
+def plain_type(annotation: object) -> str:
+    """What a type annotation asks for, in a user's words."""
     text = str(annotation).replace("Literal", "one of ").replace("| None", "")
     text = text.replace("tuple[float, float]", "two numbers such as [0.9,0.999]")
     for python, plain in (("str", "text"), ("int", "a whole number"), ("float", "a number")):

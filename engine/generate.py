@@ -164,6 +164,40 @@ def generate_batches(
         yield [_completion(tokenizer, tokens, set(ends)) for tokens in new_tokens]
 
 
+def vllm_batches(
+    path: str,
+    dtype: torch.dtype,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    batch_size: int,
+) -> Iterator[list[Completion]]:
+    """As `generate_batches`, by vLLM, which loads the model at `path` itself.
+
+    vLLM draws by its own rule: its samples are not those of `generate_batches`.
+    """
+    from vllm import LLM, SamplingParams
+
+    # generation_config="vllm": no sampling defaults of the model's.
+    llm = LLM(path, dtype=str(dtype).removeprefix("torch."), generation_config="vllm")
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        params = [
+            SamplingParams(
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=int(_stream(sampling.seed, request).integers(2**31)),
+            )
+            for request in batch
+        ]
+        prompts = [{"prompt_token_ids": list(request.prompt)} for request in batch]
+        outputs = [answer.outputs[0] for answer in llm.generate(prompts, params, use_tqdm=False)]
+        yield [
+            Completion(output.text, len(output.token_ids), output.finish_reason == "stop")
+            for output in outputs
+        ]
+
+
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end a completion: the tokenizer's EOS, then those of the generation config."""
     configured = model.generation_config.eos_token_id if model.generation_config else None

@@ -11,10 +11,16 @@ class Format:
     """Columns of one row shape; a row may hold any others, which are ignored."""
 
     required: tuple[str, ...]
+    """Those that tell the shape; a shape without any is never told from the columns."""
     optional: tuple[str, ...]
 
 
 _COMMON = ("id", "teacher", "weight")
+
+# Of a problem to evaluate on, for which benchmarks have several names: the first found counts.
+PROMPT_COLUMNS = ("prompt", "problem", "question")
+ANSWER_COLUMNS = ("answer", "solution")
+ID_COLUMNS = ("id", "unique_id", "uuid")
 
 # In the order of detection: the more telling columns first (a preference set often carries a
 # `messages` column as well).
@@ -27,6 +33,7 @@ FORMATS: dict[str, Format] = {
     ),
     "prompt-completion": Format(("prompt", "completion"), ("label", *_COMMON)),
     "messages": Format(("messages",), ("label", *_COMMON)),
+    "problem": Format((), (*PROMPT_COLUMNS, *ANSWER_COLUMNS, *ID_COLUMNS)),
 }
 
 
@@ -37,18 +44,19 @@ def resolve_format(format: str, columns: Collection[str], where: str) -> str:
     """
     if format in FORMATS:
         return format
+    told = {name: shape for name, shape in FORMATS.items() if shape.required}
     if format != "auto":
-        raise InputError(f"[data] format {format!r} is unknown; known: auto, {', '.join(FORMATS)}")
-    for name, shape in FORMATS.items():
+        raise InputError(f"[data] format {format!r} is unknown; known: auto, {', '.join(told)}")
+    for name, shape in told.items():
         if all(column in columns for column in shape.required):
             return name
     small = {column.lower() for column in columns}
-    for shape in FORMATS.values():
+    for shape in told.values():
         if all(column in small for column in shape.required):
             raise InputError(
                 f"{where}: the columns ({', '.join(sorted(columns))}) must be written in small "
                 f"letters: {', '.join(shape.required)}"
             )
-    known = "; ".join(f"{name} ({', '.join(shape.required)})" for name, shape in FORMATS.items())
+    known = "; ".join(f"{name} ({', '.join(shape.required)})" for name, shape in told.items())
     found = ", ".join(sorted(columns)) or "none"
     raise InputError(f"{where}: the columns ({found}) fit no known row shape. Known: {known}")

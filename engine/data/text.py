@@ -49,7 +49,11 @@ class Encoded:
 
 
 class Encoder:
-    """A tokenizer with its template, as the settings want them applied."""
+    """A tokenizer with its template, as the settings want them applied.
+
+    Attributes:
+        tokenizer: the fast tokenizer.
+    """
 
     def __init__(self, settings: TokenSettings) -> None:
         """Loads the tokenizer; InputError if it cannot be had or lacks what is needed."""
@@ -57,17 +61,17 @@ class Encoder:
             known = ", ".join(TEMPLATES)
             raise InputError(f"[data] template {settings.template!r} is unknown; known: {known}")
         if settings.template == "none" and settings.system_prompt is not None:
-            raise InputError('[data] system_prompt has no place without a template: use "chat"')
-        self._tokenizer = load_tokenizer(settings.tokenizer_path)
-        if settings.template == "chat" and not self._tokenizer.chat_template:
+            raise InputError('system_prompt needs a template to stand in: choose template "chat"')
+        self.tokenizer = load_tokenizer(settings.tokenizer_path)
+        if settings.template == "chat" and not self.tokenizer.chat_template:
             raise InputError(
-                f"{settings.tokenizer_path}: the tokenizer has no chat template: set [data] "
-                'template = "none", or give a tokenizer with one'
+                f"{settings.tokenizer_path}: the tokenizer has no chat template: choose template "
+                '"none", or give a tokenizer with one'
             )
-        self._eos: str = self._tokenizer.eos_token
-        self._eos_id: int = self._tokenizer.eos_token_id
+        self._eos: str = self.tokenizer.eos_token
+        self._eos_id: int = self.tokenizer.eos_token_id
         # Some tokenizers have no token of its own for the unknown.
-        unknown = self._tokenizer.unk_token_id
+        unknown = self.tokenizer.unk_token_id
         self._unknown_id = None if unknown == self._eos_id else unknown
         self._template = settings.template
         self._system_prompt = settings.system_prompt
@@ -75,8 +79,8 @@ class Encoder:
     def digest(self) -> str:
         """Hash of the tokenizer, its template and how they are applied."""
         parts = (
-            self._tokenizer.backend_tokenizer.to_str(),
-            self._tokenizer.chat_template,
+            self.tokenizer.backend_tokenizer.to_str(),
+            self.tokenizer.chat_template,
             self._eos,
             self._template,
             self._system_prompt,
@@ -105,12 +109,22 @@ class Encoder:
 
     def texts(self, trace: Trace) -> tuple[str, str]:
         """The prompt's and the completion's text, with whatever the template puts around them."""
+        prompt = self.prompt_text(trace.prompt, trace.where)
         if self._template == "none":
-            return _plain_prompt(trace), trace.completion
-        messages = [{"role": m.role, "content": m.content} for m in self._with_system(trace.prompt)]
-        return self._chat_texts(messages, trace)
+            return prompt, trace.completion
+        return self._chat_texts(prompt, trace)
 
-    def _chat_texts(self, messages: list[dict[str, str]], trace: Trace) -> tuple[str, str]:
+    def prompt_text(self, prompt: tuple[Message, ...] | str, where: str) -> str:
+        """What a model sees before it answers: the prompt, and the template's opened answer.
+
+        Args:
+            where: the prompt's row, for messages.
+        """
+        if self._template == "none":
+            return _plain_prompt(prompt, where)
+        return self._render(self._messages(prompt), where, add_generation_prompt=True)
+
+    def _chat_texts(self, prompt: str, trace: Trace) -> tuple[str, str]:
         """Prompt with the generation prompt; then what the full conversation adds to it.
 
         Some templates rewrite the answer (they cut reasoning out, up to `</think>`), or have a
@@ -118,7 +132,7 @@ class Encoder:
         it then goes in as it is, with the end of turn that the template gives any message.
         """
         where = trace.where
-        prompt = self._render(messages, where, add_generation_prompt=True)
+        messages = self._messages(trace.prompt)
         completion = _without_opened_tag(prompt, trace.completion)
         full = self._render(_answered(messages, trace.completion), where)
         added = full.removeprefix(prompt) if full.startswith(prompt) else ""
@@ -133,22 +147,23 @@ class Encoder:
 
     def _render(self, messages: list[dict[str, str]], where: str, **options: bool) -> str:
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # a template may raise anything, of its own or of Jinja's
             problem = " ".join(str(error).split())
             raise InputError(f"{where}: the chat template refuses the row: {problem}") from error
 
-    def _with_system(self, prompt: tuple[Message, ...] | str) -> tuple[Message, ...]:
+    def _messages(self, prompt: tuple[Message, ...] | str) -> list[dict[str, str]]:
+        """The prompt as templates take it, with the system prompt if it has none of its own."""
         messages = as_messages(prompt)
-        if self._system_prompt is None or any(m.role == "system" for m in messages):
-            return messages
-        return (Message("system", self._system_prompt), *messages)
+        if self._system_prompt is not None and not any(m.role == "system" for m in messages):
+            messages = (Message("system", self._system_prompt), *messages)
+        return [{"role": m.role, "content": m.content} for m in messages]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:  # transformers cannot tokenize an empty batch
             return []
         # verbose: else it warns of sequences longer than the tokenizer's nominal maximum.
-        batch = self._tokenizer(
+        batch = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )
         return batch["input_ids"]
@@ -187,11 +202,10 @@ def _without_opened_tag(prompt: str, completion: str) -> str:
     return completion.removeprefix(opened.group().rstrip())
 
 
-def _plain_prompt(trace: Trace) -> str:
-    prompt = as_messages(trace.prompt)
-    if len(prompt) != 1 or prompt[0].role != "user":
+def _plain_prompt(prompt: tuple[Message, ...] | str, where: str) -> str:
+    messages = as_messages(prompt)
+    if len(messages) != 1 or messages[0].role != "user":
         raise InputError(
-            f"{trace.where}: a prompt of several messages needs a chat template: "
-            'set [data] template = "chat"'
+            f'{where}: a prompt of several messages needs a chat template: choose template "chat"'
         )
-    return prompt[0].content
+    return messages[0].content

@@ -76,7 +76,7 @@ def _preference(row: Row, _: Counter[str]) -> list[Trace]:
     if isinstance(chosen, str):
         if "prompt" not in row.value:
             raise _error(row, "prompt", "is missing; plain chosen and rejected need it")
-        prompt = _prompt(row, "prompt")
+        prompt = read_prompt(row, "prompt")
         completions = (_text(row, "chosen", chosen), _text(row, "rejected", rejected))
     else:
         prompt, completions = _conversational_pair(row)
@@ -103,7 +103,7 @@ def _conversational_pair(row: Row) -> tuple[tuple[Message, ...] | str, tuple[str
     if chosen[:-1] != rejected[:-1]:
         raise _error(row, "rejected", "must differ from chosen in the last message only")
     prompt: tuple[Message, ...] | str = chosen[:-1]
-    own_prompt = _prompt(row, "prompt") if row.value.get("prompt") is not None else None
+    own_prompt = read_prompt(row, "prompt") if row.value.get("prompt") is not None else None
     if not prompt:
         if own_prompt is None:
             raise _error(row, "prompt", "is missing, and chosen holds the answer alone")
@@ -123,7 +123,7 @@ def _repeats(prompt: tuple[Message, ...] | str, messages: tuple[Message, ...]) -
 
 
 def _prompt_completion(row: Row, _: Counter[str]) -> list[Trace]:
-    prompt = _prompt(row, "prompt")
+    prompt = read_prompt(row, "prompt")
     completion = row.value["completion"]
     if isinstance(completion, list):
         messages = _messages(row, "completion", completion)
@@ -147,7 +147,7 @@ def _conversation(row: Row, _: Counter[str]) -> list[Trace]:
 
 
 def _graded_traces(row: Row, _: Counter[str]) -> list[Trace]:
-    prompt = _prompt(row, "prompt")
+    prompt = read_prompt(row, "prompt")
     group = _group(row, "id", prompt)
     entries = row.value["traces"]
     if not isinstance(entries, list) or not entries:
@@ -186,7 +186,7 @@ def _openr1(row: Row, dropped: Counter[str]) -> list[Trace]:
     elif any(len(verdict) != len(generations) for verdict in verdicts):
         dropped["lists of different length"] += 1
     else:
-        prompt = _prompt(row, "problem")
+        prompt = read_prompt(row, "problem")
         group = _group(row, "uuid" if row.value.get("uuid") is not None else "id", prompt)
         traces = []
         for index, (text, *correct) in enumerate(zip(generations, *verdicts, strict=True)):
@@ -226,7 +226,11 @@ def _trace(
     return Trace(prompt, completion, sign, group, weight, teacher, row.where)
 
 
-def _prompt(row: Row, column: str) -> tuple[Message, ...] | str:
+def read_prompt(row: Row, column: str) -> tuple[Message, ...] | str:
+    """The prompt in a column: plain text, or messages of which the last is not the assistant's.
+
+    Raises InputError naming the row and the column.
+    """
     value = row.value[column]
     if isinstance(value, str):
         return _text(row, column, value)

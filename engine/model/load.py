@@ -25,28 +25,40 @@ UNSUPPORTED = {
 }
 
 
-def read_config(path: str) -> Any:
-    """The model's configuration, checked before any weight is read.
+def find_config(path: str, name: str) -> Any:
+    """The configuration of a model in a folder or on the hub.
+
+    Args:
+        name: what the user calls the path, for messages.
 
     Raises:
-        InputError: no model there, no safetensors, or an unsupported architecture.
+        InputError: no model there, or no safetensors.
     """
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(f"model.path: {path} has no config.json; give a model folder")
+            raise InputError(f"{name}: {path} has no config.json; give a model folder")
         if not any(folder.glob("*.safetensors")):
             raise InputError(
-                f"model.path: {path} has no *.safetensors; weights in other formats are not "
+                f"{name}: {path} has no *.safetensors; weights in other formats are not "
                 "read: load the model once and save it with save_pretrained()"
             )
     elif not HUB_NAME.fullmatch(path):
-        raise InputError(f"model.path: {path}: no such folder, nor a hub name (owner/name)")
+        raise InputError(f"{name}: {path}: no such folder, nor a hub name (owner/name)")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a wrong field raises errors of many types
         here = "" if folder.is_dir() else "no such folder here; the hub: "
-        raise InputError(f"model.path: {path}: {here}{_first_line(error)}") from None
+        raise InputError(f"{name}: {path}: {here}{_first_line(error)}") from None
+
+
+def read_config(path: str) -> Any:
+    """The configuration of a model to train, checked before any weight is read.
+
+    Raises:
+        InputError: as `find_config`, or an unsupported architecture.
+    """
+    config = find_config(path, "model.path")
     for name, meaning in UNSUPPORTED.items():
         value = getattr(config, name, None)
         if value is not None and value != 1.0:
@@ -62,6 +74,38 @@ def read_config(path: str) -> Any:
     return config
 
 
+def load_weights(
+    path: str, name: str, config: Any, dtype: torch.dtype, attention: str | None = None
+) -> PreTrainedModel:
+    """Load a model on the CPU.
+
+    Args:
+        name: what the user calls the path, for messages.
+        config: its configuration.
+        attention: an `attn_implementation`; None: the one that transformers prefers.
+
+    Raises:
+        InputError: the weights do not fit the configuration.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{name}: {path}: {_first_line(error)}") from None
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info[problem]:
+            names = ", ".join(sorted(map(str, info[problem]))[:3])
+            raise InputError(f"{name}: {path}: {problem.replace('_', ' ')}: {names} ...")
+    return model
+
+
 def load_model(path: str, attention: str) -> PreTrainedModel:
     """Load fp32 master weights on the CPU.
 
@@ -70,25 +114,9 @@ def load_model(path: str, attention: str) -> PreTrainedModel:
         attention: the name that `register_attention` returned.
 
     Raises:
-        InputError: as `read_config`, or the weights do not fit the configuration.
+        InputError: as `read_config` and `load_weights`.
     """
-    config = read_config(path)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"model.path: {path}: {_first_line(error)}") from None
-    for problem in ("missing_keys", "mismatched_keys"):
-        if info[problem]:
-            names = ", ".join(sorted(map(str, info[problem]))[:3])
-            raise InputError(f"model.path: {path}: {problem.replace('_', ' ')}: {names} ...")
+    model = load_weights(path, "model.path", read_config(path), torch.float32, attention)
     blocks = getattr(model.base_model, "layers", ())
     if not blocks or not all(hasattr(block, "self_attn") for block in blocks):
         raise InputError(

@@ -80,7 +80,7 @@ def write_run_dir(
         folder = run_dir.with_name(run_dir.name + ".partial")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        facts = _manifest(
+        facts = manifest(
             world.size,
             world.device,
             **data_keys,
@@ -96,9 +96,18 @@ def write_run_dir(
         os.replace(folder, run_dir)
 
 
-def _manifest(world_size: int, device: torch.device, **facts: Any) -> dict[str, Any]:
+def manifest(world_size: int, device: torch.device, **facts: Any) -> dict[str, Any]:
     """What a run was made with: versions, commit, machine, and the hashes given as `facts`."""
-    packages = ("redi-engine", "torch", "transformers", "triton", "flash-attn", "liger-kernel")
+    packages = (
+        "redi-engine",
+        "torch",
+        "transformers",
+        "triton",
+        "flash-attn",
+        "liger-kernel",
+        "math-verify",
+        "vllm",
+    )
     return {
         "versions": {name: v for name in packages if (v := _version(name))},
         "python": platform.python_version(),
