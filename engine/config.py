@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from redi.engine.checkers import ExactChecker
 from redi.engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -187,15 +188,38 @@ class Shard:
 
 @dataclass(frozen=True)
 class Eval:
-    """Held-out log-probs during training."""
+    """Held-out log-probs during training, and greedy accuracy."""
 
     path: str | list[str] | None = None
     """Held-out traces, in the format of the training data."""
     every: int = 100
     """Steps between evaluations; the first is before step 1, the last after the last step."""
+    checker: Literal["none", "math", "exact"] = "none"
+    """math, exact: greedy completions of the held-out problems are checked against their column
+    answer, as in `redi evaluate`."""
+    answer_pattern: str | None = None
+    """For exact: a regular expression whose one group holds the answer."""
+    max_new_tokens: int = 1024
+    """Tokens of a checked completion at most; the model's positions may end it earlier."""
+    batch_size: int = 64
+    """Checked completions that a rank runs side by side."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, f"eval.every must be >= 1, got {self.every}")
+        for name in ("every", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"eval.{name} must be >= 1, got {value}")
+        _require(
+            self.checker == "none" or bool(self.path),
+            f'eval.checker = "{self.checker}" needs eval.path, the problems to check',
+        )
+        _require(
+            self.answer_pattern is None or self.checker == "exact",
+            'eval.answer_pattern needs eval.checker = "exact"',
+        )
+        try:
+            ExactChecker(self.answer_pattern)
+        except ValueError as error:
+            raise ValueError(f"eval.answer_pattern: {error}") from None
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -56,7 +57,7 @@ def print_scores(benchmarks: Sequence[dict[str, Any]]) -> None:
     columns = ("data", "problems", "samples", "pass@1", "+- samples", "+- problems")
     rows = [
         (
-            row["name"],
+            Path(row["name"]).name,
             f"{row['problems']:,}",
             str(row["samples"]),
             _percent(row["pass_at_1"]),

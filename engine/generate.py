@@ -82,14 +82,16 @@ def generate(
     *,
     samples: int = 1,
     batch_size: int = 64,
+    in_step: bool = False,
 ) -> list[list[Completion]]:
     """`samples` completions of each prompt, in the order of `prompts`.
 
     Args:
-        model: a causal LM, not sharded; left as it was.
+        model: a causal LM; left as it was.
         tokenizer: the model's.
         prompts: texts as the model is to see them, chat template and all.
         batch_size: sequences that run side by side.
+        in_step: see `generate_batches`.
 
     Raises:
         ValueError: a prompt has no token.
@@ -100,7 +102,10 @@ def generate(
     done: list[Completion | None] = [None] * len(requests)
     places = iter(order)
     sorted_requests = [requests[place] for place in order]
-    for batch in generate_batches(model, tokenizer, sorted_requests, sampling, batch_size):
+    batches = generate_batches(
+        model, tokenizer, sorted_requests, sampling, batch_size, in_step=in_step
+    )
+    for batch in batches:
         for completion in batch:
             done[next(places)] = completion
     completions = [completion for completion in done if completion is not None]
@@ -136,11 +141,17 @@ def generate_batches(
     requests: Sequence[Request],
     sampling: Sampling,
     batch_size: int,
+    *,
+    in_step: bool = False,
 ) -> Iterator[list[Completion]]:
     """Yields the completions of `batch_size` requests at a time, in the order of `requests`.
 
     Stops a sequence at the tokenizer's EOS and at those of the model's generation config, from
     which nothing else is taken: its sampling defaults would change the result unseen.
+
+    Args:
+        in_step: every rank runs as many forwards of a batch as the slowest, because the model's
+            blocks are sharded over them. Each must then have as many batches as the others.
     """
     ends = end_tokens(model, tokenizer)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -159,6 +170,7 @@ def generate_batches(
                 attention_mask=mask.to(model.device),
                 generation_config=config,
                 logits_processor=_processors(batch, sampling),
+                synced_gpus=in_step,
             )
         new_tokens = output[:, ids.shape[1] :].tolist()
         yield [_completion(tokenizer, tokens, set(ends)) for tokens in new_tokens]

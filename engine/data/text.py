@@ -61,7 +61,7 @@ class Encoder:
             known = ", ".join(TEMPLATES)
             raise InputError(f"[data] template {settings.template!r} is unknown; known: {known}")
         if settings.template == "none" and settings.system_prompt is not None:
-            raise InputError('system_prompt needs a template to stand in: choose template "chat"')
+            raise InputError('system_prompt has no place without a template: choose "chat"')
         self.tokenizer = load_tokenizer(settings.tokenizer_path)
         if settings.template == "chat" and not self.tokenizer.chat_template:
             raise InputError(

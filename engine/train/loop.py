@@ -42,6 +42,7 @@ from redi.engine.model.load import load_model, read_config
 from redi.engine.model.sharding import check_replicas, compute_dtype, shard
 from redi.engine.model.student import Student
 from redi.engine.train.checkpoint import Checkpointer
+from redi.engine.train.greedy import held_out_problems
 from redi.engine.train.metrics import MetricsLog, peak_memory_gib
 from redi.engine.train.objectives import StepTotals, make_objective, needs
 from redi.engine.train.optimizer import learning_rate, make_optimizer
@@ -156,7 +157,7 @@ def _held_out(recipe: Recipe, world: World, console: Console) -> HeldOut | None:
         return None
     tokens = _tokenized(recipe, recipe.eval.paths, world, console)
     examples = _examples(recipe, tokens, "pairs" if (tokens.signs < 0).any() else "positives")
-    return HeldOut(tokens, examples)
+    return HeldOut(tokens, examples, held_out_problems(recipe))
 
 
 def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: Needs) -> Examples:

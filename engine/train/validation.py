@@ -1,4 +1,4 @@
-"""Held-out log-probs of both signs during training."""
+"""Held-out log-probs of both signs, and greedy accuracy, during training."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from redi.engine.data.schedule import Examples
 from redi.engine.data.tokens import TokenizedTraces
 from redi.engine.distributed import World
 from redi.engine.model.student import Student
+from redi.engine.train.greedy import HeldOutProblems, greedy_accuracy
 from redi.engine.train.objectives import StepTotals
 
 
@@ -22,20 +23,25 @@ class HeldOut:
 
     tokens: TokenizedTraces
     examples: Examples
+    problems: HeldOutProblems | None = None
+    """The same problems with their answers, if these are checked."""
 
 
 @torch.no_grad()
 def validate(
     student: Student, held_out: HeldOut, *, row_tokens: int, cost: Cost, world: World
 ) -> dict[str, float]:
-    """Mean log-prob per token of the held-out traces. Every rank must call it.
+    """Mean log-prob per token of the held-out traces, and what their problems show.
+
+    Every rank must call it.
 
     Args:
         row_tokens, cost: as in training.
 
     Returns:
         positive_logp, and for pairs negative_logp and margin_accuracy: the share of pairs whose
-        positive has the higher mean log-prob.
+        positive has the higher mean log-prob; with problems also the figures of
+        `greedy_accuracy`.
     """
     tokens, examples = held_out.tokens, held_out.examples
     sequences = np.unique(examples.units)
@@ -58,4 +64,6 @@ def validate(
     if by_unit.shape[1] == 2:
         result["negative_logp"] = float(by_unit[:, 1].mean())
         result["margin_accuracy"] = float((by_unit[:, 0] > by_unit[:, 1]).mean())
+    if held_out.problems is not None:
+        result |= greedy_accuracy(student, held_out.problems, world)
     return result

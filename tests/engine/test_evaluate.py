@@ -19,8 +19,9 @@ from redi.engine.cli import main
 from redi.engine.quickstart import make_problems, solve
 from redi.engine.scoring import pass_at_k
 
-PROBLEMS = 60
+PROBLEMS = 40
 OPTIONS = ["--samples", "4", "--max_new_tokens", "7", "--answer_pattern", "(.)$", "--seed", "3"]
+OPTIONS += ["--batch_size", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +98,9 @@ def test_a_killed_evaluation_goes_on_to_the_same_samples(
     command: Callable[..., list[str]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, few = tmp_path / "out", ("--batch_size", "4")
-    whole = tmp_path / "whole"
-    assert main(line(world, problems, whole, *few)) == 0
-    process = subprocess.Popen(
-        command(*line(world, problems, out, *few)), env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    out = tmp_path / "out"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(*line(world, problems, out)), env=environment)
     deadline = time.monotonic() + 120
     while not (out / "samples.jsonl").exists() or len(samples(out)) < 8:
         assert process.poll() is None
@@ -111,15 +109,13 @@ def test_a_killed_evaluation_goes_on_to_the_same_samples(
     process.send_signal(signal.SIGKILL)
     process.wait()
     made = (out / "samples.jsonl").read_bytes()
-    assert len(made) < len((whole / "samples.jsonl").read_bytes())
+    assert len(made) < len((finished / "samples.jsonl").read_bytes())
     # as a kill in the middle of a write would leave it
     (out / "samples.jsonl").write_bytes(made + b'{"problem": 0, "id": "q0"}\n{"prob')
     capsys.readouterr()
-    assert main(line(world, problems, out, *few)) == 0
+    assert main(line(world, problems, out)) == 0
     assert "going on after" in capsys.readouterr().err
-    assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-    # other batches: the same samples, for logits that differ by rounding alone
-    assert samples(whole) == samples(finished)
+    assert (out / "samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes()
 
 
 def test_a_finished_evaluation_shows_its_table_again_without_a_model(
@@ -202,7 +198,7 @@ def test_several_files_are_scored_each_and_together(
     ]
     together = (10 * scores[0]["pass_at_1"] + 20 * scores[1]["pass_at_1"]) / 30
     assert scores[2]["pass_at_1"] == pytest.approx(together)
-    assert str(two) in capsys.readouterr().out
+    assert "two.csv" in capsys.readouterr().out
 
 
 def test_a_run_folder_is_evaluated_by_its_export(

@@ -1,0 +1,117 @@
+"""Greedy accuracy on held-out problems during training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedTokenizerBase
+
+from redi.engine.checkers import open_checker
+from redi.engine.config import Recipe
+from redi.engine.data.problems import read_problems
+from redi.engine.data.text import Encoder, TokenSettings
+from redi.engine.distributed import World
+from redi.engine.errors import InputError
+from redi.engine.generate import Sampling, encode_prompts, generate
+from redi.engine.model.student import Student
+
+
+@dataclass(frozen=True)
+class HeldOutProblems:
+    """Problems whose answers can be checked, and how they are."""
+
+    prompts: Sequence[str]
+    """As the model sees them."""
+    longest_prompt: int
+    """In tokens."""
+    answers: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase
+    checker: str
+    """"math" or "exact"."""
+    answer_pattern: str | None
+    max_new_tokens: int
+    batch_size: int
+    """Completions that a rank runs side by side."""
+
+
+def held_out_problems(recipe: Recipe) -> HeldOutProblems | None:
+    """The problems of `[eval] path`; None without a checker.
+
+    Raises:
+        InputError: a row has no answer, or a prompt cannot be rendered.
+    """
+    section = recipe.eval
+    if section.checker == "none" or not section.paths:
+        return None
+    problems = read_problems(section.paths)
+    encoder = Encoder(
+        TokenSettings(
+            paths=section.paths,
+            format="problem",
+            template=recipe.data.template,
+            system_prompt=recipe.data.system_prompt,
+            tokenizer_path=recipe.model.tokenizer or recipe.model.path or "",
+        )
+    )
+    prompts = [encoder.prompt_text(problem.prompt, problem.where) for problem in problems]
+    try:
+        ids = encode_prompts(encoder.tokenizer, prompts)
+    except ValueError as error:
+        raise InputError(f"eval.path: {error}") from None
+    return HeldOutProblems(
+        prompts=prompts,
+        longest_prompt=max(map(len, ids)),
+        answers=[problem.answer for problem in problems],
+        tokenizer=encoder.tokenizer,
+        checker=section.checker,
+        answer_pattern=section.answer_pattern,
+        max_new_tokens=section.max_new_tokens,
+        batch_size=section.batch_size,
+    )
+
+
+def greedy_accuracy(student: Student, problems: HeldOutProblems, world: World) -> dict[str, float]:
+    """Share of the problems that the likeliest completion solves. Every rank must call it.
+
+    Each rank takes its share of the problems; blocks are gathered forward by forward, as in
+    training, so nothing larger than a step is held. The student must have run a forward before,
+    which is when FSDP learns that it, and not a block, is the root.
+
+    Returns:
+        greedy_accuracy, and greedy_truncated: the share of completions that were cut off.
+    """
+    assert isinstance(student, FSDPModule)
+    mine = list(range(world.rank, len(problems.prompts), world.size))
+    # Every rank must run as many batches: what is added is not counted.
+    share = -(-len(problems.prompts) // world.size)
+    prompts = [problems.prompts[index] for index in mine]
+    prompts += [problems.prompts[0]] * (share - len(mine))
+    positions = getattr(student.model.config, "max_position_embeddings", None)
+    room = problems.max_new_tokens if positions is None else positions - problems.longest_prompt
+    sampling = Sampling(max(1, min(problems.max_new_tokens, room)))
+    student.unshard()  # embeddings, norm and head; `generate` does not pass through the root
+    try:
+        # Compiled blocks have never seen a cache.
+        with torch.compiler.set_stance("force_eager"):
+            completions = generate(
+                student.model,
+                problems.tokenizer,
+                prompts,
+                sampling,
+                batch_size=problems.batch_size,
+                in_step=world.size > 1,
+            )
+    finally:
+        student.reshard()
+    sums = torch.zeros(2, dtype=torch.float64)
+    with open_checker(problems.checker, problems.answer_pattern) as check:
+        for index, (completion,) in zip(mine, completions, strict=False):
+            verdict = check(problems.prompts[index], completion.text, problems.answers[index])
+            sums += torch.tensor([verdict.correct, not completion.ended])
+    dist.all_reduce(sums)
+    correct, truncated = (sums / len(problems.prompts)).tolist()
+    return {"greedy_accuracy": correct, "greedy_truncated": truncated}
