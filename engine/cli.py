@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import time
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +17,9 @@ from redi.engine.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+RANK_0_SECONDS = 5.0
+"""How long the other ranks leave rank 0 to say what is wrong."""
 
 USAGE = """\
 usage: redi COMMAND ...
@@ -159,7 +163,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    speaks = int(os.environ.get("RANK", "0")) == 0
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -169,25 +172,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
             raise InputError(f"unknown command {argv[0]}; {hint}")
         COMMANDS[argv[0]](argv[1:])
-    except (InputError, ArgumentError) as error:
-        if speaks:
-            text = explain(error) if isinstance(error, ArgumentError) else str(error)
-            print(f"redi: {text}", file=sys.stderr)
-        return 2
+    except ArgumentError as error:
+        return _fail(explain(error), 2)
+    except InputError as error:
+        return _fail(str(error), 2)
     except RunError as error:
-        if speaks:
-            print(f"redi: {error}", file=sys.stderr)
-        return 1
+        return _fail(str(error), 1)
     except KeyboardInterrupt:  # during training it is handled: this is before the first step
-        if speaks:
-            print("redi: interrupted before the first step", file=sys.stderr)
-        return 1
+        return _fail("interrupted before the first step", 1)
     except BrokenPipeError:  # `redi doctor | head`: whoever read stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except SystemExit as request:  # --help of a command
         return int(request.code or 0)
     return 0
+
+
+def _fail(text: str, code: int) -> int:
+    """One line on stderr. Under torchrun rank 0 speaks for all.
+
+    The first rank to exit has torchrun end the others, so those wait for rank 0 to have spoken;
+    one that is still alive then has met a fault of its own.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(RANK_0_SECONDS)
+        text = f"rank {rank}: {text}"
+    print(f"redi: {text}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

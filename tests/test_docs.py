@@ -47,20 +47,19 @@ def blocks_of(page: Path) -> list[Block]:
     return [Block(language, int(fails or 0), text) for language, fails, text in found]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     """What the pages say a reader has: a model, traces, held-out traces, problems with answers."""
-    made = tmp_path_factory.mktemp("docs")
-    quickstart.make(made, problems=60, held_out=8)
-    (made / "train.jsonl").rename(made / "traces.jsonl")
-    (made / "test.jsonl").rename(made / "held-out.jsonl")
+    quickstart.make(tmp_path, problems=60, held_out=8)
+    (tmp_path / "train.jsonl").rename(tmp_path / "traces.jsonl")
+    (tmp_path / "test.jsonl").rename(tmp_path / "held-out.jsonl")
     rng = random.Random(0)
     problems = quickstart.make_problems(8, rng)
     rows = [{"prompt": p, "answer": quickstart.solve(p)[-1]} for p in problems]
-    write(made / "problems.jsonl", rows)
+    write(tmp_path / "problems.jsonl", rows)
     pairs = [{"prompt": p, "chosen": quickstart.solve(p), "rejected": "*****0"} for p in problems]
-    write(made / "pairs.jsonl", pairs)
-    return made
+    write(tmp_path / "pairs.jsonl", pairs)
+    return tmp_path
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:

@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +153,25 @@ def test_under_torchrun_one_rank_speaks(
     lines = [line for line in done.stderr.splitlines() if line.startswith("redi: ")]
     assert len(lines) == 1, done.stderr
     assert "none.jsonl" in lines[0]
+
+
+def test_a_rank_that_fails_alone_says_so_itself(recipe: WriteRecipe, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys\n"
+        "from redi.engine.cli import main\n"
+        "sys.exit(main(['train', sys.argv[1 + int(os.environ['RANK'])]]))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, str(script), str(recipe("r")), str(tmp_path / "none.toml")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("redi: ")]
+    assert lines == [f"redi: rank 1: {tmp_path / 'none.toml'}: no such recipe file"]
 
 
 @pytest.mark.parametrize(
