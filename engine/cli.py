@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
-from argparse import ArgumentError
+from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from redi.engine.config import Recipe, build_parser, explain, load_recipe
 from redi.engine.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 USAGE = """\
 usage: redi COMMAND ...
@@ -21,6 +26,7 @@ commands:
   train RECIPE.toml [MORE.toml ...] [--section.key value]   train; the same line again resumes
   evaluate MODEL --data FILE [FILE ...]                     sample, check answers, pass@k
   export RUN [--step N]                                     write a checkpoint as a model folder
+  report RUN [MORE ...]                                     table and curves of runs
   doctor                                                    what this machine has; tests the loss
 
 examples:
@@ -71,13 +77,11 @@ def train(argv: Sequence[str]) -> None:
 
 def export(argv: Sequence[str]) -> None:
     """`redi export`: a checkpoint of a run as a Hugging Face folder."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="redi export",
-        description="Write a checkpoint as a Hugging Face folder, RUN/export-step-N.",
-        exit_on_error=False,
-        allow_abbrev=False,
+    parser = _parser(
+        "export",
+        "Write a checkpoint as a Hugging Face folder, RUN/export-step-N.",
+        "redi export runs/redi              the newest checkpoint",
+        "redi export runs/redi --step 500",
     )
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--step", type=int | None, help="which checkpoint; left out: the newest")
@@ -101,12 +105,10 @@ def evaluate(argv: Sequence[str]) -> None:
 
 def doctor(argv: Sequence[str]) -> None:
     """`redi doctor`: versions, devices, what a run here will use, and a self-test."""
-    from jsonargparse import ArgumentParser
-
-    ArgumentParser(
-        prog="redi doctor",
-        description="What this machine has, what a run here uses and why; tests the loss.",
-        exit_on_error=False,
+    _parser(
+        "doctor",
+        "What this machine has, what a run here uses and why; tests the loss.",
+        "redi doctor",
     ).parse_args(list(argv))
 
     from redi.engine.doctor import examine
@@ -115,10 +117,41 @@ def doctor(argv: Sequence[str]) -> None:
         raise RunError("the self-test of the loss failed")
 
 
+def report(argv: Sequence[str]) -> None:
+    """`redi report`: runs as a table and as curves."""
+    parser = _parser(
+        "report",
+        "Print a table of runs and draw their curves into the first one's folder, curves.png.",
+        "redi report runs/redi",
+        "redi report runs/redi-alpha-0.5 runs/redi-alpha-0.8      side by side",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    args = parser.parse_args(list(argv))
+
+    from redi.engine.report import report
+
+    print(report([Path(run) for run in args.runs]))
+
+
+def _parser(command: str, description: str, *examples: str) -> ArgumentParser:
+    """A command's parser; the examples end its help."""
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(
+        prog=f"redi {command}",
+        description=description,
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=RawDescriptionHelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "export": export,
+    "report": report,
     "doctor": doctor,
 }
 
@@ -132,7 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     try:
         if argv[0] not in COMMANDS:
-            raise InputError(f"unknown command {argv[0]}; the commands are {', '.join(COMMANDS)}")
+            near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+            raise InputError(f"unknown command {argv[0]}; {hint}")
         COMMANDS[argv[0]](argv[1:])
     except (InputError, ArgumentError) as error:
         if speaks:

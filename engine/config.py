@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 import tomllib
-from argparse import SUPPRESS, ArgumentError
+from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -313,6 +313,13 @@ FREE_ON_RESUME = (
 )
 
 
+EXAMPLES = """\
+examples:
+  redi train sft.toml redi.toml                      both stages; the second starts from the first
+  redi train redi.toml --objective.alpha 0.5 --run.dir runs/alpha-0.5
+"""
+
+
 def build_parser(prog: str, description: str) -> ArgumentParser:
     """The parser of one recipe: `recipes...` and every dotted key as an option."""
     from jsonargparse import ArgumentParser, set_parsing_settings
@@ -323,6 +330,9 @@ def build_parser(prog: str, description: str) -> ArgumentParser:
         usage=f"{prog} RECIPE.toml [MORE.toml ...] [--section.key value ...]",
         description=description,
         parser_mode="toml",
+        print_config=None,
+        formatter_class=RawDescriptionHelpFormatter,
+        epilog=EXAMPLES,
         exit_on_error=False,
         allow_abbrev=False,
     )

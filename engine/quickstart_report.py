@@ -12,12 +12,11 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from redi.engine.console import Console, print_table
 from redi.engine.errors import InputError
 from redi.engine.quickstart import BLANK, DIGITS, is_correct
-from redi.engine.train.metrics import read_metrics
+from redi.engine.report import COLOURS, read_run
 
 MODELS = {"SFT": "sft", "control": "control", "REDI": "redi"}
 """Name in the table to run folder. The control goes on from SFT with alpha = 0."""
@@ -61,9 +60,10 @@ def report(folder: Path) -> dict[str, Measured]:
         if not (folder / run / "export").is_dir():
             raise InputError(f"{folder / run}: no trained model here; run `make train` first")
     problems = [json.loads(line)["prompt"] for line in (folder / "test.jsonl").open()]
-    console = Console()
-    console.say(f"evaluating {len(MODELS)} models on {len(problems)} held-out problems")
-    found = {name: measure(folder / run, problems) for name, run in MODELS.items()}
+    found = {}
+    for name, run in MODELS.items():
+        Console().say(f"{name}: generating for {len(problems)} held-out problems")
+        found[name] = measure(folder / run, problems)
     print_table(*table(found), file=sys.stdout)
     print("\n".join([*shown_samples(problems, found), "", *conclusions(found)]))
     (folder / "quickstart.json").write_text(
@@ -76,10 +76,11 @@ def report(folder: Path) -> dict[str, Measured]:
 
 def measure(run_dir: Path, problems: list[str]) -> Measured:
     """Generate and judge traces of a run's exported model."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     from redi.engine.generate import Sampling, generate
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(run_dir / "export", dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "export")
 
@@ -92,7 +93,7 @@ def measure(run_dir: Path, problems: list[str]) -> Measured:
         ]
 
     sampled, greedy = traces(TEMPERATURE, SAMPLES), traces(0.0, 1)
-    last = held_out(run_dir)[-1]
+    last = read_run(run_dir).held_out[-1]
     boxes = "".join(one.text[: DIGITS - 2] for group in sampled for one in group)
     return Measured(
         sampled=[statistics.fmean(one.correct for one in group) for group in sampled],
@@ -102,12 +103,6 @@ def measure(run_dir: Path, problems: list[str]) -> Measured:
         negative_logp=last["negative_logp"],
         first_samples=[group[0] for group in sampled[:SHOWN_PROBLEMS]],
     )
-
-
-def held_out(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's evaluations on held-out traces."""
-    lines = read_metrics(run_dir / "metrics.jsonl")
-    return [line for line in lines if line.get("event") == "eval"]
 
 
 def table(found: dict[str, Measured]) -> tuple[str, list[str], list[list[str]]]:
@@ -154,13 +149,12 @@ def conclusions(found: dict[str, Measured]) -> list[str]:
     redi, control = found["REDI"], found["control"]
     sampled = _percent(*_paired(redi.sampled, control.sampled), sign="+")
     greedy = _percent(*_paired(redi.greedy, control.greedy), sign="+")
-    change = redi.positive_logp - found["SFT"].positive_logp
+    change = redi.positive_logp - control.positive_logp
     return [
         f"REDI against the control, problem by problem: {sampled} sampled, {greedy} greedy.",
-        f"The correct traces' own log-prob moved by {change:+.2f}: the push away from incorrect "
-        "traces",
-        "also moves what resembles them. The teacher is synthetic, with a habit planted for this",
-        "demonstration: it shows the machinery, not what to expect of real traces.",
+        f"The correct traces' own log-prob is {change:+.2f} against the control's: what pushes",
+        "incorrect traces away also moves what resembles them. The teacher is synthetic, with a",
+        "habit planted for this demonstration: it shows the machinery, not what real traces give.",
     ]
 
 
@@ -182,15 +176,13 @@ def draw(folder: Path, found: dict[str, Measured], path: Path) -> None:
     """Losses, held-out log-probs and accuracies, each in a panel."""
     from matplotlib.figure import Figure
 
-    # Colours of Okabe and Ito, told apart by colour-blind eyes too.
-    colours = {"SFT": "#7f7f7f", "control": "#0072b2", "REDI": "#d55e00"}
+    colours = {"SFT": "#7f7f7f", "control": COLOURS[0], "REDI": COLOURS[1]}
     figure = Figure(figsize=(11, 7), layout="constrained")
     (stage1, stage2), (logps, accuracy) = figure.subplots(2, 2)
 
     for axes, names in ((stage1, ["SFT"]), (stage2, ["control", "REDI"])):
         for name in names:
-            lines = read_metrics(folder / MODELS[name] / "metrics.jsonl")
-            steps = [line for line in lines if "loss" in line]
+            steps = read_run(folder / MODELS[name]).steps
             axes.plot(
                 [line["step"] for line in steps],
                 [line["loss"] for line in steps],
@@ -203,18 +195,22 @@ def draw(folder: Path, found: dict[str, Measured], path: Path) -> None:
     stage2.set_title("Stage 2: correct alone (control), or both signs (REDI)")
 
     for name in ("control", "REDI"):
-        events = held_out(folder / MODELS[name])
-        for sign, style in (("positive", "-"), ("negative", "--")):
-            logps.plot(
-                [event["step"] for event in events],
-                [event[f"{sign}_logp"] for event in events],
-                style,
+        events = read_run(folder / MODELS[name]).held_out
+        steps = [event["step"] for event in events]
+        for sign, kind, style in (("positive", "correct", "-"), ("negative", "incorrect", "--")):
+            values = [event[f"{sign}_logp"] for event in events]
+            logps.plot(steps, values, style, color=colours[name])
+            logps.annotate(
+                f"{name}, {kind} traces",
+                (steps[-1], values[-1]),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="right",
                 color=colours[name],
-                label=f"{name}, {'correct' if sign == 'positive' else 'incorrect'} traces",
             )
     logps.set_title("Held-out traces in stage 2")
     logps.set_ylabel("mean log-prob of a token")
-    logps.legend(frameon=False)
+    logps.margins(y=0.12)
     for axes in (stage1, stage2, logps):
         axes.set_xlabel("step")
 
@@ -222,11 +218,11 @@ def draw(folder: Path, found: dict[str, Measured], path: Path) -> None:
         for shift, values, hatch in ((-0.2, one.sampled, ""), (0.2, one.greedy, "//")):
             mean, error = _mean_and_error(values)
             accuracy.bar(
-                place + shift, mean, 0.36, yerr=error, color=colours[name], hatch=hatch, alpha=0.85
+                place + shift, mean, 0.36, yerr=error, color=colours[name], hatch=hatch, alpha=0.7
             )
-            accuracy.text(place + shift, 0.03, f"{mean:.0%}", ha="center", color="white")
+            accuracy.text(place + shift, mean + error + 0.015, f"{mean:.0%}", ha="center")
     accuracy.set_xticks(range(len(found)), found)
-    accuracy.set_ylim(0, 1)
+    accuracy.set_ylim(0, 1.1)
     accuracy.set_ylabel("problems solved")
     accuracy.set_title(f"Held-out problems: sampled at T = {TEMPERATURE}, greedy (hatched)")
     for axes in (stage1, stage2, logps, accuracy):

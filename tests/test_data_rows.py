@@ -203,6 +203,10 @@ def test_an_unknown_kind_of_file_is_an_error(tmp_path):
         ("a.csv", b"prompt,completion\na,b\nc\n", 3, "1 cells where the header has 2"),
         ("a.csv", b"prompt,completion\na,\xff\n", 2, "UTF-8"),
         ("a.csv", b"messages\nhello\n", 2, "not valid JSON"),
+        ("a.csv", b'prompt,completion\n"a,b\nc,d\n', 2, "a quotation mark that is not closed"),
+        ("a.csv", "prompt,completion\na,b\n".encode("utf-16"), 1, "looks like UTF-16"),
+        ("a.csv", b"Prompt,Completion\na,b\n", 2, "in small letters: prompt, completion"),
+        ("a.jsonl", b'{"prompt": "a", "chosen": null, "rejected": "b"}\n', 1, "not null"),
     ],
 )
 def test_a_broken_row_is_named_with_its_line(tmp_path, name, data, line, problem):
@@ -211,6 +215,16 @@ def test_a_broken_row_is_named_with_its_line(tmp_path, name, data, line, problem
     message = error_of(str(path))
     assert message.startswith(f"{path}:{line}: ")
     assert problem in message
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_csv_may_be_separated_as_spreadsheets_do(tmp_path, separator):
+    path = tmp_path / "a.csv"
+    rows = [["prompt", "completion"], ["1, 2; 3\t4", 'He said "5, 6; 7"\nand left']]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    (row,) = read_rows([str(path)], "auto")
+    assert row.value == dict(zip(*rows, strict=True))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet", "a.csv.gz", "a.json.gz"])

@@ -50,6 +50,13 @@ def resolve_format(format: str, columns: Collection[str], where: str) -> str:
     for name, shape in told.items():
         if all(column in columns for column in shape.required):
             return name
+    small = {column.lower() for column in columns}
+    for shape in told.values():
+        if all(column in small for column in shape.required):
+            raise InputError(
+                f"{where}: the columns ({', '.join(sorted(columns))}) must be written in small "
+                f"letters: {', '.join(shape.required)}"
+            )
     known = "; ".join(f"{name} ({', '.join(shape.required)})" for name, shape in told.items())
     found = ", ".join(sorted(columns)) or "none"
     raise InputError(f"{where}: the columns ({found}) fit no known row shape. Known: {known}")

@@ -179,14 +179,18 @@ def _wanted_columns(columns: list[str], format: str, where: str) -> list[str]:
 
 def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)  # a long trace is one cell; the default stops at 128 KiB
-    reader = csv.reader(_decoded_lines(file, name))
+    first = next(_decoded_lines(file, name), "")
+    file.seek(0)
+    delimiter = max(",;\t", key=first.count)  # spreadsheets of half the world write ";"
+    reader = csv.reader(_decoded_lines(file, name), delimiter=delimiter)
     header = next(reader, [])
     number = reader.line_num + 1
     for cells in reader:
         if cells:
             if len(cells) != len(header):
                 raise InputError(
-                    f"{name}:{number}: {len(cells)} cells where the header has {len(header)}"
+                    f"{name}:{number}: {len(cells)} cells where the header has {len(header)} "
+                    f"(separated by {delimiter!r}; is there a quotation mark that is not closed?)"
                 )
             value: dict[str, Any] = dict(zip(header, cells, strict=True))
             for column in _CSV_OPTIONAL_COLUMNS:
@@ -204,7 +208,10 @@ def _decoded_lines(file: IO[bytes], name: str) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"{name}:{number}: not valid UTF-8: {error.reason}") from error
+            hint = "; it looks like UTF-16" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
+            raise InputError(
+                f"{name}:{number}: not valid UTF-8: {error.reason}{hint}; save it as UTF-8"
+            ) from error
 
 
 def _parse_json(text: bytes, name: str, line: int | None) -> Any:

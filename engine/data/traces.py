@@ -69,7 +69,8 @@ def _preference(row: Row, _: Counter[str]) -> list[Trace]:
     chosen, rejected = row.value["chosen"], row.value["rejected"]
     for column in ("chosen", "rejected"):
         if not isinstance(row.value[column], str | list):
-            raise _error(row, column, "must be text or a list of messages")
+            kind = _type_name(row.value[column])
+            raise _error(row, column, f"must be text or a list of messages, not {kind}")
     if type(chosen) is not type(rejected):
         raise _error(row, "rejected", "must be of chosen's kind: text, or a list of messages")
     if isinstance(chosen, str):

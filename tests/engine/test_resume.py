@@ -164,6 +164,8 @@ def test_a_signal_saves_and_exits_0_and_says_how_to_go_on(
     process.send_signal(number)  # twice within moments is one request
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
+    assert err.count("stopping: this step is finished and saved first") == 1
+    assert ("Ctrl-C again leaves at once" in err) == (number == signal.SIGINT)
     assert "the same command goes on from here" in err
     assert "Traceback" not in err
     done = redi("train", path)

@@ -1,0 +1,129 @@
+"""Every command and every program in README and docs/ runs, in order, as a reader would run them.
+
+A fenced block says by its language what it is: `sh` and `python` are run, `toml` and `csv` are
+written to the file that their first line names, `text` is output, which the block before must have
+printed. `sh fails=2` must end with that exit code.
+"""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from redi.engine import quickstart
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# What a test machine cannot do as it stands in the text, and what is done in its place.
+INSTEAD = {
+    "--nproc-per-node 8": "--nproc-per-node 2",
+    "pip install": "true pip install",
+}
+# Commands that another test runs, or that only set up what runs the tests.
+ELSEWHERE = {
+    "make train": "tests/engine/test_quickstart.py trains the quickstart in full",
+    "make test": "this is part of it",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block."""
+
+    language: str
+    fails: int
+    text: str
+
+
+def blocks_of(page: Path) -> list[Block]:
+    found = re.findall(r"^```(\w+)(?: fails=(\d))?\n(.*?)^```$", page.read_text(), re.M | re.S)
+    return [Block(language, int(fails or 0), text) for language, fails, text in found]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages say a reader has: a model, traces, held-out traces, problems with answers."""
+    made = tmp_path_factory.mktemp("docs")
+    quickstart.make(made, problems=60, held_out=8)
+    (made / "train.jsonl").rename(made / "traces.jsonl")
+    (made / "test.jsonl").rename(made / "held-out.jsonl")
+    rng = random.Random(0)
+    problems = quickstart.make_problems(8, rng)
+    rows = [{"prompt": p, "answer": quickstart.solve(p)[-1]} for p in problems]
+    write(made / "problems.jsonl", rows)
+    pairs = [{"prompt": p, "chosen": quickstart.solve(p), "rejected": "*****0"} for p in problems]
+    write(made / "pairs.jsonl", pairs)
+    return made
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(block: Block, folder: Path) -> str:
+    text = block.text
+    for command in ELSEWHERE:
+        text = text.replace(command, f"true {command}")
+    for wanted, done in INSTEAD.items():
+        text = text.replace(wanted, done)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "REDI_CACHE": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    line = ["bash", "-ec", text] if block.language == "sh" else [sys.executable, "-c", text]
+    done_process = subprocess.run(
+        line, cwd=folder, env=environment, text=True, capture_output=True, timeout=300
+    )
+    output = done_process.stdout + done_process.stderr
+    assert done_process.returncode == block.fails, f"{block.text}\n{output}"
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_says_works(page: Path, folder: Path) -> None:
+    if page.name == "evaluate.md":
+        for block in blocks_of(ROOT / "docs" / "training.md")[:3]:
+            follow(block, folder, "")
+    output = ""
+    for block in blocks_of(page):
+        output = follow(block, folder, output)
+
+
+def follow(block: Block, folder: Path, output: str) -> str:
+    if block.language in ("toml", "csv"):
+        name, _, content = block.text.removeprefix("# ").partition("\n")
+        (folder / name).write_text(content)
+    elif block.language in ("sh", "python"):
+        return run(block, folder)
+    else:
+        assert block.language == "text"
+        assert block.text.strip() in output
+    return output
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_recipe_in_a_page_is_a_recipe(page: Path, tmp_path: Path) -> None:
+    from redi.engine.config import build_parser, load_recipe
+
+    recipes = [block for block in blocks_of(page) if block.language == "toml"]
+    for block in recipes:
+        path = tmp_path / "recipe.toml"
+        path.write_text(block.text)
+        load_recipe(build_parser("redi train", ""), str(path), [str(path)])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text()):
+        assert (page.parent / target).exists(), target
