@@ -116,7 +116,7 @@ class MathChecker:
     as 9^{9^{9^9}} keeps Python busy for ever, where no signal reaches it. Such an answer is wrong.
     """
 
-    def __init__(self, seconds: float = 10.0) -> None:
+    def __init__(self, seconds: float = 5.0) -> None:
         self._seconds = seconds
         self._worker: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None

@@ -54,15 +54,14 @@ class EvaluateProgress:
 def print_scores(benchmarks: Sequence[dict[str, Any]]) -> None:
     """The benchmarks of summary.json as a table in per cent, on stdout."""
     ks = [k for k in benchmarks[0]["pass_at"] if k != 1]
-    columns = ("data", "problems", "samples", "pass@1", "+- samples", "+- problems")
+    columns = ("data", "problems", "samples", "pass@1", "+-")
     rows = [
         (
             Path(row["name"]).name,
             f"{row['problems']:,}",
             str(row["samples"]),
             _percent(row["pass_at_1"]),
-            _percent(row["sem_over_samples"]),
-            _percent(row["sem_over_problems"]),
+            f"{_percent(row['sem_over_samples'])} | {_percent(row['sem_over_problems'])}",
             *(_percent(row["pass_at"][k]) for k in ks),
             _percent(row["truncated"]),
             f"{row['mean_tokens']:,.0f}",
@@ -70,7 +69,7 @@ def print_scores(benchmarks: Sequence[dict[str, Any]]) -> None:
         for row in benchmarks
     ]
     print_table(
-        "per cent; +-: standard error over samples, and over problems",
+        "per cent; +-: standard error over samples | over problems",
         (*columns, *(f"pass@{k}" for k in ks), "cut off", "tokens"),
         rows,
         file=sys.stdout,
