@@ -59,6 +59,7 @@ setup(
     package_data={
         **{f"redi.{folder}": ["py.typed"] for folder in FOLDERS},
         "redi.engine": ["py.typed", "recipes/*.toml"],
+        "redi.bench": ["py.typed", "smollm2_hidden.json"],
     },
     install_requires=KERNELS + ENGINE,
     extras_require=EXTRAS,

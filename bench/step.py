@@ -12,11 +12,9 @@ All three must compute the same loss. The engine's dependencies are needed.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redi.bench.loss import environment
+from redi.bench.measure import peak_resident_bytes, seconds_of
+from redi.bench.report import environment
 
 ALPHA = 0.8
 PROMPT_TOKENS = 64
@@ -79,17 +78,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with join_world():
         step, tokens = WAYS[args.way](args)
         loss = step()
-        seconds = []
-        for _ in range(args.steps):
-            began = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
+        seconds = [seconds_of(step, _device()) for _ in range(args.steps)]
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = peak_resident_bytes() / 2**30
     return {
         "seconds": statistics.median(seconds),
         "fastest": min(seconds),

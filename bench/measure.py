@@ -1,0 +1,116 @@
+"""Time and peak memory of a step, on a GPU and on a CPU.
+
+Memory is what one step needs at its peak beyond what was there before. On CUDA the allocator
+tells. On a CPU it is the high-water mark of the resident set of a process that does nothing else,
+less its resident set before; where a page is touched counts, not where it is reserved, and buffers
+of the matrix library count too.
+"""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+Step = Callable[[], object]
+
+WARM_UP = {"cpu": 1, "cuda": 3}
+
+
+def seconds_of(step: Step, device: str) -> float:
+    """Seconds of one step: CUDA events on the current stream, the clock on a CPU."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def time_in_turns(
+    steps: Mapping[str, Step], device: str, repeats: int, limit_s: float
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each repeat of each step, turn by turn, so that all see the same machine.
+
+    Args:
+        steps: what to time, by name.
+        device: "cpu" or "cuda".
+        repeats: turns at most.
+        limit_s: no further turn begins when the turns have taken this long; one always runs.
+
+    Returns:
+        (seconds by name, problem by name): a step that raises is left out of the first from then
+        on, and the others go on.
+    """
+    problems: dict[str, str] = {}
+    for name, step in steps.items():
+        for _ in range(WARM_UP[device]):
+            if name not in problems:
+                _attempt(step, name, device, problems)
+    seconds: dict[str, list[float]] = {name: [] for name in steps if name not in problems}
+    began = time.perf_counter()
+    for turn in range(repeats):
+        if turn and time.perf_counter() - began > limit_s:
+            break
+        for name in [name for name in seconds if name not in problems]:
+            if device == "cuda":
+                # Untimed first: the allocator is given its blocks, which the one before may hold.
+                torch.cuda.empty_cache()
+                _attempt(steps[name], name, device, problems)
+            if name not in problems:
+                taken = _attempt(steps[name], name, device, problems)
+                seconds[name].append(taken)
+    return {name: taken for name, taken in seconds.items() if name not in problems}, problems
+
+
+def _attempt(step: Step, name: str, device: str, problems: dict[str, str]) -> float:
+    try:
+        return seconds_of(step, device)
+    except Exception as error:  # other people's code: whatever it raises is what we report
+        problems[name] = problem_line(error)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        return 0.0
+
+
+def problem_line(error: Exception) -> str:
+    """An exception as one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def peak_cuda(step: Step) -> float:
+    """Peak MiB that one step allocates on the GPU beyond what is allocated before it."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def peak_resident(step: Step) -> float:
+    """Peak MiB by which one step raises this process's resident set."""
+    before = _resident_bytes()
+    step()
+    return max(0.0, peak_resident_bytes() - before) / 2**20
+
+
+def peak_resident_bytes() -> int:
+    """The high-water mark of this process's resident set."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _resident_bytes() -> int:
+    statm = Path("/proc/self/statm")
+    if not statm.exists():  # macOS: the peak so far, which loading may have made
+        return peak_resident_bytes()
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
