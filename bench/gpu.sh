@@ -43,15 +43,15 @@ part() {
 }
 
 if [[ $device == cuda ]]; then
-    part 200 "GPU tests" "$python" -P -m pytest --import-mode=importlib -q -m gpu tests/gpu
+    part 170 "GPU tests" "$python" -P -m pytest --import-mode=importlib -q -m gpu tests/gpu
 fi
-# Turns end in time for the float64 check and the record.
+# --seconds: the turns end in time for the float64 check and the record.
 for hidden in ${HIDDEN:-1536 3584}; do
     for inputs in ${INPUTS:-trained random}; do
-        part 110 "loss, D $hidden, $inputs inputs" "$python" -P -m redi.bench.loss \
+        part 125 "loss, D $hidden, $inputs inputs" "$python" -P -m redi.bench.loss \
             --device "$device" --dtype "${DTYPE:-bfloat16}" --tokens "${TOKENS:-32768}" \
             --vocab "${VOCAB:-151936}" --hidden "$hidden" --inputs "$inputs" \
-            --repeats "${REPEATS:-7}" --seconds 40 --out "$out" \
+            --repeats "${REPEATS:-7}" --seconds 30 --out "$out" \
             ${contenders[0]+--contenders "${contenders[@]}"}
     done
 done

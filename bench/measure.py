@@ -11,13 +11,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 Step = Callable[[], object]
-
-WARM_UP = {"cpu": 1, "cuda": 3}
 
 
 def seconds_of(step: Step, device: str) -> float:
@@ -50,35 +49,28 @@ def time_in_turns(
         (seconds by name, problem by name): a step that raises is left out of the first from then
         on, and the others go on.
     """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     problems: dict[str, str] = {}
-    for name, step in steps.items():
-        for _ in range(WARM_UP[device]):
-            if name not in problems:
-                _attempt(step, name, device, problems)
-    seconds: dict[str, list[float]] = {name: [] for name in steps if name not in problems}
     began = time.perf_counter()
-    for turn in range(repeats):
-        if turn and time.perf_counter() - began > limit_s:
+    for turn in range(1 + repeats):
+        if turn == 1:  # the one before compiled, and found out who cannot run
+            began = time.perf_counter()
+        elif turn > 1 and time.perf_counter() - began > limit_s:
             break
-        for name in [name for name in seconds if name not in problems]:
-            if device == "cuda":
-                # Untimed first: the allocator is given its blocks, which the one before may hold.
-                torch.cuda.empty_cache()
-                _attempt(steps[name], name, device, problems)
-            if name not in problems:
-                taken = _attempt(steps[name], name, device, problems)
-                seconds[name].append(taken)
-    return {name: taken for name, taken in seconds.items() if name not in problems}, problems
-
-
-def _attempt(step: Step, name: str, device: str, problems: dict[str, str]) -> float:
-    try:
-        return seconds_of(step, device)
-    except Exception as error:  # other people's code: whatever it raises is what we report
-        problems[name] = problem_line(error)
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        return 0.0
+        for name in list(seconds):
+            try:
+                if device == "cuda":
+                    # Untimed first: warms up, and gets the blocks that the one before may hold.
+                    torch.cuda.empty_cache()
+                    steps[name]()
+                taken = seconds_of(steps[name], device)
+            except Exception as error:  # other people's code: it may raise anything
+                problems[name] = problem_line(error)
+                del seconds[name]
+            else:
+                if turn > 0:
+                    seconds[name].append(taken)
+    return seconds, problems
 
 
 def problem_line(error: Exception) -> str:
@@ -98,6 +90,9 @@ def peak_cuda(step: Step) -> float:
 
 def peak_resident(step: Step) -> float:
     """Peak MiB by which one step raises this process's resident set."""
+    # Linux forgets the high-water mark so far, which making the operands may have left.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     before = _resident_bytes()
     step()
     return max(0.0, peak_resident_bytes() - before) / 2**20

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from redi.bench import hidden_statistics, inputs
+from redi.bench import hidden_statistics, inputs, measure
 from redi.bench import loss as bench
 from redi.bench.contenders import Absent, Contender, Method, Result
 from redi.bench.inputs import Operands, Sizes, make_operands
@@ -160,6 +160,17 @@ def test_one_that_fails_is_reported_and_stops_no_other_but_ours_fails_the_run(
     assert [row["name"] for row in record["rows"]] == ["floor", "eager"]
     assert record["failed"] == {name: "RuntimeError: out of memory"}
     assert f"failed: {name}: RuntimeError" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets peaks")
+def test_the_memory_of_a_step_is_its_own_peak_whatever_was_held_before() -> None:
+    before = torch.ones(2**27)  # 512 MiB
+    del before
+
+    def step() -> None:
+        torch.ones(2**26)  # 256 MiB, freed
+
+    assert measure.peak_resident(step) == pytest.approx(256, abs=8)
 
 
 def test_a_record_can_be_drawn_again(tmp_path: Path) -> None:
