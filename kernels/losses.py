@@ -78,7 +78,7 @@ def redi_loss(
     check_sequences(cu_seqlens, signs, hidden)
     check_objective(alpha, num_pairs)
     check_schedule(valid_index, chunk_tokens, hidden)
-    backend = choose_backend(backend)
+    backend = choose_backend(backend, hidden.device, hidden.dtype)
     if backend == "reference":
         return reference.redi_loss(
             hidden, weight, targets, cu_seqlens, signs, alpha=alpha, num_pairs=num_pairs
@@ -136,7 +136,7 @@ def redi_value_and_grad(
     check_schedule(valid_index, chunk_tokens, hidden)
     if dweight is not None:
         check_dweight(dweight, weight)
-    backend = choose_backend(backend)
+    backend = choose_backend(backend, hidden.device, hidden.dtype)
     if backend == "reference":
         return reference.redi_value_and_grad(
             hidden,
@@ -211,7 +211,7 @@ def signed_cross_entropy(
     check_token_weights(token_weights, hidden)
     check_schedule(valid_index, chunk_tokens, hidden)
     check_choice("coefficient", coefficient, ("weight", "dft", "unlikelihood"))
-    backend = choose_backend(backend)
+    backend = choose_backend(backend, hidden.device, hidden.dtype)
     if backend == "reference":
         return reference.signed_cross_entropy(
             hidden, weight, targets, token_weights, coefficient=coefficient

@@ -106,7 +106,9 @@ def signed_cross_entropy(
     return terms.sum(), _place(logps.detach(), valid)
 
 
-def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+def segment_sum(
+    values: Tensor, cu_seqlens: Tensor, *, backend: Backend = "reference"
+) -> Tensor:
     """sums[s] = sum of values[cu_seqlens[s] : cu_seqlens[s + 1]], [S]; an empty one sums to 0."""
     bounds = cu_seqlens.tolist()
     return torch.stack([values[a:b].sum() for a, b in pairwise(bounds)] or [values[:0]]).view(-1)

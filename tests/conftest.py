@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,11 @@ from torch import Tensor
 # pytest's importlib mode puts no folder on the path; test files share helpers that lie here.
 sys.path.append(str(Path(__file__).parent))
 
-from kernel_cases import TARGETS, Target
+# Without a card Triton's kernels run by its interpreter, which Triton asks for when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from kernel_cases import TARGETS, Target  # noqa: E402
 
 
 @pytest.fixture(params=TARGETS, ids="-".join)

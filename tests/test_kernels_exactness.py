@@ -87,7 +87,7 @@ def test_redi_loss_is_exact_for_a_real_vocabulary(target: Target, vocab: int) ->
     [
         ((1,), (1,)),
         ((0, 0, 3), (1, -1, -1)),
-        ((300, 211), (1, -1)),
+        ((50, 31), (1, -1)),
         ((5, 4, 3), (0, 1, -1)),
     ],
 )
@@ -97,7 +97,7 @@ def test_redi_loss_is_exact_for_ragged_rows(
     case = make_case(
         dtype, hidden=61, vocab=129, lengths=lengths, signs=signs, masked=0.1, device=target.device
     )
-    _, got = run(redi_loss, case, backend=target.backend)
+    _, got = run(redi_loss, case, backend=target.backend, chunk_tokens=32)
     assert not violations(got, case, oracle(case)[1])
 
 
@@ -166,7 +166,7 @@ def test_value_and_grad_is_redi_loss_and_its_gradients(
     before = torch.randn(case.weight.shape, device=target.device) * 1e-2
     dweight = before.clone() if given else None
     value, dhidden, total = redi_value_and_grad(
-        *case.arguments, **case.options, grad_scale=3.0, dweight=dweight, backend=target.backend
+        *case.arguments, **case.options, grad_scale=4.0, dweight=dweight, backend=target.backend
     )
     assert torch.equal(value.loss, out.loss)
     assert torch.equal(value.sequence_logps, out.sequence_logps)
@@ -175,10 +175,10 @@ def test_value_and_grad_is_redi_loss_and_its_gradients(
     assert (total is dweight) == given
     added = total - before if given else total
     tolerance = 2e-5 if dtype == torch.float32 else 4e-3
-    assert relative_error(dhidden / 3, expected.dhidden) < tolerance
-    assert relative_error(added / 3, expected.dweight) < tolerance
+    assert relative_error(dhidden / 4, expected.dhidden) < tolerance
+    assert relative_error(added / 4, expected.dweight) < tolerance
     # float32 all the way: nearer to the oracle than the rounded gradient is.
-    assert relative_error(added / 3, oracle(case)[1].dweight) < tolerance / 1.5
+    assert relative_error(added / 4, oracle(case)[1].dweight) < tolerance / 1.5
 
 
 @pytest.mark.parametrize("kind", ["random", "confident", "logp -80"])

@@ -72,7 +72,7 @@ def run_recipe(recipe: Recipe, world: World) -> bool:
     read_config(recipe.model.path or "")
     check_replicas(recipe.shard, world.size)
     try:
-        choose_backend(recipe.objective.backend)
+        choose_backend(recipe.objective.backend, world.device)
     except ValueError as error:
         raise InputError(f"objective.backend: {error}") from None
     data = prepare_data(recipe, world)
