@@ -21,8 +21,10 @@ from redi.kernels.rows import MIN_ONE_MINUS_P, SequenceWeights, TokenWeights
 _MIN_ONE_MINUS_P = tl.constexpr(MIN_ONE_MINUS_P)
 _INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Columns that a thread has at hand: four float32 loads of 16 bytes in flight. With 1024 threads on
-# an SM that is 64 KiB, about twice what memory's latency asks for (4.3 TB/s / 132 SMs x 1 us).
+ROUNDED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+# Columns that a thread has at hand: four loads of 16 bytes. Memory wants 4.3 TB/s / 132 SMs x 1 us
+# = 33 KB in flight on an SM; 1024 threads can have 64 KiB, two such programs twice that.
 COLUMNS_PER_THREAD = 16
 MAX_THREADS = 1024
 
@@ -50,14 +52,16 @@ def softmax_rows(
             multiple of 16 may be read and written, where the row stride leaves room for them.
 
     Returns:
-        dlogits [C, V] of `dtype`. Not given a place they lie over the logits, each row at the
-        start of its own storage: a half type's row stride is twice that of the logits.
+        dlogits [C, V], or None without weights. Not given a place they lie over the logits: in
+        `dtype`, each row at the start of its own storage (a half type's row stride is twice that
+        of the logits), or on AMD GPUs as rounded float32 values (see `_write_gradient`).
     """
     rows, vocab = logits.shape
     assert logits.dtype == torch.float32
     assert logits.stride(1) == 1
     if weights is not None and dlogits is None:
-        dlogits = logits if dtype == logits.dtype else logits.view(dtype)[:, :vocab]
+        as_halves = dtype != logits.dtype and not torch.version.hip
+        dlogits = logits.view(dtype)[:, :vocab] if as_halves else logits
     block, warps = launch_shape(vocab, 64 if torch.version.hip else 32)
     of_sequences = weights if isinstance(weights, SequenceWeights) else None
     with torch.cuda.device_of(logits):
@@ -81,6 +85,7 @@ def softmax_rows(
             of_sequences and of_sequences.alpha,
             of_sequences and of_sequences.factor,
             scale,
+            ROUNDED=ROUNDED[dtype],
             COEFFICIENT=coefficient,
             HALVES_IN_PLACE=dlogits is not None
             and dlogits.dtype != logits.dtype
@@ -95,8 +100,9 @@ def launch_shape(vocab: int, warp_size: int) -> tuple[int, int]:
     """Columns of a block, and warps of a program.
 
     A real vocabulary gets 1024 threads: the fewer rows are under way, the more of each is still
-    in L2 when pass 2 comes for it (132 rows of 594 KiB are 78 MB, an H100 has 50 MB of L2). A
-    small one gets as many threads as one block of it needs.
+    in L2 when pass 2 comes for it. (At 32 registers a thread an SM runs two such programs: 264
+    rows of 594 KiB on an H100, whose L2 holds 50 MB, a third of them.) A small vocabulary gets as
+    many threads as one block of it needs.
     """
     block = min(COLUMNS_PER_THREAD * MAX_THREADS, max(128, triton.next_power_of_2(vocab)))
     return block, max(1, block // COLUMNS_PER_THREAD // warp_size)
@@ -129,6 +135,7 @@ def softmax_rows_kernel(
     alpha,
     factor,
     scale,  # one float32, or None
+    ROUNDED: tl.constexpr,  # the dtype that the gradient is rounded to
     COEFFICIENT: tl.constexpr,
     HALVES_IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -174,6 +181,7 @@ def softmax_rows_kernel(
             vocab,
             room,
             dlogits_room,
+            ROUNDED,
             HALVES_IN_PLACE,
             BLOCK,
         )
@@ -232,6 +240,7 @@ def _write_gradient(
     vocab,
     room,
     out_room,
+    ROUNDED: tl.constexpr,
     HALVES_IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -242,6 +251,9 @@ def _write_gradient(
     of block b and its stores makes sure of all blocks up to b: which is enough for the stores up
     to block 2 b + 1. So barriers at b = 0, 2, 6, 14, ... are enough, and between them warps run
     freely: one loads while another computes. Other programs have other rows.
+
+    That a barrier waits for loads that are still under way is what PTX says of bar.sync. On AMD
+    GPUs s_barrier does not, so there the gradient keeps float32's place, each thread its own word.
     """
     block_columns = tl.arange(0, BLOCK)
     fence = 0
@@ -253,7 +265,8 @@ def _write_gradient(
             if i == fence:
                 tl.debug_barrier()
                 fence = 2 * fence + 2
-        tl.store(out + columns, _round(gradient, out.dtype.element_ty), mask=columns < out_room)
+        gradient = _round(gradient, ROUNDED).to(out.dtype.element_ty)
+        tl.store(out + columns, gradient, mask=columns < out_room)
 
 
 @triton.jit

@@ -77,7 +77,7 @@ class Case:
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype))
 
 
-LENGTHS = (16, 1, 0, 9, 23, 5)  # one token, none, ragged
+LENGTHS = (20, 1, 0, 9, 21, 5)  # one token, none, ragged
 SIGNS = (1, -1, 1, -1, 1, -1)
 
 
