@@ -19,6 +19,26 @@ if not torch.cuda.is_available():
 
 from kernel_cases import TARGETS, Target  # noqa: E402
 
+from redi.kernels.backends import TRITON_INSTALLED, TRITON_INTERPRETS  # noqa: E402
+
+
+def pytest_configure() -> None:
+    """Triton's interpreter patches its language at each call of a function from a kernel, which
+    takes about as long as the kernel itself; once for each module that defines one is enough."""
+    if not (TRITON_INSTALLED and TRITON_INTERPRETS):
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patch_and_call, patched = InterpretedFunction.__call__, set()
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if function.fn.__module__ in patched:
+            return function.rewrite()(*args, **kwargs)
+        patched.add(function.fn.__module__)
+        return patch_and_call(function, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call
+
 
 @pytest.fixture(params=TARGETS, ids="-".join)
 def target(request: pytest.FixtureRequest) -> Target:
