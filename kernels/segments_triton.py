@@ -1,7 +1,9 @@
 """Sums over sequences in Triton: one program a sequence, in blocks of 1024 from its own start.
 
 Nothing in a sum depends on where the sequence lies, on its neighbours, or on the launch: each of
-1024 lanes adds up every 1024th value, in order, and a fixed tree adds up the lanes.
+1024 lanes adds up every 1024th value, in order, and the lanes are added up in an order that is
+part of the compiled kernel. (The kernel is compiled once for every alignment of `values`, which
+could be a reason for another order.)
 """
 
 import torch
@@ -12,7 +14,6 @@ from torch import Tensor
 from redi.kernels.segments import BLOCK
 
 _BLOCK = tl.constexpr(BLOCK)
-_LEVELS = tl.constexpr(BLOCK.bit_length() - 1)  # of a tree over the lanes
 
 
 def sum_segments(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def spread_segments(sums: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
     return values
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["values"])
 def sum_segments_kernel(values, cu_seqlens, sums):
     """sums[s] = sum of values[cu_seqlens[s] : cu_seqlens[s + 1]]."""
     sequence = tl.program_id(0)
@@ -44,11 +45,7 @@ def sum_segments_kernel(values, cu_seqlens, sums):
     for i in range(0, length, _BLOCK):
         position = i + lanes
         partial += tl.load(values + start + position, mask=position < length, other=0.0)
-    # A tree of elementwise additions: the order of `tl.sum` is up to layout and warps.
-    for _ in tl.static_range(_LEVELS):
-        even, odd = tl.split(tl.reshape(partial, [partial.shape[0] // 2, 2]))
-        partial = even + odd
-    tl.store(sums + sequence + tl.arange(0, 1), partial)
+    tl.store(sums + sequence, tl.sum(partial, 0))
 
 
 @triton.jit
