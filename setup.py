@@ -33,6 +33,7 @@ EXTRAS = {
         "pytest>=8.3",
         "pytest-xdist>=3.6",
         "ruff>=0.12",
+        "triton>=3.6; sys_platform == 'linux'",
     ],
 }
 

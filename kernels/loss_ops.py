@@ -209,12 +209,13 @@ def signed_cross_entropy_op(
     token_weights: Tensor,
     valid_index: Tensor | None,
     coefficient: str,
+    need_entropies: bool,
     backend: str,
     chunk_tokens: int | None,
     need_dhidden: bool,
     need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, token_logps, dhidden, dweight); a gradient not needed is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, token_logps, token_entropies, dhidden, dweight); what is not needed is empty."""
     check_target_values(targets, weight.shape[0], valid_index)
     check_weight_values(token_weights, targets)
     dhidden = _gradient_buffer(hidden, need_dhidden)
@@ -222,6 +223,7 @@ def signed_cross_entropy_op(
     dtype = accumulation_dtype(hidden.dtype)
     token_weights = token_weights.to(dtype)
     token_logps = hidden.new_empty(hidden.shape[0], dtype=dtype)
+    token_entropies = hidden.new_empty(hidden.shape[0] if need_entropies else 0, dtype=dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         cross_entropy_chunks(
             hidden,
@@ -233,12 +235,13 @@ def signed_cross_entropy_op(
             valid_index=valid_index,
             chunk_tokens=chunk_tokens,
             token_logps=token_logps,
+            token_entropies=token_entropies if need_entropies else None,
             dhidden=dhidden if need_dhidden else None,
             dweight=dweight if need_dweight else None,
         )
     masked = targets == IGNORE_INDEX
     losses = token_losses(token_logps, token_weights, coefficient).masked_fill(masked, 0.0)
-    return losses.sum(), token_logps, dhidden, dweight
+    return losses.sum(), token_logps, token_entropies, dhidden, dweight
 
 
 @signed_cross_entropy_op.register_fake
@@ -249,15 +252,17 @@ def _(
     token_weights: Tensor,
     valid_index: Tensor | None,
     coefficient: str,
+    need_entropies: bool,
     backend: str,
     chunk_tokens: int | None,
     need_dhidden: bool,
     need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(hidden.dtype)
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(hidden.shape[0], dtype=dtype),
+        hidden.new_empty(hidden.shape[0] if need_entropies else 0, dtype=dtype),
         _gradient_buffer(hidden, need_dhidden),
         _gradient_buffer(weight, need_dweight),
     )

@@ -110,7 +110,7 @@ def launch_shape(vocab: int, warp_size: int) -> tuple[int, int]:
 
 def _room(matrix: Tensor) -> int:
     """Columns of a row that may be touched: V and its padding, as far as loads are aligned."""
-    rows, columns = matrix.shape
+    columns = matrix.shape[1]
     return min(triton.cdiv(columns, ALIGNMENT) * ALIGNMENT, max(matrix.stride(0), columns))
 
 
@@ -261,7 +261,7 @@ def _write_gradient(
         columns = i * BLOCK + block_columns
         values = tl.load(z + columns, mask=columns < room, other=float("-inf"))
         gradient = tl.where(columns == target, at_target, tl.exp(values - largest) * u)
-        if HALVES_IN_PLACE:
+        if HALVES_IN_PLACE:  # known when compiling  # noqa: SIM102
             if i == fence:
                 tl.debug_barrier()
                 fence = 2 * fence + 2
@@ -300,7 +300,7 @@ def _log1p(x):
 @triton.jit
 def _round(values, DTYPE: tl.constexpr):
     """float32 to DTYPE, to nearest even. (Triton's interpreter cuts bfloat16 off instead.)"""
-    if _INTERPRET and DTYPE == tl.bfloat16:
+    if _INTERPRET and tl.bfloat16 == DTYPE:
         bits = values.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -17,9 +17,9 @@ sys.path.append(str(Path(__file__).parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from kernel_cases import TARGETS, Target  # noqa: E402
+from kernel_cases import TARGETS, Target
 
-from redi.kernels.backends import TRITON_INSTALLED, TRITON_INTERPRETS  # noqa: E402
+from redi.kernels.backends import TRITON_INSTALLED, TRITON_INTERPRETS
 
 
 def pytest_configure() -> None:

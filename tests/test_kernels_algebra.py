@@ -63,9 +63,7 @@ def concatenate(cases: list[Case]) -> Case:
     )
 
 
-def gradient_of_logits(
-    target: Target, case: Case, coefficient: str, dtype: torch.dtype
-) -> Tensor:
+def gradient_of_logits(target: Target, case: Case, coefficient: str, dtype: torch.dtype) -> Tensor:
     """What the row kernel alone makes of all tokens' logits, with weights from -1 to 1."""
     z = case.hidden @ case.weight.T
     dlogits = kernels_of(target.backend).softmax_rows(
@@ -241,8 +239,8 @@ def test_backward_of_logprobs_runs_again(target: Target, keep: bool) -> None:
 
 
 def test_repeated_calls_agree_bit_for_bit(target: Target) -> None:
-    case = make_case(torch.bfloat16, lengths=(700, 400), signs=(1, -1), device=target.device)
-    runs = [run(redi_loss, case, backend=target.backend) for _ in range(2)]
+    case = make_case(torch.bfloat16, lengths=(50, 30), signs=(1, -1), device=target.device)
+    runs = [run(redi_loss, case, backend=target.backend, chunk_tokens=32) for _ in range(2)]
     assert torch.equal(runs[0][0].loss, runs[1][0].loss)
     for a, b in zip(runs[0][1], runs[1][1], strict=True):
         assert torch.equal(a, b)

@@ -101,7 +101,12 @@ def test_logits_move_sixteen_bytes_at_a_time(
 
 @pytest.mark.parametrize(
     ("variant", "barrier"),
-    [("redi bf16", True), ("redi fp16", True), ("redi fp32", False), ("log-probs kept bf16", False)],
+    [
+        ("redi bf16", True),
+        ("redi fp16", True),
+        ("redi fp32", False),
+        ("log-probs kept bf16", False),
+    ],
 )
 def test_halves_wait_for_the_logits_that_they_overwrite(
     sm_90: dict[tuple[str, str], dict[str, Any]], variant: str, barrier: bool

@@ -208,6 +208,26 @@ def test_signed_cross_entropy_is_exact_for_every_coefficient(
     assert relative_error(got.dweight, exact.dweight) < limit
 
 
+@pytest.mark.parametrize("logits", LOGITS)
+def test_entropies_are_exact_and_of_the_same_pass(target: Target, logits: str) -> None:
+    case = make_case(torch.float32, logits=logits, device=target.device)
+    arguments = case.hidden, case.weight, case.targets, case.token_weights
+    loss, logps, entropies = signed_cross_entropy(*arguments, entropy=True, backend=target.backend)
+    exact = reference.signed_cross_entropy(
+        *(t.double() if t.is_floating_point() else t for t in arguments), entropy=True
+    )[2]
+    # Where the target is nearly certain the entropy is relatively exact, however small; where
+    # another token is, 1 + the rest is rounded in float32.
+    atol = 2.0**-47 if logits == "confident" else 2.0**-22
+    size = max(1.0, logits_size(case) / 20)
+    torch.testing.assert_close(entropies, exact.float(), rtol=2e-5 * size, atol=atol)
+    assert (entropies >= 0).all()
+    assert not entropies[case.targets == -100].any()
+    without = signed_cross_entropy(*arguments, backend=target.backend)
+    assert torch.equal(loss, without[0])
+    assert torch.equal(logps, without[1])
+
+
 def test_unlikelihood_of_a_certain_token_is_finite_and_pushes_it_down(target: Target) -> None:
     weight = torch.eye(4, device=target.device)
     hidden = torch.tensor([[300.0, 0, 0, 0]], device=target.device, requires_grad=True)

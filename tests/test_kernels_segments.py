@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from kernel_cases import Target
 
 from redi.kernels import reference, segment_sum
