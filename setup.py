@@ -39,6 +39,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "ruff>=0.12",
         "tensorboard>=2.16",
+        "triton>=3.6; sys_platform == 'linux'",
     ],
 }
 

@@ -90,7 +90,7 @@ def choices(device: torch.device) -> list[Row]:
     rows = [
         ("compute dtype", str(dtype).removeprefix("torch.")),
         ("attention", f"{attention}: {why}"),
-        ("loss backend", choose_backend("auto")),
+        ("loss backend", choose_backend("auto", device)),
         ("liger-kernel layers", "off: " + problem if problem else "on, where it knows the model"),
         ("collectives", distributed),
         (

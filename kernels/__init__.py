@@ -6,7 +6,7 @@ Start with `redi.kernels.reference`, which defines each op in plain PyTorch.
 from redi.kernels.logprobs import linear_logprobs
 from redi.kernels.losses import redi_loss, redi_value_and_grad, signed_cross_entropy
 from redi.kernels.reference import IGNORE_INDEX, Backend, Coefficient, RediLoss
-from redi.kernels.segments import segment_sum
+from redi.kernels.segment_sum import segment_sum
 
 __all__ = [
     "IGNORE_INDEX",

@@ -1,23 +1,77 @@
 """Which backend computes when the caller leaves it open, and what a backend consists of."""
 
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from redi.kernels import rows, segments
 from redi.kernels.reference import Backend
-from redi.kernels.rows import RowKernel, softmax_rows
+from redi.kernels.rows import RowKernel
 from redi.kernels.validate import check_choice
 
+# Looked up once, as Triton reads its variable once: and torch.compile must not see the look.
+TRITON_INSTALLED = find_spec("triton") is not None
+TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
-def choose_backend(backend: Backend) -> Backend:
-    """The backend to use: "reference", "torch" or "triton".
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a backend is made of; everything else is common to all."""
+
+    softmax_rows: RowKernel
+    """See `rows.softmax_rows`."""
+    sum_segments: Callable[[Tensor, Tensor], Tensor]
+    """See `segments.sum_segments`."""
+    spread_segments: Callable[[Tensor, Tensor, int], Tensor]
+    """See `segments.spread_segments`."""
+
+
+def choose_backend(
+    backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Backend:
+    """The backend to use there: "reference", "torch" or "triton".
+
+    "auto" is Triton on a GPU where Triton is installed, else torch.
+
+    Args:
+        backend: what the user asked for.
+        device: where the operands lie.
+        dtype: of the operands.
 
     Raises:
         ValueError: unknown, or not available here.
+        TypeError: float64 for Triton.
     """
     check_choice("backend", backend, ("auto", "reference", "torch", "triton"))
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and TRITON_INSTALLED else "torch"
     if backend == "triton":
-        raise ValueError('backend="triton" is not available in this version: use "auto" or "torch"')
-    return "torch" if backend == "auto" else backend
+        if not TRITON_INSTALLED:
+            raise ValueError('backend="triton" needs the package triton: install it or use "auto"')
+        if device.type != "cuda" and not TRITON_INTERPRETS:
+            raise ValueError(
+                f'backend="triton" needs a GPU, the tensors are on {device}: use "auto", or set '
+                "TRITON_INTERPRET=1 before Python starts to run Triton's slow interpreter"
+            )
+        if dtype == torch.float64:
+            raise TypeError('backend="triton" computes in float32: use "torch" for float64')
+    return backend
 
 
-def row_kernel(backend: str) -> RowKernel:
-    """What a backend makes of a chunk of logits."""
+def kernels_of(backend: str) -> Kernels:
+    """The parts of a backend that `choose_backend` returned, other than the reference."""
+    if backend == "triton":
+        # Imported late: a machine without a GPU, or with macOS, may have no Triton.
+        from redi.kernels import segments_triton, softmax_triton
+
+        return Kernels(
+            softmax_triton.softmax_rows,
+            segments_triton.sum_segments,
+            segments_triton.spread_segments,
+        )
     assert backend == "torch"
-    return softmax_rows
+    return Kernels(rows.softmax_rows, segments.sum_segments, segments.spread_segments)

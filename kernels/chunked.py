@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from redi.kernels.reference import IGNORE_INDEX, accumulation_dtype
-from redi.kernels.rows import RowKernel, multiplies_halves
+from redi.kernels.rows import RowKernel, SequenceWeights, TokenWeights, multiplies_halves
 
 # Rows of a chunk on a CPU. A chunk reads the lm_head twice and rewrites dW once; beyond 256 rows
 # that no longer shows in the time (384 and 512 measure the same), only in the memory.
@@ -22,6 +22,9 @@ CPU_CHUNK_TOKENS = 256
 GPU_CHUNK_SHARE = 16
 # Output tile of the usual cuBLAS kernel, for counting waves.
 TILE_ROWS, TILE_COLUMNS = 128, 256
+
+# A row of the logits begins at a multiple of this many of them.
+ROW_PADDING = 32
 
 # float16: dZ is multiplied by a power of two that brings the largest weight to 2^14 .. 2^15, as
 # the weights themselves (1e-7 at 32 pairs of 20,000 tokens) would be lost to underflow.
@@ -42,13 +45,14 @@ def cross_entropy_chunks(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    token_weights: Tensor | None,
+    token_weights: TokenWeights | None,
     *,
     coefficient: str,
     row_kernel: RowKernel,
     valid_index: Tensor | None = None,
     chunk_tokens: int | None = None,
     token_logps: Tensor | None = None,
+    token_entropies: Tensor | None = None,
     dhidden: Tensor | None = None,
     dweight: Tensor | None = None,
     accumulate: bool = False,
@@ -59,12 +63,13 @@ def cross_entropy_chunks(
         hidden: [T, D], any strides.
         weight: [V, D], any strides.
         targets: [T] int64, -100 masks.
-        token_weights: [T] in the accumulation dtype; None where no gradient is wanted.
+        token_weights: see `rows.TokenWeights`; None where no gradient is wanted.
         coefficient: see `rows.effective_weights`.
         row_kernel: what makes log-probs and dZ of a chunk of logits.
         valid_index: [N] positions of unmasked targets; without it a GPU must synchronise once.
         chunk_tokens: rows of a chunk at most; None chooses (`default_chunk_tokens`).
         token_logps: [T] accumulation dtype; 0 where masked.
+        token_entropies: [T] likewise; only along with token_logps.
         dhidden: [T, D] accumulation dtype, contiguous; 0 where masked.
         dweight: [V, D] accumulation dtype, contiguous.
         accumulate: add to `dweight` instead of overwriting it.
@@ -75,6 +80,8 @@ def cross_entropy_chunks(
     if dhidden is None and dweight is None:
         token_weights = None
     order = order_tokens(targets, token_weights, valid_index)
+    dtype = accumulation_dtype(hidden.dtype)
+    logps = hidden.new_empty(targets.shape, dtype=dtype) if token_logps is None else token_logps
     if token_logps is None:
         order = TokenOrder(order.index[: order.weighted], order.weighted)
     if chunk_tokens is None:
@@ -83,15 +90,13 @@ def cross_entropy_chunks(
         *split(0, order.weighted, chunk_tokens),
         *split(order.weighted, len(order.index), chunk_tokens),
     ]
-    dtype = accumulation_dtype(hidden.dtype)
     operand = product_operand(weight)
     logits = _logits_buffer(chunks, operand, dtype)
 
     scale = None
     if token_weights is not None and hidden.dtype == torch.float16 and order.weighted:
-        scale = _power_of_two(token_weights[order.index[: order.weighted]], HALF_EXPONENT)
-        token_weights = token_weights * scale
-    for output in (token_logps, dhidden):
+        scale = _half_scale(token_weights, order.index[: order.weighted])
+    for output in (token_logps, token_entropies, dhidden):
         if output is not None:
             output.zero_()
     if dweight is not None and not accumulate and not order.weighted:
@@ -100,16 +105,23 @@ def cross_entropy_chunks(
         dweight.mul_(scale)
 
     for start, end in chunks:
-        index = order.index[start:end]
-        x = hidden[index]
+        tokens = order.index[start:end]
+        x = hidden[tokens]
         z = matmul(x, operand.T, logits[: end - start])
-        u = token_weights[index] if token_weights is not None and start < order.weighted else None
-        logps, dz = row_kernel(z, targets[index], u, coefficient, hidden.dtype)
-        if token_logps is not None:
-            token_logps[index] = logps
+        dz = row_kernel(
+            z,
+            tokens,
+            targets,
+            token_weights if start < order.weighted else None,
+            coefficient=coefficient,
+            dtype=hidden.dtype,
+            logps=logps,
+            entropies=token_entropies,
+            scale=scale,
+        )
         if dhidden is not None and dz is not None:
             dx = matmul(dz, operand, torch.empty(x.shape, dtype=dtype, device=x.device))
-            dhidden[index] = dx if scale is None else dx.div_(scale)
+            dhidden[tokens] = dx if scale is None else dx.div_(scale)
         if dweight is not None and dz is not None:
             matmul(dz.T, x, dweight, accumulate=accumulate or start > 0)
 
@@ -147,11 +159,16 @@ def keep_chunks(
     for start, end in chunks:
         rows, tokens = kept[start:end], index[start:end]
         z = matmul(hidden[tokens], operand.T, rows if in_place else logits[: end - start])
-        logps, dz = row_kernel(z, targets[tokens], ones[tokens], "weight", hidden.dtype)
-        assert dz is not None
-        token_logps[tokens] = logps
-        if dz is not rows:
-            rows.copy_(dz)
+        row_kernel(
+            z,
+            tokens,
+            targets,
+            ones,
+            coefficient="weight",
+            dtype=hidden.dtype,
+            logps=token_logps,
+            dlogits=rows,
+        )
 
 
 def kept_gradient_chunks(
@@ -199,7 +216,7 @@ def kept_gradient_chunks(
 
 
 def order_tokens(
-    targets: Tensor, token_weights: Tensor | None, valid_index: Tensor | None
+    targets: Tensor, token_weights: TokenWeights | None, valid_index: Tensor | None
 ) -> TokenOrder:
     """The unmasked tokens, those of non-zero weight first and otherwise in order.
 
@@ -208,7 +225,12 @@ def order_tokens(
     if valid_index is not None and targets.device.type != "cpu":
         return TokenOrder(valid_index.long(), 0 if token_weights is None else len(valid_index))
     valid = targets != IGNORE_INDEX
-    weighted = torch.zeros_like(valid) if token_weights is None else valid & (token_weights != 0)
+    weighted = torch.zeros_like(valid)
+    if isinstance(token_weights, SequenceWeights):
+        positions = torch.arange(len(targets), device=targets.device)
+        token_weights = token_weights.of_tokens(positions, torch.float32)
+    if token_weights is not None:
+        weighted = valid & (token_weights != 0)
     rank = torch.where(valid, torch.where(weighted, 0, 1), 2)
     count, with_grad = torch.stack([valid.sum(), weighted.sum()]).tolist()
     return TokenOrder(torch.argsort(rank, stable=True)[:count], with_grad)
@@ -274,13 +296,30 @@ def product_operand(weight: Tensor) -> Tensor:
 
 
 def _logits_buffer(chunks: list[tuple[int, int]], weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the logits of the largest chunk."""
+    """Room for the logits of the largest chunk, [C, V].
+
+    Rows begin at multiples of 128 bytes whatever V is: cuBLAS and the row kernel then move 16
+    bytes at a time, both over the logits and over the halves that take their place.
+    """
     rows = max((end - start for start, end in chunks), default=0)
-    return torch.empty(rows, weight.shape[0], dtype=dtype, device=weight.device)
+    vocab = weight.shape[0]
+    return torch.empty(rows, padded(vocab), dtype=dtype, device=weight.device)[:, :vocab]
+
+
+def padded(columns: int) -> int:
+    """The next multiple of ROW_PADDING."""
+    return -(-columns // ROW_PADDING) * ROW_PADDING
 
 
 def _kept_scale(dtype: torch.dtype) -> float:
     return 2.0**HALF_EXPONENT if dtype == torch.float16 else 1.0
+
+
+def _half_scale(weights: TokenWeights, tokens: Tensor) -> Tensor:
+    """What brings the largest weight to 2^14 .. 2^15, a power of two; a scalar on the device."""
+    if isinstance(weights, SequenceWeights):
+        return _power_of_two(weights.of_sequences(torch.float32), HALF_EXPONENT)
+    return _power_of_two(weights[tokens], HALF_EXPONENT)
 
 
 def _power_of_two(weights: Tensor, exponent: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from redi.kernels import reference
-from redi.kernels.backends import choose_backend, row_kernel
+from redi.kernels.backends import choose_backend, kernels_of
 from redi.kernels.chunked import cross_entropy_chunks, keep_chunks, kept_gradient_chunks
 from redi.kernels.reference import Backend, accumulation_dtype
 from redi.kernels.validate import (
@@ -55,7 +55,7 @@ def linear_logprobs(
     hidden, weight = check_operands(hidden, weight, targets)
     check_schedule(valid_index, chunk_tokens, hidden)
     check_choice("keep", keep, ("auto", True, False))
-    backend = choose_backend(backend)
+    backend = choose_backend(backend, hidden.device, hidden.dtype)
     if backend == "reference":
         return reference.linear_logprobs(hidden, weight, targets)
     if keep == "auto":
@@ -100,7 +100,7 @@ def _linear_logprobs_op(
                 hidden,
                 weight,
                 targets,
-                row_kernel=row_kernel(backend),
+                row_kernel=kernels_of(backend).softmax_rows,
                 valid_index=valid_index,
                 chunk_tokens=chunk_tokens,
                 token_logps=logps,
@@ -113,7 +113,7 @@ def _linear_logprobs_op(
                 targets,
                 None,
                 coefficient="weight",
-                row_kernel=row_kernel(backend),
+                row_kernel=kernels_of(backend).softmax_rows,
                 valid_index=valid_index,
                 chunk_tokens=chunk_tokens,
                 token_logps=logps,
@@ -173,7 +173,7 @@ def _linear_logprobs_backward_op(
                 targets,
                 -dlogps,
                 coefficient="weight",
-                row_kernel=row_kernel(backend),
+                row_kernel=kernels_of(backend).softmax_rows,
                 valid_index=valid_index,
                 chunk_tokens=chunk_tokens,
                 dhidden=dhidden,

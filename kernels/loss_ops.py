@@ -7,16 +7,17 @@ Arguments have been checked, all but what only reading a tensor can tell, which 
 must not see.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from redi.kernels.backends import row_kernel
+from redi.kernels.backends import kernels_of
 from redi.kernels.chunked import cross_entropy_chunks
 from redi.kernels.reference import IGNORE_INDEX, accumulation_dtype
-from redi.kernels.rows import token_losses
-from redi.kernels.segments import sequence_ids, sequence_lengths, sum_segments
+from redi.kernels.rows import SequenceWeights, token_losses
+from redi.kernels.segments import sequence_lengths
 from redi.kernels.validate import (
     check_sequence_values,
     check_target_values,
@@ -52,22 +53,18 @@ def _redi(
     check_sequence_values(cu_seqlens, tokens, signs)
     dtype = accumulation_dtype(hidden.dtype)
 
+    kernels = kernels_of(backend)
     lengths = sequence_lengths(targets, cu_seqlens)
-    signs = signs.to(dtype)
-    wanted = torch.where(signs < 0, alpha * signs, signs)  # minus the c_s of redi_loss
-    sequence_weights = wanted / (lengths.clamp(min=1) * num_pairs)
-    nobody = sequence_weights.new_zeros(1)  # a token behind the last sequence
-    token_weights = torch.cat([sequence_weights, nobody])[sequence_ids(cu_seqlens, tokens)]
-
+    weights = SequenceWeights(cu_seqlens, signs, lengths, alpha, 1 / num_pairs)
     token_logps = hidden.new_empty(tokens, dtype=dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         cross_entropy_chunks(
             hidden,
             weight,
             targets,
-            token_weights * grad_scale,
+            replace(weights, factor=grad_scale / num_pairs),
             coefficient="weight",
-            row_kernel=row_kernel(backend),
+            row_kernel=kernels.softmax_rows,
             valid_index=valid_index,
             chunk_tokens=chunk_tokens,
             token_logps=token_logps,
@@ -75,10 +72,9 @@ def _redi(
             dweight=dweight,
             accumulate=accumulate,
         )
-    sequence_logps = sum_segments(token_logps, cu_seqlens)
-    # The sequences of weight 0 are left out: 0 times a log-prob of -inf would be NaN.
-    terms = (sequence_weights * sequence_logps).masked_fill(sequence_weights == 0, 0.0)
-    return -terms.sum(), sequence_logps, lengths
+    sequence_logps = kernels.sum_segments(token_logps, cu_seqlens)
+    losses = token_losses(sequence_logps, weights.of_sequences(dtype), "weight")
+    return losses.sum(), sequence_logps, lengths
 
 
 @torch.library.custom_op("redi::redi_loss", mutates_args=())
@@ -213,12 +209,13 @@ def signed_cross_entropy_op(
     token_weights: Tensor,
     valid_index: Tensor | None,
     coefficient: str,
+    need_entropies: bool,
     backend: str,
     chunk_tokens: int | None,
     need_dhidden: bool,
     need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, token_logps, dhidden, dweight); a gradient not needed is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, token_logps, token_entropies, dhidden, dweight); what is not needed is empty."""
     check_target_values(targets, weight.shape[0], valid_index)
     check_weight_values(token_weights, targets)
     dhidden = _gradient_buffer(hidden, need_dhidden)
@@ -226,6 +223,7 @@ def signed_cross_entropy_op(
     dtype = accumulation_dtype(hidden.dtype)
     token_weights = token_weights.to(dtype)
     token_logps = hidden.new_empty(hidden.shape[0], dtype=dtype)
+    token_entropies = hidden.new_empty(hidden.shape[0] if need_entropies else 0, dtype=dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         cross_entropy_chunks(
             hidden,
@@ -233,16 +231,17 @@ def signed_cross_entropy_op(
             targets,
             token_weights,
             coefficient=coefficient,
-            row_kernel=row_kernel(backend),
+            row_kernel=kernels_of(backend).softmax_rows,
             valid_index=valid_index,
             chunk_tokens=chunk_tokens,
             token_logps=token_logps,
+            token_entropies=token_entropies if need_entropies else None,
             dhidden=dhidden if need_dhidden else None,
             dweight=dweight if need_dweight else None,
         )
     masked = targets == IGNORE_INDEX
     losses = token_losses(token_logps, token_weights, coefficient).masked_fill(masked, 0.0)
-    return losses.sum(), token_logps, dhidden, dweight
+    return losses.sum(), token_logps, token_entropies, dhidden, dweight
 
 
 @signed_cross_entropy_op.register_fake
@@ -253,15 +252,17 @@ def _(
     token_weights: Tensor,
     valid_index: Tensor | None,
     coefficient: str,
+    need_entropies: bool,
     backend: str,
     chunk_tokens: int | None,
     need_dhidden: bool,
     need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(hidden.dtype)
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(hidden.shape[0], dtype=dtype),
+        hidden.new_empty(hidden.shape[0] if need_entropies else 0, dtype=dtype),
         _gradient_buffer(hidden, need_dhidden),
         _gradient_buffer(weight, need_dweight),
     )

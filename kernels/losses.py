@@ -78,7 +78,7 @@ def redi_loss(
     check_sequences(cu_seqlens, signs, hidden)
     check_objective(alpha, num_pairs)
     check_schedule(valid_index, chunk_tokens, hidden)
-    backend = choose_backend(backend)
+    backend = choose_backend(backend, hidden.device, hidden.dtype)
     if backend == "reference":
         return reference.redi_loss(
             hidden, weight, targets, cu_seqlens, signs, alpha=alpha, num_pairs=num_pairs
@@ -136,7 +136,7 @@ def redi_value_and_grad(
     check_schedule(valid_index, chunk_tokens, hidden)
     if dweight is not None:
         check_dweight(dweight, weight)
-    backend = choose_backend(backend)
+    backend = choose_backend(backend, hidden.device, hidden.dtype)
     if backend == "reference":
         return reference.redi_value_and_grad(
             hidden,
@@ -177,10 +177,11 @@ def signed_cross_entropy(
     token_weights: Tensor,
     *,
     coefficient: Coefficient = "weight",
+    entropy: bool = False,
     valid_index: Tensor | None = None,
     backend: Backend = "auto",
     chunk_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """A sum over tokens, each with its own weight of either sign, in one pass.
 
     A weight w_t says how much token t's log-prob is wanted. The loss, by `coefficient`:
@@ -198,11 +199,13 @@ def signed_cross_entropy(
         token_weights: [T] floating, without gradient; finite where the target is not masked.
             A token of weight 0 gets a log-prob and no gradient.
         coefficient: see above.
+        entropy: whether to return the tokens' entropies as well, from the same pass.
         The other arguments are those of `redi_loss`.
 
     Returns:
-        (loss, token_logps): a float32 scalar and [T] float32, detached, 0 where masked; float64
-        for float64 inputs.
+        (loss, token_logps) or, with `entropy`, (loss, token_logps, token_entropies): a float32
+        scalar and [T] float32, detached, 0 where masked; float64 for float64 inputs. A token's
+        entropy is - sum_j p_j log p_j over the vocabulary, in nats.
 
     Raises:
         TypeError, ValueError: as `redi_loss`.
@@ -211,23 +214,24 @@ def signed_cross_entropy(
     check_token_weights(token_weights, hidden)
     check_schedule(valid_index, chunk_tokens, hidden)
     check_choice("coefficient", coefficient, ("weight", "dft", "unlikelihood"))
-    backend = choose_backend(backend)
+    backend = choose_backend(backend, hidden.device, hidden.dtype)
     if backend == "reference":
         return reference.signed_cross_entropy(
-            hidden, weight, targets, token_weights, coefficient=coefficient
+            hidden, weight, targets, token_weights, coefficient=coefficient, entropy=entropy
         )
-    loss, token_logps, _, _ = signed_cross_entropy_op(
+    loss, token_logps, token_entropies, _, _ = signed_cross_entropy_op(
         hidden,
         weight,
         targets,
         token_weights,
         valid_index,
         coefficient,
+        entropy,
         backend,
         chunk_tokens,
         *_needs_grad(hidden, weight),
     )
-    return loss, token_logps
+    return (loss, token_logps, token_entropies) if entropy else (loss, token_logps)
 
 
 def _needs_grad(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:

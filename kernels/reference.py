@@ -82,15 +82,18 @@ def signed_cross_entropy(
     token_weights: Tensor,
     *,
     coefficient: Coefficient = "weight",
+    entropy: bool = False,
     valid_index: Tensor | None = None,
     backend: Backend = "reference",
     chunk_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The loss over all tokens, and the detached log-probs [T].
+) -> tuple[Tensor, ...]:
+    """The loss over all tokens, and the detached log-probs [T]; with `entropy`, entropies [T] too.
 
     weight        - sum_t w_t logp_t
     dft           - sum_t w_t sg(p_t) logp_t, sg = stop-gradient
     unlikelihood  - sum_t w_t logp_t where w_t >= 0, |w_t| * -log(1 - p_t) where w_t < 0
+
+    The entropy of a token is - sum_j p_j log p_j.
     """
     valid, logits = _valid_logits(hidden, weight, targets)
     target = targets[valid, None]
@@ -103,10 +106,14 @@ def signed_cross_entropy(
         # 1 - p is the sum over the other columns; subtracting p from 1 would cancel near p = 1.
         others = logits.scatter(1, target, -torch.inf).logsumexp(-1)
         terms = torch.where(weights < 0, weights * (others - logits.logsumexp(-1)), terms)
-    return terms.sum(), _place(logps.detach(), valid)
+    results = terms.sum(), _place(logps.detach(), valid)
+    if not entropy:
+        return results
+    all_logps = torch.log_softmax(logits.detach(), -1)
+    return *results, _place(torch.special.entr(all_logps.exp()).sum(-1), valid)
 
 
-def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: Backend = "reference") -> Tensor:
     """sums[s] = sum of values[cu_seqlens[s] : cu_seqlens[s + 1]], [S]; an empty one sums to 0."""
     bounds = cu_seqlens.tolist()
     return torch.stack([values[a:b].sum() for a, b in pairwise(bounds)] or [values[:0]]).view(-1)

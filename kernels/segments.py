@@ -11,37 +11,12 @@ import torch
 from torch import Tensor
 
 from redi.kernels.reference import IGNORE_INDEX
-from redi.kernels.validate import check_cu_seqlens, check_same_device, check_sequence_values
 
 BLOCK = 1024
 
 
-def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """sums[s] = sum of values[cu_seqlens[s] : cu_seqlens[s + 1]].
-
-    Args:
-        values: [T] float32 or float64.
-        cu_seqlens: [S + 1] int32 or int64, from 0 to T, not falling.
-
-    Returns:
-        [S] in the dtype of `values`, differentiable; an empty sequence sums to 0. The sum of a
-        sequence is bitwise the same wherever it lies in `values`, and needs no device sync.
-
-    Raises:
-        TypeError, ValueError: wrong dtype, shape or device; wrong bounds (on the CPU, or with
-            REDI_DEBUG=1).
-    """
-    if values.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"values must be float32 or float64, got {values.dtype}")
-    if values.dim() != 1:
-        raise ValueError(f"values must have shape [T], got {tuple(values.shape)}")
-    check_cu_seqlens(cu_seqlens, values)
-    check_same_device("cu_seqlens", cu_seqlens, values)
-    return _segment_sum_op(values, cu_seqlens)
-
-
 def sum_segments(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`segment_sum` without checks and autograd, for the insides of other ops."""
+    """`segment_sum` without checks and autograd: values [T], cu_seqlens [S + 1]; returns [S]."""
     sequences = cu_seqlens.shape[0] - 1
     bounds = cu_seqlens.long()
     longest = values.shape[0]  # of any sequence, as far as the host knows
@@ -52,6 +27,11 @@ def sum_segments(values: Tensor, cu_seqlens: Tensor) -> Tensor:
         longest = -(-longest // BLOCK)
         if longest == 1:
             return values[:sequences]  # one block for each sequence
+
+
+def spread_segments(sums: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """[T]: for each token the value [S] of its sequence, 0 behind the last: the sum's gradient."""
+    return torch.cat([sums, sums.new_zeros(1)])[sequence_ids(cu_seqlens, tokens)]
 
 
 def sequence_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -90,29 +70,3 @@ def _sum_blocks(values: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
         table = table[:, :half] + table[:, half:]
     # + 0.0 makes -0.0 into 0.0, as any further level would.
     return table[:, 0] + 0.0, block_bounds
-
-
-@torch.library.custom_op("redi::segment_sum", mutates_args=())
-def _segment_sum_op(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    check_sequence_values(cu_seqlens, values.shape[0])
-    return sum_segments(values, cu_seqlens)
-
-
-@_segment_sum_op.register_fake
-def _(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return values.new_empty(cu_seqlens.shape[0] - 1)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    values, cu_seqlens = inputs
-    ctx.tokens = values.shape[0]
-    ctx.save_for_backward(cu_seqlens)
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-    (cu_seqlens,) = ctx.saved_tensors
-    ids = sequence_ids(cu_seqlens, ctx.tokens)
-    return torch.cat([grad, grad.new_zeros(1)])[ids], None
-
-
-_segment_sum_op.register_autograd(_backward, setup_context=_setup_context)

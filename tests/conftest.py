@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,31 @@ from torch import Tensor
 # pytest's importlib mode puts no folder on the path; test files share helpers that lie here.
 sys.path.append(str(Path(__file__).parent))
 
+# Without a card Triton's kernels run by its interpreter, which Triton asks for when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from kernel_cases import TARGETS, Target
+
+from redi.kernels.backends import TRITON_INSTALLED, TRITON_INTERPRETS
+
+
+def pytest_configure() -> None:
+    """Triton's interpreter patches its language at each call of a function from a kernel, which
+    takes about as long as the kernel itself; once for each module that defines one is enough."""
+    if not (TRITON_INSTALLED and TRITON_INTERPRETS):
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patch_and_call, patched = InterpretedFunction.__call__, set()
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if function.fn.__module__ in patched:
+            return function.rewrite()(*args, **kwargs)
+        patched.add(function.fn.__module__)
+        return patch_and_call(function, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(params=TARGETS, ids="-".join)

@@ -87,7 +87,7 @@ def test_redi_loss_is_exact_for_a_real_vocabulary(target: Target, vocab: int) ->
     [
         ((1,), (1,)),
         ((0, 0, 3), (1, -1, -1)),
-        ((300, 211), (1, -1)),
+        ((50, 31), (1, -1)),
         ((5, 4, 3), (0, 1, -1)),
     ],
 )
@@ -97,7 +97,7 @@ def test_redi_loss_is_exact_for_ragged_rows(
     case = make_case(
         dtype, hidden=61, vocab=129, lengths=lengths, signs=signs, masked=0.1, device=target.device
     )
-    _, got = run(redi_loss, case, backend=target.backend)
+    _, got = run(redi_loss, case, backend=target.backend, chunk_tokens=32)
     assert not violations(got, case, oracle(case)[1])
 
 
@@ -166,7 +166,7 @@ def test_value_and_grad_is_redi_loss_and_its_gradients(
     before = torch.randn(case.weight.shape, device=target.device) * 1e-2
     dweight = before.clone() if given else None
     value, dhidden, total = redi_value_and_grad(
-        *case.arguments, **case.options, grad_scale=3.0, dweight=dweight, backend=target.backend
+        *case.arguments, **case.options, grad_scale=4.0, dweight=dweight, backend=target.backend
     )
     assert torch.equal(value.loss, out.loss)
     assert torch.equal(value.sequence_logps, out.sequence_logps)
@@ -175,10 +175,12 @@ def test_value_and_grad_is_redi_loss_and_its_gradients(
     assert (total is dweight) == given
     added = total - before if given else total
     tolerance = 2e-5 if dtype == torch.float32 else 4e-3
-    assert relative_error(dhidden / 3, expected.dhidden) < tolerance
-    assert relative_error(added / 3, expected.dweight) < tolerance
+    assert relative_error(dhidden / 4, expected.dhidden) < tolerance
+    assert relative_error(added / 4, expected.dweight) < tolerance
     # float32 all the way: nearer to the oracle than the rounded gradient is.
-    assert relative_error(added / 3, oracle(case)[1].dweight) < tolerance / 1.5
+    exact = oracle(case)[1].dweight
+    rounded = relative_error(expected.dweight, exact)
+    assert relative_error(added / 4, exact) < (2e-5 if dtype == torch.float32 else rounded)
 
 
 @pytest.mark.parametrize("kind", ["random", "confident", "logp -80"])
@@ -198,11 +200,32 @@ def test_signed_cross_entropy_is_exact_for_every_coefficient(
     )
     exact = gradients(exact_loss, exact_case.hidden, exact_case.weight)
     torch.testing.assert_close(loss, exact_loss.float(), rtol=2e-5, atol=1e-5)
-    torch.testing.assert_close(logps, exact_logps.float(), rtol=2e-5, atol=1e-30)
+    # float64 itself subtracts numbers of up to 64 here, and errs by 2^-53 of them.
+    torch.testing.assert_close(logps, exact_logps.float(), rtol=2e-5, atol=2.0**-47)
     # Where p is tiny or nearly 1 the logits' own rounding (1e-7 |z|) is all the error there is.
     limit = 2e-5 * max(1.0, logits_size(case) / 20)
     assert relative_error(got.dhidden, exact.dhidden) < limit
     assert relative_error(got.dweight, exact.dweight) < limit
+
+
+@pytest.mark.parametrize("logits", LOGITS)
+def test_entropies_are_exact_and_of_the_same_pass(target: Target, logits: str) -> None:
+    case = make_case(torch.float32, logits=logits, device=target.device)
+    arguments = case.hidden, case.weight, case.targets, case.token_weights
+    loss, logps, entropies = signed_cross_entropy(*arguments, entropy=True, backend=target.backend)
+    exact = reference.signed_cross_entropy(
+        *(t.double() if t.is_floating_point() else t for t in arguments), entropy=True
+    )[2]
+    # Where the target is nearly certain the entropy is relatively exact, however small; where
+    # another token is, 1 + the rest is rounded in float32.
+    atol = 2.0**-47 if logits == "confident" else 2.0**-22
+    size = max(1.0, logits_size(case) / 20)
+    torch.testing.assert_close(entropies, exact.float(), rtol=2e-5 * size, atol=atol)
+    assert (entropies >= 0).all()
+    assert not entropies[case.targets == -100].any()
+    without = signed_cross_entropy(*arguments, backend=target.backend)
+    assert torch.equal(loss, without[0])
+    assert torch.equal(logps, without[1])
 
 
 def test_unlikelihood_of_a_certain_token_is_finite_and_pushes_it_down(target: Target) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from redi.kernels import (
+    backends,
     linear_logprobs,
     redi_loss,
     redi_value_and_grad,
@@ -28,10 +29,15 @@ def small(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Case:
 def test_custom_ops_keep_their_contract(
     target: Target, dtype: torch.dtype, with_index: bool
 ) -> None:
-    case = leaves(small(dtype, target.device))
+    # As few tokens as make two chunks: each op runs some ten times.
+    case = leaves(
+        make_case(
+            dtype, vocab=23, hidden=6, lengths=(2, 0, 2), signs=(1, 1, -1), device=target.device
+        )
+    )
     index = case.valid_index if with_index else None
     ops = torch.ops.redi
-    tail = (target.backend, 4)
+    tail = (target.backend, 2)
     for need in ((True, True), (True, False), (False, True)):
         hidden, weight = (
             operand.detach().requires_grad_(needed)
@@ -44,7 +50,7 @@ def test_custom_ops_keep_their_contract(
         weights = case.token_weights
         opcheck(
             ops.signed_cross_entropy.default,
-            (hidden, weight, case.targets, weights, index, "dft", *tail, *need),
+            (hidden, weight, case.targets, weights, index, "dft", need[0], *tail, *need),
         )
     for keep in (True, False):
         opcheck(
@@ -71,7 +77,11 @@ def test_custom_ops_keep_their_contract(
 def test_the_small_ops_keep_their_contract(target: Target) -> None:
     case = small(device=target.device)
     values = torch.randn(case.targets.shape, device=target.device, requires_grad=True)
-    opcheck(torch.ops.redi.segment_sum.default, (values, case.cu_seqlens))
+    opcheck(torch.ops.redi.segment_sum.default, (values, case.cu_seqlens, target.backend))
+    sums = torch.randn(3, device=target.device, requires_grad=True)
+    opcheck(
+        torch.ops.redi.segment_sum_backward.default, (sums, case.cu_seqlens, 12, target.backend)
+    )
     opcheck(
         torch.ops.redi.scale_gradient.default,
         (case.hidden, torch.tensor(2.0, device=target.device), torch.bfloat16),
@@ -87,7 +97,9 @@ def _compiled_step(backend: str) -> Any:
             backend=backend,
         )  # fmt: skip
         loss, _ = signed_cross_entropy(trunk, weight, targets, token_weights, backend=backend)
-        logps = segment_sum(linear_logprobs(trunk, weight, targets, backend=backend), cu_seqlens)
+        logps = segment_sum(
+            linear_logprobs(trunk, weight, targets, backend=backend), cu_seqlens, backend=backend
+        )
         return 3 * out.loss + loss + torch.sigmoid(logps).sum() + out.sequence_logps.mean()
 
     return step
@@ -264,7 +276,6 @@ WRONG = [
     ({"alpha": float("nan")}, ValueError, "alpha must be finite and >= 0, got nan"),
     ({"num_pairs": 0}, ValueError, "num_pairs must be finite and > 0, got 0"),
     ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', .* got 'cuda'"),
-    ({"backend": "triton"}, ValueError, 'backend="triton" is not available'),
     ({"chunk_tokens": 0}, ValueError, "chunk_tokens must be a positive int or None, got 0"),
     (
         {"valid_index": lambda _: torch.zeros(3)},
@@ -297,6 +308,46 @@ def test_a_wrong_argument_is_named_with_what_it_got_and_needs(
         redi_loss(**_changed(**changes))
     with pytest.raises(error, match=message):
         redi_value_and_grad(**_changed(**changes))
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [
+        (True, "needs a GPU, .* on cpu: .* TRITON_INTERPRET=1"),
+        (False, "needs the package triton: install it or use"),
+    ],
+)
+def test_triton_where_it_cannot_run_is_an_error_that_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, message: str
+) -> None:
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", installed)
+    monkeypatch.setattr(backends, "TRITON_INTERPRETS", False)
+    case = small()
+    calls = [
+        lambda: redi_loss(*case.arguments, **case.options, backend="triton"),
+        lambda: linear_logprobs(*case.arguments[:3], backend="triton"),
+        lambda: segment_sum(torch.zeros(12), case.cu_seqlens, backend="triton"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert backends.choose_backend("auto", torch.device("cpu")) == "torch"
+
+
+def test_triton_refuses_float64() -> None:
+    if not (backends.TRITON_INSTALLED and backends.TRITON_INTERPRETS):
+        pytest.skip("without the interpreter the CPU itself is refused")
+    case = small(torch.float64)
+    with pytest.raises(TypeError, match='computes in float32: use "torch" for float64'):
+        redi_loss(*case.arguments, **case.options, backend="triton")
+
+
+@pytest.mark.parametrize(("installed", "chosen"), [(True, "triton"), (False, "torch")])
+def test_auto_is_triton_on_a_gpu_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, chosen: str
+) -> None:
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", installed)
+    assert backends.choose_backend("auto", torch.device("cuda")) == chosen
 
 
 @pytest.mark.parametrize(

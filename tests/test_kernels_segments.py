@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_cases import Target
 
 from redi.kernels import reference, segment_sum
 from redi.kernels.segments import sequence_ids, sequence_lengths
@@ -20,45 +21,62 @@ def bounds(lengths: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor
     return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
 
 
-@settings(max_examples=40, deadline=None)
+def sums_of(target: Target, values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """By the target's backend on its device, on the CPU again."""
+    moved = values.to(target.device), cu_seqlens.to(target.device)
+    return segment_sum(*moved, backend=target.backend).cpu()
+
+
+@settings(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # neither holds any state
+)
 @given(
     lengths=LENGTHS,
     seed=st.integers(0, 1000),
     index=st.sampled_from([torch.int32, torch.int64]),
 )
 def test_a_sum_is_right_and_the_same_bits_wherever_the_sequence_lies(
-    lengths: list[int], seed: int, index: torch.dtype
+    target: Target, lengths: list[int], seed: int, index: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     parts = [-torch.rand(n, generator=generator) for n in lengths]
     values = torch.cat([torch.zeros(0), *parts])
-    sums = segment_sum(values, bounds(lengths, index))
+    sums = sums_of(target, values, bounds(lengths, index))
     exact = reference.segment_sum(values.double(), bounds(lengths))
     torch.testing.assert_close(sums.double(), exact, rtol=1e-6, atol=0)
     for part, total in zip(parts, sums, strict=True):
-        alone = segment_sum(part, bounds([len(part)]))
+        alone = sums_of(target, part, bounds([len(part)]))
         assert torch.equal(alone[0], total)
         shifted = torch.cat([torch.ones(3), part, torch.ones(1500)])
-        assert torch.equal(segment_sum(shifted, bounds([3, len(part), 1500]))[1], total)
+        assert torch.equal(sums_of(target, shifted, bounds([3, len(part), 1500]))[1], total)
 
 
-def test_a_sequence_of_over_a_million_tokens_is_summed_exactly_enough() -> None:
+def test_a_sequence_of_over_a_million_tokens_is_summed_exactly_enough(target: Target) -> None:
     torch.manual_seed(0)
     values = -torch.rand(1024**2 + 1500)
-    sums = segment_sum(values, bounds([1024**2 + 77, 1423]))
+    sums = sums_of(target, values, bounds([1024**2 + 77, 1423]))
     exact = reference.segment_sum(values.double(), bounds([1024**2 + 77, 1423]))
     torch.testing.assert_close(sums.double(), exact, rtol=5e-7, atol=0)
 
 
-def test_the_gradient_goes_to_the_sequence_s_own_tokens() -> None:
+def test_the_gradient_goes_to_the_sequence_s_own_tokens(target: Target) -> None:
+    values = torch.randn(9, device=target.device, requires_grad=True)
+    cu_seqlens = bounds([2, 0, 4, 3]).to(target.device)
+    dsums = torch.tensor([1.0, 2.0, 3.0, 4.0], device=target.device, requires_grad=True)
+    sums = segment_sum(values, cu_seqlens, backend=target.backend)
+    (grad,) = torch.autograd.grad(sums, values, dsums, create_graph=True)
+    assert grad.tolist() == [1, 1, 3, 3, 3, 3, 4, 4, 4]
+    # The gradient is linear in what comes from above, and its gradient the sum again.
+    (again,) = torch.autograd.grad(grad, dsums, torch.arange(9.0, device=target.device))
+    assert again.tolist() == [1, 0, 14, 21]
+
+
+def test_gradients_are_finite_differences() -> None:
     values = torch.randn(9, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v: segment_sum(v, bounds([2, 0, 4, 3])), values)
-    (grad,) = torch.autograd.grad(
-        segment_sum(values, bounds([2, 0, 4, 3])),
-        values,
-        torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64),
-    )
-    assert grad.tolist() == [1, 1, 3, 3, 3, 3, 4, 4, 4]
+    assert torch.autograd.gradgradcheck(lambda v: segment_sum(v, bounds([2, 0, 4, 3])), values)
 
 
 def test_ids_and_lengths_follow_the_bounds() -> None:

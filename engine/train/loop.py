@@ -83,7 +83,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
     check_trackers(recipe.run.trackers)
     check_replicas(recipe.shard, world.size)
     try:
-        choose_backend(recipe.objective.backend)
+        choose_backend(recipe.objective.backend, world.device)
     except ValueError as error:
         raise InputError(f"objective.backend: {error}") from None
     data = prepare_data(recipe, world, console)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from redi.engine.cli import main
 
@@ -218,7 +219,6 @@ def test_an_architecture_that_packed_rows_cannot_run_is_refused(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"objective.backend": "triton"}, "objective.backend"),
         ({"shard.replicate": 2}, "shard.replicate = 2 does not divide the 1 ranks"),
         ({"run.dir": "/proc/none/run"}, "run.dir: /proc/none/run cannot be written"),
         ({"eval.path": "none.jsonl"}, "none.jsonl"),
@@ -233,6 +233,18 @@ def test_what_cannot_run_here_is_said_in_one_line(
 ) -> None:
     assert main(["train", str(recipe("r", changes))]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_triton_without_a_gpu_is_said_in_one_line(
+    recipe: WriteRecipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("redi.kernels.backends.TRITON_INTERPRETS", False)
+    monkeypatch.setattr("redi.kernels.backends.TRITON_INSTALLED", True)
+    if torch.cuda.is_available():
+        pytest.skip("here it can run")
+    assert main(["train", str(recipe("r", {"objective.backend": "triton"}))]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert 'objective.backend: backend="triton" needs a GPU' in said
 
 
 def test_a_second_recipe_with_missing_data_stops_the_first_from_training(

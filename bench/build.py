@@ -1,0 +1,205 @@
+"""Builds the Triton kernels ahead of time and lists what each takes of a GPU; no card is needed.
+
+    python -m redi.bench.build [--targets sm_90 gfx942]
+
+For each variant that the loss ops launch: registers a thread, shared memory, and what must be 0,
+stack and spilled registers. The binaries are those that the GPU would run.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from redi.kernels.segments_triton import spread_segments_kernel, sum_segments_kernel
+from redi.kernels.softmax_triton import launch_shape, softmax_rows_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+VOCAB = 151_936
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as one kind of call specialises it."""
+
+    name: str
+    kernel: Any
+    """The function that `triton.jit` decorated."""
+    types: dict[str, str]
+    """Triton's name of each argument's type; an argument that is not here is a constant."""
+    constants: dict[str, Any]
+    """Values of arguments known when compiling; None for those neither here nor in `types`."""
+    warps: int
+    aligned: bool = True
+    """Whether pointers, strides and rooms are multiples of 16."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """A variant's binary for one architecture."""
+
+    variant: str
+    target: str
+    registers: int
+    """Of a thread, 32 bits each."""
+    shared_bytes: int
+    """Of a program."""
+    stack_bytes: int
+    """Of a thread: local memory that it has to reserve."""
+    spills: int
+    """Instructions that move registers to or from local memory (AMD: registers spilled)."""
+    assembly: str
+    """SASS or AMD assembly."""
+
+
+def variants(target: GPUTarget) -> list[Variant]:
+    """What the loss ops launch on that target."""
+    halves_in_place = target.backend == "cuda"
+    row = {
+        "logits": "*fp32", "logits_stride": "i32", "vocab": "i32", "room": "i32",
+        "tokens": "*i64", "targets": "*i64", "logps": "*fp32",
+    }  # fmt: skip
+    strides = {"dlogits_stride": "i32", "dlogits_room": "i32"}
+    halves = {"dlogits": "*bf16" if halves_in_place else "*fp32", **strides}
+    whole = {"dlogits": "*fp32", **strides}
+    by_sequence = {
+        "cu_seqlens": "*i32", "signs": "*i64", "lengths": "*i64", "num_sequences": "i32",
+        "alpha": "fp32", "factor": "fp32",
+    }  # fmt: skip
+    by_token = {"weights": "*fp32"}
+    block, warps = launch_shape(VOCAB, target.warp_size)
+    of_bf16 = {
+        "ROUNDED": tl.bfloat16,
+        "COEFFICIENT": "weight",
+        "HALVES_IN_PLACE": halves_in_place,
+        "BLOCK": block,
+    }
+    of_fp16 = {**of_bf16, "ROUNDED": tl.float16}
+    of_fp32 = {**of_bf16, "ROUNDED": tl.float32, "HALVES_IN_PLACE": False}
+    fp16 = {"dlogits": "*fp16" if halves_in_place else "*fp32", **strides, "scale": "*fp32"}
+    small_block, small_warps = launch_shape(500, target.warp_size)
+    small = {**of_bf16, "BLOCK": small_block}
+
+    found = [
+        Variant(name, softmax_rows_kernel, row | types, constants, warps)
+        for name, types, constants in [
+            ("redi bf16", halves | by_sequence, of_bf16),
+            ("redi fp16", fp16 | by_sequence, of_fp16),
+            ("redi fp32", whole | by_sequence, of_fp32),
+            ("signed bf16", halves | by_token, of_bf16),
+            ("signed bf16 entropy", halves | by_token | {"entropies": "*fp32"}, of_bf16),
+            ("dft bf16", halves | by_token, of_bf16 | {"COEFFICIENT": "dft"}),
+            ("unlikelihood bf16", halves | by_token, of_bf16 | {"COEFFICIENT": "unlikelihood"}),
+            ("log-probs", {}, of_bf16 | {"HALVES_IN_PLACE": False}),
+            (
+                "log-probs kept bf16",
+                {"dlogits": "*bf16"} | strides | by_token,
+                of_bf16 | {"HALVES_IN_PLACE": False},
+            ),
+        ]
+    ]
+    types = row | halves | by_sequence
+    found.append(Variant("redi bf16 unaligned", softmax_rows_kernel, types, of_bf16, warps, False))
+    found.append(Variant("redi bf16 V=500", softmax_rows_kernel, types, small, small_warps))
+    found.append(
+        Variant(
+            "segment_sum",
+            sum_segments_kernel,
+            {"values": "*fp32", "cu_seqlens": "*i32", "sums": "*fp32"},
+            {},
+            4,
+        )
+    )
+    found.append(
+        Variant(
+            "segment_sum backward",
+            spread_segments_kernel,
+            {"sums": "*fp32", "cu_seqlens": "*i32", "values": "*fp32"},
+            {},
+            4,
+        )
+    )
+    return found
+
+
+def build(variant: Variant, target: str) -> Build:
+    """Compile a variant for one of `TARGETS`."""
+    names = variant.kernel.arg_names
+    assert {*variant.types, *variant.constants} <= {*names}
+    signature = {name: variant.types.get(name, "constexpr") for name in names}
+    constants = {name: None for name in names if name not in variant.types} | variant.constants
+    aligned = [
+        name
+        for name, kind in variant.types.items()
+        if kind.startswith("*") or name.endswith(("stride", "room"))
+    ]
+    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    compiled = triton.compile(
+        ASTSource(variant.kernel, signature, constants, divisible if variant.aligned else {}),
+        target=TARGETS[target],
+        options={"num_warps": variant.warps},
+    )
+    if TARGETS[target].backend == "hip":
+        text = compiled.asm["amdgcn"]
+        number = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.M)}
+        registers = number["vgpr_count"]
+        stack = number["private_segment_fixed_size"]
+        spills = number["vgpr_spill_count"] + number["sgpr_spill_count"]
+    else:
+        text, usage = _disassemble(compiled.asm["cubin"])
+        number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
+        registers, stack = number["REG"], number["STACK"] + number["LOCAL"]
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
+    shared = compiled.metadata.shared
+    return Build(variant.name, target, registers, shared, stack, spills, text)
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """SASS, and the resource usage of the one function in it, by the tool in Triton's package."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [tool, "--dump-sass", "--dump-resource-usage", path]
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage, sass = out.split("code for", 1)
+    return sass, usage.split("Function", 1)[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; 1 if anything spills or needs a stack."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: unset it, as interpreted kernels are not compiled")
+    print(f"Triton {triton.__version__}")
+    print(f"{'kernel':24}{'target':8}{'registers':>10}{'shared B':>10}{'stack B':>9}{'spills':>8}")
+    clean = True
+    for target in options.targets:
+        for variant in variants(TARGETS[target]):
+            made = build(variant, target)
+            clean = clean and not made.stack_bytes and not made.spills
+            print(
+                f"{made.variant:24}{target:8}{made.registers:10}{made.shared_bytes:10}"
+                f"{made.stack_bytes:9}{made.spills:8}"
+            )
+    return 0 if clean else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,307 @@
+"""The row kernel in Triton: one program a row of logits, two passes over it.
+
+The formulas are those of `rows.softmax_rows`. Pass 1 reads a row and leaves its log-sum-exp,
+pass 2 reads it again and writes u (p - onehot) over it, rounded once. A row of V = 151,936 is
+594 KiB: too much for an SM, so what pass 2 need not fetch from memory it finds in L2. Pass 1
+therefore goes from the row's end to its start, and pass 2 from the start, where L2 is still warm.
+
+The gradient in bfloat16 or float16 lies over the float32 row that it is made of: column j takes
+bytes 2 j and 2 j + 1 of the row, its logit bytes 4 j to 4 j + 3. See `_write_gradient` for why no
+logit is lost before it is read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from redi.kernels.rows import MIN_ONE_MINUS_P, SequenceWeights, TokenWeights
+
+# Both as Triton sees them: a kernel may use a module's constants only where they are constexpr.
+_MIN_ONE_MINUS_P = tl.constexpr(MIN_ONE_MINUS_P)
+_INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+ROUNDED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+# Columns that a thread has at hand: four loads of 16 bytes. Memory wants 4.3 TB/s / 132 SMs x 1 us
+# = 33 KB in flight on an SM; 1024 threads can have 64 KiB, two such programs twice that.
+COLUMNS_PER_THREAD = 16
+MAX_THREADS = 1024
+
+# A load needs a column count that is a multiple of this to be one of 16 bytes.
+ALIGNMENT = 16
+
+
+def softmax_rows(
+    logits: Tensor,
+    tokens: Tensor,
+    targets: Tensor,
+    weights: TokenWeights | None,
+    *,
+    coefficient: str,
+    dtype: torch.dtype,
+    logps: Tensor,
+    entropies: Tensor | None = None,
+    scale: Tensor | None = None,
+    dlogits: Tensor | None = None,
+) -> Tensor | None:
+    """`rows.softmax_rows` in one launch; its arguments, and these differences.
+
+    Args:
+        logits: [C, V] float32, unit stride along V. Of each row the columns up to the next
+            multiple of 16 may be read and written, where the row stride leaves room for them.
+
+    Returns:
+        dlogits [C, V], or None without weights. Not given a place they lie over the logits: in
+        `dtype`, each row at the start of its own storage (a half type's row stride is twice that
+        of the logits), or on AMD GPUs as rounded float32 values (see `_write_gradient`).
+    """
+    rows, vocab = logits.shape
+    assert logits.dtype == torch.float32
+    assert logits.stride(1) == 1
+    if weights is not None and dlogits is None:
+        as_halves = dtype != logits.dtype and not torch.version.hip
+        dlogits = logits.view(dtype)[:, :vocab] if as_halves else logits
+    block, warps = launch_shape(vocab, 64 if torch.version.hip else 32)
+    of_sequences = weights if isinstance(weights, SequenceWeights) else None
+    with torch.cuda.device_of(logits):
+        softmax_rows_kernel[(rows,)](
+            logits,
+            logits.stride(0),
+            vocab,
+            _room(logits),
+            tokens,
+            targets,
+            logps,
+            entropies,
+            dlogits,
+            None if dlogits is None else dlogits.stride(0),
+            None if dlogits is None else min(_room(logits), _room(dlogits)),
+            weights if isinstance(weights, Tensor) else None,
+            of_sequences and of_sequences.cu_seqlens,
+            of_sequences and of_sequences.signs,
+            of_sequences and of_sequences.lengths,
+            of_sequences and len(of_sequences.signs),
+            of_sequences and of_sequences.alpha,
+            of_sequences and of_sequences.factor,
+            scale,
+            ROUNDED=ROUNDED[dtype],
+            COEFFICIENT=coefficient,
+            HALVES_IN_PLACE=dlogits is not None
+            and dlogits.dtype != logits.dtype
+            and dlogits.data_ptr() == logits.data_ptr(),
+            BLOCK=block,
+            num_warps=warps,
+        )
+    return dlogits
+
+
+def launch_shape(vocab: int, warp_size: int) -> tuple[int, int]:
+    """Columns of a block, and warps of a program.
+
+    A real vocabulary gets 1024 threads: the fewer rows are under way, the more of each is still
+    in L2 when pass 2 comes for it. (At 32 registers a thread an SM runs two such programs: 264
+    rows of 594 KiB on an H100, whose L2 holds 50 MB, a third of them.) A small vocabulary gets as
+    many threads as one block of it needs.
+    """
+    block = min(COLUMNS_PER_THREAD * MAX_THREADS, max(128, triton.next_power_of_2(vocab)))
+    return block, max(1, block // COLUMNS_PER_THREAD // warp_size)
+
+
+def _room(matrix: Tensor) -> int:
+    """Columns of a row that may be touched: V and its padding, as far as loads are aligned."""
+    columns = matrix.shape[1]
+    return min(triton.cdiv(columns, ALIGNMENT) * ALIGNMENT, max(matrix.stride(0), columns))
+
+
+@triton.jit
+def softmax_rows_kernel(
+    logits,  # [C, V] float32
+    logits_stride,
+    vocab,  # V
+    room,  # columns of a row of logits that may be read
+    tokens,  # [C] int64
+    targets,  # [T] int64
+    logps,  # [T] float32, out
+    entropies,  # [T] float32, out, or None
+    dlogits,  # [C, V], out, perhaps over the logits; None for log-probs alone
+    dlogits_stride,
+    dlogits_room,  # columns of a row of dlogits that may be written
+    weights,  # [T] float32, or None for those of the sequences:
+    cu_seqlens,  # [S + 1]
+    signs,  # [S]
+    lengths,  # [S]
+    num_sequences,  # S
+    alpha,
+    factor,
+    scale,  # one float32, or None
+    ROUNDED: tl.constexpr,  # the dtype that the gradient is rounded to
+    COEFFICIENT: tl.constexpr,
+    HALVES_IN_PLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 14,134 rows of V = 151,936
+    token = tl.load(tokens + row)
+    target = tl.load(targets + token).to(tl.int32)
+    z = logits + row * logits_stride
+    z_target = tl.load(z + target)
+
+    largest, rest, moment = _sum_exponentials(
+        z, z_target, target, vocab, room, entropies is not None, BLOCK
+    )
+    e_target = tl.exp(z_target - largest)
+    total = rest + e_target
+    log_total = tl.where(z_target == largest, _log1p(rest), tl.log(total))
+    logp = z_target - largest - log_total
+    tl.store(logps + token, logp)
+    if entropies is not None:
+        moment += tl.where(e_target > 0, e_target * (z_target - largest), 0.0)
+        tl.store(entropies + token, log_total - moment / total)
+
+    if dlogits is not None:
+        if weights is not None:
+            u = tl.load(weights + token)
+        else:
+            u = _sequence_weight(token, cu_seqlens, signs, lengths, num_sequences, alpha, factor)
+        if scale is not None:
+            u *= tl.load(scale)
+        if COEFFICIENT == "dft":
+            u *= tl.exp(logp)
+        if COEFFICIENT == "unlikelihood":
+            u = tl.where(u < 0, u / tl.maximum(rest / e_target, _MIN_ONE_MINUS_P), u)
+            rest = tl.maximum(rest, _MIN_ONE_MINUS_P)
+        u /= total
+        _write_gradient(
+            z,
+            dlogits + row * dlogits_stride,
+            target,
+            largest,
+            u,
+            -u * rest,
+            vocab,
+            room,
+            dlogits_room,
+            ROUNDED,
+            HALVES_IN_PLACE,
+            BLOCK,
+        )
+
+
+@triton.jit
+def _sum_exponentials(z, z_target, target, vocab, room, MOMENT: tl.constexpr, BLOCK: tl.constexpr):
+    """Pass 1, without the target: (max of z, R = sum e, sum e (z - max)), e = exp(z - max).
+
+    The maximum is over all columns, the sums are over those other than the target. The third is
+    0 unless MOMENT.
+
+    Each lane of four neighbouring columns keeps a maximum and sums of its own (online softmax,
+    arXiv 1805.02867), so that no thread waits for another until the row's end, and a lane pays
+    one exponential for rescaling to four for columns.
+    """
+    LANES: tl.constexpr = BLOCK // 4
+    lane_columns = tl.arange(0, LANES)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    peaks = tl.full([LANES], float("-inf"), tl.float32)
+    sums = tl.zeros([LANES], tl.float32)
+    moments = tl.zeros([LANES], tl.float32)
+    blocks = tl.cdiv(vocab, BLOCK)
+    for i in range(blocks):
+        columns = (blocks - 1 - i) * BLOCK + lane_columns
+        # The load goes by `room`, a multiple of 16, as V would make it one of single words.
+        values = tl.load(z + columns, mask=columns < room, other=float("-inf"))
+        values = tl.where((columns < vocab) & (columns != target), values, float("-inf"))
+        higher = tl.maximum(peaks, tl.max(values, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
+        differences = values - base[:, None]
+        e = tl.exp(differences)
+        shrink = tl.exp(peaks - base)
+        if MOMENT:
+            drop = tl.where(sums > 0, peaks - base, 0.0)
+            moments = shrink * (moments + drop * sums)
+            moments += tl.sum(tl.where(e > 0, e * differences, 0.0), 1)
+        sums = sums * shrink + tl.sum(e, 1)
+        peaks = higher
+    largest = tl.maximum(tl.max(peaks, 0), z_target)
+    shrink = tl.exp(peaks - largest)
+    moment = 0.0
+    if MOMENT:
+        drop = tl.where(sums > 0, peaks - largest, 0.0)
+        moment = tl.sum(shrink * (moments + drop * sums), 0)
+    return largest, tl.sum(sums * shrink, 0), moment
+
+
+@triton.jit
+def _write_gradient(
+    z,
+    out,
+    target,
+    largest,
+    u,
+    at_target,
+    vocab,
+    room,
+    out_room,
+    ROUNDED: tl.constexpr,
+    HALVES_IN_PLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Pass 2: out = u e, but `at_target` at the target; out may lie over z.
+
+    The hazard: halves of block b cover the words of z's block b // 2, which a slower warp of this
+    program may still have to load. Blocks ascend, so b // 2 <= b, and a barrier between the loads
+    of block b and its stores makes sure of all blocks up to b: which is enough for the stores up
+    to block 2 b + 1. So barriers at b = 0, 2, 6, 14, ... are enough, and between them warps run
+    freely: one loads while another computes. Other programs have other rows.
+
+    That a barrier waits for loads that are still under way is what PTX says of bar.sync. On AMD
+    GPUs s_barrier does not, so there the gradient keeps float32's place, each thread its own word.
+    """
+    block_columns = tl.arange(0, BLOCK)
+    fence = 0
+    for i in range(tl.cdiv(vocab, BLOCK)):
+        columns = i * BLOCK + block_columns
+        values = tl.load(z + columns, mask=columns < room, other=float("-inf"))
+        gradient = tl.where(columns == target, at_target, tl.exp(values - largest) * u)
+        if HALVES_IN_PLACE:  # known when compiling  # noqa: SIM102
+            if i == fence:
+                tl.debug_barrier()
+                fence = 2 * fence + 2
+        gradient = _round(gradient, ROUNDED).to(out.dtype.element_ty)
+        tl.store(out + columns, gradient, mask=columns < out_room)
+
+
+@triton.jit
+def _sequence_weight(token, cu_seqlens, signs, lengths, num_sequences, alpha, factor):
+    """The token's weight, as `rows.SequenceWeights` defines it.
+
+    Its sequence is the number of sequences that end at or before it: one comparison with all
+    ends at a time costs one trip to memory, where a binary search makes one for each step.
+    """
+    ENDS: tl.constexpr = 1024
+    sequence = 0
+    for start in range(0, num_sequences, ENDS):
+        index = start + tl.arange(0, ENDS)
+        inside = index < num_sequences
+        ends = tl.load(cu_seqlens + 1 + index, mask=inside, other=0)
+        sequence += tl.sum((inside & (ends <= token)).to(tl.int32), 0)
+    known = sequence < num_sequences  # else the token lies behind the last one
+    sign = tl.load(signs + sequence, mask=known, other=0).to(tl.float32)
+    length = tl.load(lengths + sequence, mask=known, other=1)
+    return tl.where(sign < 0, alpha * sign, sign) * factor / tl.maximum(length, 1).to(tl.float32)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x >= 0, to a few roundings also where 1 + x rounds x away (Kahan)."""
+    rounded = 1.0 + x
+    exact = rounded == 1.0
+    return tl.where(exact, x, tl.log(rounded) * (x / tl.where(exact, 1.0, rounded - 1.0)))
+
+
+@triton.jit
+def _round(values, DTYPE: tl.constexpr):
+    """float32 to DTYPE, to nearest even. (Triton's interpreter cuts bfloat16 off instead.)"""
+    if _INTERPRET and tl.bfloat16 == DTYPE:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return values.to(DTYPE)
