@@ -1,12 +1,13 @@
 """What training needs of a card beside the loss: sharding, packed attention."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from gpu_cases import DRY_RUN, SCALE, make_row
-from kernel_cases import relative_error
+from kernel_cases import Case, relative_error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -58,7 +59,8 @@ def test_sharded_is_unsharded(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
-def inputs(case) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+def inputs(case: Case) -> tuple[Tensor, ...]:
+    """Of `Head`."""
     return case.hidden, *case.arguments[2:]
 
 
@@ -79,7 +81,7 @@ def test_documents_of_a_packed_row_do_not_see_each_other() -> None:
     ).to(device)
 
     def states(ids: Tensor, bounds: list[int]) -> Tensor:
-        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        lengths = [b - a for a, b in pairwise(bounds)]
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])
         with torch.no_grad():
@@ -100,6 +102,6 @@ def test_documents_of_a_packed_row_do_not_see_each_other() -> None:
     assert not torch.equal(after[71:200], before[71:200])
     # The other way round: with the boundary gone they do, and the test can tell.
     assert not torch.equal(states(changed, [0, 70, 71, 233])[200:], before[200:])
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         alone = states(ids[start:end], [0, end - start])
         assert relative_error(alone, before[start:end]) < 2e-2
