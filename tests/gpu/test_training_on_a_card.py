@@ -1,12 +1,13 @@
 """What training needs of a card beside the loss: sharding, packed attention."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from gpu_cases import DRY_RUN, SCALE, make_row
-from kernel_cases import relative_error
+from kernel_cases import Case, relative_error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -58,7 +59,8 @@ def test_sharded_is_unsharded(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
-def inputs(case) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+def inputs(case: Case) -> tuple[Tensor, ...]:
+    """Of `Head`."""
     return case.hidden, *case.arguments[2:]
 
 
