@@ -53,7 +53,8 @@ class Row:
     """Fastest and slowest."""
     times_floor: float
     """Median over the turns of the time divided by the floor's in the same turn."""
-    peak_extra_mib: float
+    peak_extra_mib: float | None
+    """Beyond the operands; None for the floor, whose memory is made beforehand."""
     loss_error: float | None
     """Relative to float64; None, as the other errors, where another loss or none is computed."""
     logp_error: float | None
@@ -162,7 +163,7 @@ def measure(sizes: Sizes, names: list[str], repeats: int, limit_s: float) -> Mea
     for name, taken in seconds.items():
         ratios = [a / b for a, b in zip(taken, seconds["floor"], strict=True)]
         try:
-            memory = peak_extra_mib(name, built[name], sizes)
+            memory = None if name == "floor" else peak_extra_mib(name, built[name], sizes)
             errors = errors_of(built[name], exact)
         except Exception as error:
             failed[name] = problem_line(error)
