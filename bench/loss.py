@@ -236,6 +236,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--sequences must be even and at least 2, --repeats at least 1")
     if options.tokens < 2 * options.sequences or options.vocab < 16 or options.hidden < 16:
         parser.error("--tokens must be at least two a sequence, --vocab and --hidden at least 16")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
     return options
 
 
