@@ -222,14 +222,11 @@ def _minus(losses: TokenLogps) -> TokenLogps:
 
 
 _TORCH = f"batch_chunk_size {TORCH_CHUNK_TOKENS['cpu']} on a CPU, {TORCH_CHUNK_TOKENS['cuda']}"
-
 _OURS = "redi_loss, valid_index given, backend"
 
 METHODS: dict[str, Method] = {
     "floor": Method("the three products alone, dW in float32 on a GPU", floor),
-    "redi-triton": Method(
-        'redi_loss, backend="triton", valid_index given', redi("triton"), ours=True
-    ),
+    "redi-triton": Method(f"{_OURS} triton", redi("triton"), ours=True),
     "redi-torch": Method(f"{_OURS} torch", redi("torch"), ours=True),
     "eager": Method("whole logits in the operands' dtype, float32 log-softmax", eager),
     "eager-float32": Method("whole logits, operands cast to float32", eager_float32),

@@ -53,7 +53,8 @@ class Row:
     """Fastest and slowest."""
     times_floor: float
     """Median over the turns of the time divided by the floor's in the same turn."""
-    peak_extra_mib: float
+    peak_extra_mib: float | None
+    """Beyond the operands; None for the floor, whose memory is made beforehand."""
     loss_error: float | None
     """Relative to float64; None, as the other errors, where another loss or none is computed."""
     logp_error: float | None
@@ -162,7 +163,7 @@ def measure(sizes: Sizes, names: list[str], repeats: int, limit_s: float) -> Mea
     for name, taken in seconds.items():
         ratios = [a / b for a, b in zip(taken, seconds["floor"], strict=True)]
         try:
-            memory = peak_extra_mib(name, built[name], sizes)
+            memory = None if name == "floor" else peak_extra_mib(name, built[name], sizes)
             errors = errors_of(built[name], exact)
         except Exception as error:
             failed[name] = problem_line(error)
@@ -235,6 +236,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--sequences must be even and at least 2, --repeats at least 1")
     if options.tokens < 2 * options.sequences or options.vocab < 16 or options.hidden < 16:
         parser.error("--tokens must be at least two a sequence, --vocab and --hidden at least 16")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
     return options
 
 

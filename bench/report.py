@@ -89,12 +89,13 @@ HEADER = ("", "median", "fastest .. slowest", "x floor", "peak extra", "logp", "
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     errors = (row.get(key) for key in ERRORS)
+    peak = row["peak_extra_mib"]
     return (
         row["name"],
         f"{1e3 * row['median_s']:.1f} ms",
         " .. ".join(f"{1e3 * seconds:.1f}" for seconds in row["spread_s"]),
         f"{row['times_floor']:.3f}",
-        f"{row['peak_extra_mib']:.0f} MiB",
+        "" if peak is None else f"{peak:.0f} MiB",
         *("" if error is None else f"{error:.1e}" for error in errors),
     )
 
@@ -169,7 +170,7 @@ def draw(record: dict[str, Any], path: Path) -> bool:
     times.set_yticks(places, names)
     times.invert_yaxis()
 
-    # The floor's memory is made beforehand: its figure would say nothing.
+    # The floor's memory is made beforehand: older records have a figure that says nothing.
     peaks = [0.0 if row["name"] == "floor" else row["peak_extra_mib"] for row in rows]
     bars = memory.barh(places, peaks, color=colors)
     labels = [f"{peak:.0f}" if peak else "" for peak in peaks]

@@ -53,12 +53,12 @@ def test_it_prints_a_table_and_leaves_a_full_record_with_a_picture(
     for row in rows.values():
         assert len(row["seconds"]) == 2
         assert row["spread_s"][0] <= row["median_s"] <= row["spread_s"][1]
-        assert row["peak_extra_mib"] >= 0
     assert rows["floor"]["times_floor"] == 1.0
     for name in ("redi-torch", "eager"):
         assert rows[name]["dhidden_error"] < 2e-5
         assert rows[name]["dweight_error"] < 2e-5
         assert rows[name]["logp_error"] < 2e-5
+        assert rows[name]["peak_extra_mib"] >= 0
     if find_spec("matplotlib"):
         (picture,) = tmp_path.glob("*.png")
         assert picture.read_bytes().startswith(b"\x89PNG")
@@ -255,7 +255,7 @@ def test_gpu_sh_goes_on_after_a_failure_leaves_json_and_fails(tmp_path: Path) ->
     variables = {
         "PYTHON": sys.executable, "DEVICE": "cpu", "DTYPE": "float32", "TOKENS": "64",
         "VOCAB": "512", "HIDDEN": "8 64", "INPUTS": "random", "REPEATS": "1",
-        "CONTENDERS": "redi-torch",
+        "CONTENDERS": "floor",
     }  # fmt: skip
     done = subprocess.run(
         ["bash", str(ROOT / "bench/gpu.sh"), "results"],
