@@ -40,8 +40,9 @@ class StopRequest:
             os._exit(130)
         if number == signal.SIGINT and not self._first_sigint:
             self._first_sigint = now
-        if not self.asked and self._console.active:
+        # Set before anything is written: a second signal may come meanwhile.
+        first, self.asked = not self.asked, True
+        if first and self._console.active:
             # Not through print: the signal may have come in the middle of one.
             again = "; Ctrl-C again leaves at once, unsaved" if number == signal.SIGINT else ""
             os.write(2, f"\nstopping: this step is finished and saved first{again}\n".encode())
-        self.asked = True
