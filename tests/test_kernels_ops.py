@@ -280,7 +280,7 @@ WRONG = [
     (
         {"num_weighted": 3},
         ValueError,
-        "num_weighted counts tokens of valid_index: pass valid_index",
+        "num_weighted counts tokens of valid_index: pass valid_in",
     ),
     (
         {"valid_index": lambda _: torch.tensor([0]), "num_weighted": 2},
