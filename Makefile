@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test slow lint types
+.PHONY: train test slow lint types kernels
 
 train: $(VENV)/.installed
 	$(BIN)/python -m redi.engine.quickstart make runs/quickstart
@@ -37,3 +37,7 @@ $(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
 $(VENV)/.installed-test: setup.py constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@ $(VENV)/.installed
+
+# The Triton kernels for each GPU: registers, shared memory; fails if anything spills.
+kernels: $(VENV)/.installed-test
+	$(BIN)/python -W ignore -m redi.bench.build

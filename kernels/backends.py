@@ -15,7 +15,7 @@ from redi.kernels.validate import check_choice
 
 # Looked up once, as Triton reads its variable once: and torch.compile must not see the look.
 TRITON_INSTALLED = find_spec("triton") is not None
-TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def cross_entropy_chunks(
     coefficient: str,
     row_kernel: RowKernel,
     valid_index: Tensor | None = None,
+    num_weighted: int | None = None,
     chunk_tokens: int | None = None,
     token_logps: Tensor | None = None,
     token_entropies: Tensor | None = None,
@@ -67,6 +68,7 @@ def cross_entropy_chunks(
         coefficient: see `rows.effective_weights`.
         row_kernel: what makes log-probs and dZ of a chunk of logits.
         valid_index: [N] positions of unmasked targets; without it a GPU must synchronise once.
+        num_weighted: how many of `valid_index`, from the first, may have a weight other than 0.
         chunk_tokens: rows of a chunk at most; None chooses (`default_chunk_tokens`).
         token_logps: [T] accumulation dtype; 0 where masked.
         token_entropies: [T] likewise; only along with token_logps.
@@ -75,11 +77,11 @@ def cross_entropy_chunks(
         accumulate: add to `dweight` instead of overwriting it.
 
     Tokens of weight 0 cost the logits product alone, masked tokens nothing. (A GPU that is given
-    `valid_index` does not know how many weights are 0 and treats all tokens alike.)
+    `valid_index` without `num_weighted` does not know them and treats all tokens alike.)
     """
     if dhidden is None and dweight is None:
         token_weights = None
-    order = order_tokens(targets, token_weights, valid_index)
+    order = order_tokens(targets, token_weights, valid_index, num_weighted)
     dtype = accumulation_dtype(hidden.dtype)
     logps = hidden.new_empty(targets.shape, dtype=dtype) if token_logps is None else token_logps
     if token_logps is None:
@@ -216,23 +218,27 @@ def kept_gradient_chunks(
 
 
 def order_tokens(
-    targets: Tensor, token_weights: TokenWeights | None, valid_index: Tensor | None
+    targets: Tensor,
+    token_weights: TokenWeights | None,
+    valid_index: Tensor | None,
+    num_weighted: int | None = None,
 ) -> TokenOrder:
     """The unmasked tokens, those of non-zero weight first and otherwise in order.
 
     With `valid_index` on a GPU nothing is read back; else the two counts are, at once.
     """
-    if valid_index is not None and targets.device.type != "cpu":
-        return TokenOrder(valid_index.long(), 0 if token_weights is None else len(valid_index))
+    if valid_index is not None and (num_weighted is not None or targets.device.type != "cpu"):
+        weighted = len(valid_index) if num_weighted is None else num_weighted
+        return TokenOrder(valid_index.long(), 0 if token_weights is None else weighted)
     valid = targets != IGNORE_INDEX
-    weighted = torch.zeros_like(valid)
+    has_weight = torch.zeros_like(valid)
     if isinstance(token_weights, SequenceWeights):
         positions = torch.arange(len(targets), device=targets.device)
         token_weights = token_weights.of_tokens(positions, torch.float32)
     if token_weights is not None:
-        weighted = valid & (token_weights != 0)
-    rank = torch.where(valid, torch.where(weighted, 0, 1), 2)
-    count, with_grad = torch.stack([valid.sum(), weighted.sum()]).tolist()
+        has_weight = valid & (token_weights != 0)
+    rank = torch.where(valid, torch.where(has_weight, 0, 1), 2)
+    count, with_grad = torch.stack([valid.sum(), has_weight.sum()]).tolist()
     return TokenOrder(torch.argsort(rank, stable=True)[:count], with_grad)
 
 

@@ -16,13 +16,23 @@ from torch import Tensor
 from redi.kernels.backends import kernels_of
 from redi.kernels.chunked import cross_entropy_chunks
 from redi.kernels.reference import IGNORE_INDEX, accumulation_dtype
-from redi.kernels.rows import SequenceWeights, token_losses
+from redi.kernels.rows import SequenceWeights, TokenWeights, token_losses, weights_at
 from redi.kernels.segments import sequence_lengths
 from redi.kernels.validate import (
     check_sequence_values,
     check_target_values,
+    check_unweighted_values,
     check_weight_values,
 )
+
+
+def _check_unweighted(
+    weights: TokenWeights, valid_index: Tensor | None, num_weighted: int | None
+) -> None:
+    """The tokens of `valid_index` behind the first `num_weighted` have weight 0."""
+    if valid_index is not None and num_weighted is not None:
+        rest = valid_index[num_weighted:].long()
+        check_unweighted_values(weights_at(weights, rest, torch.float32), num_weighted)
 
 
 def _gradient_buffer(operand: Tensor, needed: bool) -> Tensor:
@@ -38,6 +48,7 @@ def _redi(
     cu_seqlens: Tensor,
     signs: Tensor,
     valid_index: Tensor | None,
+    num_weighted: int | None,
     alpha: float,
     num_pairs: float,
     grad_scale: float,
@@ -56,6 +67,7 @@ def _redi(
     kernels = kernels_of(backend)
     lengths = sequence_lengths(targets, cu_seqlens)
     weights = SequenceWeights(cu_seqlens, signs, lengths, alpha, 1 / num_pairs)
+    _check_unweighted(weights, valid_index, num_weighted)
     token_logps = hidden.new_empty(tokens, dtype=dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         cross_entropy_chunks(
@@ -66,6 +78,7 @@ def _redi(
             coefficient="weight",
             row_kernel=kernels.softmax_rows,
             valid_index=valid_index,
+            num_weighted=num_weighted,
             chunk_tokens=chunk_tokens,
             token_logps=token_logps,
             dhidden=dhidden,
@@ -85,6 +98,7 @@ def redi_loss_op(
     cu_seqlens: Tensor,
     signs: Tensor,
     valid_index: Tensor | None,
+    num_weighted: int | None,
     alpha: float,
     num_pairs: float,
     backend: str,
@@ -102,6 +116,7 @@ def redi_loss_op(
         cu_seqlens,
         signs,
         valid_index,
+        num_weighted,
         alpha,
         num_pairs,
         1.0,
@@ -122,6 +137,7 @@ def _(
     cu_seqlens: Tensor,
     signs: Tensor,
     valid_index: Tensor | None,
+    num_weighted: int | None,
     alpha: float,
     num_pairs: float,
     backend: str,
@@ -147,6 +163,7 @@ def redi_value_and_grad_op(
     cu_seqlens: Tensor,
     signs: Tensor,
     valid_index: Tensor | None,
+    num_weighted: int | None,
     alpha: float,
     num_pairs: float,
     grad_scale: float,
@@ -164,6 +181,7 @@ def redi_value_and_grad_op(
         cu_seqlens,
         signs,
         valid_index,
+        num_weighted,
         alpha,
         num_pairs,
         grad_scale,
@@ -184,6 +202,7 @@ def _(
     cu_seqlens: Tensor,
     signs: Tensor,
     valid_index: Tensor | None,
+    num_weighted: int | None,
     alpha: float,
     num_pairs: float,
     grad_scale: float,
@@ -208,6 +227,7 @@ def signed_cross_entropy_op(
     targets: Tensor,
     token_weights: Tensor,
     valid_index: Tensor | None,
+    num_weighted: int | None,
     coefficient: str,
     need_entropies: bool,
     backend: str,
@@ -222,6 +242,7 @@ def signed_cross_entropy_op(
     dweight = _gradient_buffer(weight, need_dweight)
     dtype = accumulation_dtype(hidden.dtype)
     token_weights = token_weights.to(dtype)
+    _check_unweighted(token_weights, valid_index, num_weighted)
     token_logps = hidden.new_empty(hidden.shape[0], dtype=dtype)
     token_entropies = hidden.new_empty(hidden.shape[0] if need_entropies else 0, dtype=dtype)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -233,6 +254,7 @@ def signed_cross_entropy_op(
             coefficient=coefficient,
             row_kernel=kernels_of(backend).softmax_rows,
             valid_index=valid_index,
+            num_weighted=num_weighted,
             chunk_tokens=chunk_tokens,
             token_logps=token_logps,
             token_entropies=token_entropies if need_entropies else None,
@@ -251,6 +273,7 @@ def _(
     targets: Tensor,
     token_weights: Tensor,
     valid_index: Tensor | None,
+    num_weighted: int | None,
     coefficient: str,
     need_entropies: bool,
     backend: str,

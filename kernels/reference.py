@@ -2,8 +2,8 @@
 
 Each function has the name and signature of a public op of `redi.kernels` and is its definition:
 whole logits, ordinary autograd, nothing clever. Everything is computed in float32, or in float64
-for float64 inputs, and float64 is the oracle of the tests. `valid_index`, `backend` and
-`chunk_tokens` say how to compute, not what, so they are accepted and ignored.
+for float64 inputs, and float64 is the oracle of the tests. `valid_index`, `num_weighted`, `backend`
+and `chunk_tokens` say how to compute, not what, so they are accepted and ignored.
 
 Dimensions, here and in every other file:
 
@@ -84,6 +84,7 @@ def signed_cross_entropy(
     coefficient: Coefficient = "weight",
     entropy: bool = False,
     valid_index: Tensor | None = None,
+    num_weighted: int | None = None,
     backend: Backend = "reference",
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, ...]:
@@ -129,6 +130,7 @@ def redi_loss(
     alpha: float,
     num_pairs: float,
     valid_index: Tensor | None = None,
+    num_weighted: int | None = None,
     backend: Backend = "reference",
     chunk_tokens: int | None = None,
 ) -> RediLoss:
@@ -157,6 +159,7 @@ def redi_value_and_grad(
     grad_scale: float = 1.0,
     dweight: Tensor | None = None,
     valid_index: Tensor | None = None,
+    num_weighted: int | None = None,
     backend: Backend = "reference",
     chunk_tokens: int | None = None,
 ) -> tuple[RediLoss, Tensor, Tensor]:

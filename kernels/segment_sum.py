@@ -42,7 +42,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: Backend = "auto"
 @torch.library.custom_op("redi::segment_sum", mutates_args=())
 def _segment_sum_op(values: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
     check_sequence_values(cu_seqlens, values.shape[0])
-    return kernels_of(backend).sum_segments(values.contiguous(), cu_seqlens.contiguous())
+    return kernels_of(backend).sum_segments(values, cu_seqlens)
 
 
 @_segment_sum_op.register_fake
@@ -54,7 +54,7 @@ def _(values: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
 def _segment_sum_backward_op(
     dsums: Tensor, cu_seqlens: Tensor, tokens: int, backend: str
 ) -> Tensor:
-    return kernels_of(backend).spread_segments(dsums.contiguous(), cu_seqlens.contiguous(), tokens)
+    return kernels_of(backend).spread_segments(dsums, cu_seqlens, tokens)
 
 
 @_segment_sum_backward_op.register_fake

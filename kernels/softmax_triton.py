@@ -63,27 +63,27 @@ def softmax_rows(
         as_halves = dtype != logits.dtype and not torch.version.hip
         dlogits = logits.view(dtype)[:, :vocab] if as_halves else logits
     block, warps = launch_shape(vocab, 64 if torch.version.hip else 32)
-    of_sequences = weights if isinstance(weights, SequenceWeights) else None
+    rule = weights if isinstance(weights, SequenceWeights) else None
     with torch.cuda.device_of(logits):
         softmax_rows_kernel[(rows,)](
             logits,
             logits.stride(0),
             vocab,
             _room(logits),
-            tokens,
-            targets,
+            tokens.contiguous(),
+            targets.contiguous(),
             logps,
             entropies,
             dlogits,
             None if dlogits is None else dlogits.stride(0),
             None if dlogits is None else min(_room(logits), _room(dlogits)),
-            weights if isinstance(weights, Tensor) else None,
-            of_sequences and of_sequences.cu_seqlens,
-            of_sequences and of_sequences.signs,
-            of_sequences and of_sequences.lengths,
-            of_sequences and len(of_sequences.signs),
-            of_sequences and of_sequences.alpha,
-            of_sequences and of_sequences.factor,
+            weights.contiguous() if isinstance(weights, Tensor) else None,
+            rule and rule.cu_seqlens.contiguous(),
+            rule and rule.signs.contiguous(),
+            rule and rule.lengths,
+            rule and len(rule.signs),
+            rule and rule.alpha,
+            rule and rule.factor,
             scale,
             ROUNDED=ROUNDED[dtype],
             COEFFICIENT=coefficient,

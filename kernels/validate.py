@@ -91,8 +91,13 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor) -> None:
     check_same_device("cu_seqlens", cu_seqlens, tokens)
 
 
-def check_schedule(valid_index: Tensor | None, chunk_tokens: int | None, hidden: Tensor) -> None:
-    """`valid_index` [N] with N <= T, `chunk_tokens` a positive int; None for either is fine."""
+def check_schedule(
+    valid_index: Tensor | None,
+    chunk_tokens: int | None,
+    hidden: Tensor,
+    num_weighted: int | None = None,
+) -> None:
+    """`valid_index` [N] with N <= T, `num_weighted` <= N, `chunk_tokens` > 0; None is fine."""
     if valid_index is not None:
         _check_tensor("valid_index", valid_index, ("N",), INDICES)
         check_same_device("valid_index", valid_index, hidden)
@@ -100,6 +105,13 @@ def check_schedule(valid_index: Tensor | None, chunk_tokens: int | None, hidden:
             raise ValueError(
                 f"valid_index must have at most T = {hidden.shape[0]} entries, "
                 f"got {valid_index.shape[0]}"
+            )
+    if num_weighted is not None:
+        if valid_index is None:
+            raise ValueError("num_weighted counts tokens of valid_index: pass valid_index as well")
+        if not 0 <= num_weighted <= valid_index.shape[0]:
+            raise ValueError(
+                f"num_weighted must be from 0 to N = {valid_index.shape[0]}, got {num_weighted}"
             )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be a positive int or None, got {chunk_tokens}")
@@ -197,6 +209,15 @@ def check_weight_values(token_weights: Tensor, targets: Tensor) -> None:
         i = int(wrong.nonzero()[0])
         raise ValueError(
             f"token_weights must be finite, got {float(token_weights[i])} at position {i}"
+        )
+
+
+def check_unweighted_values(weights: Tensor, num_weighted: int) -> None:
+    """`weights` of the tokens behind the first `num_weighted` are 0; reads the tensor."""
+    if _may_read(weights) and weights.any():
+        raise ValueError(
+            f"valid_index must name the tokens that have a gradient first: behind the first "
+            f"num_weighted = {num_weighted}, {int(weights.count_nonzero())} have a weight"
         )
 
 

@@ -100,7 +100,8 @@ def test_a_batch_lays_traces_end_to_end_with_shifted_targets(tmp_path):
     assert batch.targets.tolist() == [7, 8, IGNORE, IGNORE, 3, 4, 5, IGNORE]
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
     assert batch.cu_seqlens.tolist() == [0, 3, 8]
-    assert batch.valid_index.tolist() == [0, 1, 4, 5, 6]
+    assert batch.valid_index.tolist() == [4, 5, 6, 0, 1]  # the positive's first
+    assert batch.num_positive_targets == 3
     assert batch.num_targets.tolist() == [2, 3]
     assert batch.signs.tolist() == [-1, 1]
     assert batch.sequence_ids.tolist() == [1, 0]

@@ -124,6 +124,34 @@ def test_redi_loss_is_exact_for_operands_of_any_strides(target: Target, dtype: t
     assert tokens
 
 
+def test_the_other_arguments_may_have_any_strides_too(target: Target) -> None:
+    case = make_case(device=target.device)
+
+    def strided(tensor: torch.Tensor) -> torch.Tensor:
+        wide = torch.stack([tensor, torch.full_like(tensor, 99)], 1)[:, 0]
+        assert not wide.is_contiguous()
+        return wide
+
+    moved = replace(
+        case,
+        targets=strided(case.targets),
+        cu_seqlens=strided(case.cu_seqlens),
+        signs=strided(case.signs),
+    )
+    options = {"backend": target.backend}
+    out, got = run(redi_loss, moved, valid_index=strided(case.valid_index), **options)
+    expected, expected_gradients = run(redi_loss, case, **options)
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(got.dhidden, expected_gradients.dhidden)
+    assert torch.equal(got.dweight, expected_gradients.dweight)
+    weights = torch.linspace(-1, 1, len(case.targets), device=target.device)
+    operands = case.hidden, case.weight
+    loss, logps = signed_cross_entropy(*operands, moved.targets, strided(weights), **options)
+    assert torch.equal(loss, signed_cross_entropy(*operands, case.targets, weights, **options)[0])
+    sums = segment_sum(strided(logps), moved.cu_seqlens, **options)
+    assert torch.equal(sums, segment_sum(logps, case.cu_seqlens, **options))
+
+
 def test_redi_loss_is_the_formula_of_the_paper_on_whole_logits(target: Target) -> None:
     """Written out a second time, sequence by sequence, with cross_entropy alone."""
     case = leaves(make_case(torch.float32, device=target.device))

@@ -35,7 +35,7 @@ def test_custom_ops_keep_their_contract(
             dtype, vocab=23, hidden=6, lengths=(2, 0, 2), signs=(1, 1, -1), device=target.device
         )
     )
-    index = case.valid_index if with_index else None
+    index, counted = (case.valid_index, len(case.valid_index)) if with_index else (None, None)
     ops = torch.ops.redi
     tail = (target.backend, 2)
     for need in ((True, True), (True, False), (False, True)):
@@ -45,12 +45,12 @@ def test_custom_ops_keep_their_contract(
         )
         opcheck(
             ops.redi_loss.default,
-            (hidden, weight, *case.arguments[2:], index, 0.8, 3.0, *tail, *need),
+            (hidden, weight, *case.arguments[2:], index, counted, 0.8, 3.0, *tail, *need),
         )
         weights = case.token_weights
         opcheck(
             ops.signed_cross_entropy.default,
-            (hidden, weight, case.targets, weights, index, "dft", need[0], *tail, *need),
+            (hidden, weight, case.targets, weights, index, counted, "dft", need[0], *tail, *need),
         )
     for keep in (True, False):
         opcheck(
@@ -64,6 +64,7 @@ def test_custom_ops_keep_their_contract(
             case.weight.detach(),
             *case.arguments[2:],
             index,
+            counted,
             0.8,
             3.0,
             2.0,
@@ -276,6 +277,21 @@ WRONG = [
     ({"alpha": float("nan")}, ValueError, "alpha must be finite and >= 0, got nan"),
     ({"num_pairs": 0}, ValueError, "num_pairs must be finite and > 0, got 0"),
     ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', .* got 'cuda'"),
+    (
+        {"num_weighted": 3},
+        ValueError,
+        "num_weighted counts tokens of valid_index: pass valid_in",
+    ),
+    (
+        {"valid_index": lambda _: torch.tensor([0]), "num_weighted": 2},
+        ValueError,
+        "num_weighted must be from 0 to N = 1, got 2",
+    ),
+    (
+        {"valid_index": lambda _: small().valid_index, "num_weighted": 1},
+        ValueError,
+        "valid_index must name the tokens that have a gradient first: .* = 1, [0-9]+ have a weight",
+    ),
     ({"chunk_tokens": 0}, ValueError, "chunk_tokens must be a positive int or None, got 0"),
     (
         {"valid_index": lambda _: torch.zeros(3)},

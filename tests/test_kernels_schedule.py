@@ -151,6 +151,25 @@ def test_tokens_of_weight_zero_cost_the_logits_alone(target: Target, products: P
     assert not got.dweight.any()
 
 
+def test_num_weighted_tells_a_gpu_which_tokens_cost_the_logits_alone(
+    target: Target, products: Products
+) -> None:
+    """A GPU must not read the weights, as a CPU does; here it is told, and given another order."""
+    case = replace(make_case(device=target.device), alpha=0.0)
+    expected = run(redi_loss, case, backend=target.backend)
+    products.count(case)
+    index = case.valid_index.flip(0)
+    positive = case.token_weights[index] > 0
+    index = torch.cat([index[positive], index[~positive]])
+    count = int(positive.sum())
+    out, got = run(redi_loss, case, backend=target.backend, valid_index=index, num_weighted=count)
+    assert products.count(case) == {"logits": len(index), "dhidden": count, "dweight": count}
+    torch.testing.assert_close(out.loss, expected[0].loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.sequence_logps, expected[0].sequence_logps)
+    assert relative_error(got.dhidden, expected[1].dhidden) < 1e-6
+    assert relative_error(got.dweight, expected[1].dweight) < 1e-6
+
+
 @pytest.mark.parametrize(("keep", "logits_twice"), [(True, 1), (False, 2)])
 def test_logprobs_keep_or_recompute_the_logits(
     target: Target, products: Products, keep: bool, logits_twice: int

@@ -172,7 +172,9 @@ class PackedBatch:
     weights: Tensor | None
     """float32 [S], or None if all are 1."""
     valid_index: Tensor
-    """int64 [N]: the positions whose target is not IGNORE."""
+    """int64 [N]: the positions whose target is not IGNORE, those of positives first."""
+    num_positive_targets: int
+    """How many of them are a positive's."""
     num_targets: Tensor
     """int64 [S]: trained tokens of each document, |y|."""
     sequence_ids: Tensor
@@ -244,6 +246,8 @@ def build_batch(
     valid_index = np.flatnonzero((position_ids >= first_valid) & (position_ids < last))
     targets = np.full(total, IGNORE, dtype=np.int64)
     targets[valid_index] = input_ids[valid_index + 1]
+    positive = np.repeat(tokens.signs[sequence_ids] > 0, lengths)[valid_index]
+    valid_index = np.concatenate([valid_index[positive], valid_index[~positive]])
 
     weights = tokens.weights[sequence_ids]
     return PackedBatch(
@@ -254,6 +258,7 @@ def build_batch(
         signs=torch.from_numpy(tokens.signs[sequence_ids].astype(np.int64)),
         weights=None if np.all(weights == 1) else torch.from_numpy(weights),
         valid_index=torch.from_numpy(valid_index),
+        num_positive_targets=int(positive.sum()),
         num_targets=torch.from_numpy(lengths - prompt_lengths),
         sequence_ids=torch.from_numpy(np.array(sequence_ids, dtype=np.int64)),
         max_seqlen=int(lengths.max()),
@@ -271,6 +276,7 @@ def _dummy_batch() -> PackedBatch:
         signs=torch.zeros(1, dtype=torch.int64),
         weights=None,
         valid_index=torch.zeros(0, dtype=torch.int64),
+        num_positive_targets=0,
         num_targets=torch.zeros(1, dtype=torch.int64),
         sequence_ids=torch.full((1,), -1, dtype=torch.int64),
         max_seqlen=1,

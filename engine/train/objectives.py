@@ -68,6 +68,8 @@ def _sequence_mean(
             alpha=alpha,
             num_pairs=totals.units,
             valid_index=batch.valid_index,
+            # At alpha = 0 the negatives are measured only: the op is told on the host.
+            num_weighted=batch.num_positive_targets if alpha == 0 else None,
             backend=backend,
         )
     wanted = torch.where(batch.signs > 0, 1.0, -alpha) * (batch.signs != 0) * batch.weights
