@@ -21,7 +21,7 @@ def sum_segments(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     sums = values.new_empty(cu_seqlens.shape[0] - 1)
     if len(sums):
         with torch.cuda.device_of(values):
-            sum_segments_kernel[(len(sums),)](values, cu_seqlens, sums)
+            sum_segments_kernel[(len(sums),)](values.contiguous(), cu_seqlens.contiguous(), sums)
     return sums
 
 
@@ -30,7 +30,7 @@ def spread_segments(sums: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
     values = sums.new_zeros(tokens)  # for tokens behind the last sequence, if any
     if len(sums):
         with torch.cuda.device_of(sums):
-            spread_segments_kernel[(len(sums),)](sums.contiguous(), cu_seqlens, values)
+            spread_segments_kernel[(len(sums),)](sums.contiguous(), cu_seqlens.contiguous(), values)
     return values
 
 

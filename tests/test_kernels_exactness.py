@@ -124,6 +124,36 @@ def test_redi_loss_is_exact_for_operands_of_any_strides(target: Target, dtype: t
     assert tokens
 
 
+@pytest.mark.parametrize("name", ["targets", "cu_seqlens", "signs", "valid_index"])
+def test_redi_loss_is_exact_for_integers_of_any_strides(target: Target, name: str) -> None:
+    """A column of a table, say: what lies between its entries is no entry."""
+    case = make_case(device=target.device)
+    index = case.valid_index
+    out, expected = run(redi_loss, case, backend=target.backend, valid_index=index)
+    plain = index if name == "valid_index" else getattr(case, name)
+    column = torch.stack([plain, torch.ones_like(plain)], 1)[:, 0]
+    assert not column.is_contiguous()
+    moved, index = (
+        (case, column) if name == "valid_index" else (replace(case, **{name: column}), index)
+    )
+    got_out, got = run(redi_loss, moved, backend=target.backend, valid_index=index)
+    assert torch.equal(got_out.loss, out.loss)
+    assert torch.equal(got_out.sequence_logps, out.sequence_logps)
+    for value, true in zip(got, expected, strict=True):
+        assert torch.equal(value, true)
+
+
+def test_one_weight_may_serve_all_tokens(target: Target) -> None:
+    case = leaves(make_case(device=target.device))
+    one = torch.tensor(0.5, device=target.device)
+    results = []
+    for weights in (one.expand(case.targets.shape), one.repeat(case.targets.shape)):
+        loss, _ = signed_cross_entropy(*case.arguments[:3], weights, backend=target.backend)
+        results.append((loss, *gradients(loss, case.hidden, case.weight)))
+    for value, true in zip(*results, strict=True):
+        assert torch.equal(value, true)
+
+
 def test_redi_loss_is_the_formula_of_the_paper_on_whole_logits(target: Target) -> None:
     """Written out a second time, sequence by sequence, with cross_entropy alone."""
     case = leaves(make_case(torch.float32, device=target.device))
