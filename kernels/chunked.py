@@ -124,8 +124,10 @@ def cross_entropy_chunks(
         if dhidden is not None and dz is not None:
             dx = matmul(dz, operand, torch.empty(x.shape, dtype=dtype, device=x.device))
             dhidden[tokens] = dx if scale is None else dx.div_(scale)
+            del dx
         if dweight is not None and dz is not None:
             matmul(dz.T, x, dweight, accumulate=accumulate or start > 0)
+        del x, z, dz  # before the next chunk's are made
 
     if dweight is not None and scale is not None:
         dweight.div_(scale)
@@ -207,9 +209,11 @@ def kept_gradient_chunks(
         if dhidden is not None:
             dx = torch.empty(p.shape[0], weight.shape[1], dtype=dhidden.dtype, device=p.device)
             dhidden[tokens] = matmul(p, operand, dx).mul_(w / kept_scale)
+            del dx
         if dweight is not None:
             x = hidden[tokens] * (w if scale is None else w * scale)
             matmul(p.T, x.to(hidden.dtype), dweight, accumulate=start > 0)
+            del x
     if dweight is not None:
         if not chunks:
             dweight.zero_()

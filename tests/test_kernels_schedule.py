@@ -1,5 +1,6 @@
 """Chunks: their sizes, and that no product is computed that nobody asked for."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -211,6 +212,26 @@ def test_no_more_rows_of_logits_than_asked_for_are_ever_at_hand(
     redi_value_and_grad(*case.arguments, **case.options, chunk_tokens=7, backend=target.backend)
     assert sizes
     assert max(sizes) <= 7
+
+
+def test_a_chunk_s_dx_is_gone_before_the_next_one_s_is_made(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At D = 3584 it is 190 MB."""
+    case = make_case(device=target.device)
+    vocab, size = case.weight.shape
+    matmul, alive, counts = chunked.matmul, weakref.WeakSet(), []
+
+    def spy(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+        if (a.shape[1], out.shape[1]) == (vocab, size):
+            alive.add(out)
+            counts.append(len(alive))
+        return matmul(a, b, out, accumulate)
+
+    monkeypatch.setattr(chunked, "matmul", spy)
+    redi_value_and_grad(*case.arguments, **case.options, chunk_tokens=7, backend=target.backend)
+    assert len(counts) > 2
+    assert max(counts) == 1
 
 
 @pytest.mark.parametrize("op", [redi_loss])
