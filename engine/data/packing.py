@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redi.engine.data.balance import balance
 from redi.engine.data.cache import TokenizedTraces
 
 IGNORE = -100
@@ -52,8 +53,8 @@ _SLACKS = (1.0, 1.05, 1.1)
 def pack(lengths: np.ndarray, *, row_tokens: int, world_size: int, cost: Cost) -> Packing:
     """Packs sequences into the fewest micro-steps that work, balanced by cost.
 
-    A few layouts are tried and the one that keeps ranks waiting least is taken. Micro-steps come
-    dearest first: what does not fit in memory shows at once.
+    A few layouts are tried and improved by exchanges (`balance`); the one that keeps ranks waiting
+    least is taken. Micro-steps come dearest first: what does not fit in memory shows at once.
 
     Args:
         lengths: int64 [S], each at least 1 and at most `row_tokens`; S at least 1.
@@ -73,9 +74,10 @@ def pack(lengths: np.ndarray, *, row_tokens: int, world_size: int, cost: Cost) -
         layouts = [_even(filler, micro_steps, world_size)]
         if micro_steps > 1 and world_size > 1:
             layouts += [_levelled(filler, micro_steps, world_size, slack) for slack in _SLACKS]
-        candidates = [_packing(rows, costs, world_size) for rows in layouts if rows is not None]
-        if candidates:
-            return max(candidates, key=lambda packing: packing.rank_efficiency)
+        found = [_packing(rows, costs, world_size) for rows in layouts if rows is not None]
+        if found:
+            found += [_balanced(packing, lengths, costs, row_tokens) for packing in found]
+            return max(found, key=lambda packing: packing.rank_efficiency)
         micro_steps += 1
 
 
@@ -152,6 +154,13 @@ def _packing(rows: list[list[int]], costs: np.ndarray, world_size: int) -> Packi
         tuple(tuple(np.array(sorted(rows[i]), dtype=np.int64) for i in step) for step in by_cost),
         float(costs.sum() / (world_size * slowest)),
     )
+
+
+def _balanced(packing: Packing, lengths: np.ndarray, costs: np.ndarray, row_tokens: int) -> Packing:
+    world_size = len(packing.rows[0])
+    rows = [row.tolist() for step in packing.rows for row in step]
+    rows = balance(rows, lengths, costs, row_tokens=row_tokens, world_size=world_size)
+    return _packing(rows, costs, world_size)
 
 
 @dataclass(frozen=True, slots=True)
