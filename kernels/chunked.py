@@ -273,7 +273,7 @@ def fill_waves(tokens: int, hidden_size: int, processors: int, most: int) -> int
 
     dX has few tiles, ceil(C / 128) ceil(D / 256), and a last wave that is not full leaves
     processors idle: at D = 1536 on 132 of them, 5,632 or 8,448 rows fill every wave and 512 rows
-    18 % of one. (Z has V / 256 times as many, and dW's number does not depend on C.) Of equals
+    18 % of one. (Z has V / D times as many, and dW's number does not depend on C.) Of equals
     the larger wins, as every chunk reads and writes dW once.
     """
     columns = -(-hidden_size // TILE_COLUMNS)

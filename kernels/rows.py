@@ -186,8 +186,13 @@ def softmax_rows(
 
 
 def multiplies_halves(device: torch.device) -> bool:
-    """Whether `mm(half, half, out_dtype=float32)` exists there; elsewhere the operands are cast."""
-    return device.type == "cuda" and torch.version.hip is None
+    """Whether `mm(half, half, out_dtype=float32)` exists there; elsewhere the operands are cast.
+
+    That is on NVIDIA's GPUs from compute capability 8.0: bfloat16 needs it.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _blocks(logits: Tensor) -> list[slice]:

@@ -35,7 +35,7 @@ def spread_segments(sums: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
     return values
 
 
-@triton.jit(do_not_specialize_on_alignment=["values"])
+@triton.jit(do_not_specialize_on_alignment=["values", "cu_seqlens", "sums"])
 def sum_segments_kernel(values, cu_seqlens, sums):
     """sums[s] = sum of values[cu_seqlens[s] : cu_seqlens[s + 1]]."""
     sequence = tl.program_id(0)
@@ -49,7 +49,7 @@ def sum_segments_kernel(values, cu_seqlens, sums):
     tl.store(sums + sequence, tl.sum(partial, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["values", "cu_seqlens", "sums"])
 def spread_segments_kernel(sums, cu_seqlens, values):
     """values[t] = sums[s] for the tokens t of each sequence s: the gradient of the sums."""
     sequence = tl.program_id(0)

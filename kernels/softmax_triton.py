@@ -114,7 +114,15 @@ def _room(matrix: Tensor) -> int:
     return min(triton.cdiv(columns, ALIGNMENT) * ALIGNMENT, max(matrix.stride(0), columns))
 
 
-@triton.jit
+# What a kernel reads one entry of may lie anywhere, and a row may have any number of sequences:
+# Triton would else compile anew in mid-training, for an odd chunk or a multiple of 16 sequences.
+@triton.jit(
+    do_not_specialize=["num_sequences"],
+    do_not_specialize_on_alignment=[
+        *("tokens", "targets", "logps", "entropies", "weights", "scale"),
+        *("cu_seqlens", "signs", "lengths"),
+    ],
+)
 def softmax_rows_kernel(
     logits,  # [C, V] float32
     logits_stride,

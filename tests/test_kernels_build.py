@@ -121,3 +121,38 @@ def test_log_probs_alone_write_no_gradient(sm_90: dict[tuple[str, str], dict[str
     found = Instructions.of(sm_90["sm_90", "log-probs"]["assembly"])
     assert found.count("LDG.E.128") == 4
     assert found.count("STG") == 1
+
+
+# Prints how Triton specialises the row kernel for rows of different numbers of sequences, and for
+# chunks of tokens that begin at 16 bytes or at 8.
+SPECIALISE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from redi.kernels.softmax_triton import softmax_rows_kernel as kernel
+
+bind = create_function_from_signature(
+    kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
+)
+integers, logits = torch.zeros(100, dtype=torch.int64), torch.zeros(4, 64)
+names = [name for name in kernel.arg_names if name.islower()]
+plain = dict.fromkeys(names) | dict(logits=logits, logits_stride=64, vocab=50, room=64)
+plain |= dict(dlogits=logits, dlogits_stride=64, dlogits_room=64, alpha=0.8, factor=0.1)
+constants = dict(ROUNDED=None, COEFFICIENT="weight", HALVES_IN_PLACE=False, BLOCK=128)
+for sequences in (1, 2, 16):
+    for start in (0, 1):
+        read = dict.fromkeys(("tokens", "targets", "cu_seqlens", "signs", "lengths"))
+        read = {name: integers[start:] for name in read} | {"logps": torch.zeros(100)[start:]}
+        print(bind(**plain | read | dict(num_sequences=sequences), **constants)[1])
+"""
+
+
+def test_no_number_of_sequences_and_no_chunk_compiles_anew() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SPECIALISE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = done.stdout.splitlines()
+    assert len(found) == 6
+    assert len(set(found)) == 1

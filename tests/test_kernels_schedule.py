@@ -13,6 +13,7 @@ from torch import Tensor
 
 from redi.kernels import chunked, linear_logprobs, redi_loss, redi_value_and_grad
 from redi.kernels.chunked import fill_waves, split
+from redi.kernels.rows import multiplies_halves
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -42,6 +43,18 @@ def test_chunks_of_a_gpu_fill_its_processors(hidden: int, processors: int, most:
     assert total <= 1.12 * ideal + 1
     assert fill_waves(1, hidden, processors, most) == 1
     assert fill_waves(0, hidden, processors, most) == 1
+
+
+@pytest.mark.parametrize(("capability", "hip", "whether"), [
+    ((7, 5), None, False), ((8, 0), None, True), ((9, 0), None, True), ((9, 4), "6.4", False),
+])  # fmt: skip
+def test_halves_are_multiplied_where_the_gpu_can(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, whether: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert multiplies_halves(torch.device("cuda")) == whether
+    assert not multiplies_halves(torch.device("cpu"))
 
 
 class Products:
