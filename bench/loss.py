@@ -229,6 +229,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--seconds", type=float, default=600.0, help="no repeat begins after this time of them"
     )
     parser.add_argument("--contenders", nargs="+", choices=list(METHODS), default=[*METHODS])
+    parser.add_argument("--without", nargs="+", choices=list(METHODS), default=[])
+    parser.add_argument("--label", default="", help="end of the record's name")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder")
     parser.add_argument("--plot", type=Path, metavar="FILE.json", help="only draw this record")
     options = parser.parse_args(arguments)
@@ -267,11 +269,13 @@ def main(arguments: list[str] | None = None) -> int:
         inputs=options.inputs,
     )
     torch.set_num_threads(sizes.threads)
-    names = ["floor", *(name for name in options.contenders if name != "floor")]
+    left_out = {"floor", *options.without}
+    names = ["floor", *(name for name in options.contenders if name not in left_out)]
     measured = measure(sizes, names, options.repeats, options.seconds)
     record: dict[str, Any] = {
         "benchmark": "loss",
         "date": date.today().isoformat(),
+        "label": options.label,
         **environment(sizes.device),
         "sizes": asdict(sizes),
         "memory": "allocator peak" if sizes.device == "cuda" else "resident set, process apart",

@@ -129,11 +129,13 @@ def print_table(record: dict[str, Any]) -> None:
 
 
 def write_record(record: dict[str, Any], folder: Path) -> Path:
-    """Write FOLDER/BENCHMARK_HARDWARE_SIZES_DATE.json; returns its path."""
+    """Write FOLDER/BENCHMARK_HARDWARE_SIZES[_LABEL]_DATE.json; returns its path."""
     sizes = record["sizes"]
     slug = re.sub(r"[^a-z0-9]+", "-", record["hardware"].lower()).strip("-")
     shape = f"t{sizes['tokens']}-v{sizes['vocab']}-d{sizes['hidden']}-{sizes['inputs']}"
-    path = folder / f"{record['benchmark']}_{slug}_{shape}_{date.today().isoformat()}.json"
+    label = [record["label"]] if record.get("label") else []
+    name = "_".join([record["benchmark"], slug, shape, *label, date.today().isoformat()])
+    path = folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path

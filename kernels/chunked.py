@@ -23,6 +23,10 @@ GPU_CHUNK_SHARE = 16
 # Output tile of the usual cuBLAS kernel, for counting waves.
 TILE_ROWS, TILE_COLUMNS = 128, 256
 
+# Rows that a GPU's buffer of logits is rounded up to. The number of tokens differs from row to row;
+# a caching allocator hands several GiB out again only to one who asks for no more than before.
+GPU_BUFFER_ROWS = 512
+
 # A row of the logits begins at a multiple of this many of them.
 ROW_PADDING = 32
 
@@ -311,9 +315,15 @@ def _logits_buffer(chunks: list[tuple[int, int]], weight: Tensor, dtype: torch.d
     Rows begin at multiples of 128 bytes whatever V is: cuBLAS and the row kernel then move 16
     bytes at a time, both over the logits and over the halves that take their place.
     """
-    rows = max((end - start for start, end in chunks), default=0)
+    rows = buffer_rows(max((end - start for start, end in chunks), default=0), weight.device)
     vocab = weight.shape[0]
     return torch.empty(rows, padded(vocab), dtype=dtype, device=weight.device)[:, :vocab]
+
+
+def buffer_rows(rows: int, device: torch.device) -> int:
+    """Rows that are allocated for a chunk of so many."""
+    step = GPU_BUFFER_ROWS if device.type == "cuda" else 1
+    return -(-rows // step) * step
 
 
 def padded(columns: int) -> int:

@@ -48,7 +48,8 @@ def redi_loss(
 
     Args:
         hidden: [T, D] bfloat16, float16, float32 or (CPU only) float64; any strides. Rows of
-            masked tokens are never read.
+            masked tokens are never read. On CUDA float32 products follow torch's own setting for
+            TF32, which is off unless somebody has turned it on.
         weight: [V, D] the lm_head, same dtype; any strides. For a padded vocabulary pass
             `weight[:V]`.
         targets: [T] int64, already shifted: targets[t] is what hidden[t] predicts; -100 masks.

@@ -267,11 +267,13 @@ def test_gpu_sh_goes_on_after_a_failure_leaves_json_and_fails(tmp_path: Path) ->
         check=False,
     )
     assert done.returncode == 1
-    assert "D 8, random inputs: FAILED" in done.stderr  # too small to be measured
-    assert "D 64, random inputs: FAILED" not in done.stderr
-    (file,) = (tmp_path / "results").glob("*.json")
-    assert json.loads(file.read_text())["sizes"]["hidden"] == 64
-    assert file.name in done.stdout
+    assert "D 8, random inputs, ours: FAILED" in done.stderr  # too small to be measured
+    assert "D 64, random inputs, ours: FAILED" not in done.stderr
+    files = sorted((tmp_path / "results").glob("*.json"))
+    assert ["_ours_" in file.name for file in files] == [True, False]
+    for file in files:
+        assert json.loads(file.read_text())["sizes"]["hidden"] == 64
+        assert file.name in done.stdout
 
 
 @pytest.mark.slow

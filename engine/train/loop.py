@@ -78,6 +78,8 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # Nothing here reads memory that it has not written; filling gigabytes of logits costs.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     transformers_logging.disable_progress_bar()
     config = read_config(recipe.model.path or "")
     check_trackers(recipe.run.trackers)

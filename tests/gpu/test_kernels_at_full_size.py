@@ -29,7 +29,7 @@ from redi.kernels import (
     segment_sum,
     signed_cross_entropy,
 )
-from redi.kernels.chunked import default_chunk_tokens, padded
+from redi.kernels.chunked import buffer_rows, default_chunk_tokens, padded
 
 pytestmark = [
     pytest.mark.gpu,
@@ -182,7 +182,8 @@ def test_memory_is_a_chunk_and_the_gradients_and_no_more(size: int) -> None:
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
     del loss
-    rows = default_chunk_tokens(len(index), case.weight)
+    chunk_rows = default_chunk_tokens(len(index), case.weight)
+    rows = buffer_rows(chunk_rows, case.weight.device)
     chunk = rows * (padded(SCALE.vocab) * 4 + SCALE.hidden[size] * (2 + 4))  # logits; x, dX of it
     dhidden, dweight = case.hidden.numel() * 4, case.weight.numel() * 4
     assert extra < 1.01 * (chunk + dhidden + dweight) + (32 << 20)
