@@ -65,6 +65,9 @@ class Data:
     """Longest sequence (prompt and completion), in tokens."""
     overlong: Literal["error", "drop", "truncate"] = "error"
     """What happens to a sequence over max_tokens."""
+    control_tokens: Literal["allow", "error"] = "allow"
+    """Traces that spell a control token of the tokenizer (an end of turn, say): counted and warned
+    of, or refused."""
     cache: str | None = None
     """Folder of tokenized sets; left out: $REDI_CACHE, else ~/.cache/redi."""
     processes: int = 0

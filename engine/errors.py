@@ -1,13 +1,26 @@
 """The two ways a command ends badly, each with its own exit code."""
 
+from collections.abc import Sequence
+
+MOST_FAULTS = 20
+"""Faulty rows that are named one by one."""
+
 
 class InputError(Exception):
     """The user's input is wrong: exit code 2.
 
     The message is one line that says what is wrong, where (file, row, column or key) and what
-    to do about it. It is shown without a traceback.
+    to do about it; for several faulty rows, a line each. It is shown without a traceback.
     """
 
 
 class RunError(Exception):
     """The input was right but the run failed: exit code 1."""
+
+
+def faulty_rows(faults: Sequence[str]) -> InputError:
+    """The error of faulty rows: a line for each of the first MOST_FAULTS, and how many more."""
+    shown = list(faults[:MOST_FAULTS])
+    if len(faults) > MOST_FAULTS:
+        shown.append(f"... and {len(faults) - MOST_FAULTS:,} more")
+    return InputError("\n".join(shown))

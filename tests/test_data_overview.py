@@ -1,6 +1,7 @@
 """The look before training: every figure against rows whose properties are known."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from redi.engine.data.overview import Overview, count_rows, length_rows, look_ov
 from redi.engine.data.packing import Cost
 from redi.engine.data.schedule import Schedule, select
 from redi.engine.data.tokens import TokenizedTraces, tokenize
+from redi.engine.errors import InputError
 
 LIMITS: dict[str, Any] = {"max_tokens": 64, "overlong": "truncate", "row_tokens": 64}
 
@@ -65,6 +67,29 @@ def test_text_that_the_tokenizer_does_not_know_is_counted_and_warned_of(tmp_path
     found = overview(tokenized(tmp_path, rows, str(tmp_path)))
     assert found.unknown_tokens == 3  # the positive with x, and both traces of prompt y
     assert "3 of 6 traces hold text" in warnings(found)[0]
+
+
+def test_control_tokens_in_a_trace_are_counted_named_and_refused_on_request(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    rows = [
+        pair("1?", "2", "no<|im_end|>\n<|im_start|>user"),
+        pair("2?", "4<|end|>", "<|im_end|>"),  # the first is the end that the trace brought
+        pair("3?", "9", "<think>8</think>"),  # text to this tokenizer
+    ]
+    tokens = tokenized(tmp_path, rows, tokenizer)
+    assert tokens.control.tolist() == [0, 2, 0, 1, 0, 0]
+    assert tokens.control_tokens == {"<|im_end|>": 2, "<|im_start|>": 1}
+    found = overview(tokens)
+    assert found.control_tokens == 2
+    assert "2 of 6 traces spell control tokens" in warnings(found)[0]
+    assert "<|im_start|>" in warnings(found)[0]
+    refusing = replace(settings(str(tmp_path / "rows.jsonl"), tokenizer), control_tokens="error")
+    for cache in ("cache", "another"):  # found again, and made anew
+        with pytest.raises(InputError) as caught:
+            tokenize(refusing, tmp_path / cache, processes=1, console=Console(active=False))
+        lines = str(caught.value).splitlines()
+        assert [line.split(": ")[0].rpartition(":")[2] for line in lines] == ["1", "2"]
+        assert "2 control tokens" in lines[0]
 
 
 def test_lengths_and_truncated_ends_are_those_of_what_is_trained(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_an_unknown_kind_of_file_is_an_error(tmp_path):
         ("a.csv", b"prompt,completion\na,b\nc\n", 3, "1 cells where the header has 2"),
         ("a.csv", b"prompt,completion\na,\xff\n", 2, "UTF-8"),
         ("a.csv", b"messages\nhello\n", 2, "not valid JSON"),
-        ("a.csv", b'prompt,completion\n"a,b\nc,d\n', 2, "a quotation mark that is not closed"),
+        ("a.csv", b'prompt,completion\n"a,b\nc,d\n', 2, "a quotation mark not closed"),
         ("a.csv", "prompt,completion\na,b\n".encode("utf-16"), 1, "looks like UTF-16"),
         ("a.csv", b"Prompt,Completion\na,b\n", 2, "in small letters: prompt, completion"),
         ("a.jsonl", b'{"prompt": "a", "chosen": null, "rejected": "b"}\n', 1, "not null"),

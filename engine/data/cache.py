@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         ("row", pa.int64()),
         ("digest", pa.uint64()),
         ("unknown", pa.int32()),
+        ("control", pa.int32()),
         ("source", pa.int32()),
         ("group", pa.int64()),
     ]
@@ -52,6 +53,8 @@ class Meta:
     """Names of the input files, when the cache was made."""
     dropped: dict[str, int]
     """Rows and traces that normalising left out, by reason."""
+    control_tokens: dict[str, int] = field(default_factory=dict)
+    """Traces whose text spells a control token of the tokenizer, by token."""
 
 
 class TokenizedTraces:
@@ -66,6 +69,8 @@ class TokenizedTraces:
         weights: float32 [n].
         digests: uint64 [n], hash of prompt and completion; equal for equal tokens.
         unknown: int32 [n], tokens that the tokenizer does not know.
+        control: int32 [n], control tokens of the tokenizer that the trace's text spells.
+        control_tokens: traces with such a token, by token.
         dropped: rows and traces that normalising left out, by reason.
         sources: names of the input files.
     """
@@ -74,6 +79,7 @@ class TokenizedTraces:
         self.folder = folder
         self.key = meta.key
         self.dropped = meta.dropped
+        self.control_tokens = meta.control_tokens
         self.sources = tuple(sources)
         self._meta = meta
         reader = pa.ipc.open_file(pa.memory_map(str(folder / _DATA)))
@@ -94,6 +100,7 @@ class TokenizedTraces:
         self.weights = column("weight")
         self.digests = column("digest")
         self.unknown = column("unknown")
+        self.control = column("control")
         self._source_numbers = column("source")
         self._row_numbers = column("row")
 

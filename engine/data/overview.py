@@ -52,6 +52,10 @@ class Overview:
     """Used traces that were truncated: their end is not trained."""
     unknown_tokens: int
     """Used traces with a token that the tokenizer does not know."""
+    control_tokens: int
+    """Used traces whose text spells a control token of the tokenizer."""
+    control_names: tuple[str, ...]
+    """Which control tokens the data spells."""
     steps: int
     batch: int
     epochs: float
@@ -111,6 +115,8 @@ def look_over(
         identical_pairs=identical,
         missing_ends=int(np.sum(kept < tokens.lengths[used])),
         unknown_tokens=int(np.sum(tokens.unknown[used] > 0)),
+        control_tokens=int(np.sum(tokens.control[used] > 0)),
+        control_names=tuple(tokens.control_tokens),
         steps=schedule.total_steps,
         batch=schedule.batch,
         epochs=schedule.total_steps / schedule.steps_per_epoch,
@@ -152,6 +158,7 @@ def count_rows(overview: Overview) -> list[tuple[str, str]]:
         ("duplicates among their traces", f"{overview.duplicates:,}"),
         ("missing ends (truncated)", f"{overview.missing_ends:,}"),
         ("with unknown tokens", f"{overview.unknown_tokens:,}"),
+        ("with control tokens", f"{overview.control_tokens:,}"),
     ]
     if overview.paired:
         rows += [
@@ -187,6 +194,12 @@ def warnings(overview: Overview) -> list[str]:
         found.append(
             f"{overview.unknown_tokens:,} of {trained:,} traces hold text that the tokenizer does "
             "not know: is it the tokenizer of this model?"
+        )
+    if overview.control_tokens:
+        found.append(
+            f"{overview.control_tokens:,} of {trained:,} traces spell control tokens of the "
+            f"tokenizer ({', '.join(overview.control_names)}), which train as structure, not as "
+            'text: [data] control_tokens = "error" refuses them'
         )
     if overview.duplicates * 10 > trained:
         found.append(f"{overview.duplicates:,} of {trained:,} traces repeat another one")

@@ -113,32 +113,53 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
 
 def read_source(source: Source, format: str) -> Iterator[Row]:
     """Yields the rows of one source; see `read_rows`."""
+    for row in scan_source(source, format):
+        if isinstance(row, InputError):
+            raise row
+        yield row
+
+
+def scan_source(source: Source, format: str) -> Iterator[Row | InputError]:
+    """Yields the rows of one source, and in the place of a broken one what is wrong with it.
+
+    A file that cannot be read on ends with its error; nothing is raised.
+    """
     number = 0
     shape = ""
     labelled = False
     try:
         for number, value in _numbered_values(source, format):
             where = f"{source.name}:{number}"
+            if isinstance(value, InputError):
+                yield value
+                continue
             if not isinstance(value, dict):
-                raise InputError(f"{where}: a row must be a JSON object, not {_kind_name(value)}")
+                kind = _kind_name(value)
+                yield InputError(f"{where}: a row must be a JSON object, not {kind}")
+                continue
             if not shape:
                 shape = resolve_format(format, value.keys(), where)
                 labelled = "label" in value
             # A row whose label was forgotten must not pass for a positive.
             if "label" in FORMATS[shape].optional and ("label" in value) != labelled:
-                raise InputError(
+                yield InputError(
                     f"{where}: column 'label' must be in every row of a file or in none; "
                     f"the first row has {'it' if labelled else 'none'}"
                 )
+                continue
             yield Row(value, source.name, number, shape)
     except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException) as error:
         problem = " ".join(str(error).split())
-        raise InputError(f"{source.name}:{number + 1}: the file is broken: {problem}") from error
-    if not shape:
-        raise InputError(f"{source.name}: the file is empty: it holds no row")
+        yield InputError(f"{source.name}:{number + 1}: the file is broken: {problem}")
+    except InputError as error:
+        yield error
+    else:
+        if not number:
+            yield InputError(f"{source.name}: the file is empty: it holds no row")
 
 
 def _numbered_values(source: Source, format: str) -> Iterator[tuple[int, Any]]:
+    """Rows as parsed, counted from 1; an InputError for one that cannot be."""
     if source.kind == "hub":
         dataset = _hub_dataset(source.name)
         columns = _wanted_columns(dataset.column_names, format, source.name)
@@ -154,7 +175,7 @@ def _numbered_values(source: Source, format: str) -> Iterator[tuple[int, Any]]:
         else:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, _parse_json(line, source.name, line=number)
+                    yield number, _parsed_or_error(line, source.name, number)
 
 
 def _open(name: str) -> IO[bytes]:
@@ -187,20 +208,32 @@ def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
     number = reader.line_num + 1
     for cells in reader:
         if cells:
-            if len(cells) != len(header):
-                raise InputError(
-                    f"{name}:{number}: {len(cells)} cells where the header has {len(header)} "
-                    f"(separated by {delimiter!r}; is there a quotation mark that is not closed?)"
+            if len(cells) == len(header):
+                yield number, _csv_row(header, cells, name, number)
+            else:
+                yield (
+                    number,
+                    InputError(
+                        f"{name}:{number}: {len(cells)} cells where the header has {len(header)} "
+                        f"(separated by {delimiter!r}; is a quotation mark not closed?)"
+                    ),
                 )
-            value: dict[str, Any] = dict(zip(header, cells, strict=True))
-            for column in _CSV_OPTIONAL_COLUMNS:
-                if value.get(column) == "":
-                    del value[column]
-            for column in _CSV_JSON_COLUMNS:
-                if column in value:
-                    value[column] = _parse_json(value[column].encode(), name, line=number)
-            yield number, value
         number = reader.line_num + 1
+
+
+def _csv_row(
+    header: list[str], cells: list[str], name: str, number: int
+) -> dict[str, Any] | InputError:
+    value: dict[str, Any] = dict(zip(header, cells, strict=True))
+    for column in _CSV_OPTIONAL_COLUMNS:
+        if value.get(column) == "":
+            del value[column]
+    for column in _CSV_JSON_COLUMNS:
+        if column in value:
+            value[column] = _parsed_or_error(value[column].encode(), name, number)
+            if isinstance(value[column], InputError):
+                return value[column]
+    return value
 
 
 def _decoded_lines(file: IO[bytes], name: str) -> Iterator[str]:
@@ -212,6 +245,13 @@ def _decoded_lines(file: IO[bytes], name: str) -> Iterator[str]:
             raise InputError(
                 f"{name}:{number}: not valid UTF-8: {error.reason}{hint}; save it as UTF-8"
             ) from error
+
+
+def _parsed_or_error(text: bytes, name: str, line: int) -> Any:
+    try:
+        return _parse_json(text, name, line)
+    except InputError as error:
+        return error
 
 
 def _parse_json(text: bytes, name: str, line: int | None) -> Any:

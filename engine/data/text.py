@@ -6,6 +6,7 @@ the one could merge with the first of the other, and the model is never prompted
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ _OPENED_TAG = re.compile(r"<[^<>/|｜\s]+>\s*$")
 
 @dataclass(frozen=True, slots=True)
 class TokenSettings:
-    """Everything that shapes token ids; a change of any part makes another cache."""
+    """Everything that shapes token ids; a change of a part makes another cache."""
 
     paths: tuple[str, ...]
     """Files, folders and hub names."""
@@ -35,6 +36,9 @@ class TokenSettings:
     """Put before messages that have no system message; needs the chat template."""
     tokenizer_path: str
     """Folder or hub name of a tokenizer."""
+    control_tokens: str = "allow"
+    """"error": traces that spell a control token of the tokenizer are refused; of no account for
+    the ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,8 @@ class Encoder:
         # Some tokenizers have no token of its own for the unknown.
         unknown = self.tokenizer.unk_token_id
         self._unknown_id = None if unknown == self._eos_id else unknown
+        control = "|".join(map(re.escape, _control_tokens(self.tokenizer)))
+        self._control = re.compile(control or "(?!)")  # without any: matches nowhere
         self._template = settings.template
         self._system_prompt = settings.system_prompt
 
@@ -106,6 +112,14 @@ class Encoder:
             unknown = 0 if self._unknown_id is None else int(np.sum(ids == self._unknown_id))
             encoded.append(Encoded(ids, len(start), unknown))
         return encoded
+
+    def control_tokens(self, trace: Trace) -> Counter[str]:
+        """Control tokens that the trace's own text spells, the end that it may bring excepted.
+
+        They are trained as structure (an end of turn, say), not as the text that they were meant
+        to be.
+        """
+        return Counter(self._control.findall(trace.completion.rstrip().removesuffix(self._eos)))
 
     def texts(self, trace: Trace) -> tuple[str, str]:
         """The prompt's and the completion's text, with whatever the template puts around them."""
@@ -183,6 +197,12 @@ def load_tokenizer(path: str) -> Any:
     if tokenizer.eos_token is None:
         raise InputError(f"{path}: the tokenizer has no eos_token: the end could not be trained")
     return tokenizer
+
+
+def _control_tokens(tokenizer: Any) -> list[str]:
+    """The tokenizer's special tokens, longest first; reasoning tags are text to most."""
+    added = tokenizer.added_tokens_decoder.values()
+    return sorted((token.content for token in added if token.special), key=len, reverse=True)
 
 
 def _answered(messages: list[dict[str, str]], answer: str) -> list[dict[str, str]]:

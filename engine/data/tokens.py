@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from redi.engine.console import Console
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
-from redi.engine.data.rows import Row, Source, find_sources, read_source
+from redi.engine.data.rows import Row, Source, find_sources, scan_source
 from redi.engine.data.text import Encoded, Encoder, TokenSettings
-from redi.engine.data.traces import normalise
-from redi.engine.errors import InputError
+from redi.engine.data.traces import Trace, normalise
+from redi.engine.errors import InputError, faulty_rows
 
 __all__ = ["TokenSettings", "TokenizedTraces", "cache_key", "tokenize"]
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Raise it whenever the same input would give other tokens or another file layout."""
 _CHUNK_ROWS = 128
 # Starting worker processes takes seconds: a set of fewer chunks is done before they are up.
@@ -46,6 +46,10 @@ class _Chunk:
     groups: list[str]
     """Problem of each trace."""
     dropped: Counter[str]
+    control_tokens: Counter[str]
+    """Traces whose text holds a control token, by token."""
+    faults: list[str]
+    """What is wrong with rows; if anything is, the chunk holds no trace."""
 
 
 def tokenize(
@@ -61,8 +65,9 @@ def tokenize(
 
     Several processes may do this at once; each ends with the same complete cache.
 
-    Raises InputError for anything wrong with the data, naming file and row; RunError if the
-    cache cannot be written.
+    Raises InputError for anything wrong with the data, naming file and row: the whole set is
+    checked, so that one look shows the first 20 faulty rows and how many there are. RunError if
+    the cache cannot be written.
     """
     sources = find_sources(settings.paths)
     names = [source.name for source in sources]
@@ -71,23 +76,38 @@ def tokenize(
     folder = cache_dir / key
     cached = open_cache(folder, names)
     if cached is not None:
-        return cached
+        return _checked(cached, settings)
 
     dropped: Counter[str] = Counter()
-    rows = chain.from_iterable(read_source(source, settings.format) for source in sources)
+    control_tokens: Counter[str] = Counter()
+    rows = chain.from_iterable(scan_source(source, settings.format) for source in sources)
     chunks = _tokenized_chunks(rows, settings, encoder, processes)
 
     def describe(size: int, count: int) -> Meta:
         if count == 0:
             reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
             raise InputError(f"{', '.join(names)}: no trace is left; dropped: {reasons}")
-        return Meta(key, size, count, tuple(names), dict(dropped))
+        return Meta(key, size, count, tuple(names), dict(dropped), dict(control_tokens))
 
     with console.bar("tokenizing", "traces") as bar:
-        write_cache(folder, _numbered_batches(chunks, names, dropped, bar), describe)
+        batches = _numbered_batches(chunks, names, dropped, control_tokens, bar)
+        write_cache(folder, batches, describe)
     made = open_cache(folder, names)
     assert made is not None, f"the cache just written to {folder} is not whole"
-    return made
+    return _checked(made, settings)
+
+
+def _checked(tokens: TokenizedTraces, settings: TokenSettings) -> TokenizedTraces:
+    if settings.control_tokens == "error" and tokens.control.any():
+        names = ", ".join(tokens.control_tokens)
+        raise faulty_rows(
+            [
+                f"{tokens.where(index)}: the trace spells {tokens.control[index]} control tokens "
+                f'(the set: {names}), which [data] control_tokens = "error" refuses'
+                for index in np.flatnonzero(tokens.control).tolist()
+            ]
+        )
+    return tokens
 
 
 def cache_key(sources: list[Source], settings: TokenSettings, encoder: Encoder) -> str:
@@ -98,14 +118,20 @@ def cache_key(sources: list[Source], settings: TokenSettings, encoder: Encoder) 
 
 
 def _tokenized_chunks(
-    rows: Iterator[Row], settings: TokenSettings, encoder: Encoder, processes: int
+    rows: Iterator[Row | InputError], settings: TokenSettings, encoder: Encoder, processes: int
 ) -> Iterator[_Chunk]:
-    """The chunks in the rows' order, whatever the number of processes."""
+    """The chunks in the rows' order, whatever the number of processes.
+
+    After a chunk with faults the others are only checked: nothing will be trained on them.
+    """
     chunks = iter(lambda: list(islice(rows, _CHUNK_ROWS)), [])
     first = list(islice(chunks, _CHUNKS_WORTH_WORKERS))
+    faulty = False
     if processes <= 1 or len(first) < _CHUNKS_WORTH_WORKERS:
         for chunk in chain(first, chunks):
-            yield _tokenize_chunk(chunk, encoder)
+            tokenized = _tokenize_chunk(chunk, None if faulty else encoder)
+            faulty = faulty or bool(tokenized.faults)
+            yield tokenized
         return
     # Spawned, not forked: the caller may hold threads (gloo, CUDA) that a fork would break.
     context = multiprocessing.get_context("spawn")
@@ -116,18 +142,42 @@ def _tokenized_chunks(
         for chunk in chain(first, chunks):
             pending.append(pool.submit(_tokenize_in_worker, chunk))
             if len(pending) > 2 * processes:
-                yield pending.popleft().result()
+                tokenized = pending.popleft().result()
+                faulty = bool(tokenized.faults)
+                yield tokenized
+                if faulty:
+                    break
         while pending:
             yield pending.popleft().result()
+        for chunk in chunks:
+            yield _tokenize_chunk(chunk, None)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _tokenize_chunk(rows: list[Row], encoder: Encoder) -> _Chunk:
+def _tokenize_chunk(rows: list[Row | InputError], encoder: Encoder | None) -> _Chunk:
+    """Tokenizes rows; without an encoder, or when any is wrong, only checks them."""
     dropped: Counter[str] = Counter()
-    pairs = [(row, trace) for row in rows for trace in normalise(row, row.format, dropped)]
+    pairs: list[tuple[Row, Trace]] = []
+    faults = []
+    for row in rows:
+        try:
+            if isinstance(row, InputError):
+                raise row
+            pairs += [(row, trace) for trace in normalise(row, row.format, dropped)]
+        except InputError as error:
+            faults.append(str(error))
     traces = [trace for _, trace in pairs]
-    encoded = encoder.encode(traces)
+    encoded: list[Encoded] = []
+    if encoder is not None and not faults:
+        try:
+            encoded = encoder.encode(traces)
+        except InputError as error:
+            faults.append(str(error))
+    if encoder is None or faults:
+        nothing = _record_batch([[]] * len(_CHUNK_SCHEMA), _CHUNK_SCHEMA)
+        return _Chunk(nothing, [], [], Counter(), Counter(), faults)
+    control_tokens = [encoder.control_tokens(trace) for trace in traces]
     offsets = np.cumsum([0, *(len(one.ids) for one in encoded)], dtype=np.int32)
     values = np.concatenate([np.zeros(0, np.int32), *(one.ids for one in encoded)])
     columns = [
@@ -139,12 +189,15 @@ def _tokenize_chunk(rows: list[Row], encoder: Encoder) -> _Chunk:
         [row.number for row, _ in pairs],
         [_digest(one) for one in encoded],
         [one.unknown for one in encoded],
+        [found.total() for found in control_tokens],
     ]
     return _Chunk(
         _record_batch(columns, _CHUNK_SCHEMA),
         [row.source for row, _ in pairs],
         [trace.group for trace in traces],
         dropped,
+        Counter(token for found in control_tokens for token in found),
+        [],
     )
 
 
@@ -154,14 +207,21 @@ def _digest(one: Encoded) -> int:
 
 
 def _numbered_batches(
-    chunks: Iterable[_Chunk], names: list[str], dropped: Counter[str], bar: tqdm
+    chunks: Iterable[_Chunk],
+    names: list[str],
+    dropped: Counter[str],
+    control_tokens: Counter[str],
+    bar: tqdm,
 ) -> Iterator[pa.RecordBatch]:
-    """Batches with sources and problems numbered; counts into `dropped` on the way."""
+    """Batches with sources and problems numbered; counts into the two counters on the way."""
+    faults: list[str] = []
     source_numbers = {name: number for number, name in enumerate(names)}
     group_numbers: dict[str, int] = {}
     tokens = 0
     for chunk in chunks:
         dropped.update(chunk.dropped)
+        control_tokens.update(chunk.control_tokens)
+        faults += chunk.faults
         if chunk.batch.num_rows == 0:
             continue
         sources = [source_numbers[name] for name in chunk.sources]
@@ -170,6 +230,8 @@ def _numbered_batches(
         tokens += len(chunk.batch["ids"].values)
         bar.update(chunk.batch.num_rows)
         bar.set_postfix_str(f"{tokens / 1e6:.1f} M tokens", refresh=False)
+    if faults:
+        raise faulty_rows(faults)
 
 
 def _record_batch(columns: list[Any], schema: pa.Schema) -> pa.RecordBatch:
@@ -188,6 +250,6 @@ def _start_worker(settings: TokenSettings) -> None:
     _worker_encoder = Encoder(settings)
 
 
-def _tokenize_in_worker(rows: list[Row]) -> _Chunk:
+def _tokenize_in_worker(rows: list[Row | InputError]) -> _Chunk:
     assert _worker_encoder is not None, "the pool's initializer makes it"
     return _tokenize_chunk(rows, _worker_encoder)

@@ -182,6 +182,7 @@ def _tokenized(
         template=recipe.data.template,
         system_prompt=recipe.data.system_prompt,
         tokenizer_path=recipe.model.tokenizer or recipe.model.path or "",
+        control_tokens=recipe.data.control_tokens,
     )
     cache = Path(
         recipe.data.cache or os.environ.get("REDI_CACHE") or Path.home() / ".cache" / "redi"

@@ -1,0 +1,237 @@
+"""How much ranks wait for one another, by packing: ours, the usual ways, one pair a rank.
+
+`python -m redi.bench.packing` lays the steps of a REDI run out in four ways:
+
+- redi: `redi.engine.data.packing.pack`;
+- best fit: each trace, longest first, into the fullest row that has room (TRL's "bfd" packing);
+- first fit: each trace, longest first, into the first row that has room;
+- one pair: a pair a rank and micro-step, in the order drawn, as the paper's authors ran it.
+
+The fits fill as few rows as they can. Each has the better of two row lengths, step by step: that of
+ours, and the set's longest trace; rows of like cost are run together, which wastes least. All four
+run the same traces in a step. A step's rank efficiency is its cost over what the ranks could have
+done while it took: 1 is no waiting. The costs are those of Qwen2.5-1.5B. The engine's dependencies
+are needed.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from redi.bench.report import OTHERS, OURS, environment
+from redi.engine.data.packing import Cost, pack
+
+COST = Cost(linear=6 * 1.54e9, quadratic=6 * 28 * 1536)
+"""Flops of a 1.5B model: 6 a parameter and token; 6 x layers x width a pair of tokens."""
+ROW_TOKENS = 32_768
+SHAPES = ((32, 8), (512, 64), (32, 32))
+"""(pairs, ranks) of a step."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Where a step's lengths are drawn from."""
+
+    name: str
+    positives: np.ndarray
+    """int64, tokens with the prompt."""
+    negatives: np.ndarray
+
+    def steps(self, pairs: int, count: int) -> Iterator[np.ndarray]:
+        """int64 [2 * pairs] for each step: positive, negative, positive, ..."""
+        rng = np.random.default_rng(0)
+        for _ in range(count):
+            drawn = [rng.choice(one, pairs) for one in (self.positives, self.negatives)]
+            yield np.stack(drawn, axis=1).reshape(-1)
+
+
+def simulated() -> Lengths:
+    """R1-like: lognormal around 4,300 (correct) and 7,500 tokens (incorrect), 300 to 19,000."""
+    rng = np.random.default_rng(0)
+
+    def draw(median: float) -> np.ndarray:
+        drawn = rng.lognormal(np.log(median), 0.7, 100_000)
+        return np.clip(drawn, 300, 19_000).astype(np.int64)
+
+    return Lengths("simulated", draw(4300), draw(7500))
+
+
+def recorded(folder: Path, cache: Path) -> Lengths:
+    """Those of long_cot_gsm8k.jsonl.gz in `folder`, by the tokenizer that lies there."""
+    from redi.engine.console import Console
+    from redi.engine.data.tokens import TokenSettings, tokenize
+
+    file, tokenizer = folder / "long_cot_gsm8k.jsonl.gz", folder / "tokenizers" / "qwen2.5"
+    settings = TokenSettings((str(file),), "auto", "chat", None, str(tokenizer))
+    tokens = tokenize(settings, cache, processes=1, console=Console())
+    kept = tokens.lengths <= ROW_TOKENS
+    of_sign = [tokens.lengths[kept & (tokens.signs == sign)] for sign in (1, -1)]
+    return Lengths(file.name, *of_sign)
+
+
+def fit_decreasing(
+    lengths: np.ndarray, row_tokens: int, choose: Callable[[np.ndarray], int]
+) -> list[list[int]]:
+    """Longest first; `choose` takes the room left in the rows that fit and picks one of them."""
+    rows: list[list[int]] = []
+    room = np.zeros(0, dtype=np.int64)
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        fits = np.flatnonzero(room >= lengths[index])
+        if len(fits):
+            row = int(fits[choose(room[fits])])
+        else:
+            row = len(rows)
+            rows.append([])
+            room = np.append(room, row_tokens)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
+
+
+Way = Callable[[np.ndarray, int, int], float]
+"""Rank efficiency from a step's lengths, the ranks, and the set's longest trace."""
+
+
+def efficiency(row_costs: np.ndarray, ranks: int) -> float:
+    """Rank efficiency of rows run in this order, `ranks` of them at a time."""
+    missing = -len(row_costs) % ranks
+    steps = np.pad(row_costs, (0, missing)).reshape(-1, ranks)
+    return float(row_costs.sum() / (ranks * steps.max(axis=1).sum()))
+
+
+def _redi(lengths: np.ndarray, ranks: int, longest: int) -> float:
+    packing = pack(lengths, row_tokens=ROW_TOKENS, world_size=ranks, cost=COST)
+    return packing.rank_efficiency
+
+
+def _fit(choose: Callable[[np.ndarray], int]) -> Way:
+    def way(lengths: np.ndarray, ranks: int, longest: int) -> float:
+        costs = COST.of(lengths)
+        found = []
+        for row_tokens in (ROW_TOKENS, longest):
+            rows = fit_decreasing(lengths, row_tokens, choose)
+            row_costs = np.sort([costs[row].sum() for row in rows])[::-1]
+            found.append(efficiency(row_costs, ranks))
+        return max(found)
+
+    return way
+
+
+def _one_pair(lengths: np.ndarray, ranks: int, longest: int) -> float:
+    return efficiency(COST.of(lengths).reshape(-1, 2).sum(axis=1), ranks)
+
+
+WAYS: dict[str, Way] = {
+    "redi": _redi,
+    "best fit": _fit(lambda room: int(np.argmin(room))),
+    "first fit": _fit(lambda room: 0),
+    "one pair": _one_pair,
+}
+
+
+def measure(lengths: Lengths, pairs: int, ranks: int, count: int) -> dict[str, Any]:
+    """Rank efficiency of `count` steps by every way, and milliseconds of one core a step."""
+    found: dict[str, list[float]] = {name: [] for name in WAYS}
+    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    bounds = []
+    longest = int(max(lengths.positives.max(), lengths.negatives.max()))
+    for step in lengths.steps(pairs, count):
+        costs = COST.of(step)
+        bounds.append(min(1.0, float(costs.sum() / (ranks * costs.max()))))
+        for name, way in WAYS.items():
+            began = time.process_time()
+            found[name].append(way(step, ranks, longest))
+            times[name].append(1e3 * (time.process_time() - began))
+    return {
+        "lengths": lengths.name,
+        "pairs": pairs,
+        "ranks": ranks,
+        "steps": count,
+        "bound_by_longest_trace": statistics.mean(bounds),
+        "ways": {
+            name: {
+                "mean": statistics.mean(values),
+                "min": min(values),
+                "milliseconds": statistics.median(times[name]),
+            }
+            for name, values in found.items()
+        },
+    }
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    """A line for each way and set of steps."""
+    print(f"{'lengths':24} {'pairs x ranks':>13}  {'way':10} {'mean':>6} {'min':>6} {'ms':>8}")
+    for result in results:
+        shape = f"{result['pairs']} x {result['ranks']}"
+        for name, way in result["ways"].items():
+            print(
+                f"{result['lengths']:24} {shape:>13}  {name:10} {way['mean']:6.3f} "
+                f"{way['min']:6.3f} {way['milliseconds']:8.2f}"
+            )
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Mean (bar) and lowest (line) rank efficiency; dashed: what the longest trace allows."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.1 * len(results), 2.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    plots = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axes, result in zip(plots, results, strict=True):
+        means = [way["mean"] for way in result["ways"].values()]
+        lowest = [way["min"] for way in result["ways"].values()]
+        colors = [OURS if name == "redi" else OTHERS for name in result["ways"]]
+        places = range(len(means))
+        axes.bar(places, means, color=colors)
+        axes.vlines(places, lowest, means, color="black", linewidth=1)
+        axes.axhline(result["bound_by_longest_trace"], color="black", linewidth=0.8, ls="--")
+        for place, mean in zip(places, means, strict=True):
+            axes.text(place, 1.02, f"{mean:.3f}", ha="center", fontsize=8)
+        axes.set_ylim(0, 1.1)
+        axes.set_xticks(places, result["ways"], rotation=30, ha="right", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        title = f"{result['pairs']} pairs x {result['ranks']} ranks\n{result['lengths']}"
+        axes.set_title(title, fontsize=9)
+    plots[0].set_ylabel("rank efficiency")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Measure every shape on simulated and, where they are, real lengths."""
+    parser = argparse.ArgumentParser(
+        prog="python -m redi.bench.packing",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, default=300, help="of each shape; of 512 pairs a 16th")
+    parser.add_argument("--traces", type=Path, help="folder with long_cot_gsm8k.jsonl.gz")
+    parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="of its tokens")
+    parser.add_argument("--out", type=Path, help="JSON file to write; a picture goes beside it")
+    args = parser.parse_args()
+    sources = [simulated()]
+    if args.traces:
+        sources.append(recorded(args.traces, args.cache))
+    results = [
+        measure(lengths, pairs, ranks, max(1, args.steps * 32 // max(pairs, 32)))
+        for lengths in sources
+        for pairs, ranks in SHAPES
+    ]
+    print_table(results)
+    if args.out:
+        sizes = {"row_tokens": ROW_TOKENS, "linear": COST.linear, "quadratic": COST.quadratic}
+        record = {**environment("cpu"), "sizes": sizes, "results": results}
+        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        draw(results, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Bad rows: the first 20 are named with file and row, and how many more there are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_cases import save_tokenizer, settings
+
+from redi.engine.console import Console
+from redi.engine.data import tokens as tokens_module
+from redi.engine.data.schedule import select
+from redi.engine.data.tokens import TokenizedTraces, tokenize
+from redi.engine.errors import InputError
+
+GOOD = {"prompt": "2 + 2?", "completion": "4", "label": True, "weight": 1.0}
+
+
+def changed(**changes: Any) -> str:
+    return json.dumps(GOOD | changes)
+
+
+# Lines of a file, and what is said of them.
+FAULTS = {
+    changed(weight=float("nan")): "column 'weight' must be a positive finite number",
+    changed(weight=float("inf")): "column 'weight' must be a positive finite number",
+    changed(weight=-1): "column 'weight' must be a positive finite number",
+    changed(label=2): "column 'label' must be true or false",
+    changed(label="maybe"): "column 'label' must be true or false",
+    changed(completion="\ud800"): "column 'completion' is not valid Unicode text",
+    changed(completion=" \n"): "column 'completion' is empty",
+    changed(prompt=7): "column 'prompt' must be",
+    changed(prompt=None): "column 'prompt' must be",
+    '{"prompt": "a", "comp': "not valid JSON",
+    "[1, 2]": "a row must be a JSON object, not list",
+    '{"prompt": "p", "completion": "c"}': "column 'label' must be in every row",
+    '{"prompt": "p", "label": 1}': "column 'completion' is missing",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def tokenized(path: Path, tokenizer: str, processes: int = 1) -> TokenizedTraces:
+    wanted = settings(str(path), tokenizer)
+    cache, quiet = path.parent / "cache", Console(active=False)
+    return tokenize(wanted, cache, processes=processes, console=quiet)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_first_faults_are_named_in_order_and_the_others_counted(
+    tmp_path, tokenizer, monkeypatch, processes
+):
+    monkeypatch.setattr(tokens_module, "_CHUNK_ROWS", 5)
+    monkeypatch.setattr(tokens_module, "_CHUNKS_WORTH_WORKERS", 2)
+    path = tmp_path / "rows.jsonl"
+    lines, said = [json.dumps(GOOD)] * 7, []
+    for fault, problem in [*FAULTS.items(), *FAULTS.items()]:
+        lines += [fault, *[json.dumps(GOOD)] * 4]
+        said.append(f"{path}:{len(lines) - 4}: {problem}")
+    path.write_text("\n".join(lines))
+    with pytest.raises(InputError) as caught:
+        tokenized(path, tokenizer, processes)
+    *found, rest = str(caught.value).splitlines()
+    assert rest == f"... and {len(said) - 20} more"
+    assert len(found) == 20
+    for line, expected in zip(found, said[:20], strict=True):
+        assert line.startswith(expected)
+    assert not list((tmp_path / "cache").glob("*/*"))
+
+
+def test_faults_of_a_broken_csv_and_of_the_next_file_are_named_together(tmp_path, tokenizer):
+    (tmp_path / "a.csv").write_text("prompt,completion\na,b\nc\nd,e\nf\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "p", "completion": ""}\n')
+    with pytest.raises(InputError) as caught:
+        tokenized(tmp_path, tokenizer)
+    places = [line.split(": ")[0].rpartition("/")[2] for line in str(caught.value).splitlines()]
+    assert places == ["a.csv:3", "a.csv:5", "b.jsonl:1"]
+
+
+def test_a_file_that_breaks_off_ends_the_list(tmp_path, tokenizer):
+    (tmp_path / "a.json").write_text("[1, 2")
+    (tmp_path / "b.jsonl").write_text("null\n")
+    with pytest.raises(InputError) as caught:
+        tokenized(tmp_path, tokenizer)
+    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
+        "not valid JSON",
+        "a row must be a JSON object, not null",
+    ]
+
+
+@pytest.mark.slow
+def test_a_trace_of_10_megabytes_is_read_and_falls_to_the_limit(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    long = json.dumps(GOOD | {"prompt": "q", "completion": "So the sum is 4. " * 600_000})
+    path.write_text(f"{json.dumps(GOOD)}\n{long}\n")
+    tokens = tokenized(path, tokenizer)
+    assert tokens.lengths[1] > 1_000_000
+    limits: dict[str, Any] = {"max_tokens": 19_800, "row_tokens": 32_768}
+    with pytest.raises(InputError, match=r"rows.jsonl:2: \d{7} tokens are more than"):
+        select(tokens, objective_needs="positives", overlong="error", **limits)
+    kept = select(tokens, objective_needs="positives", overlong="drop", **limits)
+    assert kept.left_out == {"overlong dropped": 1}
+    assert kept.units.tolist() == [[0]]
