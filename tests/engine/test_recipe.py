@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from redi.engine.cli import main
+from redi.engine.cli import COMMANDS, main
 from redi.engine.config import KEYS, build_parser, changed_keys, dump_recipe, load_recipe
 from redi.engine.errors import InputError
 
@@ -131,6 +131,24 @@ def test_what_is_missing_is_named_as_the_help_names_it(
 ) -> None:
     assert main(argv) == 2
     assert MISSING[argv] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [("train", "interrupted before the first step"), ("doctor", "interrupted")],
+)
+def test_ctrl_c_is_one_line(
+    command: str,
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, command, interrupt)
+    assert main([command]) == 1
+    assert capsys.readouterr().err == f"redi: {line}\n"
 
 
 def test_the_first_recipe_must_name_its_model(
