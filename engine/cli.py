@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:  # during training it is handled: this is before the first step
-        return _fail("interrupted before the first step", 1)
+        return _fail("interrupted" + " before the first step" * (argv[0] == "train"), 1)
     except BrokenPipeError:  # `redi doctor | head`: whoever read stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -278,6 +278,9 @@ SECTIONS: dict[str, type] = {
 }
 KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section))
 
+# What the help calls the arguments that argparse names by their variables.
+ARGUMENTS = {"recipes": "RECIPE.toml", "runs": "RUN", "model": "MODEL", "data": "--data FILE"}
+
 # What people coming from other trainers type.
 ALIASES = {
     "learning_rate": "optim.lr",
@@ -363,8 +366,13 @@ def load_recipe(parser: ArgumentParser, path: str, argv: Sequence[str]) -> Recip
         kind = "a folder, not a recipe file" if Path(path).is_dir() else "no such recipe file"
         raise InputError(f"{path}: {kind}")
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise InputError(f"{path}: begins with a byte order mark; save it as UTF-8 without one")
+        content = tomllib.loads(text)
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not valid UTF-8; save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
     for key in _dotted(content):
         if key not in KEYS:
@@ -385,6 +393,12 @@ def explain(error: Exception) -> str:
     text = str(error)
     if found := re.search(r"unrecognized arguments: --([\w.-]+)", text):
         return _unknown(found[1])
+    if found := re.search(r"arguments are required: (.+)", text):
+        missing = " and ".join(ARGUMENTS.get(name, name) for name in found[1].split(", "))
+        return f"missing: {missing}; --help shows the whole line"
+    if (found := re.search(r'Parser key "(\w+)":', text)) and found[1] in SECTIONS:
+        keys = ", ".join(f"{found[1]}.{f.name}" for f in fields(SECTIONS[found[1]]))
+        return f"{found[1]} is a section, not a key; it has {keys}"
     if found := re.search(r'Parser key "([\w.]+)":', text):
         value = re.search(r"(?:Given value|Got value): (.*)", text)
         expected = _expected(found[1]) if found[1] in KEYS else "another value"
@@ -401,6 +415,7 @@ def _expected(key: str) -> str:
 def plain_type(annotation: object) -> str:
     """What a type annotation asks for, in a user's words."""
     text = str(annotation).replace("Literal", "one of ").replace("| None", "")
+    text = re.sub(r"list\[one of (\[[^]]*\])\]", r"a list of \1", text)
     text = text.replace("tuple[float, float]", "two numbers such as [0.9,0.999]")
     for python, plain in (("str", "text"), ("int", "a whole number"), ("float", "a number")):
         text = re.sub(rf"\b{python}\b", plain, text)

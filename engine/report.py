@@ -88,6 +88,7 @@ def _rows(runs: Sequence[Curves]) -> list[list[str]]:
         ("held-out positives", held_out("positive_logp")),
         ("held-out negatives", held_out("negative_logp")),
         ("margin accuracy", held_out("margin_accuracy")),
+        ("greedy accuracy", held_out("greedy_accuracy")),
         ("tokens", lambda run: f"{sum(line['tokens'] for line in run.steps):,}"),
         ("minutes", lambda run: f"{sum(line['seconds'] for line in run.steps) / 60:.1f}"),
         ("tokens/s, median", lambda run: _median(run, "tokens_per_s")),

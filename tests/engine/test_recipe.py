@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from redi.engine.cli import main
+from redi.engine.cli import COMMANDS, main
 from redi.engine.config import KEYS, build_parser, changed_keys, dump_recipe, load_recipe
 from redi.engine.errors import InputError
 
@@ -66,7 +66,9 @@ MISTAKES = {
     "[train]\nbatch = 0\n": "train.batch must be >= 1, got 0",
     "[train]\nbatch = 1.5\n": "train.batch: needs a whole number, got 1.5",
     "[model]\npath = 3\n": "model.path: needs text, got 3",
+    "[run]\ntrackers = 'wandb'\n": "needs a list of ['tensorboard', 'wandb'], got wandb",
     "[optim\nlr = 1\n": "not valid TOML",
+    "\ufeff[optim]\nlr = 1\n": "begins with a byte order mark; save it as UTF-8 without one",
 }
 
 
@@ -86,6 +88,7 @@ OVERRIDES = {
     ("--optim.learning_rate", "1"): "did you mean optim.lr?",
     ("--lr", "1"): "did you mean optim.lr?",
     ("--train.batch", "many"): "train.batch: needs a whole number, got many",
+    ("--model", "folder"): "model is a section, not a key; it has model.path, model.tokenizer",
     ("--train.batch", "-2"): "train.batch must be >= 1, got -2",
 }
 
@@ -105,6 +108,47 @@ def test_a_mistake_on_the_command_line_exits_2_with_one_line(
 def test_wrong_commands_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_recipe_in_another_encoding_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("[optim]\nlr = 1\n", encoding="utf-16")
+    with pytest.raises(InputError, match=r"not valid UTF-8; save it as UTF-8$"):
+        load(path)
+
+
+MISSING = {
+    ("train",): "missing: RECIPE.toml; --help shows",
+    ("report",): "missing: RUN; --help shows",
+    ("evaluate",): "missing: MODEL and --data FILE; --help shows",
+    ("evaluate", "folder"): "missing: --data FILE; --help shows",
+}
+
+
+@pytest.mark.parametrize("argv", MISSING, ids=" ".join)
+def test_what_is_missing_is_named_as_the_help_names_it(
+    argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    assert MISSING[argv] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [("train", "interrupted before the first step"), ("doctor", "interrupted")],
+)
+def test_ctrl_c_is_one_line(
+    command: str,
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, command, interrupt)
+    assert main([command]) == 1
+    assert capsys.readouterr().err == f"redi: {line}\n"
 
 
 def test_the_first_recipe_must_name_its_model(

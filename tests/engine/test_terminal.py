@@ -70,6 +70,17 @@ def test_the_report_shows_runs_side_by_side_and_draws_them(
     assert (run[0] / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_the_report_shows_the_greedy_accuracy_of_checked_answers(
+    run: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").open()]
+    lines += [{"event": "eval", "step": n, "greedy_accuracy": n / 8} for n in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(tmp_path)]) == 0
+    (row,) = [x for x in capsys.readouterr().out.splitlines() if "greedy accuracy" in x]
+    assert row.endswith("0.1250 to 0.2500")
+
+
 def test_a_report_of_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
