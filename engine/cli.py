@@ -27,6 +27,8 @@ usage: redi COMMAND ...
 Train language models on correct and incorrect reasoning traces: SFT, then REDI.
 
 commands:
+  prepare openr1 DATA [MORE ...] --out FOLDER               OpenR1-Math-Raw to the paper's sets
+  prepare RECIPE.toml [MORE.toml ...]                       tokenize, show what would be trained
   train RECIPE.toml [MORE.toml ...] [--section.key value]   train; the same line again resumes
   evaluate MODEL --data FILE [FILE ...]                     sample, check answers, pass@k
   export RUN [--step N]                                     write a checkpoint as a model folder
@@ -40,6 +42,43 @@ examples:
 
 `redi COMMAND --help` lists every option. Exit codes: 0 done, 1 the run failed, 2 wrong input.
 """
+
+
+def prepare(argv: Sequence[str]) -> None:
+    """`redi prepare`: select the paper's sets from raw rows, or fill the cache of recipes."""
+    from redi.engine.console import Console
+
+    if argv and argv[0] == "openr1":
+        from redi.engine.prepare_options import parse_options
+
+        options = parse_options(argv[1:])
+
+        from redi.engine.prepare import select_openr1
+
+        select_openr1(options, Console())
+        return
+    parser = build_parser(
+        "redi prepare",
+        "Tokenize the data of recipes into the cache and show what would be trained. "
+        "`redi prepare openr1 --help`: select the paper's sets from OpenR1-Math-Raw.",
+    )
+    parser.add_argument("--ranks", type=int, default=1, help="of the run, for rank efficiency")
+    arguments = parser.parse_args(list(argv))
+    if arguments.ranks < 1:
+        raise InputError(f"ranks must be >= 1, got {arguments.ranks}")
+    recipes = [load_recipe(parser, path, argv) for path in arguments.recipes]
+
+    from redi.engine.distributed import join_world
+    from redi.engine.prepare import fill_cache
+
+    console = Console(quiet=arguments.quiet)
+    model = None
+    with join_world() as world:
+        for path, recipe in zip(arguments.recipes, recipes, strict=True):
+            model = recipe.model if recipe.model.path else model
+            if model is None:
+                raise InputError(f"{path}: model.path is missing: its tokenizer is needed")
+            fill_cache(replace(recipe, model=model), world, console, arguments.ranks)
 
 
 def train(argv: Sequence[str]) -> None:
@@ -152,6 +191,7 @@ def _parser(command: str, description: str, *examples: str) -> ArgumentParser:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "prepare": prepare,
     "train": train,
     "evaluate": evaluate,
     "export": export,

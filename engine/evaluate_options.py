@@ -145,19 +145,25 @@ def parse_options(argv: Sequence[str]) -> EvaluateOptions:
     try:
         return EvaluateOptions(**vars(parser.parse_args(list(argv))))
     except ArgumentError as error:
-        if problem := _explain(str(error)):
+        if problem := explain_options(str(error), EvaluateOptions, "redi evaluate"):
             raise InputError(problem) from None
         raise
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
-def _explain(error: str) -> str | None:
-    """One clear line for what jsonargparse says in several; None for what it says well."""
-    types = {f.name: f.type for f in fields(EvaluateOptions)}
+def explain_options(error: str, options: type, command: str) -> str | None:
+    """One clear line for what jsonargparse says in several; None for what it says well.
+
+    Args:
+        error: its message.
+        options: the dataclass of the command's options.
+        command: the command line's beginning, "redi evaluate".
+    """
+    types = {f.name: f.type for f in fields(options)}
     if found := re.search(r"unrecognized arguments: --([\w.-]+)", error):
         near = difflib.get_close_matches(found[1].replace("-", "_"), types, n=1)
-        hint = f"did you mean --{near[0]}?" if near else "`redi evaluate --help` lists all"
+        hint = f"did you mean --{near[0]}?" if near else f"`{command} --help` lists all"
         return f"unknown option --{found[1]}; {hint}"
     if found := re.search(r'Parser key "(\w+)"', error):
         value = re.search(r"(?:Given value|Got value): (.*)", error)

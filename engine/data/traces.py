@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,14 +163,32 @@ def _graded_traces(row: Row, _: Counter[str]) -> list[Trace]:
     return traces
 
 
-def _openr1(row: Row, dropped: Counter[str]) -> list[Trace]:
-    """OpenR1-Math-Raw with the paper's filter (arXiv 2505.24850, appendix on data)."""
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One generation of an OpenR1-Math-Raw row, and what the two verifiers say of it."""
+
+    text: str
+    llama: bool
+    math_verify: bool
+
+
+def read_openr1(
+    row: Row, dropped: Counter[str], excluded_sources: Collection[str] = ("cn_k12",)
+) -> list[Generation]:
+    """The generations of an OpenR1-Math-Raw row that the paper's filter keeps.
+
+    The rules (arXiv 2505.24850, appendix on data): the problem is valid, its source is not cn_k12,
+    and each verifier has a verdict on each generation. What they leave out, and empty generations,
+    are counted in `dropped` by reason.
+
+    Raises InputError naming the row and the column.
+    """
     valid, source = row.value["problem_is_valid"], row.value["source"]
     for column, value in (("problem_is_valid", valid), ("source", source)):
         if value is not None and not isinstance(value, str):
             raise _error(row, column, f"must be text, not {type(value).__name__}")
-    generations, correctness = row.value["generations"], row.value["correctness"]
-    if not isinstance(generations, list):
+    texts, correctness = row.value["generations"], row.value["correctness"]
+    if not isinstance(texts, list):
         raise _error(row, "generations", "must be a list of texts")
     if not isinstance(correctness, dict):
         raise _error(row, "correctness", "must be an object with the two verifiers' lists")
@@ -181,23 +199,34 @@ def _openr1(row: Row, dropped: Counter[str]) -> list[Trace]:
         raise _error(row, "correctness", "must hold a list for each verifier")
     if (valid or "").lower() != "yes":
         dropped["problem not valid"] += 1
-    elif source == "cn_k12":
-        dropped["source cn_k12"] += 1
-    elif any(len(verdict) != len(generations) for verdict in verdicts):
+        return []
+    if source in excluded_sources:
+        dropped[f"source {source}"] += 1
+        return []
+    if any(len(verdict) != len(texts) for verdict in verdicts):
         dropped["lists of different length"] += 1
-    else:
-        prompt = read_prompt(row, "problem")
-        group = _group(row, "uuid" if row.value.get("uuid") is not None else "id", prompt)
-        traces = []
-        for index, (text, *correct) in enumerate(zip(generations, *verdicts, strict=True)):
-            if text is None or (isinstance(text, str) and not text.strip()):
-                dropped["empty generation"] += 1
-                continue
-            text = _text(row, f"generations[{index}]", text)
-            sign = 1 if all(verdict is True for verdict in correct) else -1
-            traces.append(_trace(row, prompt, text, sign, group))
-        return traces
-    return []
+        return []
+    generations = []
+    for index, (text, llama, math_verify) in enumerate(zip(texts, *verdicts, strict=True)):
+        if text is None or (isinstance(text, str) and not text.strip()):
+            dropped["empty generation"] += 1
+            continue
+        text = _text(row, f"generations[{index}]", text)
+        generations.append(Generation(text, llama is True, math_verify is True))
+    return generations
+
+
+def _openr1(row: Row, dropped: Counter[str]) -> list[Trace]:
+    """A generation is correct when both verifiers say so."""
+    generations = read_openr1(row, dropped)
+    if not generations:
+        return []
+    prompt = read_prompt(row, "problem")
+    group = _group(row, "uuid" if row.value.get("uuid") is not None else "id", prompt)
+    return [
+        _trace(row, prompt, one.text, 1 if one.llama and one.math_verify else -1, group)
+        for one in generations
+    ]
 
 
 _READERS: dict[str, Callable[[Row, Counter[str]], list[Trace]]] = {

@@ -1,0 +1,211 @@
+"""`redi prepare`: the paper's sets from raw rows, in its order; a recipe's cache."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from redi.engine.cli import main
+
+THOUGHT = "I add.</think>So it is \\boxed{{{}}}."
+
+
+def raw(number: int, verdicts: list[tuple[bool | None, bool | None]], **changes: Any) -> dict:
+    """A problem with a generation for each (llama, math-verify)."""
+    return {
+        "uuid": f"u{number}",
+        "problem": f"{number} + 1?",
+        "source": "olympiads",
+        "problem_is_valid": "Yes",
+        "generations": [f"{number}: try {i}" for i in range(len(verdicts))],
+        "correctness": {
+            "llama_verification": [llama for llama, _ in verdicts],
+            "math_verify_reparsed_answer": [math_verify for _, math_verify in verdicts],
+        },
+        **changes,
+    }
+
+
+GOOD, BAD, MIXED = (True, True), (False, False), (True, False)
+ROWS = [
+    raw(0, [BAD, GOOD, GOOD, BAD]),
+    raw(1, [GOOD, GOOD]),
+    raw(2, [BAD]),
+    raw(3, [MIXED, (None, True), GOOD]),
+    raw(4, [GOOD, BAD], problem_is_valid="No"),
+    raw(5, [GOOD, BAD], problem_is_valid="YES"),
+    raw(6, [GOOD, BAD], source="cn_k12"),
+    raw(7, [GOOD, BAD], generations=["one"]),
+    raw(8, [GOOD, BAD], problem="8" * 900),
+    raw(9, [GOOD, BAD], generations=["9" * 50, "9" * 20_000]),
+    raw(10, [GOOD, BAD], generations=["", "wrong"]),
+    raw(11, []),
+]
+
+
+@pytest.fixture
+def prepare(world: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run the command over rows; its two sets and its counts."""
+
+    def run(rows: list[dict[str, Any]], *options: str, limits: bool = True) -> dict[str, Any]:
+        path, out = tmp_path / "raw.jsonl", tmp_path / "out"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        no_limits = ("--max_prompt_tokens", "0", "--max_trace_tokens", "0")
+        more = ("--tokenizer", str(world / "model")) if limits else no_limits
+        assert main(["prepare", "openr1", str(path), "--out", str(out), *more, *options]) == 0
+        found: dict[str, Any] = {"counts": json.loads((out / "report.json").read_text())["counts"]}
+        for name in ("sft", "pref"):
+            lines = (out / f"{name}.jsonl").read_text().splitlines()
+            found[name] = [json.loads(line) for line in lines]
+        return found
+
+    return run
+
+
+def test_the_defaults_are_the_papers_rules_order_and_seed(prepare: Callable[..., Any]) -> None:
+    found = prepare(ROWS)
+    shuffled = datasets.Dataset.from_list([{"n": n} for n in range(len(ROWS))]).shuffle(seed=42)
+    first = {0: "0: try 1", 1: "1: try 0", 3: "3: try 2", 5: "5: try 0", 8: "8: try 0", 9: "9" * 50}
+    assert found["sft"] == [
+        {"id": f"u{n}", "prompt": ROWS[n]["problem"], "completion": first[n]}
+        for n in shuffled["n"]
+        if n in first
+    ]
+    wrong = {0: "0: try 0", 3: "3: try 0", 5: "5: try 1"}
+    assert found["pref"] == [
+        {"id": f"u{n}", "prompt": f"{n} + 1?", "chosen": first[n], "rejected": wrong[n]}
+        for n in shuffled["n"]
+        if n in wrong
+    ]
+    assert found["counts"] == {
+        "rows read": 12,
+        "rows: lists of different length": 1,
+        "rows: no generation": 1,
+        "rows: problem not valid": 1,
+        "rows: source cn_k12": 1,
+        "generations empty": 1,
+        "problems with correct and incorrect generations": 5,
+        "problems with correct generations": 1,
+        "problems with incorrect generations": 2,
+        "pairs before the limits": 5,
+        "pairs: a trace over 19,000 tokens": 1,
+        "pairs: prompt over 800 tokens": 1,
+        "rows of sft.jsonl": 6,
+        "rows of pref.jsonl": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "correct"),
+    [
+        ("both", ["a"]),
+        ("agree", ["a"]),
+        ("either", ["a", "c", "d"]),
+        ("llama", ["a", "c"]),
+        ("math", ["a", "d"]),
+    ],
+)
+def test_who_decides_that_a_generation_is_correct(
+    rule: str, correct: list[str], prepare: Callable[..., Any]
+) -> None:
+    row = raw(0, [GOOD, BAD, MIXED, (False, True)], generations=list("abcd"))
+    found = prepare([row], "--verifiers", rule, "--take", "all", limits=False)
+    assert [line["completion"] for line in found["sft"]] == correct
+    wrong = ["b"] if rule == "agree" else [text for text in "abcd" if text not in correct]
+    pairs = [(line["chosen"], line["rejected"]) for line in found["pref"]]
+    assert pairs == [(a, b) for a in correct for b in wrong]
+
+
+@pytest.mark.parametrize(
+    ("take", "pair"), [("first", ("bb", "ffff")), ("shortest", ("a", "ee")), ("longest", None)]
+)
+def test_which_generations_of_a_problem_are_taken(
+    take: str, pair: tuple[str, str] | None, prepare: Callable[..., Any]
+) -> None:
+    texts = ["bb", "ffff", "a", "ee", "ccc"]
+    row = raw(0, [GOOD, BAD, GOOD, BAD, GOOD], generations=texts)
+    (line,) = prepare([row], "--take", take, limits=False)["pref"]
+    assert (line["chosen"], line["rejected"]) == (pair or ("ccc", "ffff"))
+
+
+def test_unfinished_generations_are_left_out_and_thoughts_opened(
+    prepare: Callable[..., Any],
+) -> None:
+    texts = [
+        THOUGHT.format(1),
+        "<think>\n" + THOUGHT.format(2),
+        "I think \\boxed{3}",
+        "I add.</think>So it is 4.",
+        "never ending \\boxed{5} </think>",
+    ]
+    row = raw(0, [GOOD] * 5, generations=texts)
+    options = ("--take", "all", "--finished", "true", "--open_think", "true")
+    found = prepare([row], *options, limits=False)
+    assert [line["completion"] for line in found["sft"]] == [f"<think>\n{texts[0]}", texts[1]]
+    assert found["counts"]["generations unfinished"] == 3
+    assert found["counts"]["generations given a <think>"] == 1
+
+
+def test_teachers_are_filtered_and_weighted(prepare: Callable[..., Any]) -> None:
+    rows = [
+        raw(0, [GOOD], teacher="r1"),
+        raw(1, [GOOD], teacher="qwq"),
+        raw(2, [GOOD], teacher="s1"),
+    ]
+    weights = ("--teacher_weights", '{"qwq": 2.5}')
+    found = prepare(rows, *weights, "--teachers", "r1", "qwq", limits=False)
+    assert {line["teacher"]: line.get("weight") for line in found["sft"]} == {
+        "r1": None,
+        "qwq": 2.5,
+    }
+    assert found["counts"]["rows of another teacher"] == 1
+
+
+def test_faulty_rows_are_named_and_leave_no_set_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "raw.jsonl", tmp_path / "out"
+    rows = [ROWS[0], raw(1, [GOOD], problem=None), raw(2, [GOOD], generations="text"), {"a": 1}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--max_prompt_tokens", "0", "--max_trace_tokens", "0"]
+    assert main(["prepare", "openr1", str(path), "--out", str(out), *options]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    places = [line.removeprefix("redi: ").removeprefix(str(path)).split(": ")[0] for line in lines]
+    assert places == [":2", ":3", ":4"]
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "tokenizer is missing"),
+        (["--tokenizer", "t", "--seed", "-1"], "seed must be >= 0"),
+        (["--tokenizer", "t", "--taek", "all"], "did you mean --take?"),
+        (["--tokenizer", "t", "--teacher_weights", '{"a": 0}'], "a must be > 0"),
+        (["--tokenizer", "t", "--verifiers", "none"], "verifiers"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prepare", "openr1", "x.jsonl", "--out", str(tmp_path / "out"), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_a_recipes_cache_is_filled_and_found_by_training(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe("r", {"data.cache": str(tmp_path / "cache"), "train.max_steps": 1})
+    assert main(["prepare", str(path), "--ranks", "2"]) == 0
+    shown = capsys.readouterr().err
+    assert "pairs to train on" in shown
+    assert "rank efficiency, 2 ranks" in shown
+    (folder,) = (tmp_path / "cache").iterdir()
+    made = (folder / "traces.arrow").stat().st_mtime_ns
+    assert not (tmp_path / "r").exists()
+    assert main(["train", str(path), "--quiet"]) == 0
+    assert (folder / "traces.arrow").stat().st_mtime_ns == made
