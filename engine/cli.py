@@ -6,13 +6,14 @@ import difflib
 import os
 import sys
 import time
-from argparse import ArgumentError, RawDescriptionHelpFormatter
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from redi.engine.config import Recipe, build_parser, explain, load_recipe
+from redi.engine.config import Recipe, build_parser, explain, help_formatter, load_recipe
 from redi.engine.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -40,7 +41,14 @@ examples:
   redi train redi.toml --objective.alpha 0.5     one value changed
   torchrun --nproc-per-node 8 -m redi.engine.cli train redi.toml
 
-`redi COMMAND --help` lists every option. Exit codes: 0 done, 1 the run failed, 2 wrong input.
+`redi COMMAND --help` lists every option, `redi --version` says which this is. Exit codes: 0 done
+(also training that a signal stopped and that is saved), 1 the run failed, 2 wrong input.
+"""
+
+PREPARE_EXAMPLES = """\
+examples:
+  redi prepare redi.toml --ranks 8           fill the cache, show what would be trained
+  redi prepare openr1 open-r1/OpenR1-Math-Raw --out data/openr1
 """
 
 
@@ -61,6 +69,7 @@ def prepare(argv: Sequence[str]) -> None:
         "redi prepare",
         "Tokenize the data of recipes into the cache and show what would be trained. "
         "`redi prepare openr1 --help`: select the paper's sets from OpenR1-Math-Raw.",
+        PREPARE_EXAMPLES,
     )
     parser.add_argument("--ranks", type=int, default=1, help="of the run, for rank efficiency")
     arguments = parser.parse_args(list(argv))
@@ -184,7 +193,7 @@ def _parser(command: str, description: str, *examples: str) -> ArgumentParser:
         prog=f"redi {command}",
         description=description,
         epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=help_formatter(),
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -203,6 +212,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "--version":
+        print(f"redi-engine {version('redi-engine')}")
+        return 0
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2

@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 import tomllib
-from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentError, HelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -319,14 +319,21 @@ FREE_ON_RESUME = (
 )
 
 
-EXAMPLES = """\
+TRAIN_EXAMPLES = """\
 examples:
   redi train sft.toml redi.toml                      both stages; the second starts from the first
   redi train redi.toml --objective.alpha 0.5 --run.dir runs/alpha-0.5
 """
 
 
-def build_parser(prog: str, description: str) -> ArgumentParser:
+def help_formatter() -> type[HelpFormatter]:
+    """Help that shows defaults and leaves the examples on lines of their own."""
+    from jsonargparse import DefaultHelpFormatter
+
+    return type("Formatter", (RawDescriptionHelpFormatter, DefaultHelpFormatter), {})
+
+
+def build_parser(prog: str, description: str, examples: str = TRAIN_EXAMPLES) -> ArgumentParser:
     """The parser of one recipe: `recipes...` and every dotted key as an option."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -337,8 +344,8 @@ def build_parser(prog: str, description: str) -> ArgumentParser:
         description=description,
         parser_mode="toml",
         print_config=None,
-        formatter_class=RawDescriptionHelpFormatter,
-        epilog=EXAMPLES,
+        formatter_class=help_formatter(),
+        epilog=examples,
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from argparse import ArgumentError, RawDescriptionHelpFormatter
+from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from redi.engine.checkers import ExactChecker
-from redi.engine.config import plain_type
+from redi.engine.config import help_formatter, plain_type
 from redi.engine.errors import InputError
 
 EXAMPLES = """\
@@ -122,10 +122,7 @@ def parse_options(argv: Sequence[str]) -> EvaluateOptions:
         InputError, ArgumentError: an unknown or missing option, or a value of a wrong type or out
             of range.
     """
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
-
-    class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Examples stay on lines of their own."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -133,7 +130,7 @@ def parse_options(argv: Sequence[str]) -> EvaluateOptions:
         usage="redi evaluate MODEL --data FILE [FILE ...] [options]",
         description="Sample completions, check their answers, report pass@k.",
         epilog=EXAMPLES,
-        formatter_class=HelpFormatter,
+        formatter_class=help_formatter(),
         exit_on_error=False,
         allow_abbrev=False,
     )

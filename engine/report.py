@@ -16,6 +16,8 @@ from redi.engine.train.metrics import read_metrics
 # Okabe and Ito's colours: told apart by colour-blind eyes too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
+KEYS = ("loss", "positive_logp", "negative_logp", "grad_norm", "tokens", "seconds", "tokens_per_s")
+
 
 @dataclass(frozen=True)
 class Curves:
@@ -26,6 +28,7 @@ class Curves:
     """The step lines."""
     held_out: list[dict[str, Any]]
     """The lines of `[eval]`."""
+    finished: bool
 
 
 def read_run(run_dir: Path) -> Curves:
@@ -41,7 +44,11 @@ def read_run(run_dir: Path) -> Curves:
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise InputError(f"{path}: no step has been made yet")
-    return Curves(run_dir.name, steps, [x for x in lines if x.get("event") == "eval"])
+    for line in steps:
+        if not all(isinstance(line.get(key), float | int | None) for key in KEYS):
+            raise InputError(f"{path}: step {line['step']} is damaged")
+    held_out = [line for line in lines if line.get("event") == "eval"]
+    return Curves(run_dir.name, steps, held_out, (run_dir / "export").is_dir())
 
 
 def report(run_dirs: Sequence[Path]) -> Path:
@@ -68,19 +75,19 @@ def _rows(runs: Sequence[Curves]) -> list[list[str]]:
                 return "-"
             tenth = max(1, len(values) // 10)
             first, last = statistics.fmean(values[:tenth]), statistics.fmean(values[-tenth:])
-            return f"{first:.4f} to {last:.4f}"
+            return f"{_number(first)} to {_number(last)}"
 
         return show
 
     def held_out(key: str) -> Callable[[Curves], str]:
         def show(run: Curves) -> str:
             values = [line[key] for line in run.held_out if line.get(key) is not None]
-            return f"{values[0]:.4f} to {values[-1]:.4f}" if values else "-"
+            return f"{_number(values[0])} to {_number(values[-1])}" if values else "-"
 
         return show
 
     figures: list[tuple[str, Callable[[Curves], str]]] = [
-        ("steps", lambda run: f"{run.steps[-1]['step']:,}"),
+        ("steps", _steps),
         ("loss", ends("loss")),
         ("log-prob of positives", ends("positive_logp")),
         ("log-prob of negatives", ends("negative_logp")),
@@ -96,6 +103,14 @@ def _rows(runs: Sequence[Curves]) -> list[list[str]]:
         ("peak memory, GiB", lambda run: f"{run.steps[-1]['peak_memory_gib']:.2f}"),
     ]
     return [[name, *(show(run) for run in runs)] for name, show in figures]
+
+
+def _steps(run: Curves) -> str:
+    return f"{run.steps[-1]['step']:,}" + ("" if run.finished else ", unfinished")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3g}"
 
 
 def _median(run: Curves, key: str) -> str:

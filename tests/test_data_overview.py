@@ -11,6 +11,7 @@ from data_cases import make_tokens, save_tokenizer, settings, write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from redi.engine import quickstart
 from redi.engine.console import Console
 from redi.engine.data.overview import Overview, count_rows, length_rows, look_over, warnings
 from redi.engine.data.packing import Cost
@@ -90,6 +91,13 @@ def test_control_tokens_in_a_trace_are_counted_named_and_refused_on_request(tmp_
         lines = str(caught.value).splitlines()
         assert [line.split(": ")[0].rpartition(":")[2] for line in lines] == ["1", "2"]
         assert "2 control tokens" in lines[0]
+
+
+def test_text_that_a_vocabulary_drops_without_a_token_is_counted(tmp_path: Path) -> None:
+    quickstart.write_model(tmp_path, seed=0)  # digits, =, * and an end; no token for the unknown
+    rows = [pair("12=", "34", "*5"), pair("What is 1 + 2?", "3", "4")]
+    found = overview(tokenized(tmp_path, rows, str(tmp_path)))
+    assert found.unknown_tokens == 2  # both traces of the second prompt
 
 
 def test_lengths_and_truncated_ends_are_those_of_what_is_trained(tmp_path: Path) -> None:

@@ -227,6 +227,20 @@ def test_a_csv_may_be_separated_as_spreadsheets_do(tmp_path, separator):
     assert row.value == dict(zip(*rows, strict=True))
 
 
+def test_what_spreadsheets_add_to_a_csv_is_read_over(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbfsep=;\r\nprompt ; completion\r\na;b\r\n;\r\n;\r\n")
+    (row,) = read_rows([str(path)], "auto")
+    assert row.value == {"prompt": "a", "completion": "b"}
+    assert row.where == f"{path}:3"
+
+
+def test_a_column_that_is_there_twice_is_an_error(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,completion\na,b,c\n")
+    assert error_of(str(path)) == f"{path}:1: column 'completion' is there 2 times"
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet", "a.csv.gz", "a.json.gz"])
 def test_a_file_cut_off_is_an_error_that_names_it(tmp_path, name):
     maker = {"jsonl": as_jsonl, "parquet": as_parquet, "csv": as_csv, "json": as_json}

@@ -51,7 +51,7 @@ class Overview:
     missing_ends: int
     """Used traces that were truncated: their end is not trained."""
     unknown_tokens: int
-    """Used traces with a token that the tokenizer does not know."""
+    """Used traces with text that the tokenizer does not know."""
     control_tokens: int
     """Used traces whose text spells a control token of the tokenizer."""
     control_names: tuple[str, ...]
@@ -157,7 +157,7 @@ def count_rows(overview: Overview) -> list[tuple[str, str]]:
         (f"{unit} to train on", f"{overview.units:,}"),
         ("duplicates among their traces", f"{overview.duplicates:,}"),
         ("missing ends (truncated)", f"{overview.missing_ends:,}"),
-        ("with unknown tokens", f"{overview.unknown_tokens:,}"),
+        ("with text unknown to the tokenizer", f"{overview.unknown_tokens:,}"),
         ("with control tokens", f"{overview.control_tokens:,}"),
     ]
     if overview.paired:

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -200,14 +201,18 @@ def _wanted_columns(columns: list[str], format: str, where: str) -> list[str]:
 
 def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)  # a long trace is one cell; the default stops at 128 KiB
-    first = next(_decoded_lines(file, name), "")
-    file.seek(0)
+    lines = _decoded_lines(file, name)
+    first = next(lines, "")
+    if excel := first.lower().startswith("sep="):  # Excel's own way to name the delimiter
+        first = next(lines, "")
     delimiter = max(",;\t", key=first.count)  # spreadsheets of half the world write ";"
-    reader = csv.reader(_decoded_lines(file, name), delimiter=delimiter)
-    header = next(reader, [])
+    reader = csv.reader(chain([""] * excel + [first], lines), delimiter=delimiter)
+    header = [column.strip() for column in next(filter(None, reader), [])]
+    if twice := [column for column in header if header.count(column) > 1]:
+        raise InputError(f"{name}:1: column {twice[0]!r} is there {header.count(twice[0])} times")
     number = reader.line_num + 1
     for cells in reader:
-        if cells:
+        if any(cells):  # spreadsheets leave rows of empty cells
             if len(cells) == len(header):
                 yield number, _csv_row(header, cells, name, number)
             else:

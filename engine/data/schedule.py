@@ -165,8 +165,8 @@ class Schedule:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
         if self.num_units < self.batch:
             raise InputError(
-                f"the data gives {self.num_units} units (pairs, or sequences in SFT), fewer than "
-                f"one batch: lower [train] batch = {self.batch} or add data"
+                f"the data gives {self.num_units} units (pairs; in SFT sequences) and a step takes "
+                f"{self.batch}: lower [train] batch or add data"
             )
 
     @property

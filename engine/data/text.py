@@ -19,6 +19,8 @@ from redi.engine.errors import InputError
 
 TEMPLATES = ("chat", "none")
 _PROBE = "redi probe message"
+# What a vocabulary of bytes spells, and one of a few characters or words does not.
+_ANY_TEXT = "aZ09 +-=*/(){}<>\\$%é≠中☃\U0001f600"
 _OPENED_TAG = re.compile(r"<[^<>/|｜\s]+>\s*$")
 
 
@@ -49,7 +51,7 @@ class Encoded:
     """int32 [length]: prompt, then completion with its end."""
     prompt_length: int
     unknown: int
-    """Tokens that the tokenizer does not know."""
+    """Tokens that the tokenizer does not know, and characters that it drops."""
 
 
 class Encoder:
@@ -77,6 +79,7 @@ class Encoder:
         # Some tokenizers have no token of its own for the unknown.
         unknown = self.tokenizer.unk_token_id
         self._unknown_id = None if unknown == self._eos_id else unknown
+        self._spells_all = not self._lost(_ANY_TEXT, self._ids([_ANY_TEXT])[0])
         control = "|".join(map(re.escape, _control_tokens(self.tokenizer)))
         self._control = re.compile(control or "(?!)")  # without any: matches nowhere
         self._template = settings.template
@@ -110,8 +113,18 @@ class Encoder:
                 end = [*end, self._eos_id]
             ids = np.array([*start, *end], dtype=np.int32)
             unknown = 0 if self._unknown_id is None else int(np.sum(ids == self._unknown_id))
+            if not self._spells_all:
+                unknown += self._lost(prompt + completion, ids)
             encoded.append(Encoded(ids, len(start), unknown))
         return encoded
+
+    def _lost(self, text: str, ids: Sequence[int] | np.ndarray) -> int:
+        """Characters, white space apart, that the tokens do not spell.
+
+        A vocabulary that lacks a character and has no token for the unknown drops it.
+        """
+        spelled = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        return max(0, len("".join(text.split())) - len("".join(spelled.split())))
 
     def control_tokens(self, trace: Trace) -> Counter[str]:
         """Control tokens that the trace's own text spells, the end that it may bring excepted.

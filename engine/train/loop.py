@@ -9,7 +9,9 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
@@ -90,6 +92,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
         raise InputError(f"objective.backend: {error}") from None
     data = prepare_data(recipe, world, console)
     check_same_data(data.keys, run_dir)
+    _check_positions(data, config, recipe)
     cost = training_cost(config)
     overview = look_over(
         data.tokens,
@@ -113,6 +116,21 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
         export(student, tokenizer, run_dir / "export", dtype, world)
         console.say(f"{run_dir}: done; the model is in {run_dir / 'export'}")
     return finished
+
+
+def _check_positions(data: PreparedData, config: Any, recipe: Recipe) -> None:
+    """No trace may be longer than what the model has positions for."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    used = np.unique(data.examples.units)
+    lengths = data.examples.lengths[used]
+    if positions is not None and lengths.max() > positions:
+        over = used[lengths > positions]
+        raise InputError(
+            f"{data.tokens.where(int(over[0]))}: {data.examples.lengths[over[0]]} tokens are more "
+            f"than the model's {positions} positions ({len(over)} of {len(used)} traces are): set "
+            f'data.max_tokens = {positions} with data.overlong = "drop" or "truncate", or another '
+            f"max_position_embeddings in {recipe.model.path}/config.json"
+        )
 
 
 def _show(overview: Overview, run_dir: Path, console: Console) -> None:
@@ -356,7 +374,8 @@ def _all_reduce(sums: dict[str, float]) -> dict[str, float]:
 
 
 def _figures(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    short = {"positive_logp": "logp+", "negative_logp": "logp-"}  # as the progress line has them
+    return "  ".join(f"{short.get(k, k.replace('_', ' '))} {v:.3f}" for k, v in values.items())
 
 
 def _mean(total: float, count: int) -> float | None:

@@ -156,6 +156,20 @@ def test_under_torchrun_one_rank_speaks(
     assert "none.jsonl" in lines[0]
 
 
+def test_a_trace_longer_than_the_model_s_positions_is_refused(
+    recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(jsonl(*GOOD, row(chosen="1" * 70)))
+    assert main(["train", str(recipe("r", {"data.path": str(path), "data.max_tokens": 99}))]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith(
+        f"redi: {path}:11: 74 tokens are more than the model's"
+    )
+    assert "(1 of 22 traces are): set data.max_tokens = 64" in error
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_rank_that_fails_alone_says_so_itself(recipe: WriteRecipe, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(

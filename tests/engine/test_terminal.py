@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,27 @@ def test_a_mistyped_command_is_answered_with_the_nearest(
 ) -> None:
     assert main(["trian", "x.toml"]) == 2
     assert capsys.readouterr().err == "redi: unknown command trian; did you mean train?\n"
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"redi-engine {version('redi-engine')}\n"
+
+
+def test_the_help_of_train_shows_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("default: ") > 30
+    assert "default: 19800)" in shown
+
+
+@pytest.mark.parametrize("damage", ["[1]", '"text"'])
+def test_a_report_of_damaged_metrics_is_one_line(
+    run: tuple[Path, str], damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = json.loads((run[0] / "metrics.jsonl").read_text().splitlines()[-2])
+    assert "loss" in line
+    text = json.dumps(line | {"loss": "damage"}).replace('"damage"', damage)
+    (tmp_path / "metrics.jsonl").write_text(text + "\n")
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"redi: {tmp_path}")
