@@ -44,7 +44,7 @@ from redi.engine.model.student import Student
 from redi.engine.train.checkpoint import Checkpointer
 from redi.engine.train.greedy import held_out_problems
 from redi.engine.train.metrics import MetricsLog, peak_memory_gib
-from redi.engine.train.objectives import StepTotals, make_objective, needs
+from redi.engine.train.objectives import Objective, StepTotals, formula
 from redi.engine.train.optimizer import learning_rate, make_optimizer
 from redi.engine.train.run_folder import check_same_data, check_same_recipe, write_run_dir
 from redi.engine.train.signals import StopRequest
@@ -140,7 +140,7 @@ class PreparedData:
 def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData:
     """Tokenize (or find the cache), choose what is trained, lay out the steps."""
     tokens = _tokenized(recipe, recipe.data.paths, world, console)
-    examples = _examples(recipe, tokens, needs(recipe.objective))
+    examples = _examples(recipe, tokens, formula(recipe.objective).units)
     schedule = Schedule(
         num_units=len(examples.units),
         batch=recipe.train.batch,
@@ -208,7 +208,7 @@ def build_student(
     liger = apply_liger(model, recipe.model.liger, world.device)
     console.say(f"liger-kernel: {liger}")
     model.train()
-    student = Student(model, make_objective(recipe.objective))
+    student = Student(model, Objective(recipe.objective))
     return shard(student, recipe.shard, dtype, world.device), tokenizer
 
 
