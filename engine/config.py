@@ -279,6 +279,21 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """What stops a run that has gone wrong; docs/training.md says how it is told."""
+
+    max_skips: int = 3
+    """Steps in a row whose loss or gradient is not finite: each is left out, the last ends the
+    run."""
+    collapse: Literal["stop", "warn", "off"] = "stop"
+    """What happens when the log-prob of correct traces plunges while updates surge; stop: a
+    warning first, the end when it goes on."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_skips >= 1, f"guard.max_skips must be >= 1, got {self.max_skips}")
+
+
+@dataclass(frozen=True)
 class Run:
     """Where the run lives."""
 
@@ -309,6 +324,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     shard: Shard = field(default_factory=Shard)
     eval: Eval = field(default_factory=Eval)
+    guard: Guard = field(default_factory=Guard)
     run: Run = field(default_factory=Run)
 
 
@@ -320,6 +336,7 @@ SECTIONS: dict[str, type] = {
     "train": Train,
     "shard": Shard,
     "eval": Eval,
+    "guard": Guard,
     "run": Run,
 }
 KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section))
@@ -347,6 +364,8 @@ ALIASES = {
 
 # What a resumed run may change: nothing here alters the mathematics.
 FREE_ON_RESUME = (
+    "guard.max_skips",
+    "guard.collapse",
     "run.dir",
     "run.save_every",
     "run.keep",
