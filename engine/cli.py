@@ -13,7 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from redi.engine.config import Recipe, build_parser, explain, help_formatter, load_recipe
+from redi.engine.config import (
+    Recipe,
+    build_parser,
+    check_overrides,
+    explain,
+    help_formatter,
+    load_recipe,
+)
 from redi.engine.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -96,6 +103,7 @@ def train(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(list(argv))
     paths = arguments.recipes
     recipes = [load_recipe(parser, path, argv) for path in paths]
+    check_overrides(recipes, argv)
     resolved: list[tuple[str, Recipe]] = []
     for path, recipe in zip(paths, recipes, strict=True):
         folder = recipe.run.dir or f"runs/{Path(path).stem}"

@@ -12,7 +12,7 @@ import re
 import tomllib
 from argparse import SUPPRESS, ArgumentError, HelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,26 +88,75 @@ class Data:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised."""
+    """What is minimised; docs/objectives.md has the formulas."""
 
-    name: Literal["sft", "redi"] = "sft"
-    """sft: -log p of correct traces. redi: the same plus alpha * log p of incorrect ones."""
+    name: Literal["sft", "redi", "signed", "dft", "unlikelihood", "simper", "simpo", "dpo"] = "sft"
+    """sft: -log p of correct traces. redi: the same plus alpha * log p of incorrect ones. signed:
+    every trace by itself with its row's weight. dft, unlikelihood, simper, simpo, dpo: as their
+    papers have them."""
     alpha: float = 0.8
-    """REDI's weight of the incorrect traces (arXiv 2505.24850); 0: positives alone."""
-    normalisation: Literal["sequence", "token"] = "sequence"
-    """Mean over each sequence first, or one mean over all tokens of the step (SFT only)."""
+    """Weight of the incorrect traces (arXiv 2505.24850); 0: positives alone."""
+    positive_weight: float = 1.0
+    """Weight of the correct traces (signed)."""
+    negative_gamma: float = 0.0
+    """Multiplies a negative's term by exp(negative_gamma * mean log-prob) (redi); 0: not."""
+    beta: float | None = None
+    """Scale of the margin of log-probs (dpo, simpo: they need it)."""
+    margin: float = 1.0
+    """How far the positive's scaled log-prob is to be ahead: the SimPO paper's gamma (simpo)."""
+    label_smoothing: float = 0.0
+    """Share of pairs taken to be labelled the wrong way round (dpo)."""
+    normalisation: Literal["sequence", "token", "none"] = "sequence"
+    """Mean over each sequence first; one mean over all tokens of the step (sft, dft, signed); or
+    a mean over sequences of sums (signed)."""
     backend: Literal["auto", "reference", "torch", "triton"] = "auto"
     """Implementation of the loss op."""
 
     def __post_init__(self) -> None:
+        for key in ("alpha", "positive_weight", "negative_gamma"):
+            value = getattr(self, key)
+            _require(
+                math.isfinite(value) and value >= 0,
+                f"objective.{key} must be finite and >= 0, got {value}",
+            )
+        _require(math.isfinite(self.margin), f"objective.margin must be finite, got {self.margin}")
         _require(
-            math.isfinite(self.alpha) and self.alpha >= 0,
-            f"objective.alpha must be finite and >= 0, got {self.alpha}",
+            0 <= self.label_smoothing < 0.5,
+            f"objective.label_smoothing must lie in [0, 0.5), got {self.label_smoothing}",
         )
         _require(
-            not (self.name == "redi" and self.normalisation == "token"),
-            'objective.normalisation must be "sequence" for redi: its mean is per sequence',
+            self.beta is None or (math.isfinite(self.beta) and self.beta > 0),
+            f"objective.beta must be finite and > 0, got {self.beta}",
         )
+        _require(
+            self.beta is not None or "beta" not in OBJECTIVE_KEYS[self.name],
+            f"objective.beta is missing: {self.name} needs it (DPO: 0.1 or less; SimPO: 2 to 10)",
+        )
+        allowed = NORMALISATIONS.get(self.name, ("sequence",))
+        _require(
+            self.normalisation in allowed,
+            f"objective.normalisation must be {' or '.join(allowed)} for {self.name}, "
+            f"got {self.normalisation}",
+        )
+
+
+# What each objective reads beside its name and backend.
+OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
+    "sft": ("normalisation",),
+    "redi": ("alpha", "negative_gamma"),
+    "signed": ("alpha", "positive_weight", "normalisation"),
+    "dft": ("normalisation",),
+    "unlikelihood": ("alpha",),
+    "simper": (),
+    "simpo": ("beta", "margin"),
+    "dpo": ("beta", "label_smoothing"),
+}
+# The others' formulas have their mean built in.
+NORMALISATIONS: dict[str, tuple[str, ...]] = {
+    "sft": ("sequence", "token"),
+    "dft": ("sequence", "token"),
+    "signed": ("sequence", "token", "none"),
+}
 
 
 @dataclass(frozen=True)
@@ -233,6 +282,21 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """What stops a run that has gone wrong; docs/training.md says how it is told."""
+
+    max_skips: int = 3
+    """Steps in a row whose loss or gradient is not finite: each is left out, the last ends the
+    run."""
+    collapse: Literal["stop", "warn", "off"] = "stop"
+    """What happens when the log-prob of correct traces plunges while updates surge; stop: a
+    warning first, the end when it goes on."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_skips >= 1, f"guard.max_skips must be >= 1, got {self.max_skips}")
+
+
+@dataclass(frozen=True)
 class Run:
     """Where the run lives."""
 
@@ -263,6 +327,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     shard: Shard = field(default_factory=Shard)
     eval: Eval = field(default_factory=Eval)
+    guard: Guard = field(default_factory=Guard)
     run: Run = field(default_factory=Run)
 
 
@@ -274,6 +339,7 @@ SECTIONS: dict[str, type] = {
     "train": Train,
     "shard": Shard,
     "eval": Eval,
+    "guard": Guard,
     "run": Run,
 }
 KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section))
@@ -304,6 +370,8 @@ ALIASES = {
 
 # What a resumed run may change: nothing here alters the mathematics.
 FREE_ON_RESUME = (
+    "guard.max_skips",
+    "guard.collapse",
     "run.dir",
     "run.save_every",
     "run.keep",
@@ -392,7 +460,43 @@ def load_recipe(parser: ArgumentParser, path: str, argv: Sequence[str]) -> Recip
         }
     except (ArgumentError, ValueError) as error:
         raise InputError(f"{_origin(str(error), path, overridden)}{explain(error)}") from None
-    return Recipe(**sections)
+    recipe = Recipe(**sections)
+    objective = recipe.objective
+    for key in unused_keys(objective):
+        if key in content.get("objective", {}) and f"objective.{key}" not in overridden:
+            raise InputError(f"{path}: {_not_used(key, objective.name)}")
+    # An override applies to all recipes of a command; one that it means nothing to is as without.
+    return replace(recipe, objective=_without(objective, unused_keys(objective)))
+
+
+def check_overrides(recipes: Sequence[Recipe], argv: Sequence[str]) -> None:
+    """InputError for an override of `[objective]` that none of the recipes uses."""
+    overridden = {a[2:].split("=")[0] for a in argv if a.startswith("--objective.")}
+    names = list(dict.fromkeys(recipe.objective.name for recipe in recipes))
+    used = {key for name in names for key in ("name", "backend", *OBJECTIVE_KEYS[name])}
+    for key in sorted(name.removeprefix("objective.") for name in overridden):
+        if key not in used:
+            raise InputError(_not_used(key, " and ".join(names)))
+
+
+def unused_keys(objective: Objective) -> list[str]:
+    """Parameters that have another than their default value, and that the objective never reads."""
+    default = Objective()
+    return [
+        f.name
+        for f in fields(Objective)
+        if f.name not in ("name", "backend", *OBJECTIVE_KEYS[objective.name])
+        and getattr(objective, f.name) != getattr(default, f.name)
+    ]
+
+
+def _without(objective: Objective, keys: Sequence[str]) -> Objective:
+    return replace(objective, **{key: getattr(Objective(), key) for key in keys})
+
+
+def _not_used(key: str, name: str) -> str:
+    users = ", ".join(user for user, keys in OBJECTIVE_KEYS.items() if key in keys)
+    return f"objective.{key} has no meaning for {name} (but for {users}): leave it out"
 
 
 def explain(error: Exception) -> str:

@@ -68,7 +68,11 @@ class _Steps(Dataset[StepBatches]):
         sequences = self._examples.units[units].reshape(-1)
         lengths = self._examples.lengths[sequences]
         packing = pack(
-            lengths, row_tokens=self._row_tokens, world_size=self._world_size, cost=self._cost
+            lengths,
+            row_tokens=self._row_tokens,
+            world_size=self._world_size,
+            cost=self._cost,
+            together=self._examples.together,
         )
         positives = int(np.sum(self._tokens.signs[sequences] > 0))
         return StepBatches(

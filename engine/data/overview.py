@@ -100,7 +100,15 @@ def look_over(
     packings = []
     for step in range(1, min(schedule.total_steps, PACKED_STEPS) + 1):
         lengths = examples.lengths[examples.units[schedule.units(step)].reshape(-1)]
-        packings.append(pack(lengths, row_tokens=row_tokens, world_size=world_size, cost=cost))
+        packings.append(
+            pack(
+                lengths,
+                row_tokens=row_tokens,
+                world_size=world_size,
+                cost=cost,
+                together=examples.together,
+            )
+        )
     _, one_per_problem = np.unique(tokens.groups[used], return_index=True)
     return Overview(
         traces=len(tokens),

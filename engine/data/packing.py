@@ -1,7 +1,8 @@
 """Lays the sequences of an optimizer step into rows, and a row's sequences into tensors.
 
 Pure functions of their arguments: every rank computes the same packing and needs no word from
-the others. Positives and negatives are packed alike; nothing holds a pair together.
+the others. Positives and negatives are packed alike; a pair is held together only for objectives
+that need its margin.
 """
 
 from collections.abc import Callable
@@ -50,7 +51,9 @@ class Packing:
 _SLACKS = (1.0, 1.05, 1.1)
 
 
-def pack(lengths: np.ndarray, *, row_tokens: int, world_size: int, cost: Cost) -> Packing:
+def pack(
+    lengths: np.ndarray, *, row_tokens: int, world_size: int, cost: Cost, together: int = 1
+) -> Packing:
     """Packs sequences into the fewest micro-steps that work, balanced by cost.
 
     A few layouts are tried and improved by exchanges (`balance`); the one that keeps ranks waiting
@@ -61,13 +64,33 @@ def pack(lengths: np.ndarray, *, row_tokens: int, world_size: int, cost: Cost) -
         row_tokens: most tokens in a row.
         world_size: ranks; each gets one row a micro-step, an empty one if there is no work.
         cost: what is balanced.
+        together: so many neighbours share a row, in their order: 2 for pairs; it divides S.
 
-    Raises ValueError for a length outside its range.
+    Raises ValueError for a length, or a sum over neighbours, outside its range.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if lengths.size == 0 or lengths.min() < 1 or lengths.max() > row_tokens:
         raise ValueError(f"lengths must be non-empty and in [1, row_tokens = {row_tokens}]")
-    costs = cost.of(lengths)
+    if together > 1:
+        return _pack_together(lengths, row_tokens, world_size, cost, together)
+    return _pack(lengths, cost.of(lengths), row_tokens, world_size)
+
+
+def _pack_together(
+    lengths: np.ndarray, row_tokens: int, world_size: int, cost: Cost, together: int
+) -> Packing:
+    """Packs groups of neighbours as one sequence each, of their tokens' and costs' sums."""
+    tokens = lengths.reshape(-1, together).sum(axis=1)
+    if tokens.max() > row_tokens:
+        raise ValueError(f"{together} neighbours must fit into row_tokens = {row_tokens}")
+    costs = cost.of(lengths).reshape(-1, together).sum(axis=1)
+    packing = _pack(tokens, costs, row_tokens, world_size)
+    members = np.arange(len(lengths)).reshape(-1, together)
+    rows = tuple(tuple(members[row].reshape(-1) for row in step) for step in packing.rows)
+    return Packing(rows, packing.rank_efficiency)
+
+
+def _pack(lengths: np.ndarray, costs: np.ndarray, row_tokens: int, world_size: int) -> Packing:
     filler = _Filler(lengths, costs, row_tokens)
     micro_steps = -(-int(lengths.sum()) // (row_tokens * world_size))
     while True:

@@ -10,14 +10,16 @@ import numpy as np
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.errors import InputError
 
-Needs = Literal["positives", "pairs"]
+Needs = Literal["positives", "traces", "pairs", "margins"]
+"""What an objective's units are: single positives; single traces of either sign; pairs; or pairs
+that must lie in one row, because the loss depends on the difference of their log-probs."""
 Pairing = Literal["zip", "first", "all"]
 Overlong = Literal["error", "drop", "truncate"]
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """The units of training: single positives, or pairs of a positive and a negative."""
+    """The units of training: single traces, or pairs of a positive and a negative."""
 
     units: np.ndarray
     """int64 [n, 1] or [n, 2] (positive, negative): indices of traces."""
@@ -25,6 +27,8 @@ class Examples:
     """int64 [traces], after truncation; of every trace, used or not."""
     left_out: dict[str, int]
     """Counts of traces that are in no unit, by reason."""
+    together: int = 1
+    """Sequences that packing keeps in one row: 2 where a pair's margin is needed."""
 
 
 def select(
@@ -40,10 +44,11 @@ def select(
 
     Args:
         tokens: the data set.
-        objective_needs: "positives" (negatives are left out) or "pairs".
+        objective_needs: see `Needs`; "positives" leaves negatives out, "traces" takes all.
         pairing: within each problem: "zip" pairs the first positive with the first negative, the
             second with the second, ...; "first" takes only the first of each; "all" takes every
-            combination. For positives, "first" takes one a problem and the others all.
+            combination. For positives, "first" takes one a problem and the others all; for
+            traces, "first" takes one of each sign.
         max_tokens: the longest sequence allowed, prompt and completion with its end.
         overlong: what becomes of a longer one: "error"; "drop" leaves it out (before pairing);
             "truncate" cuts its end off, or leaves it out if no completion token would remain.
@@ -68,12 +73,17 @@ def select(
 
     positives = _by_problem(tokens, usable, 1)
     used = np.zeros(len(tokens), dtype=bool)
-    if objective_needs == "positives":
-        taken = positives.ranks == 0 if pairing == "first" else slice(None)
-        units = positives.traces[taken].reshape(-1, 1)
+    if objective_needs in ("positives", "traces"):
+        sides = [positives]
+        if objective_needs == "traces":
+            sides.append(_by_problem(tokens, usable, -1))
+        units = _singles(sides, pairing).reshape(-1, 1)
         used[units] = True
-        left_out["negatives unused"] = int(np.sum(tokens.signs < 0))
-        left_out["positives unused"] = int(usable.sum()) - len(units)
+        if objective_needs == "positives":
+            left_out["negatives unused"] = int(np.sum(tokens.signs < 0))
+            left_out["positives unused"] = int(usable.sum()) - len(units)
+        else:
+            left_out["traces unused"] = int(usable.sum()) - len(units)
     else:
         units = _pairs(positives, _by_problem(tokens, usable, -1), pairing)
         used[units] = True
@@ -81,7 +91,11 @@ def select(
         left_out["negatives unpaired"] = int(np.sum(usable & ~used & (tokens.signs < 0)))
     _check_units(tokens, units, objective_needs, left_out)
     _check_lengths(tokens, np.flatnonzero(used), lengths, max_tokens, row_tokens)
-    return Examples(units, lengths, {reason: count for reason, count in left_out.items() if count})
+    together = 2 if objective_needs == "margins" else 1
+    if together == 2:
+        _check_pairs_fit(tokens, units, lengths, row_tokens)
+    kept = {reason: count for reason, count in left_out.items() if count}
+    return Examples(units, lengths, kept, together)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +123,14 @@ def _by_problem(tokens: TokenizedTraces, usable: np.ndarray, sign: int) -> _OneS
     return _OneSign(indices[order], problems, ranks)
 
 
+def _singles(sides: list[_OneSign], pairing: Pairing) -> np.ndarray:
+    """Traces of either sign one by one, int64 [n], problem by problem, positives first."""
+    taken = [side.ranks == 0 if pairing == "first" else slice(None) for side in sides]
+    problems = np.concatenate([s.problems[part] for s, part in zip(sides, taken, strict=True)])
+    traces = np.concatenate([s.traces[part] for s, part in zip(sides, taken, strict=True)])
+    return traces[np.argsort(problems, kind="stable")]
+
+
 def _pairs(positives: _OneSign, negatives: _OneSign, pairing: Pairing) -> np.ndarray:
     """int64 [n, 2]; see `select`."""
     start = np.searchsorted(negatives.problems, positives.problems)
@@ -130,7 +152,9 @@ def _check_units(
     positives, negatives = int(np.sum(tokens.signs > 0)), int(np.sum(tokens.signs < 0))
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
     sources = ", ".join(tokens.sources)
-    if needs == "positives":
+    if needs == "traces":
+        problem = "no trace to train on"
+    elif needs == "positives":
         problem = "no positive trace to train on"
     elif not negatives:
         problem = "only positive traces: pairs need negatives too (or use the sft objective)"
@@ -168,6 +192,20 @@ def _check_lengths(
                 f"{tokens.where(first)}: {lengths[first]} tokens are more than {key} = {limit} "
                 f"({len(over)} of {len(used)} traces are): {advice}"
             )
+
+
+def _check_pairs_fit(
+    tokens: TokenizedTraces, units: np.ndarray, lengths: np.ndarray, row_tokens: int
+) -> None:
+    both = lengths[units].sum(axis=1)
+    over = np.flatnonzero(both > row_tokens)
+    if len(over):
+        first = int(over[0])
+        raise InputError(
+            f"{tokens.where(int(units[first, 0]))}: its pair has {both[first]} tokens, more than "
+            f"[train] row_tokens = {row_tokens} ({len(over)} of {len(units)} pairs have), and this "
+            "objective needs a pair in one row: raise row_tokens, or lower [data] max_tokens"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ plain tensors with sharded ones.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,7 +16,18 @@ from transformers import PreTrainedModel
 from redi.engine.data.packing import PackedBatch
 from redi.engine.model.attention import document_kwargs
 from redi.engine.train.objectives import Objective, StepTotals
-from redi.kernels import RediLoss
+from redi.kernels import RediLoss, segment_sum, signed_cross_entropy
+
+
+class Scores(NamedTuple):
+    """What a model says of a packed row's traces, without a gradient."""
+
+    sequence_logps: torch.Tensor
+    """float32 [S]: sums of log-probs over each sequence's targets."""
+    sequence_lengths: torch.Tensor
+    """int64 [S]: targets of each sequence."""
+    sequence_entropies: torch.Tensor
+    """float32 [S]: sums over the same tokens of the entropy of the model's prediction, in nats."""
 
 
 class Student(nn.Module):
@@ -30,15 +43,36 @@ class Student(nn.Module):
         """The transformer blocks: the units of sharding, recomputation and compilation."""
         return self.model.base_model.layers
 
-    def forward(self, batch: PackedBatch, totals: StepTotals) -> RediLoss:
+    def forward(self, batch: PackedBatch, totals: StepTotals | None) -> RediLoss | Scores:
         """Loss share, and per-sequence log-prob sums, of one packed row.
 
         Args:
             batch: one row, on the student's device.
-            totals: global counts of the optimizer step, the loss's denominators.
+            totals: global counts of the optimizer step, the loss's denominators; None: the row is
+                only scored (one matrix product by the vocabulary, no gradient).
+
+        Returns:
+            RediLoss, or Scores without `totals`.
         """
-        hidden = self.hidden_states(batch)
-        return self.objective(hidden, self.model.get_output_embeddings().weight, batch, totals)
+        hidden, weight = self.hidden_states(batch), self.model.get_output_embeddings().weight
+        if totals is None:
+            return self._score(hidden.detach(), weight.detach(), batch)
+        return self.objective(hidden, weight, batch, totals)
+
+    def _score(self, hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> Scores:
+        _, logps, entropies = signed_cross_entropy(
+            hidden,
+            weight,
+            batch.targets,
+            torch.zeros_like(batch.targets, dtype=torch.float32),
+            entropy=True,
+            valid_index=batch.valid_index,
+            backend=self.objective.section.backend,
+        )
+        cu_seqlens = batch.cu_seqlens
+        return Scores(
+            segment_sum(logps, cu_seqlens), batch.num_targets, segment_sum(entropies, cu_seqlens)
+        )
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Last hidden states [T, D] of a packed row, each document on its own."""

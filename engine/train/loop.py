@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -43,11 +42,12 @@ from redi.engine.model.liger import apply_liger
 from redi.engine.model.load import load_model, read_config
 from redi.engine.model.sharding import check_replicas, compute_dtype, shard
 from redi.engine.model.student import Student
-from redi.engine.train.checkpoint import Checkpointer
+from redi.engine.train.checkpoint import Checkpointer, complete_checkpoints
 from redi.engine.train.greedy import held_out_problems
+from redi.engine.train.guards import Guards, Row, Verdict, name_rows, skip_message
 from redi.engine.train.metrics import MetricsLog, peak_memory_gib
-from redi.engine.train.objectives import StepTotals, make_objective, needs
-from redi.engine.train.optimizer import learning_rate, make_optimizer
+from redi.engine.train.objectives import Objective, StepTotals, formula
+from redi.engine.train.optimizer import learning_rate, make_optimizer, squared_update, step_if
 from redi.engine.train.run_folder import check_same_data, check_same_recipe, write_run_dir
 from redi.engine.train.signals import StopRequest
 from redi.engine.train.trackers import check_trackers, open_trackers
@@ -160,7 +160,7 @@ class PreparedData:
 def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData:
     """Tokenize (or find the cache), choose what is trained, lay out the steps."""
     tokens = _tokenized(recipe, recipe.data.paths, world, console)
-    examples = _examples(recipe, tokens, needs(recipe.objective))
+    examples = _examples(recipe, tokens, formula(recipe.objective).units)
     schedule = Schedule(
         num_units=len(examples.units),
         batch=recipe.train.batch,
@@ -229,7 +229,7 @@ def build_student(
     liger = apply_liger(model, recipe.model.liger, world.device)
     console.say(f"liger-kernel: {liger}")
     model.train()
-    student = Student(model, make_objective(recipe.objective))
+    student = Student(model, Objective(recipe.objective))
     return shard(student, recipe.shard, dtype, world.device), tokenizer
 
 
@@ -239,7 +239,7 @@ def _train(
     data: PreparedData,
     cost: Cost,
     student: Student,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.AdamW,
     world: World,
     console: Console,
 ) -> bool:
@@ -262,6 +262,7 @@ def _train(
     trackers = open_trackers(recipe, run_dir, done) if world.is_main else []
     metrics = MetricsLog(run_dir / "metrics.jsonl", done, trackers, active=world.is_main)
     progress = console.steps(total, done)
+    guards = Guards(recipe.guard, run_dir / "metrics.jsonl", done, world)
     if done:
         console.say(f"{run_dir}: going on after step {done}")
 
@@ -283,18 +284,28 @@ def _train(
             torch.manual_seed((recipe.train.seed * total + step) * world.size + world.rank)
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
-            sums = _forward_backward(student, batches, world.device)
+            done_rows = _forward_backward(student, batches, world.device)
             grad_norm = _clip(student, recipe.optim.max_grad_norm)
-            sums["stop"] = float(stop.asked)
-            sums = _all_reduce(sums)
+            sums = _step_sums(done_rows, stop.asked, world.device)
+            # Decided and done on the device: the host asks for nothing until all is under way.
+            finite = sums[0].isfinite() & grad_norm.isfinite()
+            step_if(optimizer, finite)
+            optimizer.zero_grad()
+            squared = squared_update(optimizer, finite)
+            dist.all_reduce(squared)
+            update_norm = (squared / recipe.shard.replicate).sqrt()
+            loss, positive, negative, stops, norm, update, taken = torch.stack(
+                [*sums, grad_norm.double(), update_norm, finite.double()]
+            ).tolist()
             now = time.perf_counter()
             line = {
                 "step": step,
                 "epoch": (step - 1) // data.schedule.steps_per_epoch,
-                "loss": sums["loss"],
-                "positive_logp": _mean(sums["positive"], batches.num_positives),
-                "negative_logp": _mean(sums["negative"], batches.num_negatives),
-                "grad_norm": grad_norm,
+                "loss": loss,
+                "positive_logp": _mean(positive, batches.num_positives),
+                "negative_logp": _mean(negative, batches.num_negatives),
+                "grad_norm": norm,
+                "update_norm": update,
                 "lr": rate(step),
                 "tokens": batches.num_tokens,
                 "targets": batches.num_targets,
@@ -305,20 +316,19 @@ def _train(
                 "peak_memory_gib": peak_memory_gib(world.device),
             }
             metrics.write(line)
-            if not (math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
-                try:
-                    checkpointer.wait()
-                finally:
-                    raise RunError(
-                        f"step {step}: loss {sums['loss']}, gradient norm {grad_norm}: not "
-                        f"finite; the last good checkpoint is in {run_dir / 'checkpoints'}"
-                    )
-            optimizer.step()
-            optimizer.zero_grad()
+            if not taken:
+                event = name_rows(done_rows, data.tokens, step)
+                metrics.write(event)
+                console.warn(skip_message(event, loss, norm))
+            if verdict := guards.after(line):
+                (console.warn if verdict.goes_on else console.say)(verdict.text)
+                metrics.write({"event": verdict.kind, "step": step})
+                if not verdict.goes_on:
+                    _give_up(verdict, checkpointer, run_dir)
             progress.step(line)
             if step % recipe.eval.every == 0 or step == total:
                 evaluate(step)
-            stopping = sums["stop"] > 0 and step < total
+            stopping = stops > 0 and step < total
             if step % recipe.run.save_every == 0 or step == total or stopping:
                 checkpointer.save(step)
             if stopping:
@@ -333,29 +343,38 @@ def _train(
     return True
 
 
-def _forward_backward(
-    student: Student, batches: StepBatches, device: torch.device
-) -> dict[str, float]:
-    """Accumulate the step's gradient; return this rank's sums."""
+def _forward_backward(student: Student, batches: StepBatches, device: torch.device) -> list[Row]:
+    """Accumulate the step's gradient; return what each of this rank's rows came to."""
     assert isinstance(student, FSDPModule)
     totals = StepTotals(units=len(batches.units), targets=batches.num_targets)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    logps = torch.zeros(2, dtype=torch.float64, device=device)
+    rows = []
     for index, batch in enumerate(batches.micro_batches):
-        batch = batch.to(device, non_blocking=True)
+        on_device = batch.to(device, non_blocking=True)
         last = index == len(batches.micro_batches) - 1
         student.set_requires_gradient_sync(last)
-        out = student(batch, totals)
+        out = student(on_device, totals)
         out.loss.backward()
-        loss += out.loss.detach()
         means = out.sequence_logps.double() / out.sequence_lengths.clamp(min=1)
+        rows.append(Row(batch.sequence_ids, out.loss.detach(), means, on_device.signs))
+    return rows
+
+
+def _step_sums(rows: list[Row], asked_to_stop: bool, device: torch.device) -> torch.Tensor:
+    """Loss, sums of the positives' and the negatives' mean log-probs, and of requests to stop.
+
+    float64 [4] on the device, over all ranks.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums[3] = float(asked_to_stop)
+    for row in rows:
         # Not means[signs > 0]: boolean indexing would wait for the device.
-        logps += torch.stack([(means * (batch.signs == sign)).sum() for sign in (1, -1)])
-    positive, negative = logps.tolist()
-    return {"loss": loss.item(), "positive": positive, "negative": negative}
+        by_sign = [torch.where(row.signs == sign, row.means, 0.0).sum() for sign in (1, -1)]
+        sums[:3] += torch.stack([row.loss.double(), *by_sign])
+    dist.all_reduce(sums)
+    return sums
 
 
-def _clip(student: Student, max_norm: float) -> float:
+def _clip(student: Student, max_norm: float) -> torch.Tensor:
     """Clip the whole gradient to `max_norm` (0: leave it). Returns its l2 norm before."""
     parameters = [p for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -363,14 +382,17 @@ def _clip(student: Student, max_norm: float) -> float:
         norm = norm.full_tensor()
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.item()
+    return norm
 
 
-def _all_reduce(sums: dict[str, float]) -> dict[str, float]:
-    """Sum over ranks, in float64 on the host."""
-    values = torch.tensor(list(sums.values()), dtype=torch.float64)
-    dist.all_reduce(values)
-    return dict(zip(sums, values.tolist(), strict=True))
+def _give_up(verdict: Verdict, checkpointer: Checkpointer, run_dir: Path) -> NoReturn:
+    """End the run with the checkpoint named that is from before it went wrong."""
+    try:
+        checkpointer.wait()
+    finally:
+        good = [step for step in complete_checkpoints(run_dir) if step < verdict.since]
+        where = f"that of step {max(good)}" if good else "none: there is none from before"
+        raise RunError(f"{verdict.text}; the last good checkpoint: {where}")
 
 
 def _figures(values: dict[str, float]) -> str:

@@ -60,7 +60,7 @@ MISTAKES = {
     "seed = 1\n": "did you mean train.seed?",
     "[optim]\nlr = 'fast'\n": "optim.lr: needs a number, got fast",
     "[optim]\nlr = -1.0\n": "optim.lr must be >= 0, got -1.0",
-    "[objective]\nname = 'dop'\n": "objective.name: needs one of ['sft', 'redi'], got dop",
+    "[objective]\nname = 'dop'\n": "objective.name: needs one of ['sft', 'redi', 'signed', 'dft'",
     "[objective]\nalpha = nan\n": "objective.alpha must be finite",
     "[objective]\nname = 'redi'\nnormalisation = 'token'\n": "objective.normalisation",
     "[train]\nbatch = 0\n": "train.batch must be >= 1, got 0",
@@ -180,7 +180,7 @@ def test_every_key_is_in_the_help_with_its_meaning(capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     for key in KEYS:
         assert f"--{key}" in text
-    assert "REDI's weight of the incorrect traces" in text
+    assert "Weight of the incorrect traces" in text
 
 
 def test_help_takes_under_half_a_second(redi: Callable[..., Any]) -> None:

@@ -1,0 +1,197 @@
+"""What stops a run that has gone wrong: steps that are not finite, and collapse.
+
+A step whose loss or gradient is not finite is left out on the device (`optimizer.step_if`); here
+it is counted and its rows are named. Collapse is what arXiv 2505.24850 describes of alpha = 1 at
+high learning rates: the log-prob of correct traces plunges while the updates surge. The surge is
+read off the gradient before clipping: AdamW divides its updates by the gradient's own size, and
+relative to the learning rate they shrank in collapsing runs as in sound ones (measured on the
+quickstart task). A guard sees nothing but the step lines of metrics.jsonl, so a resumed run judges
+as one never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from redi.engine.config import Guard
+from redi.engine.data.cache import TokenizedTraces
+from redi.engine.distributed import World
+from redi.engine.train.metrics import read_metrics
+
+WINDOW = 8
+"""Steps whose median stands for now: single steps scatter."""
+FALL = 0.5
+"""A fall of the positives' mean log-prob by this share of its best value, and ..."""
+FALL_NATS = 0.2
+"""... by so many nats a token at least, is no slow decline any more."""
+SURGE = 1.5
+"""So many times the smallest gradient norm of the run is a surge."""
+PATIENCE = 8
+"""Steps between the warning and the stop, if collapse goes on."""
+NAMED_ROWS = 8
+"""Rows that a message names at most."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one packed row of this rank came to in a step; tensors on the device."""
+
+    sequence_ids: torch.Tensor
+    """int64 [S] on the host: indices of traces, -1 for a dummy."""
+    loss: torch.Tensor
+    means: torch.Tensor
+    """float64 [S]: mean log-probs per token."""
+    signs: torch.Tensor
+    """int64 [S]."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a guard has to say after a step."""
+
+    kind: Literal["not_finite", "collapse"]
+    text: str
+    goes_on: bool
+    """Whether this is only a warning."""
+    since: int
+    """The step at which things began to go wrong."""
+
+
+class Guards:
+    """Judges a run step by step, the same on every rank.
+
+    Args:
+        section: what to do.
+        metrics: the run's metrics.jsonl, read by rank 0 alone.
+        done: the step that the run goes on after.
+        world: the ranks.
+    """
+
+    def __init__(self, section: Guard, metrics: Path, done: int, world: World) -> None:
+        self._section = section
+        self._lines: list[dict[str, Any]] = []
+        self._warned: int | None = None
+        history: list[Any] = [None]
+        if world.is_main and done:
+            keys = ("step", "positive_logp", "loss", "grad_norm")
+            history[0] = [
+                {key: line.get(key) for key in keys}
+                for line in read_metrics(metrics)
+                if "loss" in line and line["step"] <= done
+            ]
+        dist.broadcast_object_list(history, src=0, group=world.checkpoint_group)
+        for line in history[0] or []:
+            self.after(line)  # what it says was said then
+
+    def after(self, line: dict[str, Any]) -> Verdict | None:
+        """What is to be said after a step, given its line of metrics."""
+        self._lines.append(line)
+        return self._skips() or self._collapse()
+
+    def _skips(self) -> Verdict | None:
+        count = skips_in_a_row(self._lines)
+        if count < self._section.max_skips:
+            return None
+        since = self._lines[-count]["step"]
+        text = f"{count} steps in a row (from {since}) with a loss or gradient that is not finite"
+        return Verdict("not_finite", text, False, since)
+
+    def _collapse(self) -> Verdict | None:
+        if self._section.collapse == "off":
+            return None
+        what = collapse(self._lines)
+        step = self._lines[-1]["step"]
+        if what is None:
+            self._warned = None
+            return None
+        if self._warned is None:
+            self._warned = step
+            text = f"step {step}: this looks like collapse: {what}"
+            return Verdict("collapse", f"{text}; lower optim.lr or objective.alpha", True, step)
+        if self._section.collapse == "warn" or step < self._warned + PATIENCE:
+            return None
+        text = f"collapse since step {self._warned}: {what}; lower optim.lr or objective.alpha"
+        return Verdict("collapse", text, False, self._warned - WINDOW)
+
+
+def is_finite(line: dict[str, Any]) -> bool:
+    """Whether a step was taken, by its line (metrics.jsonl has null for what is not finite)."""
+    return all(line[key] is not None and math.isfinite(line[key]) for key in ("loss", "grad_norm"))
+
+
+def skips_in_a_row(lines: Sequence[dict[str, Any]]) -> int:
+    """How many of the last steps were not finite."""
+    count = 0
+    for line in reversed(lines):
+        if is_finite(line):
+            break
+        count += 1
+    return count
+
+
+def collapse(lines: Sequence[dict[str, Any]]) -> str | None:
+    """What shows that a run collapses at its last step, or None.
+
+    Both signs are needed. That the positives' log-prob has fallen says little alone: it may
+    decline slowly in a good run. Nor that gradients have grown: they do when a phase of learning
+    begins.
+
+    Args:
+        lines: step lines of metrics from step 1 on.
+    """
+    taken = [line for line in lines if is_finite(line) and line["positive_logp"] is not None]
+    if len(taken) < 2 * WINDOW:
+        return None
+    logps = _medians([line["positive_logp"] for line in taken])
+    norms = _medians([line["grad_norm"] for line in taken])
+    best, calmest = max(logps), min(norms)
+    fallen = best - logps[-1]
+    if fallen < max(FALL * abs(best), FALL_NATS) or norms[-1] < SURGE * calmest:
+        return None
+    return (
+        f"the log-prob of correct traces fell from {best:.3f} to {logps[-1]:.3f} a token, the "
+        f"gradient is {norms[-1] / calmest:.1f} times the smallest so far"
+    )
+
+
+def _medians(values: Sequence[float]) -> list[float]:
+    """Medians of all windows of WINDOW neighbours."""
+    return [median(values[end - WINDOW : end]) for end in range(WINDOW, len(values) + 1)]
+
+
+def name_rows(rows: Sequence[Row], tokens: TokenizedTraces, step: int) -> dict[str, Any]:
+    """The event of a step that was left out: which ranks and rows were not finite. Collective.
+
+    Only called after such a step, so it may wait for the device.
+    """
+    mine = [tokens.where(int(index)) for row in rows for index in _not_finite(row)]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    ranks = {str(rank): where[:NAMED_ROWS] for rank, where in enumerate(found) if where}
+    return {"event": "skipped", "step": step, "rows": ranks}
+
+
+def _not_finite(row: Row) -> list[int]:
+    """The traces whose log-prob is not finite; all of the row where only its loss is not."""
+    bad = ~row.means.isfinite().cpu()
+    if not bad.any() and not row.loss.isfinite():
+        bad[:] = True
+    return [index for index in row.sequence_ids[bad].tolist() if index >= 0]
+
+
+def skip_message(event: dict[str, Any], loss: float, grad_norm: float) -> str:
+    """One line on a step that was left out."""
+    named = [f"rank {rank}: {', '.join(rows)}" for rank, rows in event["rows"].items()]
+    where = "; ".join(named) or "the gradient alone"
+    return (
+        f"step {event['step']} is left out: loss {loss}, gradient norm {grad_norm}; not finite "
+        f"at {where}"
+    )
