@@ -62,7 +62,7 @@ def raw(steps: list[StepBatches]) -> list[list[Any]]:
     ]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, 1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_workers_and_any_resume_step_give_the_same_bytes(tokens, workers):
     expected = raw(list(loader_of(tokens).steps(0)))
     assert len(expected) == 8

@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -67,38 +66,60 @@ def select(
         usable = usable & ~emptied
         lengths = np.minimum(lengths, max_tokens)
 
-    members = _by_problem(tokens, usable)
+    positives = _by_problem(tokens, usable, 1)
+    used = np.zeros(len(tokens), dtype=bool)
     if objective_needs == "positives":
-        chosen = [positives[: 1 if pairing == "first" else None] for positives, _ in members]
-        units = np.array([[index] for group in chosen for index in group], np.int64).reshape(-1, 1)
+        taken = positives.ranks == 0 if pairing == "first" else slice(None)
+        units = positives.traces[taken].reshape(-1, 1)
+        used[units] = True
         left_out["negatives unused"] = int(np.sum(tokens.signs < 0))
         left_out["positives unused"] = int(usable.sum()) - len(units)
     else:
-        paired = [pair for group in members for pair in _pairs(*group, pairing)]
-        units = np.array(paired, np.int64).reshape(-1, 2)
-        used = np.zeros(len(tokens), dtype=bool)
+        units = _pairs(positives, _by_problem(tokens, usable, -1), pairing)
         used[units] = True
         left_out["positives unpaired"] = int(np.sum(usable & ~used & (tokens.signs > 0)))
         left_out["negatives unpaired"] = int(np.sum(usable & ~used & (tokens.signs < 0)))
     _check_units(tokens, units, objective_needs, left_out)
-    _check_lengths(tokens, np.unique(units), lengths, max_tokens, row_tokens)
+    _check_lengths(tokens, np.flatnonzero(used), lengths, max_tokens, row_tokens)
     return Examples(units, lengths, {reason: count for reason, count in left_out.items() if count})
 
 
-def _by_problem(tokens: TokenizedTraces, usable: np.ndarray) -> list[tuple[list[int], list[int]]]:
-    """The usable positives and negatives of each problem, in the order of the data."""
-    members: dict[int, tuple[list[int], list[int]]] = {}
-    for index in np.flatnonzero(usable).tolist():
-        positives, negatives = members.setdefault(int(tokens.groups[index]), ([], []))
-        (positives if tokens.signs[index] > 0 else negatives).append(index)
-    return list(members.values())
+@dataclass(frozen=True, slots=True)
+class _OneSign:
+    """The usable traces of one sign, problem by problem in the order of the data."""
+
+    traces: np.ndarray
+    """int64 [n]: indices of traces."""
+    problems: np.ndarray
+    """int64 [n], rising: the same number for traces of one problem, in either sign."""
+    ranks: np.ndarray
+    """int64 [n]: 0 for a problem's first, 1 for its second, ..."""
 
 
-def _pairs(positives: list[int], negatives: list[int], pairing: Pairing) -> list[tuple[int, int]]:
+def _by_problem(tokens: TokenizedTraces, usable: np.ndarray, sign: int) -> _OneSign:
+    indices = np.flatnonzero(usable)
+    # A problem is known by its first usable trace. Assigned backwards: the first one stays.
+    first = np.zeros(int(tokens.groups.max()) + 1, dtype=np.int64)
+    first[tokens.groups[indices[::-1]]] = indices[::-1]
+    indices = indices[tokens.signs[indices] == sign]
+    problems = first[tokens.groups[indices]]
+    order = np.argsort(problems, kind="stable")
+    problems = problems[order]
+    ranks = np.arange(len(order)) - np.searchsorted(problems, problems)
+    return _OneSign(indices[order], problems, ranks)
+
+
+def _pairs(positives: _OneSign, negatives: _OneSign, pairing: Pairing) -> np.ndarray:
+    """int64 [n, 2]; see `select`."""
+    start = np.searchsorted(negatives.problems, positives.problems)
+    count = np.searchsorted(negatives.problems, positives.problems, side="right") - start
     if pairing == "all":
-        return list(product(positives, negatives))
-    pairs = list(zip(positives, negatives, strict=False))
-    return pairs[:1] if pairing == "first" else pairs
+        repeated = np.repeat(positives.traces, count)
+        place = np.arange(len(repeated)) - np.repeat(np.cumsum(count) - count, count)
+        return np.stack([repeated, negatives.traces[np.repeat(start, count) + place]], axis=1)
+    paired = positives.ranks < np.minimum(count, 1 if pairing == "first" else count)
+    partner = negatives.traces[(start + positives.ranks)[paired]]
+    return np.stack([positives.traces[paired], partner], axis=1)
 
 
 def _check_units(

@@ -1,10 +1,11 @@
-"""`redi.bench.packing`: the rivals pack as they are said to, and the record holds all of them."""
+"""The benchmarks of data: the rivals pack as they are said to, and the loader is fast enough."""
 
 import json
 
 import numpy as np
 import pytest
 
+from redi.bench import data
 from redi.bench import packing as bench
 
 
@@ -47,3 +48,9 @@ def test_the_record_holds_every_way_and_ours_waits_least(tmp_path, monkeypatch):
     assert ours["mean"] > max(other["mean"] for other in others)
     assert ours["mean"] <= result["bound_by_longest_trace"]
     assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_one_core_feeds_far_more_tokens_than_a_card_trains_on(tmp_path):
+    found = data.measure(tmp_path, traces=131_000, millions=0.01)
+    assert found["loader_tokens_per_s"] > 600_000
+    assert found["found_again_s"] < 1
