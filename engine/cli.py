@@ -79,6 +79,7 @@ def prepare(argv: Sequence[str]) -> None:
         PREPARE_EXAMPLES,
     )
     parser.add_argument("--ranks", type=int, default=1, help="of the run, for rank efficiency")
+    parser.add_argument("--report", type=Path | None, help="folder of report.json and lengths.png")
     arguments = parser.parse_args(list(argv))
     if arguments.ranks < 1:
         raise InputError(f"ranks must be >= 1, got {arguments.ranks}")
@@ -94,7 +95,8 @@ def prepare(argv: Sequence[str]) -> None:
             model = recipe.model if recipe.model.path else model
             if model is None:
                 raise InputError(f"{path}: model.path is missing: its tokenizer is needed")
-            fill_cache(replace(recipe, model=model), world, console, arguments.ranks)
+            wanted = replace(recipe, model=model)
+            fill_cache(wanted, world, console, arguments.ranks, arguments.report)
 
 
 def train(argv: Sequence[str]) -> None:

@@ -20,6 +20,13 @@ import numpy as np
 
 from redi.engine.config import Recipe
 from redi.engine.console import Console
+from redi.engine.data.breakdown import (
+    ORIGIN_COLUMNS,
+    break_down,
+    draw_lengths,
+    origin_rows,
+    share_rows,
+)
 from redi.engine.data.openr1 import select_traces
 from redi.engine.data.overview import LENGTH_COLUMNS, count_rows, length_rows, look_over, warnings
 from redi.engine.data.rows import find_sources, scan_source
@@ -177,7 +184,9 @@ class _Spool:
         return len(order)
 
 
-def fill_cache(recipe: Recipe, world: World, console: Console, ranks: int) -> None:
+def fill_cache(
+    recipe: Recipe, world: World, console: Console, ranks: int, report: Path | None
+) -> None:
     """Tokenize the sets of a recipe, unless the cache has them, and show what would be trained.
 
     Args:
@@ -185,8 +194,9 @@ def fill_cache(recipe: Recipe, world: World, console: Console, ranks: int) -> No
         world: this process.
         console: where the tables go.
         ranks: of the run to come, for its rank efficiency.
+        report: folder of report.json and lengths.png; None: no report.
 
-    Raises InputError for anything wrong with the recipe, the data or the tokenizer.
+    Raises InputError for anything wrong with the recipe, the data, the tokenizer or the folder.
     """
     config = read_config(recipe.model.path or "")
     data = prepare_data(recipe, world, console)
@@ -200,5 +210,16 @@ def fill_cache(recipe: Recipe, world: World, console: Console, ranks: int) -> No
     )
     console.table(f"{data.tokens.folder}: what is trained", LENGTH_COLUMNS, length_rows(overview))
     console.table("", ("", ""), count_rows(overview))
+    found = break_down(data.tokens, data.examples, recipe.data.max_tokens)
+    console.table("where the traces come from", ORIGIN_COLUMNS, origin_rows(found))
+    console.table("", ("", ""), share_rows(found))
     for warning in warnings(overview):
         console.warn(warning)
+    if report is not None:
+        content = {"overview": asdict(overview), "breakdown": asdict(found)}
+        try:
+            report.mkdir(parents=True, exist_ok=True)
+            (report / "report.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+            draw_lengths(data.tokens, data.examples, recipe.data.max_tokens, report / "lengths.png")
+        except OSError as error:
+            raise InputError(f"report: {report} cannot be written: {error}") from None

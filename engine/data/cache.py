@@ -127,6 +127,17 @@ class TokenizedTraces:
         batch, position = self._locate(index)
         return self._teachers[batch][position].as_py()
 
+    def teacher_numbers(self) -> tuple[np.ndarray, list[str]]:
+        """(int64 [n] into the names, names); traces without a teacher count as "none"."""
+        known = pa.chunked_array(self._teachers).fill_null("none").combine_chunks()
+        encoded = known.dictionary_encode()
+        return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
+
+    @property
+    def source_numbers(self) -> np.ndarray:
+        """int32 [n]: positions in `sources`."""
+        return self._source_numbers
+
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"trace {index} of {len(self)}")

@@ -200,7 +200,10 @@ def test_a_recipes_cache_is_filled_and_found_by_training(
     recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = recipe("r", {"data.cache": str(tmp_path / "cache"), "train.max_steps": 1})
-    assert main(["prepare", str(path), "--ranks", "2"]) == 0
+    report = tmp_path / "report"
+    assert main(["prepare", str(path), "--ranks", "2", "--report", str(report)]) == 0
+    assert json.loads((report / "report.json").read_text())["overview"]["world_size"] == 2
+    assert (report / "lengths.png").stat().st_size > 1000
     shown = capsys.readouterr().err
     assert "pairs to train on" in shown
     assert "rank efficiency, 2 ranks" in shown
