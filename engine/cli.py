@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from redi.engine.config import (
+    Data,
+    Model,
     Recipe,
+    Train,
     build_parser,
     check_overrides,
     explain,
@@ -39,6 +42,7 @@ commands:
   prepare RECIPE.toml [MORE.toml ...]                       tokenize, show what would be trained
   train RECIPE.toml [MORE.toml ...] [--section.key value]   train; the same line again resumes
   evaluate MODEL --data FILE [FILE ...]                     sample, check answers, pass@k
+  logprobs MODEL --data FILE [FILE ...] --out FILE.parquet  what a model says of each trace
   export RUN [--step N]                                     write a checkpoint as a model folder
   report RUN [MORE ...]                                     table and curves of runs
   doctor                                                    what this machine has; tests the loss
@@ -165,6 +169,39 @@ def evaluate(argv: Sequence[str]) -> None:
     evaluate.evaluate(options)
 
 
+def logprobs(argv: Sequence[str]) -> None:
+    """`redi logprobs`: per-trace log-probs and entropies as Parquet."""
+    parser = _parser(
+        "logprobs",
+        "Write each trace's log-prob (sum and mean) and mean entropy under a model, as Parquet.",
+        "redi logprobs model --data traces.jsonl --out scores.parquet",
+    )
+    parser.add_argument("model", help="folder or hub name of a causal LM in safetensors")
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="as data.path")
+    parser.add_argument("--out", required=True, metavar="FILE.parquet", help="what is written")
+    parser.add_argument("--template", default="chat", choices=["chat", "none"])
+    parser.add_argument("--system-prompt", type=str | None, help="as data.system_prompt")
+    parser.add_argument("--row-tokens", type=int, default=32768, help="as train.row_tokens")
+    args = parser.parse_args(list(argv))
+    try:
+        recipe = Recipe(
+            model=Model(path=args.model),
+            data=Data(path=args.data, template=args.template, system_prompt=args.system_prompt),
+            train=Train(row_tokens=args.row_tokens),
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+    from redi.engine.console import Console
+    from redi.engine.distributed import join_world
+    from redi.engine.logprobs import write_logprobs
+
+    with join_world() as world:
+        write_logprobs(recipe, Path(args.out), world, Console(active=world.is_main))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(args.out)
+
+
 def doctor(argv: Sequence[str]) -> None:
     """`redi doctor`: versions, devices, what a run here will use, and a self-test."""
     _parser(
@@ -214,6 +251,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "export": export,
+    "logprobs": logprobs,
     "report": report,
     "doctor": doctor,
 }

@@ -37,11 +37,20 @@ class Model:
     the recipe before this one."""
     tokenizer: str | None = None
     """Folder (or hub name) of the tokenizer; left out: `path`."""
+    rope_theta: float | None = None
+    """Base of the rotary position embedding, in place of the model's own."""
+    max_position_embeddings: int | None = None
+    """Longest context, in place of the model's own; the export keeps both."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """flash-attn, torch's varlen attention, or SDPA document by document; auto: the first of
     them that the machine has."""
     liger: Literal["auto", "off"] = "auto"
     """liger-kernel's RMSNorm, RoPE and SwiGLU; auto: on CUDA when installed."""
+
+    def __post_init__(self) -> None:
+        for key in ("rope_theta", "max_position_embeddings"):
+            value = getattr(self, key)
+            _require(value is None or value > 0, f"model.{key} must be > 0, got {value}")
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,9 @@ class Data:
     control_tokens: Literal["allow", "error"] = "allow"
     """Traces that spell a control token of the tokenizer (an end of turn, say): counted and warned
     of, or refused."""
+    eos: Literal["trained", "left_out"] = "trained"
+    """left_out: the end-of-sequence token that closes a trace is not trained (the authors' stage 1,
+    where the padding token is the same)."""
     cache: str | None = None
     """Folder of tokenized sets; left out: $REDI_CACHE, else ~/.cache/redi."""
     processes: int = 0
@@ -109,6 +121,9 @@ class Objective:
     normalisation: Literal["sequence", "token", "none"] = "sequence"
     """Mean over each sequence first; one mean over all tokens of the step (sft, dft, signed); or
     a mean over sequences of sums (signed)."""
+    length: Literal["trained", "original"] = "trained"
+    """What |y| counts: the tokens that are trained, or those before truncation (the authors' code:
+    a truncated trace weighs less)."""
     backend: Literal["auto", "reference", "torch", "triton"] = "auto"
     """Implementation of the loss op."""
 
@@ -142,13 +157,13 @@ class Objective:
 
 # What each objective reads beside its name and backend.
 OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
-    "sft": ("normalisation",),
-    "redi": ("alpha", "negative_gamma"),
-    "signed": ("alpha", "positive_weight", "normalisation"),
-    "dft": ("normalisation",),
-    "unlikelihood": ("alpha",),
-    "simper": (),
-    "simpo": ("beta", "margin"),
+    "sft": ("normalisation", "length"),
+    "redi": ("alpha", "negative_gamma", "length"),
+    "signed": ("alpha", "positive_weight", "normalisation", "length"),
+    "dft": ("normalisation", "length"),
+    "unlikelihood": ("alpha", "length"),
+    "simper": ("length",),
+    "simpo": ("beta", "margin", "length"),
     "dpo": ("beta", "label_smoothing"),
 }
 # The others' formulas have their mean built in.

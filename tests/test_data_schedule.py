@@ -195,9 +195,7 @@ def test_training_ends_at_the_earlier_of_epochs_and_max_steps(epochs, max_steps,
 
 
 def test_fewer_units_than_one_batch_is_an_error():
-    with pytest.raises(
-        InputError, match=r"gives 31 units .* and a step takes 32: lower"
-    ):
+    with pytest.raises(InputError, match=r"gives 31 units .* and a step takes 32: lower"):
         Schedule(31, 32, None, None, 0)
     with pytest.raises(ValueError, match="at least 1"):
         Schedule(31, 0, None, None, 0)

@@ -30,6 +30,9 @@ INSTEAD = {
 ELSEWHERE = {
     "make train": "tests/engine/test_quickstart.py trains the quickstart in full",
     "make test": "this is part of it",
+    "torchrun --nproc-per-node 8 -m redi.engine.cli train engine/recipes/paper-": (
+        "tests/engine/test_paper_recipes.py runs two steps of each"
+    ),
 }
 
 

@@ -209,6 +209,8 @@ class PackedBatch:
     """How many of them are a positive's."""
     num_targets: Tensor
     """int64 [S]: trained tokens of each document, |y|."""
+    full_targets: Tensor
+    """int64 [S]: tokens of each completion before truncation, with its end."""
     sequence_ids: Tensor
     """int64 [S]: indices of traces; -1 for a dummy."""
     max_seqlen: int
@@ -292,6 +294,7 @@ def build_batch(
         valid_index=torch.from_numpy(valid_index),
         num_positive_targets=int(positive.sum()),
         num_targets=torch.from_numpy(lengths - prompt_lengths),
+        full_targets=torch.from_numpy(tokens.lengths[sequence_ids] - prompt_lengths),
         sequence_ids=torch.from_numpy(np.array(sequence_ids, dtype=np.int64)),
         max_seqlen=int(lengths.max()),
         is_dummy=False,
@@ -310,6 +313,7 @@ def _dummy_batch() -> PackedBatch:
         valid_index=torch.zeros(0, dtype=torch.int64),
         num_positive_targets=0,
         num_targets=torch.zeros(1, dtype=torch.int64),
+        full_targets=torch.zeros(1, dtype=torch.int64),
         sequence_ids=torch.full((1,), -1, dtype=torch.int64),
         max_seqlen=1,
         is_dummy=True,

@@ -39,6 +39,7 @@ def select(
     max_tokens: int,
     overlong: Overlong,
     row_tokens: int,
+    untrained_end: int | None = None,
 ) -> Examples:
     """Forms the units of training from a data set.
 
@@ -54,10 +55,14 @@ def select(
             "truncate" cuts its end off, or leaves it out if no completion token would remain.
         row_tokens: the longest sequence that packing can place; a longer one that was kept is
             an error, whatever `overlong` says.
+        untrained_end: the end-of-sequence token, if it is not to be trained; None: it is. Nothing
+            follows it, so it is left off. A completion that is nothing else stays.
 
     Raises InputError for an overlong sequence, naming its row, and if no unit can be formed.
     """
     lengths = tokens.lengths
+    if untrained_end is not None:
+        lengths = lengths - _closed_by(tokens, untrained_end)
     usable = np.ones(len(tokens), dtype=bool)
     if objective_needs == "positives":
         usable = tokens.signs > 0
@@ -96,6 +101,12 @@ def select(
         _check_pairs_fit(tokens, units, lengths, row_tokens)
     kept = {reason: count for reason, count in left_out.items() if count}
     return Examples(units, lengths, kept, together)
+
+
+def _closed_by(tokens: TokenizedTraces, end: int) -> np.ndarray:
+    """Which traces end with this token behind a completion of others, bool [traces]."""
+    last = np.array([tokens.ids(index)[-1] for index in range(len(tokens))])
+    return (last == end) & (tokens.lengths - tokens.prompt_lengths > 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,8 @@ def export_run(run_dir: Path, step: int | None) -> Path:
     step = max(checkpoints) if step is None else step
     recipe = tomllib.loads((run_dir / "recipe.toml").read_text(encoding="utf-8"))
     path = recipe["model"]["path"]
-    config = read_config(path)
+    model = recipe["model"]
+    config = read_config(path, model.get("rope_theta"), model.get("max_position_embeddings"))
     manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
     dtype = getattr(torch, manifest["dtype"])
     shapes = _empty_model(config, torch.float32).state_dict()

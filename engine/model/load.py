@@ -52,8 +52,13 @@ def find_config(path: str, name: str) -> Any:
         raise InputError(f"{name}: {path}: {here}{_first_line(error)}") from None
 
 
-def read_config(path: str) -> Any:
+def read_config(
+    path: str, rope_theta: float | None = None, max_position_embeddings: int | None = None
+) -> Any:
     """The configuration of a model to train, checked before any weight is read.
+
+    Args:
+        rope_theta, max_position_embeddings: take the place of the model's own.
 
     Raises:
         InputError: as `find_config`, or an unsupported architecture.
@@ -71,6 +76,12 @@ def read_config(path: str) -> Any:
             f"model.path: {path} has layers of type {', '.join(sorted(other))}; packed rows need "
             "full attention in every layer"
         )
+    if rope_theta is not None:
+        if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
+            raise InputError(f"model.rope_theta: {path} has no rope_theta to replace")
+        config.rope_parameters["rope_theta"] = rope_theta
+    if max_position_embeddings is not None:
+        config.max_position_embeddings = max_position_embeddings
     return config
 
 
@@ -106,17 +117,18 @@ def load_weights(
     return model
 
 
-def load_model(path: str, attention: str) -> PreTrainedModel:
+def load_model(path: str, config: Any, attention: str) -> PreTrainedModel:
     """Load fp32 master weights on the CPU.
 
     Args:
         path: folder or hub name.
+        config: from `read_config`.
         attention: the name that `register_attention` returned.
 
     Raises:
         InputError: as `read_config` and `load_weights`.
     """
-    model = load_weights(path, "model.path", read_config(path), torch.float32, attention)
+    model = load_weights(path, "model.path", config, torch.float32, attention)
     blocks = getattr(model.base_model, "layers", ())
     if not blocks or not all(hasattr(block, "self_attn") for block in blocks):
         raise InputError(

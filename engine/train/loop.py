@@ -49,6 +49,7 @@ from redi.engine.train.metrics import MetricsLog, peak_memory_gib
 from redi.engine.train.objectives import Objective, StepTotals, formula
 from redi.engine.train.optimizer import learning_rate, make_optimizer, squared_update, step_if
 from redi.engine.train.run_folder import check_same_data, check_same_recipe, write_run_dir
+from redi.engine.train.sequence_scores import set_reference
 from redi.engine.train.signals import StopRequest
 from redi.engine.train.trackers import check_trackers, open_trackers
 from redi.engine.train.validation import HeldOut, validate
@@ -83,7 +84,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
         # Nothing here reads memory that it has not written; filling gigabytes of logits costs.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     transformers_logging.disable_progress_bar()
-    config = read_config(recipe.model.path or "")
+    config = model_config(recipe)
     check_trackers(recipe.run.trackers)
     check_replicas(recipe.shard, world.size)
     try:
@@ -105,6 +106,18 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
     _show(overview, run_dir, console)
     dtype = compute_dtype(recipe.train.dtype, world.device)
     student, tokenizer = build_student(recipe, dtype, world, console)
+    if formula(recipe.objective).reference:
+        set_reference(
+            student,
+            recipe,
+            data.tokens,
+            data.examples.units,
+            data.examples.lengths,
+            dtype=dtype,
+            cost=cost,
+            world=world,
+            console=console,
+        )
     optimizer = make_optimizer(student, recipe.optim)
     if world.is_main:
         try:
@@ -159,7 +172,7 @@ class PreparedData:
 
 def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData:
     """Tokenize (or find the cache), choose what is trained, lay out the steps."""
-    tokens = _tokenized(recipe, recipe.data.paths, world, console)
+    tokens = tokenized(recipe, recipe.data.paths, world, console)
     examples = _examples(recipe, tokens, formula(recipe.objective).units)
     schedule = Schedule(
         num_units=len(examples.units),
@@ -175,12 +188,15 @@ def _held_out(recipe: Recipe, world: World, console: Console) -> HeldOut | None:
     """The traces of `[eval]`: pairs where there are any incorrect ones, else the correct ones."""
     if not recipe.eval.paths:
         return None
-    tokens = _tokenized(recipe, recipe.eval.paths, world, console)
+    tokens = tokenized(recipe, recipe.eval.paths, world, console)
     examples = _examples(recipe, tokens, "pairs" if (tokens.signs < 0).any() else "positives")
     return HeldOut(tokens, examples, held_out_problems(recipe))
 
 
 def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: Needs) -> Examples:
+    end = None
+    if recipe.data.eos == "left_out":
+        end = load_tokenizer(recipe.model.tokenizer or recipe.model.path or "").eos_token_id
     return select(
         tokens,
         objective_needs=objective_needs,
@@ -188,12 +204,14 @@ def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: Needs) -
         max_tokens=recipe.data.max_tokens,
         overlong=recipe.data.overlong,
         row_tokens=recipe.train.row_tokens,
+        untrained_end=end,
     )
 
 
-def _tokenized(
+def tokenized(
     recipe: Recipe, paths: tuple[str, ...], world: World, console: Console
 ) -> TokenizedTraces:
+    """The traces of files as `[data]` wants them tokenized: cached, or made by rank 0 first."""
     settings = TokenSettings(
         paths=paths,
         format=recipe.data.format,
@@ -209,6 +227,12 @@ def _tokenized(
     return world.main_first(lambda: tokenize(settings, cache, processes=processes, console=console))
 
 
+def model_config(recipe: Recipe) -> Any:
+    """The configuration of the recipe's model, with what the recipe replaces in it."""
+    model = recipe.model
+    return read_config(model.path or "", model.rope_theta, model.max_position_embeddings)
+
+
 def build_student(
     recipe: Recipe, dtype: torch.dtype, world: World, console: Console
 ) -> tuple[Student, PreTrainedTokenizerBase]:
@@ -216,7 +240,7 @@ def build_student(
     path = recipe.model.path or ""
     kind, reason = choose_attention(recipe.model.attention, world.device, dtype)
     console.say(f"attention: {kind} ({reason}); compute dtype {str(dtype).removeprefix('torch.')}")
-    model = load_model(path, register_attention(kind))
+    model = load_model(path, model_config(recipe), register_attention(kind))
     tokenizer = load_tokenizer(recipe.model.tokenizer or path)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise InputError(
@@ -391,7 +415,7 @@ def _give_up(verdict: Verdict, checkpointer: Checkpointer, run_dir: Path) -> NoR
         checkpointer.wait()
     finally:
         good = [step for step in complete_checkpoints(run_dir) if step < verdict.since]
-        where = f"that of step {max(good)}" if good else "none: there is none from before"
+        where = f"that of step {max(good)}" if good else "none is left (see run.keep)"
         raise RunError(f"{verdict.text}; the last good checkpoint: {where}")
 
 

@@ -210,6 +210,7 @@ class Objective:
             declared.coefficient == "weight"
             and self.section.name != "signed"
             and self.section.normalisation == "sequence"
+            and self.section.length == "trained"
             and batch.weights is None
         )
 
@@ -239,9 +240,14 @@ class Objective:
         )
         return RediLoss(loss, segment_sum(token_logps, batch.cu_seqlens), batch.num_targets)
 
+    def _lengths(self, batch: PackedBatch) -> Tensor:
+        """|y|, float32 [S], at least 1: what is trained, or what was there before truncation."""
+        original = self.section.length == "original"
+        return (batch.full_targets if original else batch.num_targets).clamp(min=1).float()
+
     def _denominators(self, batch: PackedBatch, totals: StepTotals) -> Tensor:
         """What divides a token's weight, float32 [S]."""
-        lengths = batch.num_targets.clamp(min=1).float()
+        lengths = self._lengths(batch)
         if self.section.normalisation == "sequence":
             return totals.units * lengths
         count = totals.targets if self.section.normalisation == "token" else totals.units
@@ -269,7 +275,7 @@ class Objective:
         if declared.reference:
             assert self.reference is not None, "the reference log-probs are computed first"
             reference = self.reference[batch.sequence_ids]
-        lengths = batch.num_targets.clamp(min=1).float()
+        lengths = self._lengths(batch)
         terms = declared.terms(self.section, Sequences(logps, lengths, batch.signs, reference))
         if declared.units != "margins":
             terms = terms * (batch.signs != 0)

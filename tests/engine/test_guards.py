@@ -194,7 +194,7 @@ def test_on_the_quickstart_alpha_1_at_a_high_rate_stops_and_the_sound_run_does_n
     assert main(["train", str(recipe("sft", common | first))]) == 0
     assert main(["train", str(recipe("sound", common | {"optim.lr": 5e-5}))]) == 0
     assert "collapse" not in capsys.readouterr().err
-    high = {"objective.alpha": 1.0, "optim.lr": 5e-4, "run.save_every": 5}
+    high = {"objective.alpha": 1.0, "optim.lr": 5e-4, "run.save_every": 5, "run.keep": 0}
     assert main(["train", str(recipe("high", common | high))]) == 1
     err = capsys.readouterr().err
     assert "this looks like collapse" in err

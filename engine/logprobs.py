@@ -1,0 +1,78 @@
+"""`redi logprobs`: what a model says of each trace, as a table that people select traces by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers.utils import logging as transformers_logging
+
+from redi.engine.config import Recipe
+from redi.engine.console import Console
+from redi.engine.distributed import World
+from redi.engine.errors import InputError
+from redi.engine.estimate import training_cost
+from redi.engine.model.load import read_config
+from redi.engine.model.sharding import compute_dtype
+from redi.engine.train.loop import build_student, tokenized
+from redi.engine.train.sequence_scores import model_key, score_traces
+
+
+def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) -> None:
+    """Score every trace of `[data]` under `[model]` and write one Parquet row for each.
+
+    Columns: row ("file.jsonl:12"), trace (number in the data), correct, teacher, tokens (scored:
+    the completion with its end), logp_sum, logp_mean and entropy_mean (nats a token; float64).
+
+    Args:
+        recipe: its `[model]`, `[data]`, `train.row_tokens` and `train.dtype` count.
+        out: the file; it appears whole.
+
+    Raises:
+        InputError: wrong model or data, a trace longer than a row, a place that cannot be written.
+    """
+    if not out.parent.is_dir():
+        raise InputError(f"--out: {out.parent} is no folder")
+    transformers_logging.disable_progress_bar()
+    config = read_config(recipe.model.path or "")
+    tokens = tokenized(recipe, recipe.data.paths, world, console)
+    lengths = tokens.lengths
+    longest = int(np.argmax(lengths))
+    if lengths[longest] > recipe.train.row_tokens:
+        raise InputError(
+            f"{tokens.where(longest)}: {lengths[longest]} tokens are more than --row-tokens = "
+            f"{recipe.train.row_tokens}: raise it"
+        )
+    dtype = compute_dtype(recipe.train.dtype, world.device)
+    student, _ = build_student(recipe, dtype, world, console)
+    scores = score_traces(
+        student,
+        tokens,
+        np.arange(len(tokens)),
+        lengths,
+        model=model_key(student, recipe.model.path or "", dtype),
+        row_tokens=recipe.train.row_tokens,
+        cost=training_cost(config),
+        world=world,
+        console=console,
+    )
+    if not world.is_main:
+        return
+    scored = lengths - tokens.prompt_lengths
+    table = pa.table(
+        {
+            "row": [tokens.where(index) for index in range(len(tokens))],
+            "trace": np.arange(len(tokens)),
+            "correct": tokens.signs > 0,
+            "teacher": pa.array(map(tokens.teacher, range(len(tokens))), pa.string()),
+            "tokens": scored,
+            "logp_sum": scores.logps,
+            "logp_mean": scores.logps / scored,
+            "entropy_mean": scores.entropies / scored,
+        }
+    )
+    partial = out.with_name(f"{out.name}.partial")
+    pq.write_table(table, partial)
+    partial.replace(out)
