@@ -136,7 +136,7 @@ def draw_lengths(tokens: TokenizedTraces, examples: Examples, max_tokens: int, p
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     longest = max(int(lengths.max()) for lengths in kinds.values() if len(lengths))
-    edges = np.geomspace(1, longest + 1, 50)
+    edges = np.geomspace(1, longest + 1, 50).tolist()
     for name, lengths in kinds.items():
         if len(lengths):
             label = f"{name}, {len(lengths):,} (median {int(np.median(lengths)):,})"
