@@ -183,9 +183,10 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.1 * len(results), 2.9), layout="constrained")
+    across = len(SHAPES)
+    figure = Figure(figsize=(3.1 * across, 2.9 * len(results) / across), layout="constrained")
     FigureCanvasAgg(figure)
-    plots = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    plots = figure.subplots(len(results) // across, across, sharey=True, squeeze=False).flat
     for axes, result in zip(plots, results, strict=True):
         means = [way["mean"] for way in result["ways"].values()]
         lowest = [way["min"] for way in result["ways"].values()]

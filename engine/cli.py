@@ -82,6 +82,11 @@ def prepare(argv: Sequence[str]) -> None:
         "`redi prepare openr1 --help`: select the paper's sets from OpenR1-Math-Raw.",
         PREPARE_EXAMPLES,
     )
+    parser.epilog = (
+        "examples:\n"
+        "  redi prepare redi.toml --ranks 8 --report report\n"
+        "  redi prepare openr1 open-r1/OpenR1-Math-Raw --out data --tokenizer runs/sft/export\n"
+    )
     parser.add_argument("--ranks", type=int, default=1, help="of the run, for rank efficiency")
     parser.add_argument("--report", type=Path | None, help="folder of report.json and lengths.png")
     arguments = parser.parse_args(list(argv))

@@ -135,8 +135,9 @@ def draw_lengths(tokens: TokenizedTraces, examples: Examples, max_tokens: int, p
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    longest = max(int(lengths.max()) for lengths in kinds.values() if len(lengths))
-    edges = np.geomspace(1, longest + 1, 50)
+    every = np.concatenate(list(kinds.values()))
+    longest = int(every.max())
+    edges = np.geomspace(every.min(), longest + 1, 50).tolist()
     for name, lengths in kinds.items():
         if len(lengths):
             label = f"{name}, {len(lengths):,} (median {int(np.median(lengths)):,})"
