@@ -36,7 +36,7 @@ OBJECTIVES = {
 SIBLINGS = {
     "signed": {"objective.name": "signed"},
     "unlikelihood": {"objective.name": "unlikelihood"},
-    "simper": {"objective.name": "simper"},
+    "discounted": {"objective.name": "redi", "objective.negative_gamma": 0.5},
     "simpo": {"objective.name": "simpo", "objective.beta": 2.0},
 }
 # Rows of 64 tokens hold one or two sequences, rows of 4096 a whole step.
