@@ -77,6 +77,7 @@ def test_without_rich_and_matplotlib_it_still_prints_and_records(
     assert "matplotlib is not installed" in printed.err
 
 
+@pytest.mark.slow
 def test_every_contender_at_hand_computes_the_same_loss_and_gradients() -> None:
     operands = make_operands(Sizes(90, 70, 16, 4, "float32", "cpu", 1))
     exact = bench.float64_result(operands, slice_tokens=40)
@@ -251,6 +252,7 @@ def test_the_statistics_split_each_tokens_probability_into_target_competitors_an
     assert record["quantiles"]["nll"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_gpu_sh_goes_on_after_a_failure_leaves_json_and_fails(tmp_path: Path) -> None:
     variables = {
         "PYTHON": sys.executable, "DEVICE": "cpu", "DTYPE": "float32", "TOKENS": "64",

@@ -172,7 +172,7 @@ def count_rows(overview: Overview) -> list[tuple[str, str]]:
     rows += [
         (f"{unit} to train on", f"{overview.units:,}"),
         ("duplicates among their traces", f"{overview.duplicates:,}"),
-        ("missing ends (truncated)", f"{overview.missing_ends:,}"),
+        ("ends that are not trained", f"{overview.missing_ends:,}"),
         ("with text unknown to the tokenizer", f"{overview.unknown_tokens:,}"),
         ("with control tokens", f"{overview.control_tokens:,}"),
     ]

@@ -92,6 +92,7 @@ def test_another_model_has_other_scores(world: Path, small_blocks: Path, tmp_pat
     assert np.abs(tables[0] - tables[1]).min() > 1e-6
 
 
+@pytest.mark.slow
 def test_dpo_begins_at_ln_2_whatever_the_ranks_and_goes_on_alike(
     recipe: Callable[..., Path], redi: Callable[..., Any], steps: Steps, tmp_path: Path
 ) -> None:

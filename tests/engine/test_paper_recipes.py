@@ -79,6 +79,7 @@ def openr1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_two_steps_of_a_recipe_run(
     path: Path,

@@ -85,7 +85,14 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "between_checkpoints",
+        pytest.param("before_any_checkpoint", marks=pytest.mark.slow),
+        pytest.param("as_a_checkpoint_appears", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_started_again_it_ends_the_same(
     moment: str,
     recipe: WriteRecipe,
@@ -131,6 +138,7 @@ def test_killed_at_twenty_moments(
     same(run_dir)
 
 
+@pytest.mark.slow
 def test_stopped_on_two_ranks_it_ends_the_same(
     recipe: WriteRecipe, command: Command, redi: Callable[..., Any], steps: Steps, tmp_path: Path
 ) -> None:
@@ -148,7 +156,9 @@ def test_stopped_on_two_ranks_it_ends_the_same(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_exits_0_and_says_how_to_go_on(
     number: signal.Signals,
     recipe: WriteRecipe,
@@ -229,6 +239,7 @@ def test_another_recipe_in_the_same_folder_is_refused_by_key(
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_other_rows_on_resume_end_the_same_to_rounding(
     undisturbed: Path, recipe: WriteRecipe, steps: Steps, tmp_path: Path
 ) -> None:

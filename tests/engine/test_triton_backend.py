@@ -14,6 +14,7 @@ from redi.kernels.backends import TRITON_INSTALLED, TRITON_INTERPRETS
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ranks would share the card")
 @pytest.mark.skipif(not (TRITON_INSTALLED and TRITON_INTERPRETS), reason="no interpreter")
+@pytest.mark.slow
 def test_two_sharded_ranks_with_triton_train_as_one_process_with_torch(
     recipe: Callable[..., Path],
     redi: Callable[..., Any],
