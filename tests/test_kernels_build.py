@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+# Minutes of compiling; that nothing spills is asked by `make kernels` at every change.
+pytestmark = pytest.mark.slow
 
 # Prints each build of the targets in argv as a line of JSON.
 BUILD = """
@@ -73,7 +75,6 @@ def test_nothing_spills_on_hopper(sm_90: dict[tuple[str, str], dict[str, Any]]) 
     assert_nothing_spills(sm_90)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_nothing_spills_on_other_gpus(target: str) -> None:
     assert_nothing_spills(builds(target))

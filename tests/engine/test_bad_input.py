@@ -145,6 +145,7 @@ def test_a_model_with_softcapped_logits_is_refused(
     assert "soft-capped logits" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_under_torchrun_one_rank_speaks(
     recipe: WriteRecipe, redi: Callable[..., Any], tmp_path: Path
 ) -> None:

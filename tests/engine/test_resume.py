@@ -183,7 +183,9 @@ def test_a_signal_saves_and_exits_0_and_says_how_to_go_on(
     same(run_dir)
 
 
-@pytest.mark.parametrize("at", [0.0, 0.3, 0.999])
+@pytest.mark.parametrize(
+    "at", [0.3, *(pytest.param(at, marks=pytest.mark.slow) for at in (0.0, 0.999))]
+)
 @pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
 def test_a_checkpoint_cut_off_is_passed_over(
     at: float,
