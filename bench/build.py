@@ -11,7 +11,9 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,11 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     return sass, usage.split("Function", 1)[1]
 
 
+def _build_nth(target: str, number: int) -> Build:
+    """A kernel cannot be sent to another process; its place among the variants can."""
+    return build(variants(TARGETS[target])[number], target)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 1 if anything spills or needs a stack."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -190,10 +197,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: unset it, as interpreted kernels are not compiled")
     print(f"Triton {triton.__version__}")
     print(f"{'kernel':24}{'target':8}{'registers':>10}{'shared B':>10}{'stack B':>9}{'spills':>8}")
+    jobs = [(t, n) for t in options.targets for n in range(len(variants(TARGETS[t])))]
     clean = True
-    for target in options.targets:
-        for variant in variants(TARGETS[target]):
-            made = build(variant, target)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        builds = pool.map(_build_nth, *zip(*jobs, strict=True))
+        for (target, _), made in zip(jobs, builds, strict=True):
             clean = clean and not made.stack_bytes and not made.spills
             print(
                 f"{made.variant:24}{target:8}{made.registers:10}{made.shared_bytes:10}"
