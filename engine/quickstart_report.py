@@ -21,7 +21,7 @@ from redi.engine.report import COLOURS, read_run
 MODELS = {"SFT": "sft", "control": "control", "REDI": "redi"}
 """Name in the table to run folder. The control goes on from SFT with alpha = 0."""
 TEMPERATURE = 0.7
-SAMPLES = 8
+SAMPLES = 4
 SHOWN_PROBLEMS = 3
 
 
