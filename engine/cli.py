@@ -59,7 +59,7 @@ examples:
 PREPARE_EXAMPLES = """\
 examples:
   redi prepare redi.toml --ranks 8           fill the cache, show what would be trained
-  redi prepare openr1 open-r1/OpenR1-Math-Raw --out data/openr1
+  redi prepare openr1 open-r1/OpenR1-Math-Raw --out data --tokenizer Qwen/Qwen2.5-Math-1.5B
 """
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from argparse import ArgumentError, RawDescriptionHelpFormatter
+from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from redi.engine.config import help_formatter
 from redi.engine.errors import InputError
 from redi.engine.evaluate_options import explain_options
 
@@ -75,10 +76,7 @@ def parse_options(argv: Sequence[str]) -> PrepareOptions:
 
     Raises InputError or ArgumentError: an unknown or missing option, or a wrong value.
     """
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
-
-    class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Examples stay on lines of their own."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -86,7 +84,7 @@ def parse_options(argv: Sequence[str]) -> PrepareOptions:
         usage="redi prepare openr1 DATA [DATA ...] --out FOLDER [options]",
         description="Select D_SFT and D_Pref from OpenR1-Math-Raw by the paper's rules.",
         epilog=EXAMPLES,
-        formatter_class=HelpFormatter,
+        formatter_class=help_formatter(),
         exit_on_error=False,
         allow_abbrev=False,
     )

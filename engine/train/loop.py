@@ -134,12 +134,12 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
 def _check_positions(data: PreparedData, config: Any, recipe: Recipe) -> None:
     """No trace may be longer than what the model has positions for."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    used = np.unique(data.examples.units)
-    lengths = data.examples.lengths[used]
-    if positions is not None and lengths.max() > positions:
-        over = used[lengths > positions]
+    lengths = data.examples.lengths
+    if positions is not None and lengths[data.examples.units].max() > positions:
+        used = np.unique(data.examples.units)  # slow where traces are millions: only now
+        over = used[lengths[used] > positions]
         raise InputError(
-            f"{data.tokens.where(int(over[0]))}: {data.examples.lengths[over[0]]} tokens are more "
+            f"{data.tokens.where(int(over[0]))}: {lengths[over[0]]} tokens are more "
             f"than the model's {positions} positions ({len(over)} of {len(used)} traces are): set "
             f'data.max_tokens = {positions} with data.overlong = "drop" or "truncate", or another '
             f"max_position_embeddings in {recipe.model.path}/config.json"
