@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from redi.engine.checkers import ExactChecker
 from redi.engine.errors import InputError
+from redi.engine.train.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -102,7 +103,7 @@ class Data:
 class Objective:
     """What is minimised; docs/objectives.md has the formulas."""
 
-    name: Literal["sft", "redi", "signed", "dft", "unlikelihood", "simper", "simpo", "dpo"] = "sft"
+    name: str = "sft"
     """sft: -log p of correct traces. redi: the same plus alpha * log p of incorrect ones. signed:
     every trace by itself with its row's weight. dft, unlikelihood, simper, simpo, dpo: as their
     papers have them."""
@@ -128,6 +129,10 @@ class Objective:
     """Implementation of the loss op."""
 
     def __post_init__(self) -> None:
+        near = difflib.get_close_matches(self.name, OBJECTIVES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(OBJECTIVES)}"
+        _require(self.name in OBJECTIVES, f"objective.name: {self.name} is unknown; {hint}")
+        declared = OBJECTIVES[self.name]
         for key in ("alpha", "positive_weight", "negative_gamma"):
             value = getattr(self, key)
             _require(
@@ -144,34 +149,20 @@ class Objective:
             f"objective.beta must be finite and > 0, got {self.beta}",
         )
         _require(
-            self.beta is not None or "beta" not in OBJECTIVE_KEYS[self.name],
+            self.beta is not None or "beta" not in declared.keys,
             f"objective.beta is missing: {self.name} needs it (DPO: 0.1 or less; SimPO: 2 to 10)",
         )
-        allowed = NORMALISATIONS.get(self.name, ("sequence",))
+        allowed = declared.normalisations
         _require(
             self.normalisation in allowed,
             f"objective.normalisation must be {' or '.join(allowed)} for {self.name}, "
             f"got {self.normalisation}",
         )
-
-
-# What each objective reads beside its name and backend.
-OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
-    "sft": ("normalisation", "length"),
-    "redi": ("alpha", "negative_gamma", "length"),
-    "signed": ("alpha", "positive_weight", "normalisation", "length"),
-    "dft": ("normalisation", "length"),
-    "unlikelihood": ("alpha", "length"),
-    "simper": ("length",),
-    "simpo": ("beta", "margin", "length"),
-    "dpo": ("beta", "label_smoothing"),
-}
-# The others' formulas have their mean built in.
-NORMALISATIONS: dict[str, tuple[str, ...]] = {
-    "sft": ("sequence", "token"),
-    "dft": ("sequence", "token"),
-    "signed": ("sequence", "token", "none"),
-}
+        _require(
+            self.length == "trained" or self.normalisation == "sequence",
+            f'objective.length = "{self.length}" has no meaning with objective.normalisation = '
+            f'"{self.normalisation}", which divides by no |y|: leave one of them out',
+        )
 
 
 @dataclass(frozen=True)
@@ -488,7 +479,7 @@ def check_overrides(recipes: Sequence[Recipe], argv: Sequence[str]) -> None:
     """InputError for an override of `[objective]` that none of the recipes uses."""
     overridden = {a[2:].split("=")[0] for a in argv if a.startswith("--objective.")}
     names = list(dict.fromkeys(recipe.objective.name for recipe in recipes))
-    used = {key for name in names for key in ("name", "backend", *OBJECTIVE_KEYS[name])}
+    used = {key for name in names for key in OBJECTIVES[name].keys}
     for key in sorted(name.removeprefix("objective.") for name in overridden):
         if key not in used:
             raise InputError(_not_used(key, " and ".join(names)))
@@ -500,7 +491,7 @@ def unused_keys(objective: Objective) -> list[str]:
     return [
         f.name
         for f in fields(Objective)
-        if f.name not in ("name", "backend", *OBJECTIVE_KEYS[objective.name])
+        if f.name not in OBJECTIVES[objective.name].keys
         and getattr(objective, f.name) != getattr(default, f.name)
     ]
 
@@ -510,7 +501,7 @@ def _without(objective: Objective, keys: Sequence[str]) -> Objective:
 
 
 def _not_used(key: str, name: str) -> str:
-    users = ", ".join(user for user, keys in OBJECTIVE_KEYS.items() if key in keys)
+    users = ", ".join(user for user, declared in OBJECTIVES.items() if key in declared.keys)
     return f"objective.{key} has no meaning for {name} (but for {users}): leave it out"
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from redi.engine.data.packing import PackedBatch
 from redi.engine.model.attention import document_kwargs
-from redi.engine.train.objectives import Objective, StepTotals
+from redi.engine.train.row_loss import Objective, StepTotals
 from redi.kernels import RediLoss, segment_sum, signed_cross_entropy
 
 

@@ -46,8 +46,9 @@ from redi.engine.train.checkpoint import Checkpointer, complete_checkpoints
 from redi.engine.train.greedy import held_out_problems
 from redi.engine.train.guards import Guards, Row, Verdict, name_rows, skip_message
 from redi.engine.train.metrics import MetricsLog, peak_memory_gib
-from redi.engine.train.objectives import Objective, StepTotals, formula
+from redi.engine.train.objectives import formula
 from redi.engine.train.optimizer import learning_rate, make_optimizer, squared_update, step_if
+from redi.engine.train.row_loss import Objective, StepTotals
 from redi.engine.train.run_folder import check_same_data, check_same_recipe, write_run_dir
 from redi.engine.train.sequence_scores import set_reference
 from redi.engine.train.signals import StopRequest

@@ -15,7 +15,7 @@ from redi.engine.cli import main
 from redi.engine.config import Objective as ObjectiveSection
 from redi.engine.data.packing import build_batch
 from redi.engine.data.schedule import select
-from redi.engine.train.objectives import Objective, StepTotals
+from redi.engine.train.row_loss import Objective, StepTotals
 
 Steps = Callable[[Path], list[dict[str, Any]]]
 
