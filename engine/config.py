@@ -73,8 +73,13 @@ class Data:
     (the paper); or every correct with every incorrect."""
     max_tokens: int = 19800
     """Longest sequence (prompt and completion), in tokens."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt; left out: as long as the sequence allows."""
+    max_completion_tokens: int | None = None
+    """Longest completion with its end; left out: as long as the sequence allows."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """What happens to a sequence over max_tokens."""
+    """What happens to a sequence over one of these limits; a prompt is never cut, its trace
+    dropped."""
     control_tokens: Literal["allow", "error"] = "allow"
     """Traces that spell a control token of the tokenizer (an end of turn, say): counted and warned
     of, or refused."""
@@ -90,6 +95,9 @@ class Data:
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 2, f"data.max_tokens must be >= 2, got {self.max_tokens}")
+        for key in ("max_prompt_tokens", "max_completion_tokens"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"data.{key} must be >= 1, got {value}")
         _require(self.processes >= 0, f"data.processes must be >= 0, got {self.processes}")
         _require(self.workers >= 0, f"data.workers must be >= 0, got {self.workers}")
 
@@ -362,6 +370,8 @@ ALIASES = {
     "num_epochs": "train.epochs",
     "max_length": "data.max_tokens",
     "max_seq_length": "data.max_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_completion_length": "data.max_completion_tokens",
     "model_name_or_path": "model.path",
     "output_dir": "run.dir",
     "warmup_ratio": "optim.warmup",

@@ -107,7 +107,7 @@ def test_lengths_and_truncated_ends_are_those_of_what_is_trained(tmp_path: Path)
     found = overview(tokens, batch=1)
     assert found.traces == 6
     assert found.left_out == {"positives unpaired": 2}
-    assert found.missing_ends == 1  # the one of 8 + 82 tokens; that of 200 is not trained
+    assert found.truncated == 1  # the one of 8 + 82 tokens; that of 200 is not trained
     positive, negative = found.lengths["positive"], found.lengths["negative"]
     assert (positive.count, positive.total, positive.longest) == (2, 12 + 56, 56)
     assert (negative.count, negative.total, negative.longest) == (2, 22 + 56, 56)

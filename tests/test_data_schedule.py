@@ -108,6 +108,36 @@ def test_a_trace_truncated_to_its_prompt_is_dropped(tmp_path):
     assert examples.left_out == {"prompt too long, dropped": 1, "negatives unused": 1}
 
 
+PARTS: dict[str, Any] = {"max_prompt_tokens": 5, "max_completion_tokens": 10}
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Prompts and completions of which one, the other, both or neither are over PARTS."""
+    return make_tokens(tmp_path / "parts", [5, 6, 5, 6], [10, 10, 11, 11], [1] * 4, range(4))
+
+
+def test_prompt_and_completion_have_limits_of_their_own(parts):
+    dropped = chosen(parts, objective_needs="positives", overlong="drop", **PARTS)
+    assert dropped.units.tolist() == [[0]]
+    assert dropped.left_out == {"prompt too long, dropped": 2, "overlong dropped": 1}
+    cut = chosen(parts, objective_needs="positives", overlong="truncate", **PARTS)
+    assert cut.units.tolist() == [[0], [2]]  # a prompt is never cut
+    assert cut.left_out == {"prompt too long, dropped": 2}
+    assert cut.lengths[[0, 2]].tolist() == [15, 15]
+    assert cut.truncated[[0, 2]].tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("key", "fault"),
+    [("max_prompt_tokens", "made.jsonl:2: 6"), ("max_completion_tokens", "made.jsonl:3: 11")],
+)
+def test_a_part_that_is_too_long_is_an_error_that_names_its_row(parts, key, fault):
+    expected = rf"{fault} tokens are more than \[data\] {key} = {PARTS[key]} \(2 of 4 traces"
+    with pytest.raises(InputError, match=expected):
+        chosen(parts, objective_needs="positives", **{key: PARTS[key]})
+
+
 @pytest.mark.parametrize("overlong", ["error", "drop", "truncate"])
 def test_a_kept_trace_longer_than_a_row_is_an_error_whatever_overlong_says(tokens, overlong):
     with pytest.raises(

@@ -48,8 +48,8 @@ class Overview:
     """Distinct token sequences that are used both as a positive and as a negative."""
     identical_pairs: int
     """Pairs whose positive and negative are the same tokens."""
-    missing_ends: int
-    """Used traces that were truncated: their end is not trained."""
+    truncated: int
+    """Used traces that were cut off at a limit: their end is not trained."""
     unknown_tokens: int
     """Used traces with text that the tokenizer does not know."""
     control_tokens: int
@@ -123,7 +123,7 @@ def look_over(
         duplicates=len(used) - sum(map(len, distinct.values())),
         contradictions=len(np.intersect1d(distinct[1], distinct[-1], assume_unique=True)),
         identical_pairs=identical,
-        missing_ends=int(np.sum(kept < tokens.lengths[used])),
+        truncated=int(np.sum(examples.truncated[used])),
         unknown_tokens=int(np.sum(tokens.unknown[used] > 0)),
         control_tokens=int(np.sum(tokens.control[used] > 0)),
         control_names=tuple(tokens.control_tokens),
@@ -172,7 +172,7 @@ def count_rows(overview: Overview) -> list[tuple[str, str]]:
     rows += [
         (f"{unit} to train on", f"{overview.units:,}"),
         ("duplicates among their traces", f"{overview.duplicates:,}"),
-        ("ends that are not trained", f"{overview.missing_ends:,}"),
+        ("cut off, without their end", f"{overview.truncated:,}"),
         ("with text unknown to the tokenizer", f"{overview.unknown_tokens:,}"),
         ("with control tokens", f"{overview.control_tokens:,}"),
     ]

@@ -203,6 +203,8 @@ def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: Needs) -
         objective_needs=objective_needs,
         pairing=recipe.data.pairing,
         max_tokens=recipe.data.max_tokens,
+        max_prompt_tokens=recipe.data.max_prompt_tokens,
+        max_completion_tokens=recipe.data.max_completion_tokens,
         overlong=recipe.data.overlong,
         row_tokens=recipe.train.row_tokens,
         untrained_end=end,
