@@ -319,7 +319,8 @@ class Run:
     save_every: int = 100
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """Newest checkpoints kept; 0: all."""
+    """Newest checkpoints kept; 0: all. Up to two older ones stay while the collapse guard may yet
+    have to name one."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Where metrics go beside metrics.jsonl."""
     resume: bool = True

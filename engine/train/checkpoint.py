@@ -7,6 +7,7 @@ is complete. Every other one is passed over.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,22 @@ def _is_complete(folder: Path) -> bool:
     return all(f.is_file() and f.stat().st_size >= ends[name] for name, f in files.items())
 
 
+def kept_checkpoints(steps: Sequence[int], keep: int, good_before: int | None) -> set[int]:
+    """Which checkpoints stay: the newest, one from before things may have gone wrong, and the next.
+
+    Args:
+        steps: rising.
+        keep: how many of the newest, at least 1.
+        good_before: the newest checkpoint of an earlier step than this stays, and the oldest of
+            the others, which will take its place; None: the newest ones alone.
+    """
+    newest = steps[-keep:]
+    if good_before is None:
+        return set(newest)
+    good = [step for step in steps if step < good_before]
+    return {*newest, *good[-1:], *steps[len(good) :][:1]}
+
+
 class Checkpointer:
     """Saves, loads and prunes the checkpoints of one run."""
 
@@ -69,13 +86,18 @@ class Checkpointer:
         self.optimizer = optimizer
         self.world = world
         self._pending: Future[Any] | None = None
+        self._good_before: int | None = None
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, good_before: int | None = None) -> None:
         """Copy the state now, write it in the background. Collective.
+
+        Args:
+            good_before: what else is kept; see `kept_checkpoints`.
 
         Raises:
             RunError: the previous save failed.
         """
+        self._good_before = good_before
         self.wait()
         folder = self.run_dir / FOLDER / f"step-{step}"
         if self.world.is_main:
@@ -104,7 +126,9 @@ class Checkpointer:
             ) from error
         if self.world.is_main and self.keep:
             complete = complete_checkpoints(self.run_dir)
-            for step in sorted(complete)[: -self.keep]:
+            for step in complete.keys() - kept_checkpoints(
+                sorted(complete), self.keep, self._good_before
+            ):
                 (complete[step] / ".metadata").unlink()  # first: a half-removed one must not count
                 shutil.rmtree(complete[step])
 

@@ -351,13 +351,13 @@ def _train(
                 (console.warn if verdict.goes_on else console.say)(verdict.text)
                 metrics.write({"event": verdict.kind, "step": step})
                 if not verdict.goes_on:
-                    _give_up(verdict, checkpointer, run_dir)
+                    _give_up(verdict, guards.good_before or step, checkpointer, run_dir)
             progress.step(line)
             if step % recipe.eval.every == 0 or step == total:
                 evaluate(step)
             stopping = stops > 0 and step < total
             if step % recipe.run.save_every == 0 or step == total or stopping:
-                checkpointer.save(step)
+                checkpointer.save(step, guards.good_before if step < total else None)
             if stopping:
                 checkpointer.wait()
                 console.say(
@@ -412,13 +412,15 @@ def _clip(student: Student, max_norm: float) -> torch.Tensor:
     return norm
 
 
-def _give_up(verdict: Verdict, checkpointer: Checkpointer, run_dir: Path) -> NoReturn:
+def _give_up(
+    verdict: Verdict, good_before: int, checkpointer: Checkpointer, run_dir: Path
+) -> NoReturn:
     """End the run with the checkpoint named that is from before it went wrong."""
     try:
         checkpointer.wait()
     finally:
-        good = [step for step in complete_checkpoints(run_dir) if step < verdict.since]
-        where = f"that of step {max(good)}" if good else "none is left (see run.keep)"
+        good = [step for step in complete_checkpoints(run_dir) if step < good_before]
+        where = f"that of step {max(good)}" if good else "there is none (see run.save_every)"
         raise RunError(f"{verdict.text}; the last good checkpoint: {where}")
 
 
