@@ -231,3 +231,11 @@ def test_fewer_units_than_one_batch_is_an_error():
         Schedule(31, 0, None, None, 0)
     with pytest.raises(ValueError, match="from 1"):
         Schedule(31, 1, None, None, 0).units(0)
+
+
+@pytest.mark.parametrize(("epochs", "max_steps"), [(None, 2), (1, None), (2, None)])
+def test_what_is_drawn_is_the_union_of_all_steps(epochs, max_steps):
+    schedule = Schedule(num_units=23, batch=4, epochs=epochs, max_steps=max_steps, seed=3)
+    units = {int(u) for step in range(1, schedule.total_steps + 1) for u in schedule.units(step)}
+    assert schedule.drawn().tolist() == sorted(units)
+    assert len(units) == {(None, 2): 8, (1, None): 20}.get((epochs, max_steps), len(units))

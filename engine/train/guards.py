@@ -114,8 +114,8 @@ class Guards:
         if self._warned is None:
             self.good_before = step  # a step that is left out leaves the weights as they were
         first = step - self._skips + 1
-        text = f"{self._skips} steps in a row (from {first}) with a loss or gradient that is not finite"
-        return Verdict("not_finite", text, False)
+        what = "with a loss or gradient that is not finite"
+        return Verdict("not_finite", f"{self._skips} steps in a row (from {first}) {what}", False)
 
     def _collapse(self, step: int) -> Verdict | None:
         what = self._trend.collapse()

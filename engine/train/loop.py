@@ -39,7 +39,7 @@ from redi.engine.estimate import training_cost
 from redi.engine.model.attention import choose_attention, register_attention
 from redi.engine.model.export import check_exportable, export
 from redi.engine.model.liger import apply_liger
-from redi.engine.model.load import load_model, read_config
+from redi.engine.model.load import load_model, model_digest, read_config
 from redi.engine.model.sharding import check_replicas, compute_dtype, shard
 from redi.engine.model.student import Student
 from redi.engine.train.checkpoint import Checkpointer, complete_checkpoints
@@ -49,7 +49,12 @@ from redi.engine.train.metrics import MetricsLog, peak_memory_gib
 from redi.engine.train.objectives import formula
 from redi.engine.train.optimizer import learning_rate, make_optimizer, squared_update, step_if
 from redi.engine.train.row_loss import Objective, StepTotals
-from redi.engine.train.run_folder import check_same_data, check_same_recipe, write_run_dir
+from redi.engine.train.run_folder import (
+    check_same_data,
+    check_same_model,
+    check_same_recipe,
+    write_run_dir,
+)
 from redi.engine.train.sequence_scores import set_reference
 from redi.engine.train.signals import StopRequest
 from redi.engine.train.trackers import check_trackers, open_trackers
@@ -94,7 +99,14 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
         raise InputError(f"objective.backend: {error}") from None
     data = prepare_data(recipe, world, console)
     check_same_data(data.keys, run_dir)
-    _check_positions(data, config, recipe)
+    check_positions(
+        data.tokens,
+        data.examples.lengths,
+        data.examples.units,
+        config,
+        'set data.max_tokens = {} with data.overlong = "drop" or "truncate", or raise '
+        "model.max_position_embeddings",
+    )
     cost = training_cost(config)
     overview = look_over(
         data.tokens,
@@ -105,6 +117,14 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
         cost=cost,
     )
     _show(overview, run_dir, console)
+    if recipe.objective.name == "redi" and recipe.objective.alpha > 1:
+        console.warn(
+            f"objective.alpha = {recipe.objective.alpha}: incorrect traces weigh more than correct "
+            "ones; the paper's alpha lies in [0, 1]"
+        )
+    weights = model_digest(recipe.model.path or "") if world.is_main else None
+    if world.is_main:
+        check_same_model(weights, run_dir)
     dtype = compute_dtype(recipe.train.dtype, world.device)
     student, tokenizer = build_student(recipe, dtype, world, console)
     if formula(recipe.objective).reference:
@@ -112,8 +132,9 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
             student,
             recipe,
             data.tokens,
-            data.examples.units,
+            data.examples.units[data.schedule.drawn()],
             data.examples.lengths,
+            digest=weights,
             dtype=dtype,
             cost=cost,
             world=world,
@@ -122,7 +143,8 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
     optimizer = make_optimizer(student, recipe.optim)
     if world.is_main:
         try:
-            write_run_dir(recipe, data.keys, overview, dtype, run_dir, world)
+            keys = data.keys | {"model": weights}
+            write_run_dir(recipe, keys, overview, dtype, run_dir, world)
         except OSError as error:
             raise InputError(f"run.dir: {run_dir} cannot be written: {error}") from None
     finished = _train(recipe, run_dir, data, cost, student, optimizer, world, console)
@@ -132,18 +154,28 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
     return finished
 
 
-def _check_positions(data: PreparedData, config: Any, recipe: Recipe) -> None:
-    """No trace may be longer than what the model has positions for."""
+def check_positions(
+    tokens: TokenizedTraces, lengths: np.ndarray, used: np.ndarray, config: Any, advice: str
+) -> None:
+    """No trace may be longer than what the model has positions for.
+
+    Args:
+        lengths: int64 [traces], how much of each is kept.
+        used: indices of traces, in any shape and order.
+        config: the model's configuration.
+        advice: what to do, with {} where the number of positions belongs.
+
+    Raises:
+        InputError: one is, naming its row.
+    """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    lengths = data.examples.lengths
-    if positions is not None and lengths[data.examples.units].max() > positions:
-        used = np.unique(data.examples.units)  # slow where traces are millions: only now
-        over = used[lengths[used] > positions]
+    if positions is not None and lengths[used].max() > positions:
+        traces = np.unique(used)  # slow where traces are millions: only now
+        over = traces[lengths[traces] > positions]
         raise InputError(
-            f"{data.tokens.where(int(over[0]))}: {lengths[over[0]]} tokens are more "
-            f"than the model's {positions} positions ({len(over)} of {len(used)} traces are): set "
-            f'data.max_tokens = {positions} with data.overlong = "drop" or "truncate", or another '
-            f"max_position_embeddings in {recipe.model.path}/config.json"
+            f"{tokens.where(int(over[0]))}: {lengths[over[0]]} tokens are more than the model's "
+            f"{positions} positions ({len(over)} of {len(traces)} traces are): "
+            f"{advice.format(positions)}"
         )
 
 

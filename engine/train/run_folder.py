@@ -21,7 +21,6 @@ from redi.engine.config import Recipe, changed_keys, dump_recipe
 from redi.engine.data.overview import Overview
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
-from redi.engine.model.load import model_digest
 
 RECIPE = "recipe.toml"
 MANIFEST = "manifest.json"
@@ -65,15 +64,34 @@ def check_same_data(data_keys: Mapping[str, str | None], run_dir: Path) -> None:
             )
 
 
+def check_same_model(digest: str | None, run_dir: Path) -> None:
+    """The model that a run began with may not change under it: DPO measures against it.
+
+    Args:
+        digest: of the weights that `model.path` holds now; None for a hub name.
+    """
+    if not (run_dir / MANIFEST).is_file():
+        return
+    if json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))["model"] != digest:
+        raise InputError(
+            f"model.path: the weights have changed since {run_dir} began; name another run.dir, or "
+            "put them back to go on"
+        )
+
+
 def write_run_dir(
     recipe: Recipe,
-    data_keys: Mapping[str, str | None],
+    keys: Mapping[str, str | None],
     overview: Overview,
     dtype: torch.dtype,
     run_dir: Path,
     world: World,
 ) -> None:
-    """Start the run folder; it appears with recipe and manifest whole, or not at all."""
+    """Start the run folder; it appears with recipe and manifest whole, or not at all.
+
+    Args:
+        keys: hashes of "data", "eval" and "model".
+    """
     if (run_dir / RECIPE).is_file():
         folder = run_dir  # what may differ on resume is noted
     else:
@@ -83,9 +101,8 @@ def write_run_dir(
         facts = manifest(
             world.size,
             world.device,
-            **data_keys,
+            **keys,
             overview=asdict(overview),
-            model=model_digest(recipe.model.path or ""),
             dtype=str(dtype).removeprefix("torch."),
         )
         (folder / MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
