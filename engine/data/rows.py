@@ -18,7 +18,6 @@ from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from redi.engine.data.formats import FORMATS, resolve_format
 from redi.engine.errors import InputError
@@ -27,7 +26,7 @@ FILE_KINDS = ("jsonl", "json", "parquet", "csv")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.\[\]%-]+)?")
 # A CSV cell is text; in these columns the text is JSON.
 _CSV_JSON_COLUMNS = ("messages", "traces", "generations", "correctness")
-_CSV_OPTIONAL_COLUMNS = ("id", "teacher", "weight")
+_CSV_OPTIONAL_COLUMNS = ("id", "teacher", "weight", "source")
 _PARQUET_ROWS = 64
 
 
@@ -58,20 +57,6 @@ class Source:
     """The path, or "owner/name:split"."""
     kind: str
     """One of FILE_KINDS, or "hub"."""
-
-    def digest(self) -> str:
-        """Hash of the content (for the hub: of the data set's own fingerprint)."""
-        hasher = xxhash.xxh3_128(self.kind.encode())
-        if self.kind == "hub":
-            hasher.update(_hub_dataset(self.name)._fingerprint.encode())
-            return hasher.hexdigest()
-        try:
-            with open(self.name, "rb") as file:
-                while block := file.read(1 << 22):
-                    hasher.update(block)
-        except OSError as error:
-            raise InputError(f"{self.name}: cannot be read: {error.strerror}") from error
-        return hasher.hexdigest()
 
 
 def read_rows(paths: Sequence[str], format: str) -> Iterator[Row]:
@@ -162,7 +147,7 @@ def scan_source(source: Source, format: str) -> Iterator[Row | InputError]:
 def _numbered_values(source: Source, format: str) -> Iterator[tuple[int, Any]]:
     """Rows as parsed, counted from 1; an InputError for one that cannot be."""
     if source.kind == "hub":
-        dataset = _hub_dataset(source.name)
+        dataset = hub_dataset(source.name)
         columns = _wanted_columns(dataset.column_names, format, source.name)
         yield from enumerate(dataset.select_columns(columns), start=1)
         return
@@ -295,7 +280,7 @@ def _kind_name(value: object) -> str:
 
 
 @lru_cache(maxsize=8)
-def _hub_dataset(name: str) -> Any:
+def hub_dataset(name: str) -> Any:
     """The `datasets.Dataset` of "owner/name:split"."""
     import datasets  # imported late: slow, and local files do not need it
 
