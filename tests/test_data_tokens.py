@@ -220,10 +220,11 @@ def test_what_cannot_be_tokenized_is_the_users_error(make, tmp_path, tiny):
         make([PAIR], silent)
 
 
-def test_nothing_left_by_the_filter_is_an_error_with_counts(make, tiny):
+def test_nothing_left_by_the_filter_is_an_error_with_counts(make, tiny, tmp_path):
     row = {"problem": "p", "source": "s", "problem_is_valid": "No", "generations": []}
     with pytest.raises(InputError, match="no trace is left; dropped: 2 problem not valid"):
         make([{**row, "correctness": {}}] * 2, tiny)
+    assert not list(tmp_path.rglob("traces.arrow*"))
 
 
 def numbered(count: int) -> list[dict[str, Any]]:

@@ -232,7 +232,8 @@ def write_cache(
     Args:
         folder: made if absent.
         batches: consumed one by one; the set is never held in memory.
-        describe: makes the meta data once all is written, from (bytes, rows).
+        describe: makes the meta data once all is written, from (bytes, rows); what it raises
+            leaves nothing behind.
 
     Both files get a name of their own first and are then renamed, so that a reader or a second
     writer never meets half a file. Two writers of one key write the same bytes.
@@ -248,8 +249,7 @@ def write_cache(
                 for batch in batches:
                     writer.write_batch(batch)
                     rows += batch.num_rows
-            size = path.stat().st_size
-        meta = describe(size, rows)
+            meta = describe(path.stat().st_size, rows)
         with _Temporary(folder / _META) as path:
             path.write_text(json.dumps(asdict(meta), indent=1))
     except OSError as error:

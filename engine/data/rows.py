@@ -124,7 +124,8 @@ def scan_source(source: Source, format: str) -> Iterator[Row | InputError]:
                 yield InputError(f"{where}: a row must be a JSON object, not {kind}")
                 continue
             if not shape:
-                shape = resolve_format(format, value.keys(), where)
+                place = f"{source.name}:1: the header row" if source.kind == "csv" else where
+                shape = resolve_format(format, value.keys(), place)
                 labelled = "label" in value
             # A row whose label was forgotten must not pass for a positive.
             if "label" in FORMATS[shape].optional and ("label" in value) != labelled:
@@ -188,6 +189,8 @@ def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)  # a long trace is one cell; the default stops at 128 KiB
     lines = _decoded_lines(file, name)
     first = next(lines, "")
+    if "\r" in first.rstrip("\r\n"):
+        raise InputError(f"{name}:1: lines end in CR alone, as on old Macs; save it with LF")
     if excel := first.lower().startswith("sep="):  # Excel's own way to name the delimiter
         first = next(lines, "")
     delimiter = max(",;\t", key=first.count)  # spreadsheets of half the world write ";"
@@ -231,10 +234,12 @@ def _decoded_lines(file: IO[bytes], name: str) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            hint = "; it looks like UTF-16" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
-            raise InputError(
-                f"{name}:{number}: not valid UTF-8: {error.reason}{hint}; save it as UTF-8"
-            ) from error
+            raise InputError(f"{name}:{number}: {_not_utf8(line, error)}") from error
+
+
+def _not_utf8(text: bytes, error: UnicodeDecodeError) -> str:
+    hint = "; it looks like UTF-16" if text.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
+    return f"not valid UTF-8: {error.reason}{hint}; save it as UTF-8"
 
 
 def _parsed_or_error(text: bytes, name: str, line: int) -> Any:
@@ -247,16 +252,27 @@ def _parsed_or_error(text: bytes, name: str, line: int) -> Any:
 def _parse_json(text: bytes, name: str, line: int | None) -> Any:
     """Parses `text`; `line` is its line in the file, None if it is the whole file."""
     try:
-        return json.loads(text)
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         row = error.lineno if line is None else line
         place = f"column {error.colno}"
         raise InputError(f"{name}:{row}: not valid JSON: {error.msg} ({place})") from error
     except UnicodeDecodeError as error:
         row = text[: error.start].count(b"\n") + 1 if line is None else line
-        raise InputError(f"{name}:{row}: not valid UTF-8: {error.reason}") from error
+        raise InputError(f"{name}:{row}: {_not_utf8(text, error)}") from error
     except RecursionError as error:
         raise InputError(f"{name}:{line or 1}: not valid JSON: nested too deeply") from error
+    except ValueError as error:  # a key twice, or a number of thousands of digits
+        raise InputError(f"{name}:{line or 1}: not valid JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} is there {names.count(twice)} times in one object")
+    return value
 
 
 def _first_byte(file: IO[bytes]) -> bytes:

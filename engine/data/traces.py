@@ -16,6 +16,10 @@ from redi.engine.errors import InputError
 _UNREAD_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
+# Weights are float32: beyond this, or its inverse, one would become 0 or infinite.
+_SMALLEST_WEIGHT = 1e-30
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One chat message."""
@@ -268,6 +272,8 @@ def read_prompt(row: Row, column: str) -> tuple[Message, ...] | str:
     value = row.value[column]
     if isinstance(value, str):
         return read_text(row, column, value)
+    if not isinstance(value, list):
+        raise _error(row, column, f"must be text or a list of messages, not {_type_name(value)}")
     prompt = _messages(row, column, value)
     _check_prompt(row, column, prompt)
     return prompt
@@ -282,7 +288,7 @@ def _check_prompt(row: Row, column: str, prompt: tuple[Message, ...]) -> None:
 
 def _messages(row: Row, column: str, value: object) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
-        raise _error(row, column, "must be a list of at least one message (or text, if a prompt)")
+        raise _error(row, column, "must be a list of at least one message")
     messages = []
     for index, message in enumerate(value):
         name = f"{column}[{index}]"
@@ -331,10 +337,10 @@ def _weight(row: Row, value: object) -> float:
         return 1.0
     try:
         weight = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
-    if not (math.isfinite(weight) and weight > 0):
-        raise _error(row, "weight", f"must be a positive finite number, not {value!r}")
+    if not _SMALLEST_WEIGHT <= weight <= 1 / _SMALLEST_WEIGHT:
+        raise _error(row, "weight", f"must be a positive finite number, not {repr(value)[:40]}")
     return weight
 
 
