@@ -64,6 +64,10 @@ class Data:
         "auto"
     )
     """The shape of a row; auto: told from the columns of each row."""
+    teachers: list[str] = field(default_factory=list)
+    """Only these teachers' traces are trained on (column teacher); none named: all."""
+    teacher_weights: dict[str, float] = field(default_factory=dict)
+    """Factor on the weight of a teacher's traces, { r1 = 2.0 }; 1 for the others."""
     template: Literal["chat", "none"] = "chat"
     """chat: the tokenizer's chat template; none: prompt, completion and end token as they are."""
     system_prompt: str | None = None
@@ -100,6 +104,11 @@ class Data:
             _require(value is None or value >= 1, f"data.{key} must be >= 1, got {value}")
         _require(self.processes >= 0, f"data.processes must be >= 0, got {self.processes}")
         _require(self.workers >= 0, f"data.workers must be >= 0, got {self.workers}")
+        for teacher, weight in self.teacher_weights.items():
+            _require(
+                math.isfinite(weight) and weight > 0,
+                f"data.teacher_weights: {teacher} must be finite and > 0, got {weight}",
+            )
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -571,7 +580,7 @@ def _unknown(key: str) -> str:
 
 def _dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in content.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{key}" not in KEYS:
             yield from _dotted(value, f"{prefix}{key}.")
             if not value and f"{prefix}{key}" not in SECTIONS:
                 yield f"{prefix}{key}"

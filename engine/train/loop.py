@@ -206,6 +206,7 @@ class PreparedData:
 def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData:
     """Tokenize (or find the cache), choose what is trained, lay out the steps."""
     tokens = tokenized(recipe, recipe.data.paths, world, console)
+    tokens = tokens.of_teachers(recipe.data.teachers, recipe.data.teacher_weights)
     examples = _examples(recipe, tokens, formula(recipe.objective).units)
     schedule = Schedule(
         num_units=len(examples.units),

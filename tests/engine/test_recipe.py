@@ -36,7 +36,9 @@ def test_the_resolved_recipe_reads_back_the_same(
     prompt: str, recipe: WriteRecipe, tmp_path: Path
 ) -> None:
     changes = {"optim.betas": [0.8, 0.9], "data.path": ["x", "y"], "data.system_prompt": prompt}
+    changes |= {"data.teachers": ["r1"], "data.teacher_weights": {"r1": 2.0, "a b.c": 0.5}}
     first = load(recipe("a", changes))
+    assert first.data.teacher_weights == {"r1": 2.0, "a b.c": 0.5}
     path = tmp_path / "resolved.toml"
     path.write_text(dump_recipe(first))
     assert load(path).data == first.data
