@@ -30,8 +30,13 @@ KEPT_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
 }
-# CUDA's own ways, named once their packages are imported.
-KEPT_NAMES = {"torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward"}
+# CUDA's own ways, named once their packages are imported. flash-attn 4 is no op that torch knows
+# of, and is recomputed.
+KEPT_NAMES = {
+    "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::_flash_attn_forward",
+}
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -87,6 +87,9 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
     config = model_config(recipe)
     check_trackers(recipe.run.trackers)
     check_replicas(recipe.shard, world.size)
+    dtype = compute_dtype(recipe.train.dtype, world.device)
+    choose_attention(recipe.model.attention, world.device, dtype)
+    _check_writable(run_dir)
     try:
         choose_backend(recipe.objective.backend, world.device)
     except ValueError as error:
@@ -104,7 +107,6 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
         cost=cost,
     )
     _show(overview, run_dir, console)
-    dtype = compute_dtype(recipe.train.dtype, world.device)
     student, tokenizer = build_student(recipe, dtype, world, console)
     if formula(recipe.objective).reference:
         set_reference(
@@ -129,6 +131,16 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
         export(student, tokenizer, run_dir / "export", dtype, world)
         console.say(f"{run_dir}: done; the model is in {run_dir / 'export'}")
     return finished
+
+
+def _check_writable(run_dir: Path) -> None:
+    """Before anything costs time: that the run folder, which is not made yet, can be made."""
+    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"run.dir: {run_dir} cannot be written: {error}") from None
 
 
 def _check_positions(data: PreparedData, config: Any, recipe: Recipe) -> None:
