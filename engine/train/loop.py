@@ -39,9 +39,10 @@ from redi.engine.estimate import training_cost
 from redi.engine.model.attention import choose_attention, register_attention
 from redi.engine.model.export import check_exportable, export
 from redi.engine.model.liger import apply_liger
-from redi.engine.model.load import load_model, read_config
+from redi.engine.model.load import model_to_train, read_config
 from redi.engine.model.sharding import check_replicas, compute_dtype, shard
 from redi.engine.model.student import Student
+from redi.engine.model.weights import read_weights
 from redi.engine.train.checkpoint import Checkpointer, complete_checkpoints
 from redi.engine.train.greedy import held_out_problems
 from redi.engine.train.guards import Guards, Row, Verdict, name_rows, skip_message
@@ -248,11 +249,11 @@ def model_config(recipe: Recipe) -> Any:
 def build_student(
     recipe: Recipe, dtype: torch.dtype, world: World, console: Console
 ) -> tuple[Student, PreTrainedTokenizerBase]:
-    """Load the model, check that it can be exported, shard it."""
+    """Build the model, check that it can be exported, shard it, read its weights."""
     path = recipe.model.path or ""
     kind, reason = choose_attention(recipe.model.attention, world.device, dtype)
     console.say(f"attention: {kind} ({reason}); compute dtype {str(dtype).removeprefix('torch.')}")
-    model = load_model(path, model_config(recipe), register_attention(kind))
+    model = model_to_train(path, model_config(recipe), register_attention(kind))
     tokenizer = load_tokenizer(recipe.model.tokenizer or path)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise InputError(
@@ -266,7 +267,10 @@ def build_student(
     console.say(f"liger-kernel: {liger}")
     model.train()
     student = Student(model, Objective(recipe.objective))
-    return shard(student, recipe.shard, dtype, world.device), tokenizer
+    shard(student, recipe.shard, dtype, world.device)
+    student.to_empty(device=world.device)  # only the shards get memory
+    read_weights(model, path)
+    return student, tokenizer
 
 
 def _train(
