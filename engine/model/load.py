@@ -120,12 +120,12 @@ def load_weights(
     return model
 
 
-def empty_model(config: Any, attention: str | None = None) -> PreTrainedModel:
-    """The architecture in float32 on the meta device, without memory for weights."""
+def empty_model(
+    config: Any, dtype: torch.dtype = torch.float32, attention: str | None = None
+) -> PreTrainedModel:
+    """The architecture on the meta device, without memory for weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention
-        )
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 def model_to_train(path: str, config: Any, attention: str) -> PreTrainedModel:
@@ -139,7 +139,7 @@ def model_to_train(path: str, config: Any, attention: str) -> PreTrainedModel:
     Raises:
         InputError: it is not built as packed rows and the fused loss need.
     """
-    model = empty_model(config, attention)
+    model = empty_model(config, attention=attention)
     blocks = getattr(model.base_model, "layers", ())
     if not blocks or not all(hasattr(block, "self_attn") for block in blocks):
         raise InputError(

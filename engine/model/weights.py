@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import extract_weight_conversions_for_model
+from transformers.core_model_loading import revert_weight_conversion
 
 from redi.engine.errors import InputError
 from redi.engine.model.load import load_weights
@@ -82,6 +83,13 @@ def weight_files(path: str) -> dict[Path, list[str]]:
     return names
 
 
+def as_stored(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Some of a model's tensors under the names, and in the pieces, that files have them in."""
+    if not extract_weight_conversions_for_model(model):
+        return tensors
+    return revert_weight_conversion(model, tensors)
+
+
 def check_weights(model: PreTrainedModel, files: Mapping[Path, Iterable[str]]) -> None:
     """See from the files' headers that they hold the model's weights, all and no others.
 
@@ -89,7 +97,8 @@ def check_weights(model: PreTrainedModel, files: Mapping[Path, Iterable[str]]) -
         ValueError: names are missing or too many, a shape or a number format is another.
         OSError, SafetensorError: a file is missing or damaged.
     """
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = as_stored(model, model.state_dict())
+    wanted = {name: list(tensor.shape) for name, tensor in stored.items()}
     unexpected = model._keys_to_ignore_on_load_unexpected or ()
     ignored = re.compile("|".join(f"({p})" for p in [*unexpected, r"rotary_emb\.inv_freq$"]))
     found: set[str] = set()
