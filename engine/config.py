@@ -43,8 +43,8 @@ class Model:
     max_position_embeddings: int | None = None
     """Longest context, in place of the model's own; the export keeps both."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
-    """flash-attn, torch's varlen attention, or SDPA document by document; auto: the first of
-    them that the machine has."""
+    """flash-attn (3, 4 or 2, what suits the card), torch's varlen attention, or SDPA document by
+    document; auto: the first of them that the machine has."""
     liger: Literal["auto", "off"] = "auto"
     """liger-kernel's RMSNorm, RoPE and SwiGLU; auto: on CUDA when installed."""
 

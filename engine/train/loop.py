@@ -39,9 +39,10 @@ from redi.engine.estimate import training_cost
 from redi.engine.model.attention import choose_attention, register_attention
 from redi.engine.model.export import check_exportable, export
 from redi.engine.model.liger import apply_liger
-from redi.engine.model.load import load_model, model_digest, read_config
+from redi.engine.model.load import model_digest, model_to_train, read_config
 from redi.engine.model.sharding import check_replicas, compute_dtype, shard
 from redi.engine.model.student import Student
+from redi.engine.model.weights import read_weights
 from redi.engine.train.checkpoint import Checkpointer, complete_checkpoints
 from redi.engine.train.greedy import held_out_problems
 from redi.engine.train.guards import Guards, Row, Verdict, name_rows, skip_message
@@ -93,6 +94,9 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
     config = model_config(recipe)
     check_trackers(recipe.run.trackers)
     check_replicas(recipe.shard, world.size)
+    dtype = compute_dtype(recipe.train.dtype, world.device)
+    choose_attention(recipe.model.attention, world.device, dtype)
+    _check_writable(run_dir)
     try:
         choose_backend(recipe.objective.backend, world.device)
     except ValueError as error:
@@ -125,7 +129,6 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
     weights = model_digest(recipe.model.path or "") if world.is_main else None
     if world.is_main:
         check_same_model(weights, run_dir)
-    dtype = compute_dtype(recipe.train.dtype, world.device)
     student, tokenizer = build_student(recipe, dtype, world, console)
     if formula(recipe.objective).reference:
         set_reference(
@@ -152,6 +155,16 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
         export(student, tokenizer, run_dir / "export", dtype, world)
         console.say(f"{run_dir}: done; the model is in {run_dir / 'export'}")
     return finished
+
+
+def _check_writable(run_dir: Path) -> None:
+    """Before anything costs time: that the run folder, which is not made yet, can be made."""
+    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"run.dir: {run_dir} cannot be written: {error}") from None
 
 
 def check_positions(
@@ -272,11 +285,11 @@ def model_config(recipe: Recipe) -> Any:
 def build_student(
     recipe: Recipe, dtype: torch.dtype, world: World, console: Console
 ) -> tuple[Student, PreTrainedTokenizerBase]:
-    """Load the model, check that it can be exported, shard it."""
+    """Build the model, check that it can be exported, shard it, read its weights."""
     path = recipe.model.path or ""
     kind, reason = choose_attention(recipe.model.attention, world.device, dtype)
     console.say(f"attention: {kind} ({reason}); compute dtype {str(dtype).removeprefix('torch.')}")
-    model = load_model(path, model_config(recipe), register_attention(kind))
+    model = model_to_train(path, model_config(recipe), register_attention(kind))
     tokenizer = load_tokenizer(recipe.model.tokenizer or path)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise InputError(
@@ -290,7 +303,10 @@ def build_student(
     console.say(f"liger-kernel: {liger}")
     model.train()
     student = Student(model, Objective(recipe.objective))
-    return shard(student, recipe.shard, dtype, world.device), tokenizer
+    shard(student, recipe.shard, dtype, world.device)
+    student.to_empty(device=world.device)  # only the shards get memory
+    read_weights(model, path)
+    return student, tokenizer
 
 
 def _train(

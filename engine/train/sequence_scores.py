@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import xxhash
-from torch.distributed.fsdp import FSDPModule
 
 from redi.engine.config import Recipe
 from redi.engine.console import Console, Count
@@ -24,6 +23,7 @@ from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.packing import Cost, build_batch, pack
 from redi.engine.distributed import World
 from redi.engine.errors import RunError
+from redi.engine.model.sharding import reshard
 from redi.engine.model.student import Student
 
 BLOCK = 256
@@ -83,8 +83,7 @@ def score_traces(
             else:
                 count.update(len(block))
             found[:, start : start + BLOCK] = scores
-    assert isinstance(student, FSDPModule)
-    student.reshard()  # else an optimizer made next would see the gathered weights, not the shards
+    reshard(student)  # else an optimizer made next would see the gathered weights, not the shards
     return SequenceScores(*found)
 
 
