@@ -8,14 +8,14 @@
 #SBATCH --dependency=singleton
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@300
+#SBATCH --signal=TERM@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
-# One torchrun on each node; they meet at the first one. A rank that dies is started again, and
-# all go on from the newest checkpoint. 270 of the 300 s before the time limit are for the last save.
+# One torchrun on each node; they meet at the first one. When a rank dies all are started again, and
+# go on from the newest checkpoint. 150 of the 180 s before the time limit are for the last save.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 exec srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" \
@@ -24,5 +24,5 @@ exec srun --kill-on-bad-exit=1 torchrun \
     --rdzv-id "$SLURM_JOB_ID" \
     --rdzv-endpoint "$first:${PORT:-29400}" \
     --max-restarts 3 \
-    --shutdown-timeout 270 \
+    --shutdown-timeout 150 \
     -m redi.engine.cli train "$@"

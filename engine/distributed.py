@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from redi.engine.errors import InputError, RunError
 
@@ -105,8 +108,9 @@ def join_world() -> Iterator[World]:
     # gloo beside nccl: host-side collectives must not touch the card's stream.
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
-        store = dist.distributed_c10d._get_default_store()
+        shared, rank, size = next(rendezvous("env://"))
+        store = _own_store(shared, rank, size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     else:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -132,3 +136,24 @@ def join_world() -> Iterator[World]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _own_store(shared: dist.Store, rank: int, size: int) -> dist.Store:
+    """The part of a store that the ranks of this start, and none before it, have written in.
+
+    torchrun keeps its store when it starts the ranks again (torch 2.13): some would meet at the
+    addresses of the dead and wait for them. No number that it gives is the same on all machines and
+    another at each start, so rank 0 draws a name, and answers each rank that has read it.
+    """
+    name = uuid.uuid4().hex
+    if rank == 0:
+        shared.set("start", name)
+        for other in range(1, size):
+            shared.set(f"{name}/{shared.get(f'{name}/{other}').decode()}", "")
+        return dist.PrefixStore(name, shared)
+    while True:
+        start = shared.get("start").decode()
+        shared.set(f"{start}/{rank}", name)
+        if shared.check([f"{start}/{name}"]):
+            return dist.PrefixStore(start, shared)
+        time.sleep(0.1)
