@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -251,9 +253,21 @@ _worker_encoder: Encoder | None = None
 
 def _start_worker(settings: TokenSettings) -> None:
     global _worker_encoder
+    # A Ctrl-C reaches all processes, and only the one that trains acts; the pool outlives no one.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # The processes are the parallelism; threads on top of them would only contend.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_encoder = Encoder(settings)
+
+
+def _end_with_parent() -> None:
+    """A worker that waits for work would outlive a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has one"
+    parent.join()
+    os._exit(1)
 
 
 def _tokenize_in_worker(rows: list[Row | InputError]) -> _Chunk:

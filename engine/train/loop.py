@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ from redi.engine.train.run_folder import (
     check_same_data,
     check_same_model,
     check_same_recipe,
+    check_writable,
     write_run_dir,
 )
 from redi.engine.train.sequence_scores import set_reference
@@ -62,8 +64,10 @@ from redi.engine.train.trackers import check_trackers, open_trackers
 from redi.engine.train.validation import HeldOut, validate
 from redi.kernels.backends import choose_backend
 
+GO_ON = "the same command goes on from here"
 
-def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
+
+def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> bool:
     """Train one recipe to its end, going on from where an earlier attempt stopped.
 
     The run folder is touched only when all input has been found good.
@@ -72,6 +76,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
         recipe: resolved; `run.dir` and `model.path` are set.
         world: this process's place.
         console: where it speaks.
+        stop: whether a signal asked for one.
 
     Returns:
         True when the run is finished, False when a signal stopped it.
@@ -79,12 +84,15 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
     Raises:
         InputError: the recipe, data or model is wrong, or the folder holds another run.
         RunError: the run failed.
+        KeyboardInterrupt: a signal stopped it before it had begun.
     """
     run_dir = Path(recipe.run.dir or "")
     check_same_recipe(recipe, run_dir)
     if (run_dir / "export").is_dir():
         console.say(f"{run_dir}: finished already; the model is in {run_dir / 'export'}")
         return True
+    if world.is_main:
+        check_writable(run_dir)
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -96,12 +104,16 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
     check_replicas(recipe.shard, world.size)
     dtype = compute_dtype(recipe.train.dtype, world.device)
     choose_attention(recipe.model.attention, world.device, dtype)
-    _check_writable(run_dir)
     try:
         choose_backend(recipe.objective.backend, world.device)
     except ValueError as error:
         raise InputError(f"objective.backend: {error}") from None
-    data = prepare_data(recipe, world, console)
+
+    def prepare() -> PreparedData:
+        with stop.breaking_off(world.is_main):
+            return prepare_data(recipe, world, console)
+
+    data = world.main_first(prepare)
     check_same_data(data.keys, run_dir)
     check_positions(
         data.tokens,
@@ -129,42 +141,35 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
     weights = model_digest(recipe.model.path or "") if world.is_main else None
     if world.is_main:
         check_same_model(weights, run_dir)
-    student, tokenizer = build_student(recipe, dtype, world, console)
-    if formula(recipe.objective).reference:
-        set_reference(
-            student,
-            recipe,
-            data.tokens,
-            data.examples.units[data.schedule.drawn()],
-            data.examples.lengths,
-            digest=weights,
-            dtype=dtype,
-            cost=cost,
-            world=world,
-            console=console,
-        )
-    optimizer = make_optimizer(student, recipe.optim)
-    if world.is_main:
-        try:
+    with stop.breaking_off(world.size == 1):
+        student, tokenizer = build_student(recipe, dtype, world, console)
+        if formula(recipe.objective).reference:
+            set_reference(
+                student,
+                recipe,
+                data.tokens,
+                data.examples.units[data.schedule.drawn()],
+                data.examples.lengths,
+                digest=weights,
+                dtype=dtype,
+                cost=cost,
+                world=world,
+                console=console,
+            )
+        optimizer = make_optimizer(student, recipe.optim)
+    try:
+        if world.is_main:
             keys = data.keys | {"model": weights}
             write_run_dir(recipe, keys, overview, dtype, run_dir, world)
-        except OSError as error:
-            raise InputError(f"run.dir: {run_dir} cannot be written: {error}") from None
-    finished = _train(recipe, run_dir, data, cost, student, optimizer, world, console)
-    if finished:
-        export(student, tokenizer, run_dir / "export", dtype, world)
-        console.say(f"{run_dir}: done; the model is in {run_dir / 'export'}")
+        finished = _train(recipe, run_dir, data, cost, student, optimizer, world, console, stop)
+        if finished:
+            export(student, tokenizer, run_dir / "export", dtype, world)
+            console.say(f"{run_dir}: done; the model is in {run_dir / 'export'}")
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{run_dir}: {error}; the same command goes on from the newest complete checkpoint"
+        ) from error
     return finished
-
-
-def _check_writable(run_dir: Path) -> None:
-    """Before anything costs time: that the run folder, which is not made yet, can be made."""
-    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise InputError(f"run.dir: {run_dir} cannot be written: {error}") from None
 
 
 def check_positions(
@@ -318,6 +323,7 @@ def _train(
     optimizer: torch.optim.AdamW,
     world: World,
     console: Console,
+    stop: StopRequest,
 ) -> bool:
     """Run the steps that are left. Returns False when a signal ended them early."""
     total = data.schedule.total_steps
@@ -342,17 +348,28 @@ def _train(
     if done:
         console.say(f"{run_dir}: going on after step {done}")
 
-    def evaluate(step: int) -> None:
-        if data.held_out is not None:
-            found = validate(
-                student, data.held_out, row_tokens=recipe.train.row_tokens, cost=cost, world=world
-            )
-            metrics.write({"event": "eval", "step": step, **found})
-            console.say(f"held out after step {step}: {_figures(found)}")
+    def evaluate(step: int) -> bool:
+        """False when a request to stop broke it off; going on does it again."""
+        if data.held_out is None or (step % recipe.eval.every and step < total):
+            return True
+        found = validate(
+            student,
+            data.held_out,
+            row_tokens=recipe.train.row_tokens,
+            cost=cost,
+            world=world,
+            stop=stop,
+        )
+        if found is None:
+            return False
+        metrics.write({"event": "eval", "step": step, **found})
+        console.say(f"held out after step {step}: {_figures(found)}")
+        return True
 
-    with StopRequest(console) as stop, closing(metrics), closing(progress):
-        if not done:
-            evaluate(0)
+    with closing(checkpointer), closing(metrics), closing(progress):
+        if world.anywhere(stop.asked) or not evaluate(done):
+            console.say(f"stopped after step {done} of {total}; {GO_ON}")
+            return False
         began = time.perf_counter()
         for batches in loader.steps(done):
             step = batches.step
@@ -362,7 +379,7 @@ def _train(
                 group["lr"] = rate(step)
             done_rows = _forward_backward(student, batches, world.device)
             grad_norm = _clip(student, recipe.optim.max_grad_norm)
-            sums = _step_sums(done_rows, stop.asked, world.device)
+            sums = _step_sums(done_rows, stop.asked, checkpointer.failed, world.device)
             # Decided and done on the device: the host asks for nothing until all is under way.
             finite = sums[0].isfinite() & grad_norm.isfinite()
             step_if(optimizer, finite)
@@ -370,7 +387,7 @@ def _train(
             squared = squared_update(optimizer, finite)
             dist.all_reduce(squared)
             update_norm = (squared / recipe.shard.replicate).sqrt()
-            loss, positive, negative, stops, norm, update, taken = torch.stack(
+            loss, positive, negative, stops, failed, norm, update, taken = torch.stack(
                 [*sums, grad_norm.double(), update_norm, finite.double()]
             ).tolist()
             now = time.perf_counter()
@@ -402,17 +419,14 @@ def _train(
                 if not verdict.goes_on:
                     _give_up(verdict, guards.good_before or step, checkpointer, run_dir)
             progress.step(line)
-            if step % recipe.eval.every == 0 or step == total:
-                evaluate(step)
-            stopping = stops > 0 and step < total
+            if failed:
+                checkpointer.wait()  # tells why
+            stopping = stops > 0 or not evaluate(step)
             if step % recipe.run.save_every == 0 or step == total or stopping:
                 checkpointer.save(step, guards.good_before if step < total else None)
             if stopping:
                 checkpointer.wait()
-                console.say(
-                    f"stopped after step {step} of {total}, saved in {run_dir}; "
-                    "the same command goes on from here"
-                )
+                console.say(f"stopped after step {step} of {total}, saved in {run_dir}; {GO_ON}")
                 return False
             began = time.perf_counter()
         checkpointer.wait()
@@ -435,13 +449,16 @@ def _forward_backward(student: Student, batches: StepBatches, device: torch.devi
     return rows
 
 
-def _step_sums(rows: list[Row], asked_to_stop: bool, device: torch.device) -> torch.Tensor:
-    """Loss, sums of the positives' and the negatives' mean log-probs, and of requests to stop.
+def _step_sums(
+    rows: list[Row], asked_to_stop: bool, save_failed: bool, device: torch.device
+) -> torch.Tensor:
+    """Loss, sums of the positives' and the negatives' mean log-probs, of requests to stop and of
+    failed saves.
 
-    float64 [4] on the device, over all ranks.
+    float64 [5] on the device, over all ranks.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    sums[3] = float(asked_to_stop)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    sums[3], sums[4] = asked_to_stop, save_failed
     for row in rows:
         # Not means[signs > 0]: boolean indexing would wait for the device.
         by_sign = [torch.where(row.signs == sign, row.means, 0.0).sum() for sign in (1, -1)]

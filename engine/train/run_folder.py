@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 import tomllib
 from collections.abc import Mapping
@@ -24,6 +25,20 @@ from redi.engine.errors import InputError
 
 RECIPE = "recipe.toml"
 MANIFEST = "manifest.json"
+
+
+def check_writable(run_dir: Path) -> None:
+    """What could not be written is said before hours of tokenizing; leaves no trace.
+
+    Raises:
+        InputError: `run_dir` cannot be made or written in, or its disk is full.
+    """
+    existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"one byte")
+    except OSError as error:
+        raise InputError(f"run.dir: {run_dir} cannot be written: {error}") from None
 
 
 def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:

@@ -135,22 +135,15 @@ def test_what_is_missing_is_named_as_the_help_names_it(
     assert MISSING[argv] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("command", "line"),
-    [("train", "interrupted before the first step"), ("doctor", "interrupted")],
-)
 def test_ctrl_c_is_one_line(
-    command: str,
-    line: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(argv: list[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(COMMANDS, command, interrupt)
-    assert main([command]) == 1
-    assert capsys.readouterr().err == f"redi: {line}\n"
+    monkeypatch.setitem(COMMANDS, "doctor", interrupt)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == "redi: interrupted\n"
 
 
 def test_the_first_recipe_must_name_its_model(
