@@ -4,11 +4,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from redi.kernels import rows, segments
+from redi.kernels import exponentials, rows, segments
+from redi.kernels.exponentials import ExponentialsKernel
 from redi.kernels.reference import Backend
 from redi.kernels.rows import RowKernel
 from redi.kernels.validate import check_choice
@@ -28,14 +30,17 @@ class Kernels:
     """See `segments.sum_segments`."""
     spread_segments: Callable[[Tensor, Tensor, int], Tensor]
     """See `segments.spread_segments`."""
+    exponentials: ExponentialsKernel | None = None
+    """See `exponentials.exponentials`; None where the logits are made and `softmax_rows` used."""
 
 
 def choose_backend(
     backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Backend:
-    """The backend to use there: "reference", "torch" or "triton".
+    """The backend to use there: what was asked for, or what "auto" stands for.
 
-    "auto" is Triton on a GPU where Triton is installed, else torch.
+    "auto" is Triton on a GPU where Triton is installed, else torch. Those that end in "-exp" are
+    for bfloat16: any other dtype is computed as without the ending.
 
     Args:
         backend: what the user asked for.
@@ -46,7 +51,9 @@ def choose_backend(
         ValueError: unknown, or not available here.
         TypeError: float64 for Triton.
     """
-    check_choice("backend", backend, ("auto", "reference", "torch", "triton"))
+    check_choice("backend", backend, get_args(Backend))
+    if dtype != torch.bfloat16 and backend == "torch-exp":
+        backend = "torch"
     if backend == "auto":
         return "triton" if device.type == "cuda" and TRITON_INSTALLED else "torch"
     if backend == "triton":
@@ -73,5 +80,10 @@ def kernels_of(backend: str) -> Kernels:
             segments_triton.sum_segments,
             segments_triton.spread_segments,
         )
-    assert backend == "torch"
-    return Kernels(rows.softmax_rows, segments.sum_segments, segments.spread_segments)
+    assert backend in ("torch", "torch-exp")
+    return Kernels(
+        rows.softmax_rows,
+        segments.sum_segments,
+        segments.spread_segments,
+        exponentials.exponentials if backend == "torch-exp" else None,
+    )
