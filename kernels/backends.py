@@ -52,33 +52,49 @@ def choose_backend(
         TypeError: float64 for Triton.
     """
     check_choice("backend", backend, get_args(Backend))
-    if dtype != torch.bfloat16 and backend == "torch-exp":
-        backend = "torch"
     if backend == "auto":
         return "triton" if device.type == "cuda" and TRITON_INSTALLED else "torch"
-    if backend == "triton":
+    if backend in ("triton", "triton-exp"):
         if not TRITON_INSTALLED:
-            raise ValueError('backend="triton" needs the package triton: install it or use "auto"')
+            raise ValueError(
+                f'backend="{backend}" needs the package triton: install it or use "auto"'
+            )
         if device.type != "cuda" and not TRITON_INTERPRETS:
             raise ValueError(
-                f'backend="triton" needs a GPU, the tensors are on {device}: use "auto", or set '
+                f'backend="{backend}" needs a GPU, the tensors are on {device}: use "auto", or set '
                 "TRITON_INTERPRET=1 before Python starts to run Triton's slow interpreter"
+            )
+        if backend == "triton-exp" and not _loads_tiles(device):
+            raise ValueError(
+                f'backend="triton-exp" needs a GPU of compute capability 9.0 or newer, {device} is '
+                'none: use "triton"'
             )
         if dtype == torch.float64:
             raise TypeError('backend="triton" computes in float32: use "torch" for float64')
+    if dtype != torch.bfloat16 and backend in ("torch-exp", "triton-exp"):
+        return "torch" if backend == "torch-exp" else "triton"
     return backend
+
+
+@torch.compiler.assume_constant_result
+def _loads_tiles(device: torch.device) -> bool:
+    """Whether the device has TMA, which fetches tiles by descriptors, or is the interpreter."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def kernels_of(backend: str) -> Kernels:
     """The parts of a backend that `choose_backend` returned, other than the reference."""
-    if backend == "triton":
+    if backend in ("triton", "triton-exp"):
         # Imported late: a machine without a GPU, or with macOS, may have no Triton.
-        from redi.kernels import segments_triton, softmax_triton
+        from redi.kernels import exponentials_triton, segments_triton, softmax_triton
 
         return Kernels(
             softmax_triton.softmax_rows,
             segments_triton.sum_segments,
             segments_triton.spread_segments,
+            exponentials_triton.exponentials if backend == "triton-exp" else None,
         )
     assert backend in ("torch", "torch-exp")
     return Kernels(

@@ -31,8 +31,10 @@ TARGETS = [Target("torch", "cpu")]
 EXP_TARGETS = [Target("torch-exp", "cpu")]
 if torch.cuda.is_available():
     TARGETS += [Target("torch", "cuda"), Target("triton", "cuda")]
+    EXP_TARGETS.append(Target("triton-exp", "cuda"))
 elif TRITON_INTERPRETS and TRITON_INSTALLED:
     TARGETS.append(Target("triton", "cpu"))
+    EXP_TARGETS.append(Target("triton-exp", "cpu"))
 
 
 @dataclass(frozen=True)

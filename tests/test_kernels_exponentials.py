@@ -3,6 +3,7 @@
 The other tests of the loss ops run for these backends too, among the slow ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,15 @@ from redi.kernels import exponentials, linear_logprobs, redi_loss, reference, si
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 BF16 = torch.bfloat16
+
+
+def some_slow(quick: Sequence[object], slow: Sequence[object]) -> list[object]:
+    """Values of a parameter: the interpreter takes half a second for each."""
+    return [*quick, *(pytest.param(value, marks=pytest.mark.slow) for value in slow)]
+
+
+SHARP = ("random", "confident", "logp -80")
+OTHERS = [kind for kind in LOGITS if kind not in SHARP]
 
 
 @pytest.fixture(params=EXP_TARGETS, ids="-".join)
@@ -62,7 +72,7 @@ def moved(case: Case, device: str) -> Case:
     )
 
 
-@pytest.mark.parametrize("logits", LOGITS)
+@pytest.mark.parametrize("logits", some_slow(SHARP, OTHERS))
 def test_log_probs_and_gradients_are_exact_for_every_kind_of_logits(
     target: Target, logits: str
 ) -> None:
@@ -78,8 +88,8 @@ def test_log_probs_and_gradients_are_exact_for_every_kind_of_logits(
         torch.testing.assert_close(logps[valid].double(), exact[valid], rtol=2.0**-8, atol=0)
 
 
-@pytest.mark.parametrize("vocab", [1, 5, 128, 129, 256, 300, 512])
-@pytest.mark.parametrize("column", ["first", "last"])
+@pytest.mark.parametrize("vocab", some_slow([129, 256], [1, 5, 128, 300, 512]))
+@pytest.mark.parametrize("column", some_slow(["last"], ["first"]))
 def test_the_target_may_lie_in_any_tile_and_tiles_need_not_divide_the_vocabulary(
     target: Target, vocab: int, column: str
 ) -> None:
@@ -111,7 +121,7 @@ def test_a_competitor_in_the_target_s_tile_does_not_blur_the_log_prob(target: Ta
     assert (logps - exact_logps(case)).abs().max() <= 2e-5
 
 
-@pytest.mark.parametrize("gap", [40, 60, 62, 64, 66, 70, 80, 90, 130])
+@pytest.mark.parametrize("gap", some_slow([62, 66], [40, 60, 64, 70, 80, 90, 130]))
 def test_gradients_survive_a_target_far_below_the_other_logits(target: Target, gap: int) -> None:
     """Across the largest sum that needs no repair (e^64), at the weight of a long trace's token."""
     case = make_case(BF16, lengths=(40,), signs=(1,), masked=0.0)
@@ -139,8 +149,8 @@ def test_repairing_a_row_leaves_its_neighbours_bit_for_bit_as_they_are(target: T
     assert torch.equal(hard_got.dhidden[others], got.dhidden[others])
 
 
-@pytest.mark.parametrize("coefficient", ["weight", "dft", "unlikelihood"])
-@pytest.mark.parametrize("logits", ["random", "confident", "logp -80"])
+@pytest.mark.parametrize("coefficient", ["dft", "unlikelihood"])
+@pytest.mark.parametrize("logits", some_slow(["confident"], ["random", "logp -80"]))
 def test_every_coefficient_is_exact(target: Target, coefficient: str, logits: str) -> None:
     case = leaves(make_case(BF16, logits=logits, device=target.device))
     options = {"coefficient": coefficient}
@@ -154,7 +164,7 @@ def test_every_coefficient_is_exact(target: Target, coefficient: str, logits: st
         assert relative_error(value, true) < 4e-3
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.8])
+@pytest.mark.parametrize("alpha", some_slow([0.0], [0.8]))
 def test_masked_tokens_and_tokens_of_weight_zero_get_log_probs_and_no_gradient(
     target: Target, alpha: float
 ) -> None:
@@ -174,8 +184,8 @@ def test_masked_tokens_and_tokens_of_weight_zero_get_log_probs_and_no_gradient(
         assert (out.sequence_logps - exact_out.sequence_logps).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("logits", ["random", "confident", "logp -80"])
+@pytest.mark.parametrize("keep", some_slow([True], [False]))
+@pytest.mark.parametrize("logits", some_slow(["confident"], ["random", "logp -80"]))
 def test_kept_exponentials_serve_any_upstream_gradient_again_and_again(
     target: Target, logits: str, keep: bool
 ) -> None:
