@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from redi.kernels.exponentials_triton import (
     finalise_kernel,
     target_logits_kernel,
 )
-from redi.kernels.launches import LAUNCHES, Launch
+from redi.kernels.launches import Launch, entries_for
 from redi.kernels.segments_triton import spread_segments_kernel, sum_segments_kernel
 from redi.kernels.softmax_triton import launch_shape, softmax_rows_kernel
 
@@ -144,14 +144,13 @@ def variants(target: GPUTarget) -> list[Variant]:
             4,
         )
     )
-    if launch := LAUNCHES.get(target.arch):
-        found += exponentials_variants(launch, by_sequence, by_token)
+    entries = entries_for(f"sm_{target.arch}")
+    for launch in {replace(entry.launch, group=1) for entry in entries}:  # a group is an argument
+        found += exponentials_variants(launch, by_sequence)
     return found
 
 
-def exponentials_variants(
-    launch: Launch, by_sequence: dict[str, str], by_token: dict[str, str]
-) -> list[Variant]:
+def exponentials_variants(launch: Launch, by_sequence: dict[str, str]) -> list[Variant]:
     """What `backend="triton-exp"` launches besides."""
     rows, columns, depth = launch.rows, launch.columns, launch.depth
     product = {
@@ -159,11 +158,11 @@ def exponentials_variants(
         "weight": f"tensordesc<bf16[{columns}, {depth}]>",
         "e": f"tensordesc<bf16[{rows}, {columns}]>",
         "shifts": "*fp32", "sums": "*fp32", "sums_stride": "i32",
-        "rows": "i32", "vocab": "i32", "depth": "i32",
+        "rows": "i32", "vocab": "i32", "depth": "i32", "most_in_group": "i32",
     }  # fmt: skip
     repair = {"row_blocks": "*i64", "num_row_blocks": "*i64"}
     tile = {
-        "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "BLOCK_DEPTH": depth, "GROUP": launch.group,
+        "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "BLOCK_DEPTH": depth,
     }  # fmt: skip
     row = {
         "e": "*bf16", "e_stride": "i32", "vocab": "i32", "sums": "*fp32", "sums_stride": "i32",
@@ -199,9 +198,7 @@ def exponentials_variants(
         *(
             Variant(name, finalise_kernel, row | types, block, 4)
             for name, types in [
-                ("exp finalise redi", first | factors | by_sequence),
-                ("exp finalise signed", first | factors | by_token),
-                ("exp finalise log-probs", first),
+                ("exp finalise", first | factors | by_sequence),
                 ("exp repair finalise", again | factors | by_sequence),
             ]
         ),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from redi.kernels import exponentials, rows, segments
 from redi.kernels.exponentials import ExponentialsKernel
+from redi.kernels.launches import architecture_of, entries_for, fastest_backend
 from redi.kernels.reference import Backend
 from redi.kernels.rows import RowKernel
 from redi.kernels.validate import check_choice
@@ -35,17 +36,22 @@ class Kernels:
 
 
 def choose_backend(
-    backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    hidden_size: int | None = None,
 ) -> Backend:
     """The backend to use there: what was asked for, or what "auto" stands for.
 
-    "auto" is Triton on a GPU where Triton is installed, else torch. Those that end in "-exp" are
-    for bfloat16: any other dtype is computed as without the ending.
+    "auto" is Triton on a GPU where Triton is installed, else torch; of Triton's two what the launch
+    table says was measured to be faster. Those that end in "-exp" are for bfloat16: any other dtype
+    is computed as without the ending.
 
     Args:
         backend: what the user asked for.
         device: where the operands lie.
         dtype: of the operands.
+        hidden_size: D, where it is known.
 
     Raises:
         ValueError: unknown, or not available here.
@@ -53,7 +59,9 @@ def choose_backend(
     """
     check_choice("backend", backend, get_args(Backend))
     if backend == "auto":
-        return "triton" if device.type == "cuda" and TRITON_INSTALLED else "torch"
+        if device.type != "cuda" or not TRITON_INSTALLED:
+            return "torch"
+        return "triton" if hidden_size is None else _fastest(device, dtype, hidden_size)
     if backend in ("triton", "triton-exp"):
         if not TRITON_INSTALLED:
             raise ValueError(
@@ -64,10 +72,9 @@ def choose_backend(
                 f'backend="{backend}" needs a GPU, the tensors are on {device}: use "auto", or set '
                 "TRITON_INTERPRET=1 before Python starts to run Triton's slow interpreter"
             )
-        if backend == "triton-exp" and not _loads_tiles(device):
+        if backend == "triton-exp" and not _has_launches(device):
             raise ValueError(
-                f'backend="triton-exp" needs a GPU of compute capability 9.0 or newer, {device} is '
-                'none: use "triton"'
+                f'backend="triton-exp" has no launch for the architecture of {device}: use "triton"'
             )
         if dtype == torch.float64:
             raise TypeError('backend="triton" computes in float32: use "torch" for float64')
@@ -76,12 +83,15 @@ def choose_backend(
     return backend
 
 
+# torch.compile must not look into the table.
 @torch.compiler.assume_constant_result
-def _loads_tiles(device: torch.device) -> bool:
-    """Whether the device has TMA, which fetches tiles by descriptors, or is the interpreter."""
-    if device.type != "cuda":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+def _fastest(device: torch.device, dtype: torch.dtype, hidden_size: int) -> Backend:
+    return fastest_backend(architecture_of(device), dtype, hidden_size)
+
+
+@torch.compiler.assume_constant_result
+def _has_launches(device: torch.device) -> bool:
+    return bool(entries_for(architecture_of(device)))
 
 
 def kernels_of(backend: str) -> Kernels:

@@ -53,15 +53,17 @@ def exponentials(
     coefficient: str,
     logps: Tensor,
     out: Tensor,
+    launch: Launch | None = None,
 ) -> GradientRows | None:
     """`exponentials.exponentials` in a few launches; its arguments, and these differences.
 
     Args:
         out: rows begin at multiples of 16 bytes, the first one too.
+        launch: None takes that of the table.
 
     An lm_head whose rows do not begin so, or without unit stride along D, is copied first.
     """
-    launch = launch_for(weight)
+    launch = launch or launch_for(weight)
     hidden, weight = _aligned(hidden), _aligned(weight)
     rows, vocab = out.shape
     tiles = triton.cdiv(vocab, launch.columns)
@@ -161,11 +163,11 @@ def _multiply(
         num_row_blocks,
         *out.shape,
         hidden.shape[1],
+        launch.group,
         MAXIMA=maxima,
         BLOCK_ROWS=launch.rows,
         BLOCK_COLUMNS=launch.columns,
         BLOCK_DEPTH=launch.depth,
-        GROUP=launch.group,
         # A repair has nothing to hide: it seldom has a tile.
         FLATTEN=launch.flatten and row_blocks is None,
         num_warps=launch.warps,
@@ -209,7 +211,7 @@ def target_logits_kernel(
     tl.store(z_target + row, tl.sum(products, 0))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "most_in_group"])
 def exponentials_kernel(
     hidden,  # descriptor of [C, D], blocks [BLOCK_ROWS, BLOCK_DEPTH]
     weight,  # descriptor of [V, D], blocks [BLOCK_COLUMNS, BLOCK_DEPTH]
@@ -222,11 +224,11 @@ def exponentials_kernel(
     rows,  # C
     vocab,  # V
     depth,  # D
+    most_in_group,  # blocks of rows, at most, that share a walk over the columns
     MAXIMA: tl.constexpr,  # the tiles' largest logits, and nothing else
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,  # blocks of rows that share a walk over the columns
     FLATTEN: tl.constexpr,  # loads of the next tile under way during the epilogue
 ):
     """E = exp(hidden weight^T - shift), rounded, and sums of its tiles' rows.
@@ -240,11 +242,14 @@ def exponentials_kernel(
         blocks = tl.load(num_row_blocks).to(tl.int32)
     tiles = tl.cdiv(vocab, BLOCK_COLUMNS)
     steps = tl.cdiv(depth, BLOCK_DEPTH)
+    group_size = tl.cdiv(
+        blocks, tl.cdiv(blocks, most_in_group)
+    )  # equal, or the last may hold one block
     for work in tl.range(tl.program_id(0), blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
-        group = work // (GROUP * tiles)
-        size = tl.minimum(blocks - group * GROUP, GROUP)
-        inside = work - group * GROUP * tiles
-        block = group * GROUP + inside % size
+        group = work // (group_size * tiles)
+        size = tl.minimum(blocks - group * group_size, group_size)
+        inside = work - group * group_size * tiles
+        block = group * group_size + inside % size
         tile = inside // size
         if row_blocks is not None:
             block = tl.load(row_blocks + block).to(tl.int32)

@@ -56,7 +56,7 @@ def linear_logprobs(
     hidden, weight = check_operands(hidden, weight, targets)
     check_schedule(valid_index, chunk_tokens, hidden)
     check_choice("keep", keep, ("auto", True, False))
-    backend = choose_backend(backend, hidden.device, hidden.dtype)
+    backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
         return reference.linear_logprobs(hidden, weight, targets)
     if keep == "auto":
