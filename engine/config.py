@@ -142,8 +142,8 @@ class Objective:
     length: Literal["trained", "original"] = "trained"
     """What |y| counts: the tokens that are trained, or those before truncation (the authors' code:
     a truncated trace weighs less)."""
-    backend: Literal["auto", "reference", "torch", "triton"] = "auto"
-    """Implementation of the loss op."""
+    backend: Literal["auto", "reference", "torch", "torch-exp", "triton", "triton-exp"] = "auto"
+    """Implementation of the loss op; docs/kernels.md has them all."""
 
     def __post_init__(self) -> None:
         near = difflib.get_close_matches(self.name, OBJECTIVES, n=1)

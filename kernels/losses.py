@@ -82,7 +82,7 @@ def redi_loss(
     check_sequences(cu_seqlens, signs, hidden)
     check_objective(alpha, num_pairs)
     check_schedule(valid_index, chunk_tokens, hidden, num_weighted)
-    backend = choose_backend(backend, hidden.device, hidden.dtype)
+    backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
         return reference.redi_loss(
             hidden, weight, targets, cu_seqlens, signs, alpha=alpha, num_pairs=num_pairs
@@ -142,7 +142,7 @@ def redi_value_and_grad(
     check_schedule(valid_index, chunk_tokens, hidden, num_weighted)
     if dweight is not None:
         check_dweight(dweight, weight)
-    backend = choose_backend(backend, hidden.device, hidden.dtype)
+    backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
         return reference.redi_value_and_grad(
             hidden,
@@ -222,7 +222,7 @@ def signed_cross_entropy(
     check_token_weights(token_weights, hidden)
     check_schedule(valid_index, chunk_tokens, hidden, num_weighted)
     check_choice("coefficient", coefficient, ("weight", "dft", "unlikelihood"))
-    backend = choose_backend(backend, hidden.device, hidden.dtype)
+    backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
         return reference.signed_cross_entropy(
             hidden, weight, targets, token_weights, coefficient=coefficient, entropy=entropy
