@@ -252,6 +252,9 @@ class Shard:
 
     replicate: int = 1
     """Copies of the sharded model (HSDP); 1: sharded over all ranks."""
+    reduce: Literal["step", "micro_step"] = "step"
+    """When gradients are summed over ranks: once a step, for which each rank holds all of them in
+    float32 between micro-steps; or after each micro-step, for models too large for that."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none, all but matrix products, all."""
     compile: bool = False
@@ -404,6 +407,7 @@ FREE_ON_RESUME = (
     "run.trackers",
     "run.resume",
     "shard.replicate",
+    "shard.reduce",
     "shard.checkpointing",
     "shard.compile",
     "train.row_tokens",

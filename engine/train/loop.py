@@ -377,7 +377,7 @@ def _train(
             torch.manual_seed((recipe.train.seed * total + step) * world.size + world.rank)
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
-            done_rows = _forward_backward(student, batches, world.device)
+            done_rows = _forward_backward(student, batches, world.device, recipe.shard.reduce)
             grad_norm = _clip(student, recipe.optim.max_grad_norm)
             sums = _step_sums(done_rows, stop.asked, checkpointer.failed, world.device)
             # Decided and done on the device: the host asks for nothing until all is under way.
@@ -433,7 +433,9 @@ def _train(
     return True
 
 
-def _forward_backward(student: Student, batches: StepBatches, device: torch.device) -> list[Row]:
+def _forward_backward(
+    student: Student, batches: StepBatches, device: torch.device, reduce: str
+) -> list[Row]:
     """Accumulate the step's gradient; return what each of this rank's rows came to."""
     assert isinstance(student, FSDPModule)
     totals = StepTotals(units=len(batches.units), targets=batches.num_targets)
@@ -441,7 +443,8 @@ def _forward_backward(student: Student, batches: StepBatches, device: torch.devi
     for index, batch in enumerate(batches.micro_batches):
         on_device = batch.to(device, non_blocking=True)
         last = index == len(batches.micro_batches) - 1
-        student.set_requires_gradient_sync(last)
+        student.set_requires_gradient_sync(last or reduce == "micro_step")
+        student.set_requires_all_reduce(last)  # among copies once is enough: it is sharded by then
         out = student(on_device, totals)
         out.loss.backward()
         means = out.sequence_logps.double() / out.sequence_lengths.clamp(min=1)
