@@ -305,7 +305,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         return folder
 
     yield mount
-    subprocess.run(["umount", folder], check=False)
+    subprocess.run(["umount", "--lazy", folder], check=False)
 
 
 FULL = {
