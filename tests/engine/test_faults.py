@@ -122,7 +122,7 @@ def rank_pid(agent: int, rank: int) -> int:
 
 
 def wait_for(condition: Callable[[], bool], agent: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < deadline, log.read_text()
         assert agent.poll() is None or condition(), log.read_text()
@@ -247,7 +247,7 @@ def test_a_signal_to_one_rank_while_rank_0_tokenizes_ends_both(
     agent = torchrun(path, *ALONE, log=log)
     wait_for(lambda: tokenizes(tmp_path), agent, log)
     os.kill(rank_pid(agent.pid, rank), signal.SIGTERM)
-    assert agent.wait(180) == 0, log.read_text()
+    assert agent.wait(600) == 0, log.read_text()
     assert log.read_text().count("stopped") == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -305,7 +305,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         return folder
 
     yield mount
-    subprocess.run(["umount", folder], check=False)
+    subprocess.run(["umount", "--lazy", folder], check=False)
 
 
 FULL = {
@@ -371,7 +371,7 @@ def test_a_save_that_fails_on_one_rank_alone_ends_all_with_its_cause(
     group = ranks(2, "train", path, log=tmp_path / "log")
     group[0].wait_for((tmp_path / "run" / "checkpoints" / "step-4" / ".metadata").exists)
     resource.prlimit(group[1].pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-    assert [run.end(60) for run in group] == [1, 1]
+    assert [run.end() for run in group] == [1, 1]
     for run in group:
         assert "step-8 could not be saved ([Errno 27] File too large)" in run.stderr
     assert list(complete_checkpoints(tmp_path / "run")) == [4]
@@ -387,7 +387,7 @@ def test_a_rank_that_is_killed_is_started_again_by_torchrun(
         wait_for(lambda count=count: has_steps(run_dir, count), agent, log)
         os.kill(rank_pid(agent.pid, rank), signal.SIGKILL)
         wait_for(lambda count=count: not has_steps(run_dir, count), agent, log)
-    assert agent.wait(180) == 0, log.read_text()
+    assert agent.wait(600) == 0, log.read_text()
     assert same(run_dir, on_two_ranks)
 
 
@@ -399,7 +399,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_same_command_goes_on(
     agent = torchrun(path, *ALONE, log=log)
     wait_for(lambda: has_steps(run_dir, 5), agent, log)
     os.kill(rank_pid(agent.pid, 1), signal.SIGKILL)
-    assert agent.wait(60) == 1
+    assert agent.wait(120) == 1
     assert "redi: another rank was lost" in log.read_text()
     train_on_two_ranks(path, tmp_path)
     assert same(run_dir, on_two_ranks)
@@ -466,5 +466,5 @@ def test_the_slurm_script_trains_on_two_nodes_and_outlives_a_rank(
     agents = children(job.pid)
     assert len(agents) == 2
     os.kill(children(agents[1])[0], signal.SIGKILL)
-    assert job.wait(240) == 0, log.read_text()
+    assert job.wait(600) == 0, log.read_text()
     assert same(tmp_path / "run", on_two_ranks)
