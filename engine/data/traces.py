@@ -16,8 +16,8 @@ from redi.engine.errors import InputError
 _UNREAD_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
-# Weights are float32: beyond this, or its inverse, one would become 0 or infinite.
-_SMALLEST_WEIGHT = 1e-30
+# Weights are float32: beyond these one would lose digits, or become 0 or infinite.
+_SMALLEST_WEIGHT, _LARGEST_WEIGHT = 2.0**-126, 3.4e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +339,7 @@ def _weight(row: Row, value: object) -> float:
         weight = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
-    if not _SMALLEST_WEIGHT <= weight <= 1 / _SMALLEST_WEIGHT:
+    if not _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
         raise _error(row, "weight", f"must be a positive finite number, not {repr(value)[:40]}")
     return weight
 
