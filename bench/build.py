@@ -157,7 +157,7 @@ def exponentials_variants(launch: Launch, by_sequence: dict[str, str]) -> list[V
         "hidden": f"tensordesc<bf16[{rows}, {depth}]>",
         "weight": f"tensordesc<bf16[{columns}, {depth}]>",
         "e": f"tensordesc<bf16[{rows}, {columns}]>",
-        "shifts": "*fp32", "sums": "*fp32", "sums_stride": "i32",
+        "shifts": "*fp32", "lifts": "*fp32", "sums": "*fp32", "sums_stride": "i32",
         "rows": "i32", "vocab": "i32", "depth": "i32", "most_in_group": "i32",
     }  # fmt: skip
     repair = {"row_blocks": "*i64", "num_row_blocks": "*i64"}
@@ -167,7 +167,7 @@ def exponentials_variants(launch: Launch, by_sequence: dict[str, str]) -> list[V
     row = {
         "e": "*bf16", "e_stride": "i32", "vocab": "i32", "sums": "*fp32", "sums_stride": "i32",
         "tiles": "i32", "tokens": "*i64", "targets": "*i64", "z_target": "*fp32",
-        "shifts": "*fp32", "logps": "*fp32",
+        "shifts": "*fp32", "lifts": "*fp32", "logps": "*fp32",
     }  # fmt: skip
     factors = {"factors": "*fp32", "residues": "*fp32"}
     block = {
@@ -178,6 +178,7 @@ def exponentials_variants(launch: Launch, by_sequence: dict[str, str]) -> list[V
     dot = {
         "hidden": "*bf16", "hidden_stride": "i32", "weight": "*bf16", "weight_stride": "i32",
         "depth": "i32", "tokens": "*i64", "targets": "*i64", "z_target": "*fp32",
+        "lifts": "*fp32",
     }  # fmt: skip
     return [
         *(
@@ -202,7 +203,13 @@ def exponentials_variants(launch: Launch, by_sequence: dict[str, str]) -> list[V
                 ("exp repair finalise", again | factors | by_sequence),
             ]
         ),
-        Variant("exp target logits", target_logits_kernel, dot, {"BLOCK": 1024}, 4),
+        Variant(
+            "exp target logits",
+            target_logits_kernel,
+            dot | by_sequence,
+            {"BLOCK": 1024, "WEIGHTED": True},
+            4,
+        ),
     ]
 
 

@@ -3,7 +3,7 @@
 The formulas are those of `exponentials.exponentials`. The steps of a chunk, all on one stream and
 without a word to the host:
 
-1. `target_logits_kernel`: c = z_y, one program a row.
+1. `target_logits_kernel`: the shift z_y and log2 m, one program a row.
 2. `exponentials_kernel`: persistent programs, one an SM, go through the tiles of X W^T; operands
    come and E goes by tensor descriptors (TMA). The epilogue does no more than exp2, row sums, the
    store, and a mask that the last tile of columns alone needs: what it held beyond that (picking
@@ -68,13 +68,24 @@ def exponentials(
     rows, vocab = out.shape
     tiles = triton.cdiv(vocab, launch.columns)
     new = partial(torch.empty, dtype=torch.float32, device=hidden.device)
-    z_target, factors, residues = (new(rows) for _ in range(3))
+    z_target, lifts, factors, residues = (new(rows) for _ in range(4))
     # A row's stride that is a multiple of 16 is one thing less to compile for.
     sums = new(rows, triton.cdiv(tiles, 16) * 16)[:, :tiles]
     outside = torch.empty(rows, dtype=torch.int32, device=hidden.device)
 
+    rule = weights if isinstance(weights, SequenceWeights) else None
+    where = tokens.contiguous(), targets.contiguous()
+    weighing = (
+        weights.contiguous() if isinstance(weights, Tensor) else None,
+        rule and rule.cu_seqlens.contiguous(),
+        rule and rule.signs.contiguous(),
+        rule and rule.lengths,
+        rule and len(rule.signs),
+        rule and rule.alpha,
+        rule and rule.factor,
+    )
+
     def finalise(shifts: Tensor, redone: Tensor | None) -> None:
-        rule = weights if isinstance(weights, SequenceWeights) else None
         finalise_kernel[(rows,)](
             out,
             out.stride(0),
@@ -82,22 +93,16 @@ def exponentials(
             sums,
             sums.stride(0),
             tiles,
-            tokens.contiguous(),
-            targets.contiguous(),
+            *where,
             z_target,
             shifts,
+            lifts,
             logps,
             outside if redone is None else None,
             redone,
             None if weights is None else factors,
             None if weights is None else residues,
-            weights.contiguous() if isinstance(weights, Tensor) else None,
-            rule and rule.cu_seqlens.contiguous(),
-            rule and rule.signs.contiguous(),
-            rule and rule.lengths,
-            rule and len(rule.signs),
-            rule and rule.alpha,
-            rule and rule.factor,
+            *weighing,
             COEFFICIENT=coefficient,
             BLOCK_ROWS=launch.rows,
             BLOCK_COLUMNS=launch.columns,
@@ -112,23 +117,25 @@ def exponentials(
             weight,
             weight.stride(0),
             hidden.shape[1],
-            tokens.contiguous(),
-            targets.contiguous(),
+            *where,
             z_target,
+            lifts,
+            *weighing,
+            WEIGHTED=weights is not None,
             BLOCK=1024,
             num_warps=4,
         )
-        _multiply(hidden, weight, out, z_target, sums, launch)
+        _multiply(hidden, weight, out, z_target, lifts, sums, launch)
         finalise(z_target, None)
 
         blocks = triton.cdiv(rows, launch.rows)
         padded = torch.nn.functional.pad(outside, (0, blocks * launch.rows - rows))
         redone = padded.view(blocks, launch.rows).amax(1)
         repair = torch.argsort(redone, descending=True, stable=True), redone.sum()
-        _multiply(hidden, weight, out, z_target, sums, launch, *repair, maxima=True)
+        _multiply(hidden, weight, out, z_target, lifts, sums, launch, *repair, maxima=True)
         # Rows that were right keep their shift, and so every bit.
         shifts = torch.where(outside > 0, sums.amax(1), z_target)
-        _multiply(hidden, weight, out, shifts, sums, launch, *repair)
+        _multiply(hidden, weight, out, shifts, lifts, sums, launch, *repair)
         finalise(shifts, redone)
     return None if weights is None else GradientRows(out, factors, residues)
 
@@ -138,6 +145,7 @@ def _multiply(
     weight: Tensor,
     out: Tensor,
     shifts: Tensor,
+    lifts: Tensor,
     sums: Tensor,
     launch: Launch,
     row_blocks: Tensor | None = None,
@@ -157,6 +165,7 @@ def _multiply(
         descriptor(weight, launch.columns, launch.depth),
         descriptor(out, launch.rows, launch.columns),
         shifts,
+        lifts,
         sums,
         sums.stride(0),
         row_blocks,
@@ -187,7 +196,12 @@ def _aligned(matrix: Tensor) -> Tensor:
 
 
 # What a kernel reads one entry of may lie anywhere: Triton would else compile anew for odd chunks.
-@triton.jit(do_not_specialize_on_alignment=["tokens", "targets"])
+@triton.jit(
+    do_not_specialize=["num_sequences"],
+    do_not_specialize_on_alignment=[
+        *("tokens", "targets", "weights", "cu_seqlens", "signs", "lengths"),
+    ],
+)
 def target_logits_kernel(
     hidden,  # [C, D]
     hidden_stride,
@@ -197,11 +211,21 @@ def target_logits_kernel(
     tokens,  # [C] int64
     targets,  # [T] int64
     z_target,  # [C] float32, out
+    lifts,  # [C] float32, out: log2 of the weight's mantissa
+    weights,  # [T] float32, or None for those of the sequences:
+    cu_seqlens,  # [S + 1]
+    signs,  # [S]
+    lengths,  # [S]
+    num_sequences,  # S
+    alpha,
+    factor,
+    WEIGHTED: tl.constexpr,  # whether there are weights of either kind
     BLOCK: tl.constexpr,
 ):
-    """The target's logit of each row."""
+    """The target's logit of each row, and what its exponentials are multiplied with."""
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + tl.load(tokens + row))
+    token = tl.load(tokens + row)
+    target = tl.load(targets + token)
     products = tl.zeros([BLOCK], tl.float32)
     for start in range(0, depth, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -209,6 +233,13 @@ def target_logits_kernel(
         w = tl.load(weight + target * weight_stride + columns, mask=columns < depth, other=0.0)
         products += x.to(tl.float32) * w.to(tl.float32)
     tl.store(z_target + row, tl.sum(products, 0))
+    lift = 0.0
+    if WEIGHTED:
+        w = token_weight(token, weights, cu_seqlens, signs, lengths, num_sequences, alpha, factor)
+        bits = w.to(tl.uint32, bitcast=True)
+        mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)  # in [1, 2)
+        lift = tl.log2(mantissa)
+    tl.store(lifts + row, lift)
 
 
 @triton.jit(do_not_specialize=["rows", "most_in_group"])
@@ -217,6 +248,7 @@ def exponentials_kernel(
     weight,  # descriptor of [V, D], blocks [BLOCK_COLUMNS, BLOCK_DEPTH]
     e,  # descriptor of [C, V], blocks [BLOCK_ROWS, BLOCK_COLUMNS], out
     shifts,  # [C] float32
+    lifts,  # [C] float32, log2 m
     sums,  # [C, tiles] float32, out: of E, or the largest logit of each tile
     sums_stride,
     row_blocks,  # which blocks of rows to do, or None for all:
@@ -231,7 +263,7 @@ def exponentials_kernel(
     BLOCK_DEPTH: tl.constexpr,
     FLATTEN: tl.constexpr,  # loads of the next tile under way during the epilogue
 ):
-    """E = exp(hidden weight^T - shift), rounded, and sums of its tiles' rows.
+    """E = m exp(hidden weight^T - shift), rounded, and sums of its tiles' rows.
 
     Programs that run at the same time work on neighbouring tiles: rows of a group first, so that
     each block of the lm_head is fetched from memory once a group and the group's hidden states
@@ -269,8 +301,11 @@ def exponentials_kernel(
             z = tl.where(column[None, :] < vocab, z, float("-inf"))
             tl.store(place, tl.max(z, 1), mask=row < rows)
         else:
-            shift = tl.load(shifts + row, mask=row < rows, other=0.0) * _LOG2_E
-            values = tl.exp2(z * _LOG2_E - shift[:, None])
+            shift = tl.load(shifts + row, mask=row < rows, other=0.0)
+            lift = tl.load(lifts + row, mask=row < rows, other=0.0)
+            # First the difference, which is exact where z is near the shift: equal probabilities
+            # are then rounded alike in all rows of one weight.
+            values = tl.exp2((z - shift[:, None]) * _LOG2_E + lift[:, None])
             if tile == tiles - 1:  # beyond V logits are 0, and exp(0 - shift) may be anything
                 values = tl.where(column[None, :] < vocab, values, 0.0)
             tl.store(place, tl.sum(values, 1), mask=row < rows)
@@ -294,6 +329,7 @@ def finalise_kernel(
     targets,  # [T] int64
     z_target,  # [C] float32
     shifts,  # [C] float32
+    lifts,  # [C] float32
     logps,  # [T] float32, out
     outside,  # [C] int32, out: whether the row's sum is out of bounds; or None
     redone,  # [blocks of rows]: not 0 where to do anything at all; or None for everywhere
@@ -321,7 +357,8 @@ def finalise_kernel(
     e_row = e + row * e_stride
     z_y = tl.load(z_target + row)
     from_shift = z_y - tl.load(shifts + row)
-    e_target = tl.exp(from_shift)
+    lift = tl.load(lifts + row)
+    e_target = tl.exp2(from_shift * _LOG2_E + lift)
 
     tile = tl.arange(0, BLOCK_TILES)
     target_tile = target // BLOCK_COLUMNS
@@ -334,7 +371,11 @@ def finalise_kernel(
     rest = others + tl.where(share < _SMALL_SHARE, share, difference)
 
     total = rest + e_target
-    logp = tl.where(rest < _CONFIDENT * total, -log1p(rest / e_target), from_shift - tl.log(total))
+    logp = tl.where(
+        rest < _CONFIDENT * total,
+        -log1p(rest / e_target),
+        from_shift - tl.log(total / tl.exp2(lift)),
+    )
     tl.store(logps + token, logp)
     if outside is not None:
         tl.store(outside + row, tl.where(rest <= _LARGEST_SUM, 0, 1))  # NaN too is out of bounds
