@@ -17,7 +17,7 @@ from redi.engine.distributed import join_world
 from redi.engine.model.attention import register_attention
 from redi.engine.model.sharding import reshard, shard
 from redi.engine.model.student import Student
-from redi.engine.train.objectives import Objective, StepTotals
+from redi.engine.train.row_loss import Objective, StepTotals
 
 CPU = torch.device("cpu")
 TOTALS = StepTotals(units=1, targets=14)

@@ -29,7 +29,7 @@ from redi.engine.model.load import model_to_train
 from redi.engine.model.sharding import shard
 from redi.engine.model.student import Student
 from redi.engine.model.weights import read_weights
-from redi.engine.train.objectives import Objective
+from redi.engine.train.row_loss import Objective
 
 SIZES = {
     "vocab_size": 50,
