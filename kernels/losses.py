@@ -64,7 +64,8 @@ def redi_loss(
         num_weighted: of `valid_index`, the first this many tokens have a gradient, and the rest
             weight 0 (at alpha = 0 the negatives), which costs them one matrix product instead of
             three. Without it a GPU that is given `valid_index` treats all tokens alike.
-        backend: "auto", "torch", "triton" or "reference" (whole logits; for checking).
+        backend: "auto", "torch", "triton", "triton-exp" (bfloat16: no pass over logits), or for
+            checking "reference" (whole logits) and "torch-exp" ("triton-exp" in plain PyTorch).
         chunk_tokens: rows of logits at hand at once; None chooses for the device.
 
     Returns:
