@@ -168,7 +168,8 @@ def _tokenize_chunk(rows: list[Row | InputError], encoder: Encoder, check_only: 
             if isinstance(row, InputError):
                 raise row
             traces = normalise(row, row.format, dropped)
-            found += [(row, trace, encoder.texts(trace)) for trace in traces]
+            texts = encoder.texts(traces)
+            found += [(row, *one) for one in zip(traces, texts, strict=True)]
         except InputError as error:
             faults.append(str(error))
     rows_of = [row for row, _, _ in found]
