@@ -86,13 +86,11 @@ class Encoder:
         self._system_prompt = settings.system_prompt
 
     def digest(self) -> str:
-        """Hash of the tokenizer, its template and how they are applied."""
+        """Hash of the tokenizer and its template."""
         parts = (
             self.tokenizer.backend_tokenizer.to_str(),
             self.tokenizer.chat_template,
             self._eos,
-            self._template,
-            self._system_prompt,
         )
         return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
