@@ -105,7 +105,7 @@ def hidden_states(model: Any, file: Path, folder: Path) -> Iterator[tuple[Tensor
     chance.shuffle(rows)
     for row in rows:
         trace = chance.choice(normalise(row))
-        (encoded,) = encoder.encode([trace], [encoder.texts(trace)])
+        (encoded,) = encoder.encode([trace], encoder.texts([trace]))
         ids = torch.from_numpy(encoded.ids[:MAX_TOKENS]).long()
         with torch.no_grad():
             states = model.model(input_ids=ids[None]).last_hidden_state[0]

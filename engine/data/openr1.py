@@ -58,7 +58,8 @@ def select_traces(row: Row, options: PrepareOptions, counts: Counter[str]) -> Se
             counts["problems without a generation that stays"] += 1
         return nothing
     kinds = [name for name, one in (("correct", correct), ("incorrect", incorrect)) if one]
-    counts[f"problems with {' and '.join(kinds)} generations"] += 1
+    alone = " alone" if len(kinds) == 1 else ""
+    counts[f"problems with {' and '.join(kinds)} generations{alone}"] += 1
     shared = {
         "id": row.value.get("uuid", row.value.get("id")),
         "prompt": read_text(row, "problem", row.value["problem"]),

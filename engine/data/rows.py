@@ -28,6 +28,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.\[\]%-]+)?")
 _CSV_JSON_COLUMNS = ("messages", "traces", "generations", "correctness")
 _CSV_OPTIONAL_COLUMNS = ("id", "teacher", "weight", "source")
 _PARQUET_ROWS = 64
+_CR_ALONE = "lines end in CR alone, as on old Macs; save it with LF"
+_ZERO_BYTES = "holds zero bytes; it looks like UTF-16; save it as UTF-8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +192,7 @@ def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
     lines = _decoded_lines(file, name)
     first = next(lines, "")
     if "\r" in first.rstrip("\r\n"):
-        raise InputError(f"{name}:1: lines end in CR alone, as on old Macs; save it with LF")
+        raise InputError(f"{name}:1: {_CR_ALONE}")
     if excel := first.lower().startswith("sep="):  # Excel's own way to name the delimiter
         first = next(lines, "")
     delimiter = max(",;\t", key=first.count)  # spreadsheets of half the world write ";"
@@ -231,6 +233,8 @@ def _csv_row(
 
 def _decoded_lines(file: IO[bytes], name: str) -> Iterator[str]:
     for number, line in enumerate(file, start=1):
+        if b"\0" in line:
+            raise InputError(f"{name}:{number}: {_ZERO_BYTES}")
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -255,8 +259,12 @@ def _parse_json(text: bytes, name: str, line: int | None) -> Any:
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         row = error.lineno if line is None else line
-        place = f"column {error.colno}"
-        raise InputError(f"{name}:{row}: not valid JSON: {error.msg} ({place})") from error
+        problem = f"not valid JSON: {error.msg} (column {error.colno})"
+        if b"\0" in text:
+            problem = _ZERO_BYTES
+        elif line is not None and b"\r" in text.strip():
+            problem = _CR_ALONE
+        raise InputError(f"{name}:{row}: {problem}") from error
     except UnicodeDecodeError as error:
         row = text[: error.start].count(b"\n") + 1 if line is None else line
         raise InputError(f"{name}:{row}: {_not_utf8(text, error)}") from error

@@ -86,13 +86,11 @@ class Encoder:
         self._system_prompt = settings.system_prompt
 
     def digest(self) -> str:
-        """Hash of the tokenizer, its template and how they are applied."""
+        """Hash of the tokenizer and its template."""
         parts = (
             self.tokenizer.backend_tokenizer.to_str(),
             self.tokenizer.chat_template,
             self._eos,
-            self._template,
-            self._system_prompt,
         )
         return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
@@ -144,15 +142,19 @@ class Encoder:
         """
         return Counter(self._control.findall(trace.completion.rstrip().removesuffix(self._eos)))
 
-    def texts(self, trace: Trace) -> tuple[str, str]:
-        """The prompt's and the completion's text, with whatever the template puts around them.
+    def texts(self, traces: Sequence[Trace]) -> list[tuple[str, str]]:
+        """Each trace's prompt and completion, with whatever the template puts around them.
+
+        Args:
+            traces: of one row; their prompt is rendered once.
 
         Raises InputError naming the row if it cannot be rendered.
         """
-        prompt = self.prompt_text(trace.prompt, trace.where)
+        prompts = {trace.prompt: trace.where for trace in traces}
+        rendered = {prompt: self.prompt_text(prompt, where) for prompt, where in prompts.items()}
         if self._template == "none":
-            return prompt, trace.completion
-        return self._chat_texts(prompt, trace)
+            return [(rendered[trace.prompt], trace.completion) for trace in traces]
+        return [self._chat_texts(rendered[trace.prompt], trace) for trace in traces]
 
     def prompt_text(self, prompt: tuple[Message, ...] | str, where: str) -> str:
         """What a model sees before it answers: the prompt, and the template's opened answer.

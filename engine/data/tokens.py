@@ -1,5 +1,6 @@
 """Tokenizes a data set once, in parallel, and keeps the result in a cache on disk."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -8,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from redi.engine.console import Console
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
-from redi.engine.data.digests import source_digest
+from redi.engine.data.digests import source_digest, tokenizer_digest
 from redi.engine.data.rows import Row, Source, find_sources, scan_source
 from redi.engine.data.text import Encoded, Encoder, TokenSettings
 from redi.engine.data.traces import Trace, normalise
@@ -74,8 +76,10 @@ def tokenize(
     """
     sources = find_sources(settings.paths)
     names = [source.name for source in sources]
-    encoder = Encoder(settings)
-    key = _cache_key(sources, settings, encoder, cache_dir)
+    # Loading the tokenizer takes longer than all the rest, where the cache has what is needed.
+    encoder = cache(lambda: Encoder(settings))
+    tokenizer = tokenizer_digest(settings.tokenizer_path, cache_dir, lambda: encoder().digest())
+    key = _cache_key(sources, settings, tokenizer, cache_dir)
     folder = cache_dir / key
     cached = open_cache(folder, names)
     if cached is not None:
@@ -84,7 +88,7 @@ def tokenize(
     dropped: Counter[str] = Counter()
     control_tokens: Counter[str] = Counter()
     rows = chain.from_iterable(scan_source(source, settings.format) for source in sources)
-    chunks = _tokenized_chunks(rows, settings, encoder, processes)
+    chunks = _tokenized_chunks(rows, settings, encoder(), processes)
 
     def describe(size: int, count: int) -> Meta:
         if count == 0:
@@ -114,10 +118,11 @@ def _checked(tokens: TokenizedTraces, settings: TokenSettings) -> TokenizedTrace
 
 
 def _cache_key(
-    sources: list[Source], settings: TokenSettings, encoder: Encoder, cache_dir: Path
+    sources: list[Source], settings: TokenSettings, tokenizer: str, cache_dir: Path
 ) -> str:
     """Hash of everything that shapes the tokens; file names do not."""
-    parts = [str(CACHE_VERSION), settings.format, encoder.digest()]
+    applied = json.dumps([settings.format, settings.template, settings.system_prompt])
+    parts = [str(CACHE_VERSION), applied, tokenizer]
     parts += [source_digest(source, cache_dir) for source in sources]
     return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
 
@@ -170,7 +175,8 @@ def _tokenize_chunk(rows: list[Row | InputError], encoder: Encoder, check_only: 
             if isinstance(row, InputError):
                 raise row
             traces = normalise(row, row.format, dropped)
-            found += [(row, trace, encoder.texts(trace)) for trace in traces]
+            texts = encoder.texts(traces)
+            found += [(row, *one) for one in zip(traces, texts, strict=True)]
         except InputError as error:
             faults.append(str(error))
     rows_of = [row for row, _, _ in found]

@@ -1,6 +1,7 @@
 """From a raw row of any shape to traces: one prompt, one completion, one sign each."""
 
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -214,7 +215,7 @@ def read_openr1(
         return []
     generations = []
     for index, (text, llama, math_verify) in enumerate(zip(texts, *verdicts, strict=True)):
-        if text is None or (isinstance(text, str) and not text.strip()):
+        if text is None or (isinstance(text, str) and _is_blank(text)):
             dropped["empty generation"] += 1
             continue
         text = read_text(row, f"generations[{index}]", text)
@@ -311,13 +312,18 @@ def read_text(row: Row, column: str, value: object, *, empty: bool = False) -> s
     """
     if not isinstance(value, str):
         raise _error(row, column, f"must be text, not {_type_name(value)}")
-    if not empty and not value.strip():
+    if not empty and _is_blank(value):
         raise _error(row, column, "is empty")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise _error(row, column, f"is not valid Unicode text: {error.reason}") from error
     return value
+
+
+def _is_blank(text: str) -> bool:
+    """Whether nothing of it is seen: white space, control and zero-width characters alone."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 def _label(row: Row) -> int:
@@ -354,6 +360,8 @@ def _group(
     value = row.value.get(column)
     if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
         raise _error(row, column, f"must be text or a whole number, not {_type_name(value)}")
+    if isinstance(value, str):
+        read_text(row, column, value, empty=True)
     if value is None and default is not None:
         return default
     digest = xxhash.xxh3_128_hexdigest(repr(as_messages(prompt)).encode())

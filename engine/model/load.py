@@ -29,20 +29,21 @@ UNSUPPORTED = {
 }
 
 
-def find_config(path: str, name: str) -> Any:
+def find_config(path: str, name: str, weights: bool = True) -> Any:
     """The configuration of a model in a folder or on the hub.
 
     Args:
         name: what the user calls the path, for messages.
+        weights: whether they are needed too.
 
     Raises:
-        InputError: no model there, or no safetensors.
+        InputError: no model there, or no safetensors where they are needed.
     """
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"{name}: {path} has no config.json; give a model folder")
-        if not any(folder.glob("*.safetensors")):
+        if weights and not any(folder.glob("*.safetensors")):
             raise InputError(
                 f"{name}: {path} has no *.safetensors; weights in other formats are not "
                 "read: load the model once and save it with save_pretrained()"
@@ -57,17 +58,21 @@ def find_config(path: str, name: str) -> Any:
 
 
 def read_config(
-    path: str, rope_theta: float | None = None, max_position_embeddings: int | None = None
+    path: str,
+    rope_theta: float | None = None,
+    max_position_embeddings: int | None = None,
+    weights: bool = True,
 ) -> Any:
     """The configuration of a model to train, checked before any weight is read.
 
     Args:
         rope_theta, max_position_embeddings: take the place of the model's own.
+        weights: whether they are needed too.
 
     Raises:
         InputError: as `find_config`, or an unsupported architecture.
     """
-    config = find_config(path, "model.path")
+    config = find_config(path, "model.path", weights)
     for name, meaning in UNSUPPORTED.items():
         value = getattr(config, name, None)
         if value is not None and value != 1.0:

@@ -1,6 +1,7 @@
 """`redi prepare`: the paper's sets from raw rows, in its order; a recipe's cache."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,8 @@ def test_the_defaults_are_the_papers_rules_order_and_seed(prepare: Callable[...,
         "generations empty": 1,
         "generations unfinished, kept": 17,
         "problems with correct and incorrect generations": 5,
-        "problems with correct generations": 1,
-        "problems with incorrect generations": 2,
+        "problems with correct generations alone": 1,
+        "problems with incorrect generations alone": 2,
         "pairs before the limits": 5,
         "pairs: a trace over 19,000 tokens": 1,
         "pairs: prompt over 800 tokens": 1,
@@ -196,19 +197,21 @@ def test_a_wrong_option_is_one_line(
     assert said in line
 
 
-def test_a_recipes_cache_is_filled_and_found_by_training(
-    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_recipes_cache_is_filled_without_weights_and_found_by_training(
+    world: Path, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = recipe("r", {"data.cache": str(tmp_path / "cache"), "train.max_steps": 1})
-    report = tmp_path / "report"
-    assert main(["prepare", str(path), "--ranks", "2", "--report", str(report)]) == 0
+    bare, report = tmp_path / "bare", tmp_path / "report"
+    shutil.copytree(world / "model", bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    options = ["--model.path", str(bare), "--ranks", "2", "--report", str(report)]
+    assert main(["prepare", str(path), *options]) == 0
     assert json.loads((report / "report.json").read_text())["overview"]["world_size"] == 2
     assert (report / "lengths.png").stat().st_size > 1000
     shown = capsys.readouterr().err
     assert "pairs to train on" in shown
     assert "rank efficiency, 2 ranks" in shown
-    (folder,) = (tmp_path / "cache").iterdir()
-    made = (folder / "traces.arrow").stat().st_mtime_ns
+    (arrow,) = (tmp_path / "cache").glob("*/traces.arrow")
+    made = arrow.stat().st_mtime_ns
     assert not (tmp_path / "r").exists()
     assert main(["train", str(path), "--quiet"]) == 0
-    assert (folder / "traces.arrow").stat().st_mtime_ns == made
+    assert arrow.stat().st_mtime_ns == made
