@@ -49,8 +49,8 @@ def tokenizer_digest(path: str, cache_dir: Path, digest: Callable[[], str]) -> s
         digest: loads the tokenizer, which takes a second or two, and hashes it.
     """
     folder = Path(path).resolve()
-    if not folder.is_dir():
-        return digest()
+    if not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
+        return digest()  # which says what is wrong with it
 
     def files() -> list[Path]:
         found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
