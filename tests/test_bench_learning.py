@@ -22,8 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from redi.bench.learning import __main__ as study
-from redi.bench.learning import report
+from redi.bench.learning import report, study
 from redi.bench.learning.prediction import (
     count_habit,
     share_by_contexts,
@@ -282,9 +281,9 @@ def test_the_rate_is_chosen_on_validation_and_differences_are_taken_seed_by_seed
     columns, rows = report.result_table(record)
     (redi,) = (dict(zip(columns, row, strict=True)) for row in rows if row[0] == "REDI 0.8")
     assert redi["lr"] == "2e-05"
-    assert redi["T = 0.7"] == "65.0±15.0"
+    assert redi["sampled"] == "65.0±15.0"
     # Differences .1 and .2.
-    assert redi["T = 0.7 - control"] == "+15.0±5.0"
+    assert redi["Δ sampled"] == "+15.0±5.0"
     (control,) = (row for row in rows if row[0] == "control")
     assert control[1] == "0.0001"
 

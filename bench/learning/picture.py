@@ -31,15 +31,15 @@ def draw(record: Record, path: Path) -> None:
     _draw_fault(fault, record)
     by_alpha = {f"alpha {alpha:g}": chosen(record, name) for name, alpha in ALPHAS.items()}
     by_rate = {f"lr {rate}": run for rate, run in record["methods"][SHOWN]["rates"].items()}
-    _draw_logps(logps, by_alpha, "Held-out log-prob of a token, by alpha")
-    _draw_logps(falls, by_rate, f"The same, {SHOWN} by learning rate")
+    _draw_logps(logps, by_alpha, "Held-out log-prob, by alpha")
+    _draw_logps(falls, by_rate, f"Held-out log-prob, {SHOWN}")
     for label, run, colour in _coloured(by_rate):
         looks, steps = run["looks"], run["steps"]
         formed.plot(looks["step"], looks["accuracy"], color=colour, label=label)
         formed.plot(looks["step"], looks["well_formed"], ":", color=colour)
         norms.plot(steps["step"], steps["grad_norm"], color=colour, label=label)
         norms.plot(steps["step"], steps["update_norm"], "--", color=colour)
-    formed.set_title(f"{SHOWN}: accuracy at T = {TEMPERATURE}; dotted: well formed")
+    formed.set_title(f"{SHOWN}: accuracy; dotted: well formed")
     formed.set_ylim(-0.02, 1.02)
     norms.set_title(f"{SHOWN}: gradient norm; dashed: update norm")
     norms.set_yscale("log")
@@ -74,7 +74,7 @@ def _draw_accuracy(axes: Axes, record: Record) -> None:
         lists = [one[figure] for one in figures]
         _points(axes, list(ALPHAS.values()), lists, color=colour, marker="o", ms=4, label=label)
     axes.set_title("Accuracy against alpha, each at its best rate")
-    axes.set_xlabel("alpha; 0 is the control")
+    axes.set_xlabel("alpha (0: the control)")
     axes.set_ylim(-0.02, 1.02)
 
 
@@ -109,13 +109,17 @@ def _draw_differences(axes: Axes, record: Record) -> None:
 
 
 def _draw_fault(axes: Axes, record: Record) -> None:
-    lists = [chosen(record, name)["figures"]["fault"] for name in ALPHAS]
     alphas = list(ALPHAS.values())
-    _points(axes, alphas, lists, color=COLOURS[1], marker="o", ms=4, label="students, T = 1")
-    styles = ("--", ":")
-    for style, (table, shares) in zip(
-        styles, record.get("predicted fault", {}).items(), strict=False
-    ):
+    for name, alpha in ALPHAS.items():
+        for rate, run in record["methods"][name]["rates"].items():
+            if rate != record["methods"][name]["chosen"]:
+                share, _ = mean_and_error(run["figures"]["fault"])
+                axes.plot(alpha, share, "o", ms=3, color="#999999")
+    lists = [chosen(record, name)["figures"]["fault"] for name in ALPHAS]
+    label = "students at T = 1 (grey: other rates)"
+    _points(axes, alphas, lists, color=COLOURS[1], marker="o", ms=4, label=label)
+    predicted = record.get("predicted fault", {})
+    for style, (table, shares) in zip(("--", ":"), predicted.items(), strict=False):
         means = [mean_and_error(by_seed)[0] for by_seed in shares]
         axes.plot(alphas, means, style, color="black", label=f"predicted, {table}")
     axes.set_title(f"Share of {TASKS[record['task']].fault}")
@@ -128,4 +132,4 @@ def _draw_logps(axes: Axes, runs: dict[str, Record], title: str) -> None:
         looks = run["looks"]
         axes.plot(looks["step"], looks["positive_logp"], color=colour, label=label)
         axes.plot(looks["step"], looks["negative_logp"], "--", color=colour)
-    axes.set_title(f"{title} (incorrect dashed)")
+    axes.set_title(f"{title}; dashed: incorrect")

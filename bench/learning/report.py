@@ -114,15 +114,14 @@ def chosen(record: Record, method: str) -> Record:
 
 
 def result_table(record: Record) -> tuple[list[str], list[list[str]]]:
-    """Columns, and a row for stage 1 and each method at its rate; accuracies in per cent.
+    """Columns, and a row for stage 1 and each method at its rate, in per cent.
 
-    Differences are from the control, seed by seed; ± is the standard error over seeds.
+    Δ is the difference from the control, seed by seed; ± is the standard error over seeds.
     """
     control = chosen(record, CONTROL)["figures"]
     (best,) = (name for name in control if name.startswith("pass@"))
-    sampled = f"T = {TEMPERATURE}"
-    columns = ["", "lr", "greedy", "greedy - control", sampled, f"{sampled} - control", best]
-    columns += ["well formed", "fault", "log-prob +", "log-prob -"]
+    columns = ["", "lr", "greedy", "Δ greedy", "sampled", "Δ sampled", best, "formed", "fault"]
+    columns += ["logp +", "logp -"]
     students = {"stage 1": ("", record["stage 1"])}
     students |= {
         name: (found["chosen"], chosen(record, name)["figures"])
@@ -155,6 +154,19 @@ def rate_table(record: Record) -> tuple[list[str], list[list[str]]]:
     return ["greedy / sampled", *(f"lr {rate:g}" for rate in RATES)], rows
 
 
+def prediction_table(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Columns, and for each alpha the share of blanks that tables predict and students leave."""
+    predicted = record["predicted fault"]
+    columns = ["alpha", *(f"predicted, {table}" for table in predicted)]
+    columns += [f"lr {rate:g}" for rate in RATES]
+    rows = []
+    for place, (name, alpha) in enumerate(ALPHAS.items()):
+        lists = [predicted[table][place] for table in predicted]
+        lists += [one["figures"]["fault"] for one in record["methods"][name]["rates"].values()]
+        rows.append([f"{alpha:g}", *(_percent(mean_and_error(by_seed)) for by_seed in lists)])
+    return columns, rows
+
+
 def _percent(value: tuple[float, float], sign: str = "") -> str:
     return f"{100 * value[0]:{sign}.1f}±{100 * value[1]:.1f}"
 
@@ -163,8 +175,14 @@ def report(folder: Path, tasks: Sequence[str], seeds: int, out: Path | None) -> 
     """Print the tables of each task; write its record and picture to `out` if that is given."""
     for task in tasks:
         record = collect(folder, task, seeds)
-        print_table(TASKS[task].title, *result_table(record), file=sys.stdout)
+        title = (
+            f"{TASKS[task].title}. Sampled at T = {TEMPERATURE}; Δ: less the control's; "
+            f"fault: {TASKS[task].fault}, at T = 1"
+        )
+        print_table(title, *result_table(record), file=sys.stdout)
         print_table("Every learning rate", *rate_table(record), file=sys.stdout)
+        if "predicted fault" in record:
+            print_table("Boxes left blank at T = 1", *prediction_table(record), file=sys.stdout)
         if out is not None:
             from redi.bench.learning.picture import draw
 

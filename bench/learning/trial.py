@@ -53,7 +53,11 @@ class Sizes:
     log_every: int = 4
     """Steps of stage 2 between lines of its course."""
     look_every: int = 20
-    """Steps of stage 2 between looks at the validation problems, a multiple of log_every."""
+    """Steps of stage 2 between looks at the validation problems."""
+
+    def __post_init__(self) -> None:
+        if self.steps % self.look_every or self.look_every % self.log_every:
+            raise ValueError(f"steps must be a multiple of {self.look_every}, got {self.steps}")
 
 
 @dataclass(frozen=True)
