@@ -381,7 +381,7 @@ def test_no_problem_is_in_two_splits_and_pairs_are_first_traces(tmp_path: Path) 
 def test_a_study_that_is_killed_goes_on_to_the_same_figures(tmp_path: Path) -> None:
     def start(name: str, *more: str) -> subprocess.Popen[str]:
         line = [sys.executable, "-W", "ignore", "-m", "redi.bench.learning", "--tiny"]
-        line += ["--tasks", "pits", "--seeds", "2", "--folder", str(tmp_path / name), *more]
+        line += ["--tasks", "pits", "--seeds", "1", "--folder", str(tmp_path / name), *more]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             line, env=environment, text=True, stdout=subprocess.PIPE, start_new_session=True
@@ -394,11 +394,11 @@ def test_a_study_that_is_killed_goes_on_to_the_same_figures(tmp_path: Path) -> N
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     made = len(list((tmp_path / "killed").glob("*/cells/*.json")))
-    assert 0 < made < 80
+    assert 0 < made < 40
     records = []
     for name in ("killed", "whole"):
         done = start(name, "--out", str(tmp_path / "results" / name))
-        printed, _ = done.communicate(timeout=300)
+        printed, _ = done.communicate(timeout=900)
         assert done.returncode == 0
         assert re.search(r"REDI 0.8 .*±", printed)
         record = json.loads((tmp_path / "results" / name / "learning-pits.json").read_text())

@@ -190,5 +190,5 @@ def report(folder: Path, tasks: Sequence[str], seeds: int, out: Path | None) -> 
             settings = _read(folder / "settings.json")
             content = {**environment(settings["device"]), "sizes": settings, **record}
             path = out / f"learning-{task}.json"
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(content) + "\n", encoding="utf-8")
             draw(record, path.with_suffix(".png"))

@@ -58,8 +58,6 @@ METHODS = (
     Method("SimPER", ObjectiveSection("simper")),
     Method("unlikelihood", ObjectiveSection("unlikelihood", alpha=1.0)),
 )
-
-
 RATES = (2e-5, 1e-4, 5e-4, 2.5e-3)
 """Peak learning rates of stage 2, the same for every method."""
 

@@ -6,9 +6,9 @@ method of `students.py` at every learning rate of one grid: REDI from alpha = 0,
 control, to 1, and its siblings. The rate of a method is the one that does best on validation
 problems, over all seeds; what is reported is measured on other problems.
 
-The default takes about an hour on two cores. Each run of stage 2 is kept when it is done: the
-same command goes on where it was stopped, and a finished study prints its tables again. The
-engine's dependencies are needed.
+The default takes a little over an hour of CPU time, half of that on two free cores. Each run of
+stage 2 is kept when it is done: the same command goes on where it was stopped, and a finished
+study prints its tables again. The engine's dependencies are needed.
 """
 
 from __future__ import annotations
@@ -106,26 +106,35 @@ def run_study(
     tasks: list[str], seeds: int, sizes: Sizes, folder: Path, device: str, workers: int
 ) -> None:
     """Run what is missing, a task and seed a worker at a time, under a progress bar."""
-    trials = [(task, seed) for seed in range(1, seeds + 1) for task in tasks]
-    cells = [
-        cell_path(folder / f"{task}-{seed}", method.name, rate)
-        for task, seed in trials
-        for method in METHODS
-        for rate in RATES
-    ]
+    cells = {
+        (task, seed): [
+            cell_path(folder / f"{task}-{seed}", method.name, rate)
+            for method in METHODS
+            for rate in RATES
+        ]
+        for seed in range(1, seeds + 1)
+        for task in tasks
+    }
+
+    def done() -> int:
+        return sum(cell.exists() for own in cells.values() for cell in own)
+
     context = multiprocessing.get_context("spawn")
-    done = sum(cell.exists() for cell in cells)
     with (
         ProcessPoolExecutor(workers, context) as pool,
-        tqdm(total=len(cells), initial=done, unit="run") as bar,
+        tqdm(total=sum(map(len, cells.values())), initial=done(), unit="run") as bar,
     ):
-        pending = {pool.submit(run_seed, *trial, sizes, folder, device) for trial in trials}
+        pending = {
+            pool.submit(run_seed, *trial, sizes, folder, device)
+            for trial, own in cells.items()
+            if not all(cell.exists() for cell in own)
+        }
         try:
             while pending:
                 finished, pending = wait(pending, timeout=2, return_when=FIRST_EXCEPTION)
                 for future in finished:
                     future.result()
-                bar.update(sum(cell.exists() for cell in cells) - bar.n)
+                bar.update(done() - bar.n)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
