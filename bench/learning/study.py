@@ -6,8 +6,8 @@ method of `students.py` at every learning rate of one grid: REDI from alpha = 0,
 control, to 1, and its siblings. The rate of a method is the one that does best on validation
 problems, over all seeds; what is reported is measured on other problems.
 
-The default takes a little over an hour of CPU time, half of that on two free cores. Each run of
-stage 2 is kept when it is done: the same command goes on where it was stopped, and a finished
+The default takes some 70 minutes of CPU time, shared by two processes. Each run of stage 2 is
+kept when it is done: the same command goes on where it was stopped, and a finished
 study prints its tables again. The engine's dependencies are needed.
 """
 
