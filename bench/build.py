@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from redi.kernels.exponentials_triton import (
+    exponentials_kernel,
+    finalise_kernel,
+    target_logits_kernel,
+)
+from redi.kernels.launches import Launch, entries_for
 from redi.kernels.segments_triton import spread_segments_kernel, sum_segments_kernel
 from redi.kernels.softmax_triton import launch_shape, softmax_rows_kernel
 
@@ -46,6 +52,7 @@ class Variant:
     constants: dict[str, Any]
     """Values of arguments known when compiling; None for those neither here nor in `types`."""
     warps: int
+    stages: int = 3
     aligned: bool = True
     """Whether pointers, strides and rooms are multiples of 16."""
 
@@ -115,7 +122,9 @@ def variants(target: GPUTarget) -> list[Variant]:
         ]
     ]
     types = row | halves | by_sequence
-    found.append(Variant("redi bf16 unaligned", softmax_rows_kernel, types, of_bf16, warps, False))
+    found.append(
+        Variant("redi bf16 unaligned", softmax_rows_kernel, types, of_bf16, warps, aligned=False)
+    )
     found.append(Variant("redi bf16 V=500", softmax_rows_kernel, types, small, small_warps))
     found.append(
         Variant(
@@ -135,7 +144,73 @@ def variants(target: GPUTarget) -> list[Variant]:
             4,
         )
     )
+    entries = entries_for(f"sm_{target.arch}")
+    for launch in {replace(entry.launch, group=1) for entry in entries}:  # a group is an argument
+        found += exponentials_variants(launch, by_sequence)
     return found
+
+
+def exponentials_variants(launch: Launch, by_sequence: dict[str, str]) -> list[Variant]:
+    """What `backend="triton-exp"` launches besides."""
+    rows, columns, depth = launch.rows, launch.columns, launch.depth
+    product = {
+        "hidden": f"tensordesc<bf16[{rows}, {depth}]>",
+        "weight": f"tensordesc<bf16[{columns}, {depth}]>",
+        "e": f"tensordesc<bf16[{rows}, {columns}]>",
+        "shifts": "*fp32", "lifts": "*fp32", "sums": "*fp32", "sums_stride": "i32",
+        "rows": "i32", "vocab": "i32", "depth": "i32", "most_in_group": "i32",
+    }  # fmt: skip
+    repair = {"row_blocks": "*i64", "num_row_blocks": "*i64"}
+    tile = {
+        "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "BLOCK_DEPTH": depth,
+    }  # fmt: skip
+    row = {
+        "e": "*bf16", "e_stride": "i32", "vocab": "i32", "sums": "*fp32", "sums_stride": "i32",
+        "tiles": "i32", "tokens": "*i64", "targets": "*i64", "z_target": "*fp32",
+        "shifts": "*fp32", "lifts": "*fp32", "logps": "*fp32",
+    }  # fmt: skip
+    factors = {"factors": "*fp32", "residues": "*fp32"}
+    block = {
+        "COEFFICIENT": "weight", "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns,
+        "BLOCK_TILES": triton.next_power_of_2(triton.cdiv(VOCAB, columns)),
+    }  # fmt: skip
+    first, again = {"outside": "*i32"}, {"redone": "*i32"}
+    dot = {
+        "hidden": "*bf16", "hidden_stride": "i32", "weight": "*bf16", "weight_stride": "i32",
+        "depth": "i32", "tokens": "*i64", "targets": "*i64", "z_target": "*fp32",
+        "lifts": "*fp32",
+    }  # fmt: skip
+    return [
+        *(
+            Variant(
+                name,
+                exponentials_kernel,
+                product | types,
+                tile | options,
+                launch.warps,
+                launch.stages,
+            )
+            for name, types, options in [
+                ("exp product", {}, {"MAXIMA": False, "FLATTEN": launch.flatten}),
+                ("exp repair maxima", repair, {"MAXIMA": True, "FLATTEN": False}),
+                ("exp repair product", repair, {"MAXIMA": False, "FLATTEN": False}),
+            ]
+        ),
+        *(
+            Variant(name, finalise_kernel, row | types, block, 4)
+            for name, types in [
+                ("exp finalise", first | factors | by_sequence),
+                ("exp repair finalise", again | factors | by_sequence),
+            ]
+        ),
+        Variant(
+            "exp target logits",
+            target_logits_kernel,
+            dot | by_sequence,
+            {"BLOCK": 1024, "WEIGHTED": True},
+            4,
+        ),
+    ]
 
 
 def build(variant: Variant, target: str) -> Build:
@@ -154,7 +229,7 @@ def build(variant: Variant, target: str) -> Build:
     compiled = triton.compile(
         ASTSource(variant.kernel, signature, constants, divisible if variant.aligned else {}),
         target=TARGETS[target],
-        options={"num_warps": variant.warps},
+        options={"num_warps": variant.warps, "num_stages": variant.stages},
     )
     if TARGETS[target].backend == "hip":
         text = compiled.asm["amdgcn"]

@@ -145,6 +145,8 @@ def redi(backend: Backend) -> Callable[[Operands], Contender]:
     """This project's op on a backend."""
 
     def build(operands: Operands) -> Contender:
+        if backend.endswith("-exp") and operands.hidden.dtype != torch.bfloat16:
+            raise Absent("for bfloat16 alone")
         try:  # on two tokens, to learn whether the backend is available
             with torch.no_grad():
                 hidden, weight, targets = (tensor[:2] for tensor in operands[:3])
@@ -227,6 +229,7 @@ _OURS = "redi_loss, valid_index given, backend"
 METHODS: dict[str, Method] = {
     "floor": Method("the three products alone, dW in float32 on a GPU", floor),
     "redi-triton": Method(f"{_OURS} triton", redi("triton"), ours=True),
+    "redi-triton-exp": Method(f"{_OURS} triton-exp", redi("triton-exp"), ours=True),
     "redi-torch": Method(f"{_OURS} torch", redi("torch"), ours=True),
     "eager": Method("whole logits in the operands' dtype, float32 log-softmax", eager),
     "eager-float32": Method("whole logits, operands cast to float32", eager_float32),

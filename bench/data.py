@@ -50,6 +50,7 @@ def write(folder: Path, lengths: np.ndarray) -> None:
                 "sign": np.where(number % 2, -1, 1),
                 "weight": np.ones(len(some), np.float32),
                 "teacher": pa.nulls(len(some), pa.string()),
+                "origin": pa.nulls(len(some), pa.string()),
                 "row": number + 1,
                 "digest": number,
                 "group": number // 2,

@@ -58,7 +58,8 @@ loss() {
 # Ours first: a peer that hangs or spoils its process then costs no figure of ours.
 for hidden in ${HIDDEN:-1536 3584}; do
     for inputs in ${INPUTS:-trained random}; do
-        loss 55 15 "$hidden" "$inputs" ours --contenders floor redi-triton redi-torch eager
+        loss 55 15 "$hidden" "$inputs" ours \
+            --contenders floor redi-triton-exp redi-triton redi-torch eager
     done
 done
 for hidden in ${HIDDEN:-1536 3584}; do

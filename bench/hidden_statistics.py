@@ -104,7 +104,8 @@ def hidden_states(model: Any, file: Path, folder: Path) -> Iterator[tuple[Tensor
     rows = list(read_rows([str(file)], "auto"))
     chance.shuffle(rows)
     for row in rows:
-        (encoded,) = encoder.encode([chance.choice(normalise(row))])
+        trace = chance.choice(normalise(row))
+        (encoded,) = encoder.encode([trace], encoder.texts([trace]))
         ids = torch.from_numpy(encoded.ids[:MAX_TOKENS]).long()
         with torch.no_grad():
             states = model.model(input_ids=ids[None]).last_hidden_state[0]

@@ -155,6 +155,7 @@ def measure(lengths: Lengths, pairs: int, ranks: int, count: int) -> dict[str, A
         "ranks": ranks,
         "steps": count,
         "bound_by_longest_trace": statistics.mean(bounds),
+        "bound_by_longest_trace_min": min(bounds),
         "ways": {
             name: {
                 "mean": statistics.mean(values),
@@ -167,10 +168,12 @@ def measure(lengths: Lengths, pairs: int, ranks: int, count: int) -> dict[str, A
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    """A line for each way and set of steps."""
+    """A line for each way and set of steps, under what the longest trace of each step allows."""
     print(f"{'lengths':24} {'pairs x ranks':>13}  {'way':10} {'mean':>6} {'min':>6} {'ms':>8}")
     for result in results:
         shape = f"{result['pairs']} x {result['ranks']}"
+        bound, lowest = (result[f"bound_by_longest_trace{end}"] for end in ("", "_min"))
+        print(f"{result['lengths']:24} {shape:>13}  {'bound':10} {bound:6.3f} {lowest:6.3f}")
         for name, way in result["ways"].items():
             print(
                 f"{result['lengths']:24} {shape:>13}  {name:10} {way['mean']:6.3f} "

@@ -160,7 +160,7 @@ def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
     from redi.engine.model.attention import choose_attention, register_attention
     from redi.engine.model.sharding import compute_dtype, shard
     from redi.engine.model.student import Student
-    from redi.engine.train.objectives import Objective, StepTotals
+    from redi.engine.train.row_loss import Objective, StepTotals
 
     device = torch.device(_device())
     dtype = compute_dtype("auto", device)

@@ -25,6 +25,7 @@ from redi.engine.config import (
     load_recipe,
 )
 from redi.engine.errors import InputError, RunError
+from redi.engine.train.signals import StopRequest
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -53,7 +54,7 @@ examples:
   torchrun --nproc-per-node 8 -m redi.engine.cli train redi.toml
 
 `redi COMMAND --help` lists every option, `redi --version` says which this is. Exit codes: 0 done
-(also training that a signal stopped and that is saved), 1 the run failed, 2 wrong input.
+(also training that a signal stopped: what was done is saved), 1 the run failed, 2 wrong input.
 """
 
 PREPARE_EXAMPLES = """\
@@ -110,6 +111,30 @@ def prepare(argv: Sequence[str]) -> None:
 
 def train(argv: Sequence[str]) -> None:
     """`redi train`: run recipes in order, each from the export of the one before."""
+    with StopRequest(speaks=_rank() == 0) as stop:
+        try:
+            with stop.breaking_off():  # takes seconds
+                recipes, quiet = _read_recipes(argv)
+
+                from redi.engine.console import Console
+                from redi.engine.data.rows import find_sources
+                from redi.engine.distributed import join_world
+                from redi.engine.train.loop import run_recipe
+
+                for recipe in recipes:  # before the first has trained for hours
+                    find_sources([*recipe.data.paths, *recipe.eval.paths])
+            with join_world() as world:
+                console = Console(active=world.is_main, quiet=quiet)
+                for recipe in recipes:
+                    if not run_recipe(recipe, world, console, stop):
+                        break  # the next would start from an unfinished run
+        except KeyboardInterrupt:
+            if _rank() == 0:
+                print("stopped before the first step; the same command starts it", file=sys.stderr)
+
+
+def _read_recipes(argv: Sequence[str]) -> tuple[list[Recipe], bool]:
+    """What `redi train` is to run, with every default filled in; and whether quietly."""
     parser = build_parser("redi train", "Train by recipe; the same command again resumes.")
     arguments = parser.parse_args(list(argv))
     paths = arguments.recipes
@@ -131,19 +156,7 @@ def train(argv: Sequence[str]) -> None:
         if not all(recipe.data.paths):
             raise InputError(f"{path}: data.path is missing")
         resolved.append((path, replace(recipe, model=model, run=replace(recipe.run, dir=folder))))
-
-    from redi.engine.console import Console
-    from redi.engine.data.rows import find_sources
-    from redi.engine.distributed import join_world
-    from redi.engine.train.loop import run_recipe
-
-    for _, recipe in resolved:  # before the first has trained for hours
-        find_sources([*recipe.data.paths, *recipe.eval.paths])
-    with join_world() as world:
-        console = Console(active=world.is_main, quiet=arguments.quiet)
-        for _, recipe in resolved:
-            if not run_recipe(recipe, world, console):
-                break  # stopped by a signal: the next would start from an unfinished run
+    return [recipe for _, recipe in resolved], arguments.quiet
 
 
 def export(argv: Sequence[str]) -> None:
@@ -203,7 +216,7 @@ def logprobs(argv: Sequence[str]) -> None:
 
     with join_world() as world:
         write_logprobs(recipe, Path(args.out), world, Console(active=world.is_main))
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _rank() == 0:
         print(args.out)
 
 
@@ -283,8 +296,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except RunError as error:
         return _fail(str(error), 1)
-    except KeyboardInterrupt:  # during training it is handled: this is before the first step
-        return _fail("interrupted" + " before the first step" * (argv[0] == "train"), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 1)
     except BrokenPipeError:  # `redi doctor | head`: whoever read stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -293,13 +306,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _rank() -> int:
+    """This process's number under torchrun; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def _fail(text: str, code: int) -> int:
     """One line on stderr. Under torchrun rank 0 speaks for all.
 
     The first rank to exit has torchrun end the others, so those wait for rank 0 to have spoken;
     one that is still alive then has met a fault of its own.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     if rank:
         time.sleep(RANK_0_SECONDS)
         text = f"rank {rank}: {text}"

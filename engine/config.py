@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from redi.engine.checkers import ExactChecker
 from redi.engine.errors import InputError
+from redi.engine.train.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -42,8 +43,8 @@ class Model:
     max_position_embeddings: int | None = None
     """Longest context, in place of the model's own; the export keeps both."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
-    """flash-attn, torch's varlen attention, or SDPA document by document; auto: the first of
-    them that the machine has."""
+    """flash-attn (3, 4 or 2, what suits the card), torch's varlen attention, or SDPA document by
+    document; auto: the first of them that the machine has."""
     liger: Literal["auto", "off"] = "auto"
     """liger-kernel's RMSNorm, RoPE and SwiGLU; auto: on CUDA when installed."""
 
@@ -63,6 +64,10 @@ class Data:
         "auto"
     )
     """The shape of a row; auto: told from the columns of each row."""
+    teachers: list[str] = field(default_factory=list)
+    """Only these teachers' traces are trained on (column teacher); none named: all."""
+    teacher_weights: dict[str, float] = field(default_factory=dict)
+    """Factor on the weight of a teacher's traces, { r1 = 2.0 }; 1 for the others."""
     template: Literal["chat", "none"] = "chat"
     """chat: the tokenizer's chat template; none: prompt, completion and end token as they are."""
     system_prompt: str | None = None
@@ -72,8 +77,13 @@ class Data:
     (the paper); or every correct with every incorrect."""
     max_tokens: int = 19800
     """Longest sequence (prompt and completion), in tokens."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt; left out: as long as the sequence allows."""
+    max_completion_tokens: int | None = None
+    """Longest completion with its end; left out: as long as the sequence allows."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """What happens to a sequence over max_tokens."""
+    """What happens to a sequence over one of these limits; a prompt is never cut, its trace
+    dropped."""
     control_tokens: Literal["allow", "error"] = "allow"
     """Traces that spell a control token of the tokenizer (an end of turn, say): counted and warned
     of, or refused."""
@@ -89,8 +99,16 @@ class Data:
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 2, f"data.max_tokens must be >= 2, got {self.max_tokens}")
+        for key in ("max_prompt_tokens", "max_completion_tokens"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"data.{key} must be >= 1, got {value}")
         _require(self.processes >= 0, f"data.processes must be >= 0, got {self.processes}")
         _require(self.workers >= 0, f"data.workers must be >= 0, got {self.workers}")
+        for teacher, weight in self.teacher_weights.items():
+            _require(
+                math.isfinite(weight) and weight > 0,
+                f"data.teacher_weights: {teacher} must be finite and > 0, got {weight}",
+            )
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -102,7 +120,7 @@ class Data:
 class Objective:
     """What is minimised; docs/objectives.md has the formulas."""
 
-    name: Literal["sft", "redi", "signed", "dft", "unlikelihood", "simper", "simpo", "dpo"] = "sft"
+    name: str = "sft"
     """sft: -log p of correct traces. redi: the same plus alpha * log p of incorrect ones. signed:
     every trace by itself with its row's weight. dft, unlikelihood, simper, simpo, dpo: as their
     papers have them."""
@@ -124,10 +142,14 @@ class Objective:
     length: Literal["trained", "original"] = "trained"
     """What |y| counts: the tokens that are trained, or those before truncation (the authors' code:
     a truncated trace weighs less)."""
-    backend: Literal["auto", "reference", "torch", "triton"] = "auto"
-    """Implementation of the loss op."""
+    backend: Literal["auto", "reference", "torch", "torch-exp", "triton", "triton-exp"] = "auto"
+    """Implementation of the loss op; docs/kernels.md has them all."""
 
     def __post_init__(self) -> None:
+        near = difflib.get_close_matches(self.name, OBJECTIVES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(OBJECTIVES)}"
+        _require(self.name in OBJECTIVES, f"objective.name: {self.name} is unknown; {hint}")
+        declared = OBJECTIVES[self.name]
         for key in ("alpha", "positive_weight", "negative_gamma"):
             value = getattr(self, key)
             _require(
@@ -144,34 +166,20 @@ class Objective:
             f"objective.beta must be finite and > 0, got {self.beta}",
         )
         _require(
-            self.beta is not None or "beta" not in OBJECTIVE_KEYS[self.name],
+            self.beta is not None or "beta" not in declared.keys,
             f"objective.beta is missing: {self.name} needs it (DPO: 0.1 or less; SimPO: 2 to 10)",
         )
-        allowed = NORMALISATIONS.get(self.name, ("sequence",))
+        allowed = declared.normalisations
         _require(
             self.normalisation in allowed,
             f"objective.normalisation must be {' or '.join(allowed)} for {self.name}, "
             f"got {self.normalisation}",
         )
-
-
-# What each objective reads beside its name and backend.
-OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
-    "sft": ("normalisation", "length"),
-    "redi": ("alpha", "negative_gamma", "length"),
-    "signed": ("alpha", "positive_weight", "normalisation", "length"),
-    "dft": ("normalisation", "length"),
-    "unlikelihood": ("alpha", "length"),
-    "simper": ("length",),
-    "simpo": ("beta", "margin", "length"),
-    "dpo": ("beta", "label_smoothing"),
-}
-# The others' formulas have their mean built in.
-NORMALISATIONS: dict[str, tuple[str, ...]] = {
-    "sft": ("sequence", "token"),
-    "dft": ("sequence", "token"),
-    "signed": ("sequence", "token", "none"),
-}
+        _require(
+            self.length == "trained" or self.normalisation == "sequence",
+            f'objective.length = "{self.length}" has no meaning with objective.normalisation = '
+            f'"{self.normalisation}", which divides by no |y|: leave one of them out',
+        )
 
 
 @dataclass(frozen=True)
@@ -244,6 +252,9 @@ class Shard:
 
     replicate: int = 1
     """Copies of the sharded model (HSDP); 1: sharded over all ranks."""
+    reduce: Literal["step", "micro_step"] = "step"
+    """When gradients are summed over ranks: once a step, for which each rank holds all of them in
+    float32 between micro-steps; or after each micro-step, for models too large for that."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none, all but matrix products, all."""
     compile: bool = False
@@ -320,7 +331,8 @@ class Run:
     save_every: int = 100
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """Newest checkpoints kept; 0: all."""
+    """Newest checkpoints kept; 0: all. Up to two older ones stay while the collapse guard may yet
+    have to name one."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Where metrics go beside metrics.jsonl."""
     resume: bool = True
@@ -371,6 +383,8 @@ ALIASES = {
     "num_epochs": "train.epochs",
     "max_length": "data.max_tokens",
     "max_seq_length": "data.max_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_completion_length": "data.max_completion_tokens",
     "model_name_or_path": "model.path",
     "output_dir": "run.dir",
     "warmup_ratio": "optim.warmup",
@@ -393,6 +407,7 @@ FREE_ON_RESUME = (
     "run.trackers",
     "run.resume",
     "shard.replicate",
+    "shard.reduce",
     "shard.checkpointing",
     "shard.compile",
     "train.row_tokens",
@@ -488,7 +503,7 @@ def check_overrides(recipes: Sequence[Recipe], argv: Sequence[str]) -> None:
     """InputError for an override of `[objective]` that none of the recipes uses."""
     overridden = {a[2:].split("=")[0] for a in argv if a.startswith("--objective.")}
     names = list(dict.fromkeys(recipe.objective.name for recipe in recipes))
-    used = {key for name in names for key in ("name", "backend", *OBJECTIVE_KEYS[name])}
+    used = {key for name in names for key in OBJECTIVES[name].keys}
     for key in sorted(name.removeprefix("objective.") for name in overridden):
         if key not in used:
             raise InputError(_not_used(key, " and ".join(names)))
@@ -500,7 +515,7 @@ def unused_keys(objective: Objective) -> list[str]:
     return [
         f.name
         for f in fields(Objective)
-        if f.name not in ("name", "backend", *OBJECTIVE_KEYS[objective.name])
+        if f.name not in OBJECTIVES[objective.name].keys
         and getattr(objective, f.name) != getattr(default, f.name)
     ]
 
@@ -510,7 +525,7 @@ def _without(objective: Objective, keys: Sequence[str]) -> Objective:
 
 
 def _not_used(key: str, name: str) -> str:
-    users = ", ".join(user for user, keys in OBJECTIVE_KEYS.items() if key in keys)
+    users = ", ".join(user for user, declared in OBJECTIVES.items() if key in declared.keys)
     return f"objective.{key} has no meaning for {name} (but for {users}): leave it out"
 
 
@@ -569,7 +584,7 @@ def _unknown(key: str) -> str:
 
 def _dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in content.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{key}" not in KEYS:
             yield from _dotted(value, f"{prefix}{key}.")
             if not value and f"{prefix}{key}" not in SECTIONS:
                 yield f"{prefix}{key}"

@@ -52,6 +52,10 @@ class Console:
         """A counter of unknown end, on a terminal only."""
         return tqdm(desc=what, unit=f" {unit}", disable=not (self.shows and self.is_terminal))
 
+    def count(self, what: str, unit: str, total: int) -> Count:
+        """A counter towards `total`."""
+        return Count(self, what, unit, total)
+
     def steps(self, total: int, done: int) -> Progress:
         """The progress of training, from step `done` to `total`."""
         return Progress(self, total, done)
@@ -86,6 +90,31 @@ def print_table(
     console.print(table)
     shown = [title, *(line.rstrip() for line in text.getvalue().splitlines())]
     print("\n".join(filter(None, shown)), file=file, flush=True)
+
+
+class Count:
+    """A counter with a known end: a bar on a terminal; elsewhere a plain line every ten seconds."""
+
+    def __init__(self, console: Console, what: str, unit: str, total: int) -> None:
+        self._console = console
+        self._what = f"{what}: {{:,}} of {total:,} {unit}"
+        self._last = time.monotonic()
+        shows_bar = console.shows and console.is_terminal
+        self._bar = tqdm(desc=what, unit=f" {unit}", total=total, disable=not shows_bar)
+        self._done = 0
+
+    def update(self, more: int) -> None:
+        """So many more are done."""
+        self._done += more
+        self._bar.update(more)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last > PLAIN_SECONDS:
+            self._last = now
+            self._console.say(self._what.format(self._done))
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
 
 
 class Progress:

@@ -12,11 +12,11 @@ from transformers.utils import logging as transformers_logging
 from redi.engine.config import Recipe
 from redi.engine.console import Console
 from redi.engine.distributed import World
-from redi.engine.errors import InputError
+from redi.engine.errors import InputError, RunError
 from redi.engine.estimate import training_cost
-from redi.engine.model.load import read_config
+from redi.engine.model.load import model_digest, read_config
 from redi.engine.model.sharding import compute_dtype
-from redi.engine.train.loop import build_student, tokenized
+from redi.engine.train.loop import build_student, check_positions, tokenized
 from redi.engine.train.sequence_scores import model_key, score_traces
 
 
@@ -31,10 +31,21 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
         out: the file; it appears whole.
 
     Raises:
-        InputError: wrong model or data, a trace longer than a row, a place that cannot be written.
+        InputError: wrong model or data, a trace longer than a row or than the model has
+            positions, a place that cannot be written.
+        RunError: the disk is full.
     """
     if not out.parent.is_dir():
         raise InputError(f"--out: {out.parent} is no folder")
+    if out.is_dir():
+        raise InputError(f"--out: {out} is a folder; name a file in it")
+    partial = out.with_name(f"{out.name}.partial")
+    if world.is_main:
+        try:
+            partial.touch()  # told now, not after hours
+            partial.unlink()
+        except OSError as error:
+            raise InputError(f"--out: {out} cannot be written: {error.strerror}") from None
     transformers_logging.disable_progress_bar()
     config = read_config(recipe.model.path or "")
     tokens = tokenized(recipe, recipe.data.paths, world, console)
@@ -45,6 +56,14 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
             f"{tokens.where(longest)}: {lengths[longest]} tokens are more than --row-tokens = "
             f"{recipe.train.row_tokens}: raise it"
         )
+    check_positions(
+        tokens,
+        lengths,
+        np.arange(len(tokens)),
+        config,
+        "leave them out, or raise max_position_embeddings in the model's config.json",
+    )
+    digest = model_digest(recipe.model.path or "") if world.is_main else None
     dtype = compute_dtype(recipe.train.dtype, world.device)
     student, _ = build_student(recipe, dtype, world, console)
     scores = score_traces(
@@ -52,7 +71,7 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
         tokens,
         np.arange(len(tokens)),
         lengths,
-        model=model_key(student, recipe.model.path or "", dtype),
+        model=model_key(student, recipe.model.path or "", digest, dtype),
         row_tokens=recipe.train.row_tokens,
         cost=training_cost(config),
         world=world,
@@ -73,6 +92,8 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
             "entropy_mean": scores.entropies / scored,
         }
     )
-    partial = out.with_name(f"{out.name}.partial")
-    pq.write_table(table, partial)
-    partial.replace(out)
+    try:
+        pq.write_table(table, partial)
+        partial.replace(out)
+    except OSError as error:
+        raise RunError(f"--out: {out} cannot be written: {error}; the scores are cached") from None

@@ -198,7 +198,7 @@ def fill_cache(
 
     Raises InputError for anything wrong with the recipe, the data, the tokenizer or the folder.
     """
-    config = read_config(recipe.model.path or "")
+    config = read_config(recipe.model.path or "", weights=False)
     data = prepare_data(recipe, world, console)
     overview = look_over(
         data.tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,14 +44,11 @@ class PrepareOptions:
     """Pairs with a longer trace are left out; 0: no limit."""
     exclude_sources: list[str] = field(default_factory=lambda: ["cn_k12"])
     """Values of the column source whose rows are left out."""
-    teachers: list[str] = field(default_factory=list)
-    """Values of the column teacher to keep; none: all, rows without one too."""
-    teacher_weights: dict[str, float] = field(default_factory=dict)
-    """Weight of a teacher's traces, '{"R1": 2}'; 1 for the others."""
     finished: bool = False
     r"""Keep only generations with a </think> and an answer marked behind it (\boxed{} or ####)."""
     open_think: bool = False
-    """Put <think> before generations that have its end alone."""
+    """Put <think> before generations that have its end alone, and both tags around the thought of
+    those that begin with a line "think" and go on behind a line "answer" (s1.1)."""
     seed: int = 42
     """Of the shuffle, which is that of `datasets`."""
 
@@ -66,9 +62,6 @@ class PrepareOptions:
                 "tokenizer is missing: the limits count its tokens (without limits: "
                 "--max_prompt_tokens 0 --max_trace_tokens 0)"
             )
-        for teacher, weight in self.teacher_weights.items():
-            if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"teacher_weights: {teacher} must be > 0 and finite, got {weight}")
 
 
 def parse_options(argv: Sequence[str]) -> PrepareOptions:
@@ -90,9 +83,7 @@ def parse_options(argv: Sequence[str]) -> PrepareOptions:
     )
     parser.add_argument("data", nargs="+", metavar="DATA", help="files, folders or hub names")
     parser.add_argument("--exclude_sources", nargs="*", default=["cn_k12"], help="left out")
-    parser.add_argument("--teachers", nargs="*", default=[], help="kept; none: all")
-    lists = {"data", "exclude_sources", "teachers"}
-    parser.add_class_arguments(PrepareOptions, skip=lists)
+    parser.add_class_arguments(PrepareOptions, skip={"data", "exclude_sources"})
     try:
         return PrepareOptions(**vars(parser.parse_args(list(argv))))
     except ArgumentError as error:

@@ -4,6 +4,9 @@ With u_t the weight of token t and dZ [N, V] = u (p - onehot) the gradient by th
 and backward are three products: Z = X W^T, dX = dZ W, dW = dZ^T X. The weights are known before
 the forward pass, so all three are done while a chunk of C rows of Z is at hand, and dZ is written
 over it: no [N, V] tensor ever exists, and nothing is computed twice.
+
+What lies between the first product and the other two is a kernel's affair: a `RowKernel` makes dZ
+of the logits (`rows.py`), an `ExponentialsKernel` makes both at once (`exponentials.py`).
 """
 
 from dataclasses import dataclass
@@ -11,14 +14,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from redi.kernels.exponentials import ExponentialsKernel
 from redi.kernels.reference import IGNORE_INDEX, accumulation_dtype
-from redi.kernels.rows import RowKernel, SequenceWeights, TokenWeights, multiplies_halves
+from redi.kernels.rows import (
+    GradientRows,
+    RowKernel,
+    SequenceWeights,
+    TokenWeights,
+    multiplies_halves,
+)
 
 # Rows of a chunk on a CPU. A chunk reads the lm_head twice and rewrites dW once; beyond 256 rows
 # that no longer shows in the time (384 and 512 measure the same), only in the memory.
 CPU_CHUNK_TOKENS = 256
 
-# On a GPU a chunk of float32 logits may take this share of the card's memory (80 GiB: 5 GiB).
+# On a GPU a chunk of [C, V] may take this share of the card's memory (80 GiB: 5 GiB).
 GPU_CHUNK_SHARE = 16
 # Output tile of the usual cuBLAS kernel, for counting waves.
 TILE_ROWS, TILE_COLUMNS = 128, 256
@@ -27,8 +37,8 @@ TILE_ROWS, TILE_COLUMNS = 128, 256
 # a caching allocator hands several GiB out again only to one who asks for no more than before.
 GPU_BUFFER_ROWS = 512
 
-# A row of the logits begins at a multiple of this many of them.
-ROW_PADDING = 32
+# A row of the logits, or of what takes their place, begins at a multiple of this many of them.
+ROW_PADDING = 64
 
 # float16: dZ is multiplied by a power of two that brings the largest weight to 2^14 .. 2^15, as
 # the weights themselves (1e-7 at 32 pairs of 20,000 tokens) would be lost to underflow.
@@ -53,6 +63,7 @@ def cross_entropy_chunks(
     *,
     coefficient: str,
     row_kernel: RowKernel,
+    exponentials: ExponentialsKernel | None = None,
     valid_index: Tensor | None = None,
     num_weighted: int | None = None,
     chunk_tokens: int | None = None,
@@ -71,6 +82,8 @@ def cross_entropy_chunks(
         token_weights: see `rows.TokenWeights`; None where no gradient is wanted.
         coefficient: see `rows.effective_weights`.
         row_kernel: what makes log-probs and dZ of a chunk of logits.
+        exponentials: what makes them of a chunk of hidden states in bfloat16; takes row_kernel's
+            place, unless entropies are wanted.
         valid_index: [N] positions of unmasked targets; without it a GPU must synchronise once.
         num_weighted: how many of `valid_index`, from the first, may have a weight other than 0.
         chunk_tokens: rows of a chunk at most; None chooses (`default_chunk_tokens`).
@@ -90,14 +103,17 @@ def cross_entropy_chunks(
     logps = hidden.new_empty(targets.shape, dtype=dtype) if token_logps is None else token_logps
     if token_logps is None:
         order = TokenOrder(order.index[: order.weighted], order.weighted)
+    if token_entropies is not None:
+        exponentials = None
+    buffer_dtype = dtype if exponentials is None else hidden.dtype
     if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(len(order.index), weight)
+        chunk_tokens = default_chunk_tokens(len(order.index), weight, buffer_dtype)
     chunks = [
         *split(0, order.weighted, chunk_tokens),
         *split(order.weighted, len(order.index), chunk_tokens),
     ]
     operand = product_operand(weight)
-    logits = _logits_buffer(chunks, operand, dtype)
+    buffer = _chunk_buffer(chunks, weight, buffer_dtype)
 
     scale = None
     if token_weights is not None and hidden.dtype == torch.float16 and order.weighted:
@@ -112,26 +128,38 @@ def cross_entropy_chunks(
 
     for start, end in chunks:
         tokens = order.index[start:end]
-        x = hidden[tokens]
-        z = matmul(x, operand.T, logits[: end - start])
-        dz = row_kernel(
-            z,
-            tokens,
-            targets,
-            token_weights if start < order.weighted else None,
-            coefficient=coefficient,
-            dtype=hidden.dtype,
-            logps=logps,
-            entropies=token_entropies,
-            scale=scale,
-        )
-        if dhidden is not None and dz is not None:
-            dx = matmul(dz, operand, torch.empty(x.shape, dtype=dtype, device=x.device))
-            dhidden[tokens] = dx if scale is None else dx.div_(scale)
-            del dx
-        if dweight is not None and dz is not None:
-            matmul(dz.T, x, dweight, accumulate=accumulate or start > 0)
-        del x, z, dz  # before the next chunk's are made
+        x, out = hidden[tokens], buffer[: end - start]
+        weights = token_weights if start < order.weighted else None
+        if exponentials is not None:
+            gradient = exponentials(
+                x, weight, tokens, targets, weights, coefficient=coefficient, logps=logps, out=out
+            )
+        else:
+            dz = row_kernel(
+                matmul(x, operand.T, out),
+                tokens,
+                targets,
+                weights,
+                coefficient=coefficient,
+                dtype=hidden.dtype,
+                logps=logps,
+                entropies=token_entropies,
+                scale=scale,
+            )
+            gradient = None if dz is None else GradientRows(dz)
+        if gradient is not None:
+            _add_products(
+                gradient,
+                x,
+                operand,
+                tokens,
+                targets,
+                dhidden=dhidden,
+                dweight=dweight,
+                accumulate=accumulate or start > 0,
+                scale=scale,
+            )
+        del x, gradient  # before the next chunk's are made
 
     if dweight is not None and scale is not None:
         dweight.div_(scale)
@@ -143,32 +171,47 @@ def keep_chunks(
     targets: Tensor,
     *,
     row_kernel: RowKernel,
+    exponentials: ExponentialsKernel | None,
     valid_index: Tensor | None,
     chunk_tokens: int | None,
     token_logps: Tensor,
-    kept: Tensor,
+    kept: GradientRows,
 ) -> None:
     """Log-probs [T] and, for `kept_gradient_chunks`, p - onehot of the unmasked tokens.
 
-    `kept` has room for at least N rows of V in hidden's dtype (float16: times 2^15, see
-    HALF_EXPONENT); rows beyond N are set to 0, as an op must not return whatever lay in memory.
+    `kept` has room for at least N rows. Its matrix is in hidden's dtype (float16: times 2^15, see
+    HALF_EXPONENT); factors and residues are filled in with `exponentials`, without them all of
+    p - onehot is in the matrix. Rows beyond N are set to 0, as an op must not return whatever lay
+    in memory.
     """
     index = order_tokens(targets, None, valid_index).index
     if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(len(index), weight)
+        chunk_tokens = default_chunk_tokens(len(index), weight, accumulation_dtype(hidden.dtype))
     dtype = accumulation_dtype(hidden.dtype)
     operand = product_operand(weight)
     chunks = split(0, len(index), chunk_tokens)
-    in_place = kept.dtype == dtype
-    logits = _logits_buffer([] if in_place else chunks, operand, dtype)
+    in_place = kept.matrix.dtype == dtype or exponentials is not None
+    buffer = _chunk_buffer([] if in_place else chunks, weight, dtype)
     ones = torch.full_like(token_logps, _kept_scale(hidden.dtype))
     token_logps.zero_()
-    kept[len(index) :].zero_()
+    for part in (kept.matrix, kept.factors, kept.residues):
+        if part is not None:
+            part[len(index) :].zero_()
     for start, end in chunks:
-        rows, tokens = kept[start:end], index[start:end]
-        z = matmul(hidden[tokens], operand.T, rows if in_place else logits[: end - start])
+        rows, tokens = kept.matrix[start:end], index[start:end]
+        x = hidden[tokens]
+        if exponentials is not None:
+            made = exponentials(
+                x, weight, tokens, targets, ones, coefficient="weight", logps=token_logps, out=rows
+            )
+            assert made is not None
+            for part, values in ((kept.factors, made.factors), (kept.residues, made.residues)):
+                assert part is not None
+                assert values is not None
+                part[start:end] = values
+            continue
         row_kernel(
-            z,
+            matmul(x, operand.T, rows if in_place else buffer[: end - start]),
             tokens,
             targets,
             ones,
@@ -180,7 +223,7 @@ def keep_chunks(
 
 
 def kept_gradient_chunks(
-    kept: Tensor,
+    kept: GradientRows,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -191,38 +234,78 @@ def kept_gradient_chunks(
     dhidden: Tensor | None,
     dweight: Tensor | None,
 ) -> None:
-    """The gradients of - sum_t w_t logp_t from what `keep_chunks` kept, with P = p - onehot.
+    """The gradients of - sum_t w_t logp_t from what `keep_chunks` kept.
 
-    dX = w (P W) and dW = P^T (w X): the weights go to the small factors, so `kept` is only read
-    and backward may run again. Outputs as in `cross_entropy_chunks`.
+    The weights go to the factors, that is to the small operands of the products, so `kept` is only
+    read and backward may run again. Outputs as in `cross_entropy_chunks`.
     """
     index = order_tokens(targets, None, valid_index).index
     if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(len(index), weight)
+        chunk_tokens = default_chunk_tokens(len(index), weight, accumulation_dtype(hidden.dtype))
     operand = product_operand(weight)
-    kept_scale = _kept_scale(hidden.dtype)
+    factors = token_weights[index]
     scale = None
     if hidden.dtype == torch.float16 and len(index):
-        scale = _power_of_two(token_weights[index], 0)  # w X no larger than X, no smaller than w
+        scale = _power_of_two(factors, 0)  # w X no larger than X, no smaller than w
+        factors = factors * scale
+        scale = scale * _kept_scale(hidden.dtype)
+    if kept.factors is not None:
+        factors = factors * kept.factors[: len(index)]
     if dhidden is not None:
         dhidden.zero_()
     chunks = split(0, len(index), chunk_tokens)
     for start, end in chunks:
-        p, tokens = kept[start:end], index[start:end]
-        w = token_weights[tokens, None]
-        if dhidden is not None:
-            dx = torch.empty(p.shape[0], weight.shape[1], dtype=dhidden.dtype, device=p.device)
-            dhidden[tokens] = matmul(p, operand, dx).mul_(w / kept_scale)
-            del dx
-        if dweight is not None:
-            x = hidden[tokens] * (w if scale is None else w * scale)
-            matmul(p.T, x.to(hidden.dtype), dweight, accumulate=start > 0)
-            del x
+        residues = None if kept.residues is None else kept.residues[start:end]
+        _add_products(
+            GradientRows(kept.matrix[start:end], factors[start:end], residues),
+            hidden[index[start:end]],
+            operand,
+            index[start:end],
+            targets,
+            dhidden=dhidden,
+            dweight=dweight,
+            accumulate=start > 0,
+            scale=scale,
+        )
     if dweight is not None:
         if not chunks:
             dweight.zero_()
         elif scale is not None:
-            dweight.div_(scale * kept_scale)
+            dweight.div_(scale)
+
+
+def _add_products(
+    gradient: GradientRows,
+    x: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    targets: Tensor,
+    *,
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
+    accumulate: bool,
+    scale: Tensor | None,
+) -> None:
+    """dX and dW of a chunk, whose hidden states are `x` [C, D]; see `GradientRows`.
+
+    dX is divided by `scale` at once, dW (to which the next chunk adds) at the end by the caller.
+    """
+    factors, residues = gradient.factors, gradient.residues
+    if dhidden is not None:
+        dx = torch.empty(x.shape, dtype=dhidden.dtype, device=x.device)
+        matmul(gradient.matrix, weight, dx)
+        if residues is not None:
+            dx.addcmul_(residues[:, None], weight[targets[tokens]].to(dx.dtype))
+        if factors is not None:
+            dx.mul_(factors[:, None])
+        if scale is not None:
+            dx.div_(scale)
+        dhidden[tokens] = dx
+        del dx  # D = 3584: 190 MB
+    if dweight is not None:
+        if factors is not None:
+            x = (x * factors[:, None]).to(x.dtype)
+        matmul(gradient.matrix.T, x, dweight, accumulate=accumulate)
 
 
 def order_tokens(
@@ -262,13 +345,16 @@ def split(start: int, end: int, most: int) -> list[tuple[int, int]]:
     return [(i, min(i + size, end)) for i in range(start, end, size)]
 
 
-def default_chunk_tokens(tokens: int, weight: Tensor) -> int:
-    """Rows of a chunk: what a CPU's caches like, or what fills a GPU's processors."""
+def default_chunk_tokens(tokens: int, weight: Tensor, dtype: torch.dtype = torch.float32) -> int:
+    """Rows of a chunk: what a CPU's caches like, or what fills a GPU's processors.
+
+    `dtype` is that of the chunk's [C, V].
+    """
     if weight.device.type != "cuda":
         return CPU_CHUNK_TOKENS
     vocab, hidden_size = weight.shape
     card = torch.cuda.get_device_properties(weight.device)
-    most = max(TILE_ROWS, card.total_memory // GPU_CHUNK_SHARE // (4 * vocab))
+    most = max(TILE_ROWS, card.total_memory // GPU_CHUNK_SHARE // (dtype.itemsize * vocab))
     return fill_waves(tokens, hidden_size, card.multi_processor_count, most)
 
 
@@ -309,11 +395,11 @@ def product_operand(weight: Tensor) -> Tensor:
     return weight if 1 in weight.stride() else weight.contiguous()
 
 
-def _logits_buffer(chunks: list[tuple[int, int]], weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the logits of the largest chunk, [C, V].
+def _chunk_buffer(chunks: list[tuple[int, int]], weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for [C, V] of the largest chunk: logits, or the exponentials in their place.
 
-    Rows begin at multiples of 128 bytes whatever V is: cuBLAS and the row kernel then move 16
-    bytes at a time, both over the logits and over the halves that take their place.
+    Rows begin at multiples of 128 bytes whatever V is: cuBLAS and the kernels then move 16 bytes
+    at a time, both over the logits and over the halves that take their place.
     """
     rows = buffer_rows(max((end - start for start, end in chunks), default=0), weight.device)
     vocab = weight.shape[0]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from redi.kernels import reference
 from redi.kernels.backends import choose_backend, kernels_of
-from redi.kernels.chunked import cross_entropy_chunks, keep_chunks, kept_gradient_chunks
+from redi.kernels.chunked import cross_entropy_chunks, keep_chunks, kept_gradient_chunks, padded
 from redi.kernels.reference import Backend, accumulation_dtype
+from redi.kernels.rows import GradientRows
 from redi.kernels.validate import (
     check_choice,
     check_operands,
@@ -55,17 +56,16 @@ def linear_logprobs(
     hidden, weight = check_operands(hidden, weight, targets)
     check_schedule(valid_index, chunk_tokens, hidden)
     check_choice("keep", keep, ("auto", True, False))
-    backend = choose_backend(backend, hidden.device, hidden.dtype)
+    backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
         return reference.linear_logprobs(hidden, weight, targets)
     if keep == "auto":
         rows = hidden.shape[0] if valid_index is None else valid_index.shape[0]
         keep = rows * weight.shape[0] * hidden.element_size() <= _keep_budget(hidden.device)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    logps, _ = _linear_logprobs_op(
+    return _linear_logprobs_op(
         hidden, weight, targets, valid_index, backend, chunk_tokens, keep and needs_grad
-    )
-    return logps
+    )[0]
 
 
 @torch.compiler.assume_constant_result
@@ -75,9 +75,20 @@ def _keep_budget(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory // GPU_KEEP_SHARE
 
 
-def _kept_buffer(hidden: Tensor, weight: Tensor, valid_index: Tensor | None, keep: bool) -> Tensor:
-    rows = hidden.shape[0] if valid_index is None else valid_index.shape[0]
-    return hidden.new_empty((rows, weight.shape[0]) if keep else (0, 0))
+def _kept_buffers(
+    hidden: Tensor, weight: Tensor, valid_index: Tensor | None, backend: str, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(matrix, factors, residues) for `_kept`; what is not kept is empty."""
+    rows = 0 if not keep else len(hidden) if valid_index is None else len(valid_index)
+    matrix = hidden.new_empty((rows, padded(weight.shape[0])))
+    in_parts = rows if backend.endswith("-exp") else 0
+    factors, residues = (hidden.new_empty(in_parts, dtype=torch.float32) for _ in range(2))
+    return matrix, factors, residues
+
+
+def _kept(weight: Tensor, matrix: Tensor, factors: Tensor, residues: Tensor) -> GradientRows:
+    matrix = matrix[:, : weight.shape[0]]
+    return GradientRows(matrix, factors, residues) if len(factors) else GradientRows(matrix)
 
 
 @torch.library.custom_op("redi::linear_logprobs", mutates_args=())
@@ -89,23 +100,27 @@ def _linear_logprobs_op(
     backend: str,
     chunk_tokens: int | None,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """(token_logps, kept): what `keep_chunks` keeps, or an empty tensor."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(token_logps, matrix, factors, residues): what `keep_chunks` keeps, or empty tensors."""
     check_target_values(targets, weight.shape[0], valid_index)
     logps = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
-    kept = _kept_buffer(hidden, weight, valid_index, keep)
+    buffers = _kept_buffers(hidden, weight, valid_index, backend, keep)
+    kernels = kernels_of(backend)
     with torch.autocast(hidden.device.type, enabled=False):
         if keep:
             keep_chunks(
                 hidden,
                 weight,
                 targets,
-                row_kernel=kernels_of(backend).softmax_rows,
+                row_kernel=kernels.softmax_rows,
+                exponentials=kernels.exponentials,
                 valid_index=valid_index,
                 chunk_tokens=chunk_tokens,
                 token_logps=logps,
-                kept=kept,
+                kept=_kept(weight, *buffers),
             )
+            # Padding, which a kernel may have written to: an op must not return chance.
+            buffers[0][:, weight.shape[0] :].zero_()
         else:
             cross_entropy_chunks(
                 hidden,
@@ -113,12 +128,13 @@ def _linear_logprobs_op(
                 targets,
                 None,
                 coefficient="weight",
-                row_kernel=kernels_of(backend).softmax_rows,
+                row_kernel=kernels.softmax_rows,
+                exponentials=kernels.exponentials,
                 valid_index=valid_index,
                 chunk_tokens=chunk_tokens,
                 token_logps=logps,
             )
-    return logps, kept
+    return logps, *buffers
 
 
 @_linear_logprobs_op.register_fake
@@ -130,15 +146,17 @@ def _(
     backend: str,
     chunk_tokens: int | None,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logps = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
-    return logps, _kept_buffer(hidden, weight, valid_index, keep)
+    return logps, *_kept_buffers(hidden, weight, valid_index, backend, keep)
 
 
 @torch.library.custom_op("redi::linear_logprobs_backward", mutates_args=())
 def _linear_logprobs_backward_op(
     dlogps: Tensor,
-    kept: Tensor,
+    matrix: Tensor,
+    factors: Tensor,
+    residues: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -153,10 +171,11 @@ def _linear_logprobs_backward_op(
     dtype = accumulation_dtype(hidden.dtype)
     dhidden = hidden.new_empty(hidden.shape, dtype=dtype) if need_dhidden else None
     dweight = weight.new_empty(weight.shape, dtype=dtype) if need_dweight else None
+    kernels = kernels_of(backend)
     with torch.autocast(hidden.device.type, enabled=False):
         if keep:
             kept_gradient_chunks(
-                kept,
+                _kept(weight, matrix, factors, residues),
                 hidden,
                 weight,
                 targets,
@@ -173,7 +192,8 @@ def _linear_logprobs_backward_op(
                 targets,
                 -dlogps,
                 coefficient="weight",
-                row_kernel=kernels_of(backend).softmax_rows,
+                row_kernel=kernels.softmax_rows,
+                exponentials=kernels.exponentials,
                 valid_index=valid_index,
                 chunk_tokens=chunk_tokens,
                 dhidden=dhidden,
@@ -188,7 +208,9 @@ def _linear_logprobs_backward_op(
 @_linear_logprobs_backward_op.register_fake
 def _(
     dlogps: Tensor,
-    kept: Tensor,
+    matrix: Tensor,
+    factors: Tensor,
+    residues: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -205,15 +227,15 @@ def _(
     )
 
 
-def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, targets, valid_index, ctx.backend, ctx.chunk_tokens, ctx.keep = inputs
-    _, kept = output
-    ctx.save_for_backward(kept, hidden, weight, targets, valid_index)
-    ctx.mark_non_differentiable(kept)
+    _, *kept = output
+    ctx.save_for_backward(*kept, hidden, weight, targets, valid_index)
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dlogps: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dlogps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     dhidden = dweight = None
     need_dhidden, need_dweight = ctx.needs_input_grad[:2]
     if dlogps is not None:

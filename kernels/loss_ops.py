@@ -77,6 +77,7 @@ def _redi(
             replace(weights, factor=grad_scale / num_pairs),
             coefficient="weight",
             row_kernel=kernels.softmax_rows,
+            exponentials=kernels.exponentials,
             valid_index=valid_index,
             num_weighted=num_weighted,
             chunk_tokens=chunk_tokens,
@@ -245,6 +246,7 @@ def signed_cross_entropy_op(
     _check_unweighted(token_weights, valid_index, num_weighted)
     token_logps = hidden.new_empty(hidden.shape[0], dtype=dtype)
     token_entropies = hidden.new_empty(hidden.shape[0] if need_entropies else 0, dtype=dtype)
+    kernels = kernels_of(backend)
     with torch.autocast(hidden.device.type, enabled=False):
         cross_entropy_chunks(
             hidden,
@@ -252,7 +254,8 @@ def signed_cross_entropy_op(
             targets,
             token_weights,
             coefficient=coefficient,
-            row_kernel=kernels_of(backend).softmax_rows,
+            row_kernel=kernels.softmax_rows,
+            exponentials=kernels.exponentials,
             valid_index=valid_index,
             num_weighted=num_weighted,
             chunk_tokens=chunk_tokens,

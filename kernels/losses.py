@@ -64,7 +64,8 @@ def redi_loss(
         num_weighted: of `valid_index`, the first this many tokens have a gradient, and the rest
             weight 0 (at alpha = 0 the negatives), which costs them one matrix product instead of
             three. Without it a GPU that is given `valid_index` treats all tokens alike.
-        backend: "auto", "torch", "triton" or "reference" (whole logits; for checking).
+        backend: "auto", "torch", "triton", "triton-exp" (bfloat16: no pass over logits), or for
+            checking "reference" (whole logits) and "torch-exp" ("triton-exp" in plain PyTorch).
         chunk_tokens: rows of logits at hand at once; None chooses for the device.
 
     Returns:
@@ -82,7 +83,7 @@ def redi_loss(
     check_sequences(cu_seqlens, signs, hidden)
     check_objective(alpha, num_pairs)
     check_schedule(valid_index, chunk_tokens, hidden, num_weighted)
-    backend = choose_backend(backend, hidden.device, hidden.dtype)
+    backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
         return reference.redi_loss(
             hidden, weight, targets, cu_seqlens, signs, alpha=alpha, num_pairs=num_pairs
@@ -142,7 +143,7 @@ def redi_value_and_grad(
     check_schedule(valid_index, chunk_tokens, hidden, num_weighted)
     if dweight is not None:
         check_dweight(dweight, weight)
-    backend = choose_backend(backend, hidden.device, hidden.dtype)
+    backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
         return reference.redi_value_and_grad(
             hidden,
@@ -222,7 +223,7 @@ def signed_cross_entropy(
     check_token_weights(token_weights, hidden)
     check_schedule(valid_index, chunk_tokens, hidden, num_weighted)
     check_choice("coefficient", coefficient, ("weight", "dft", "unlikelihood"))
-    backend = choose_backend(backend, hidden.device, hidden.dtype)
+    backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
         return reference.signed_cross_entropy(
             hidden, weight, targets, token_weights, coefficient=coefficient, entropy=entropy

@@ -25,7 +25,7 @@ from torch import Tensor
 IGNORE_INDEX = -100  # the target of a token that takes no part, as in torch.nn.functional
 
 Coefficient = Literal["weight", "dft", "unlikelihood"]
-Backend = Literal["auto", "reference", "torch", "triton"]
+Backend = Literal["auto", "reference", "torch", "torch-exp", "triton", "triton-exp"]
 
 
 class RediLoss(NamedTuple):

@@ -61,6 +61,22 @@ def weights_at(weights: TokenWeights, tokens: Tensor, dtype: torch.dtype) -> Ten
     return weights[tokens] if isinstance(weights, Tensor) else weights.of_tokens(tokens, dtype)
 
 
+@dataclass(frozen=True)
+class GradientRows:
+    """A chunk's dZ = factors (matrix + residues onehot), in the parts that the products take.
+
+    dX = factors (matrix W + residues W_y) and dW = matrix^T (factors X), W_y the target's row.
+    """
+
+    matrix: Tensor
+    """[C, V], the operand of both products."""
+    factors: Tensor | None = None
+    """[C] float32; None stands for 1."""
+    residues: Tensor | None = None
+    """[C] float32: what the target's entry lost when it was rounded to the matrix's dtype. In dW
+    it is one rounding among many; in dX it would weigh against a sum that nearly cancels."""
+
+
 class RowKernel(Protocol):
     """Signature of `softmax_rows`, which see."""
 

@@ -15,11 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redi.kernels.rows import MIN_ONE_MINUS_P, SequenceWeights, TokenWeights
-
-# Both as Triton sees them: a kernel may use a module's constants only where they are constexpr.
-_MIN_ONE_MINUS_P = tl.constexpr(MIN_ONE_MINUS_P)
-_INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+from redi.kernels.rows import SequenceWeights, TokenWeights
+from redi.kernels.triton_common import apply_coefficient, log1p, round_to, token_weight
 
 ROUNDED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -159,7 +156,7 @@ def softmax_rows_kernel(
     )
     e_target = tl.exp(z_target - largest)
     total = rest + e_target
-    log_total = tl.where(z_target == largest, _log1p(rest), tl.log(total))
+    log_total = tl.where(z_target == largest, log1p(rest), tl.log(total))
     logp = z_target - largest - log_total
     tl.store(logps + token, logp)
     if entropies is not None:
@@ -167,17 +164,10 @@ def softmax_rows_kernel(
         tl.store(entropies + token, log_total - moment / total)
 
     if dlogits is not None:
-        if weights is not None:
-            u = tl.load(weights + token)
-        else:
-            u = _sequence_weight(token, cu_seqlens, signs, lengths, num_sequences, alpha, factor)
+        u = token_weight(token, weights, cu_seqlens, signs, lengths, num_sequences, alpha, factor)
         if scale is not None:
             u *= tl.load(scale)
-        if COEFFICIENT == "dft":
-            u *= tl.exp(logp)
-        if COEFFICIENT == "unlikelihood":
-            u = tl.where(u < 0, u / tl.maximum(rest / e_target, _MIN_ONE_MINUS_P), u)
-            rest = tl.maximum(rest, _MIN_ONE_MINUS_P)
+        u, rest = apply_coefficient(u, logp, rest, e_target, COEFFICIENT)
         u /= total
         _write_gradient(
             z,
@@ -273,43 +263,5 @@ def _write_gradient(
             if i == fence:
                 tl.debug_barrier()
                 fence = 2 * fence + 2
-        gradient = _round(gradient, ROUNDED).to(out.dtype.element_ty)
+        gradient = round_to(gradient, ROUNDED).to(out.dtype.element_ty)
         tl.store(out + columns, gradient, mask=columns < out_room)
-
-
-@triton.jit
-def _sequence_weight(token, cu_seqlens, signs, lengths, num_sequences, alpha, factor):
-    """The token's weight, as `rows.SequenceWeights` defines it.
-
-    Its sequence is the number of sequences that end at or before it: one comparison with all
-    ends at a time costs one trip to memory, where a binary search makes one for each step.
-    """
-    ENDS: tl.constexpr = 1024
-    sequence = 0
-    for start in range(0, num_sequences, ENDS):
-        index = start + tl.arange(0, ENDS)
-        inside = index < num_sequences
-        ends = tl.load(cu_seqlens + 1 + index, mask=inside, other=0)
-        sequence += tl.sum((inside & (ends <= token)).to(tl.int32), 0)
-    known = sequence < num_sequences  # else the token lies behind the last one
-    sign = tl.load(signs + sequence, mask=known, other=0).to(tl.float32)
-    length = tl.load(lengths + sequence, mask=known, other=1)
-    return tl.where(sign < 0, alpha * sign, sign) * factor / tl.maximum(length, 1).to(tl.float32)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x >= 0, to a few roundings also where 1 + x rounds x away (Kahan)."""
-    rounded = 1.0 + x
-    exact = rounded == 1.0
-    return tl.where(exact, x, tl.log(rounded) * (x / tl.where(exact, 1.0, rounded - 1.0)))
-
-
-@triton.jit
-def _round(values, DTYPE: tl.constexpr):
-    """float32 to DTYPE, to nearest even. (Triton's interpreter cuts bfloat16 off instead.)"""
-    if _INTERPRET and tl.bfloat16 == DTYPE:
-        bits = values.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return values.to(DTYPE)

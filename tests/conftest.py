@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from kernel_cases import TARGETS, Target
+from kernel_cases import EXP_TARGETS, TARGETS, Target
 
 from redi.kernels.backends import TRITON_INSTALLED, TRITON_INTERPRETS
 
@@ -40,7 +40,10 @@ def pytest_configure() -> None:
     InterpretedFunction.__call__ = call
 
 
-@pytest.fixture(params=TARGETS, ids="-".join)
+SLOW_TARGETS = [pytest.param(target, marks=pytest.mark.slow) for target in EXP_TARGETS]
+
+
+@pytest.fixture(params=TARGETS + SLOW_TARGETS, ids="-".join)
 def target(request: pytest.FixtureRequest) -> Target:
     """Each backend of the loss ops on each device that it runs on here."""
     return request.param

@@ -88,6 +88,7 @@ def make_tokens(
         "sign": signs,
         "weight": [1.0] * n if weights is None else weights,
         "teacher": [None] * n,
+        "origin": [None] * n,
         "row": range(1, n + 1),
         "digest": range(n),
         "unknown": [0] * n,

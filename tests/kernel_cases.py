@@ -27,10 +27,14 @@ class Target(NamedTuple):
 
 
 TARGETS = [Target("torch", "cpu")]
+# Those that differ from the others in bfloat16 alone: `test_kernels_exponentials.py`.
+EXP_TARGETS = [Target("torch-exp", "cpu")]
 if torch.cuda.is_available():
     TARGETS += [Target("torch", "cuda"), Target("triton", "cuda")]
+    EXP_TARGETS.append(Target("triton-exp", "cuda"))
 elif TRITON_INTERPRETS and TRITON_INSTALLED:
     TARGETS.append(Target("triton", "cpu"))
+    EXP_TARGETS.append(Target("triton-exp", "cpu"))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_cases import save_tokenizer, settings
+from data_cases import CHATML, save_tokenizer, settings, write_rows
 
 from redi.engine.console import Console
 from redi.engine.data import tokens as tokens_module
@@ -24,13 +24,20 @@ def changed(**changes: Any) -> str:
 FAULTS = {
     changed(weight=float("nan")): "column 'weight' must be a positive finite number",
     changed(weight=float("inf")): "column 'weight' must be a positive finite number",
+    changed(weight=1e300): "column 'weight' must be a positive finite number",
+    changed(weight=1e-300): "column 'weight' must be a positive finite number",
+    changed(weight=10**400): "column 'weight' must be a positive finite number",
+    changed(id=0).replace("0}", "9" * 5000 + "}"): "not valid JSON: Exceeds the limit",
+    '{"prompt": "a", "prompt": "b", "completion": "c"}': "not valid JSON: key 'prompt' is there 2",
     changed(weight=-1): "column 'weight' must be a positive finite number",
     changed(label=2): "column 'label' must be true or false",
     changed(label="maybe"): "column 'label' must be true or false",
     changed(completion="\ud800"): "column 'completion' is not valid Unicode text",
-    changed(completion=" \n"): "column 'completion' is empty",
-    changed(prompt=7): "column 'prompt' must be",
-    changed(prompt=None): "column 'prompt' must be",
+    changed(completion=" \n\u00a0\u200b\ufeff"): "column 'completion' is empty",
+    changed(prompt=7): "column 'prompt' must be text or a list of messages, not int",
+    changed(teacher="\ud800"): "column 'teacher' is not valid Unicode text",
+    changed(source="\ud800"): "column 'source' is not valid Unicode text",
+    changed(prompt=None): "column 'prompt' must be text or a list of messages, not null",
     '{"prompt": "a", "comp': "not valid JSON",
     "[1, 2]": "a row must be a JSON object, not list",
     '{"prompt": "p", "completion": "c"}': "column 'label' must be in every row",
@@ -69,6 +76,22 @@ def test_the_first_faults_are_named_in_order_and_the_others_counted(
     for line, expected in zip(found, said[:20], strict=True):
         assert line.startswith(expected)
     assert not list((tmp_path / "cache").glob("*/*"))
+
+
+def test_rows_that_the_template_refuses_are_named_with_the_others(tmp_path):
+    strict = "{% if 'bad' in messages[0].content %}{{ raise_exception('bad') }}{% endif %}" + CHATML
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", template=strict)
+    rows = [GOOD | {"prompt": f"bad {n}"} for n in range(15)] + [GOOD | {"weight": 0}] * 15
+    write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError) as caught:
+        tokenized(tmp_path / "rows.jsonl", tokenizer)
+    *found, rest = str(caught.value).splitlines()
+    assert [line.split(": ")[0].rpartition(":")[2] for line in found] == [
+        str(n) for n in range(1, 21)
+    ]
+    assert "the chat template refuses the row: bad" in found[14]
+    assert "column 'weight'" in found[15]
+    assert rest == "... and 10 more"
 
 
 def test_faults_of_a_broken_csv_and_of_the_next_file_are_named_together(tmp_path, tokenizer):

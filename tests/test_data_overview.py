@@ -107,11 +107,33 @@ def test_lengths_and_truncated_ends_are_those_of_what_is_trained(tmp_path: Path)
     found = overview(tokens, batch=1)
     assert found.traces == 6
     assert found.left_out == {"positives unpaired": 2}
-    assert found.missing_ends == 1  # the one of 8 + 82 tokens; that of 200 is not trained
+    assert found.truncated == 1  # the one of 8 + 82 tokens; that of 200 is not trained
     positive, negative = found.lengths["positive"], found.lengths["negative"]
     assert (positive.count, positive.total, positive.longest) == (2, 12 + 56, 56)
     assert (negative.count, negative.total, negative.longest) == (2, 22 + 56, 56)
     assert found.lengths["prompt"].count == 2  # problems, not traces
+
+
+def test_problems_are_counted_by_the_kinds_of_traces_that_they_have(tmp_path: Path) -> None:
+    signs, groups = [1, -1, 1, 1, -1, 1, -1, -1], [0, 0, 1, 1, 2, 3, 3, 3]
+    tokens = make_tokens(tmp_path / "m", [8] * 8, [9] * 8, signs, groups)
+    found = overview(tokens, batch=1)
+    assert (found.problems, found.only_positives, found.only_negatives) == (4, 1, 1)
+    assert found.left_out == {"positives unpaired": 2, "negatives unpaired": 2}
+    rows = dict(count_rows(found))
+    assert rows["- with correct traces alone"] == rows["- with incorrect traces alone"] == "1"
+
+
+def test_the_longest_trace_bounds_what_any_packing_can_reach(tmp_path: Path) -> None:
+    # 60 tokens on one of four ranks: the others have 3 x 10 for the time that it takes.
+    tokens = make_tokens(tmp_path / "m", [5] * 4, [55, 5, 5, 5], [1, -1] * 2, [0, 0, 1, 1])
+    examples = select(tokens, objective_needs="pairs", **LIMITS)
+    schedule = Schedule(2, batch=2, epochs=1, max_steps=None, seed=0)
+    cost = Cost(linear=1.0, quadratic=0.0)
+    found = look_over(tokens, examples, schedule, row_tokens=64, world_size=4, cost=cost)
+    assert found.rank_efficiency_bound == found.rank_efficiency == 90 / (4 * 60)
+    assert ("- the longest trace allows", "0.38") in count_rows(found)
+    assert overview(tokens).rank_efficiency_bound == 1
 
 
 def test_percentiles_are_lengths_that_occur(tmp_path: Path) -> None:

@@ -205,8 +205,15 @@ def test_an_unknown_kind_of_file_is_an_error(tmp_path):
         ("a.csv", b"messages\nhello\n", 2, "not valid JSON"),
         ("a.csv", b'prompt,completion\n"a,b\nc,d\n', 2, "a quotation mark not closed"),
         ("a.csv", "prompt,completion\na,b\n".encode("utf-16"), 1, "looks like UTF-16"),
-        ("a.csv", b"Prompt,Completion\na,b\n", 2, "in small letters: prompt, completion"),
+        ("a.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), 1, "looks like UTF-16"),
+        ("a.csv", b"1 + 1?,2\n2 + 2?,4\n", 1, "the header row: the columns (1 + 1?, 2) fit no"),
+        ("a.csv", b"prompt,completion\ra,b\r", 1, "lines end in CR alone"),
+        ("a.jsonl", b'{"prompt": "a"}\r{"prompt": "b"}\r', 1, "lines end in CR alone"),
+        ("a.csv", "prompt,completion\na,b\n".encode("utf-16-le"), 1, "looks like UTF-16"),
+        ("a.jsonl", '{"prompt": "a"}\n'.encode("utf-16-be"), 1, "looks like UTF-16"),
+        ("a.csv", b"Prompt,Completion\na,b\n", 1, "in small letters: prompt, completion"),
         ("a.jsonl", b'{"prompt": "a", "chosen": null, "rejected": "b"}\n', 1, "not null"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b", "id": "\\ud800"}', 1, "'id' is not valid"),
     ],
 )
 def test_a_broken_row_is_named_with_its_line(tmp_path, name, data, line, problem):

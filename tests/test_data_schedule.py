@@ -108,6 +108,36 @@ def test_a_trace_truncated_to_its_prompt_is_dropped(tmp_path):
     assert examples.left_out == {"prompt too long, dropped": 1, "negatives unused": 1}
 
 
+PARTS: dict[str, Any] = {"max_prompt_tokens": 5, "max_completion_tokens": 10}
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Prompts and completions of which one, the other, both or neither are over PARTS."""
+    return make_tokens(tmp_path / "parts", [5, 6, 5, 6], [10, 10, 11, 11], [1] * 4, range(4))
+
+
+def test_prompt_and_completion_have_limits_of_their_own(parts):
+    dropped = chosen(parts, objective_needs="positives", overlong="drop", **PARTS)
+    assert dropped.units.tolist() == [[0]]
+    assert dropped.left_out == {"prompt too long, dropped": 2, "overlong dropped": 1}
+    cut = chosen(parts, objective_needs="positives", overlong="truncate", **PARTS)
+    assert cut.units.tolist() == [[0], [2]]  # a prompt is never cut
+    assert cut.left_out == {"prompt too long, dropped": 2}
+    assert cut.lengths[[0, 2]].tolist() == [15, 15]
+    assert cut.truncated[[0, 2]].tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("key", "fault"),
+    [("max_prompt_tokens", "made.jsonl:2: 6"), ("max_completion_tokens", "made.jsonl:3: 11")],
+)
+def test_a_part_that_is_too_long_is_an_error_that_names_its_row(parts, key, fault):
+    expected = rf"{fault} tokens are more than \[data\] {key} = {PARTS[key]} \(2 of 4 traces"
+    with pytest.raises(InputError, match=expected):
+        chosen(parts, objective_needs="positives", **{key: PARTS[key]})
+
+
 @pytest.mark.parametrize("overlong", ["error", "drop", "truncate"])
 def test_a_kept_trace_longer_than_a_row_is_an_error_whatever_overlong_says(tokens, overlong):
     with pytest.raises(
@@ -201,3 +231,11 @@ def test_fewer_units_than_one_batch_is_an_error():
         Schedule(31, 0, None, None, 0)
     with pytest.raises(ValueError, match="from 1"):
         Schedule(31, 1, None, None, 0).units(0)
+
+
+@pytest.mark.parametrize(("epochs", "max_steps"), [(None, 2), (1, None), (2, None)])
+def test_what_is_drawn_is_the_union_of_all_steps(epochs, max_steps):
+    schedule = Schedule(num_units=23, batch=4, epochs=epochs, max_steps=max_steps, seed=3)
+    units = {int(u) for step in range(1, schedule.total_steps + 1) for u in schedule.units(step)}
+    assert schedule.drawn().tolist() == sorted(units)
+    assert len(units) == {(None, 2): 8, (1, None): 20}.get((epochs, max_steps), len(units))

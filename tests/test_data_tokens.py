@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from data_cases import CHATML, save_tokenizer, settings, shared_data, write_rows
 from transformers import AutoTokenizer
 
 from redi.engine.console import Console
+from redi.engine.data import digests
 from redi.engine.data import tokens as tokens_module
 from redi.engine.data.cache import open_cache
 from redi.engine.data.packing import IGNORE, build_batch
-from redi.engine.data.rows import read_rows
+from redi.engine.data.rows import Source, read_rows
 from redi.engine.data.tokens import TokenizedTraces, TokenSettings, tokenize
 from redi.engine.errors import InputError
 
@@ -218,10 +220,11 @@ def test_what_cannot_be_tokenized_is_the_users_error(make, tmp_path, tiny):
         make([PAIR], silent)
 
 
-def test_nothing_left_by_the_filter_is_an_error_with_counts(make, tiny):
+def test_nothing_left_by_the_filter_is_an_error_with_counts(make, tiny, tmp_path):
     row = {"problem": "p", "source": "s", "problem_is_valid": "No", "generations": []}
     with pytest.raises(InputError, match="no trace is left; dropped: 2 problem not valid"):
         make([{**row, "correctness": {}}] * 2, tiny)
+    assert not list(tmp_path.rglob("traces.arrow*"))
 
 
 def numbered(count: int) -> list[dict[str, Any]]:
@@ -283,6 +286,78 @@ def test_tokens_are_read_from_the_cache_and_named_by_todays_path(tmp_path, tiny,
     found = tokenize(settings(str(moved), tiny), cache, processes=1, console=Console())
     assert found.key == made.key
     assert found.where(3) == f"{moved}:4"
+
+
+def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    path, cache = tmp_path / "large.jsonl", tmp_path / "cache"
+    with path.open("wb") as file:
+        file.truncate(digests.WORTH_REMEMBERING)
+    monkeypatch.setattr(digests, "_CLOCK_TICK", 0)
+    hashed = []
+    really = digests._hashed
+    monkeypatch.setattr(digests, "_hashed", lambda *a: hashed.append(a) or really(*a))
+
+    def digest() -> str:
+        return digests.source_digest(Source(str(path), "jsonl"), cache)
+
+    first = digest()
+    assert digest() == first
+    assert len(hashed) == 1
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"x")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # a change that hides itself
+    second = digest()
+    assert second != first
+    assert digest() == second
+    assert len(hashed) == 2
+    shutil.copy2(path, tmp_path / "copy")
+    (tmp_path / "copy").replace(path)  # another file in its place, with the same bytes and times
+    assert digest() == second
+    assert len(hashed) == 3
+    (cache / "digests.json").write_text("[")  # cut off
+    assert digest() == second
+    monkeypatch.setattr(digests, "_CLOCK_TICK", 3600 * 10**9)
+    path.touch()
+    digest()
+    digest()
+    assert len(hashed) == 6  # changed so lately that it may change again unseen
+
+
+def test_a_set_found_again_loads_no_tokenizer_whose_files_are_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "_CLOCK_TICK", 0)
+    encoder, loads = tokens_module.Encoder, []
+    monkeypatch.setattr(tokens_module, "Encoder", lambda *a: loads.append(a) or encoder(*a))
+    path = write_rows(tmp_path / "rows.jsonl", [PAIR])
+    folder = tmp_path / "tokenizer"
+
+    def key(**options: Any) -> str:
+        wanted = settings(path, str(folder), **options)
+        return tokenize(wanted, tmp_path / "cache", processes=1, console=QUIET).key
+
+    save_tokenizer(folder)
+    first = key()
+    assert key() == first
+    assert len(loads) == 1
+    assert key(template="none") != first  # to tokenize
+    assert len(loads) == 2
+    template = folder / "chat_template.jinja"
+    times = template.stat()
+    template.write_text(CHATML.replace("user", "USER").replace("assistant", "ASSISTANT"))
+    os.utime(template, ns=(times.st_atime_ns, times.st_mtime_ns))  # a change that hides itself
+    second = key()
+    assert second != first
+    assert len(loads) == 3
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "short.jinja").write_text("{{ messages }}")
+    assert key() not in (first, second)
+    assert len(loads) == 4
+    shutil.rmtree(folder)
+    save_tokenizer(folder)  # other files with the content of the first
+    assert key() == first
+    monkeypatch.setattr(digests, "version", lambda name: "another")
+    assert key() == first
+    assert len(loads) == 6
 
 
 def test_whatever_shapes_the_tokens_changes_the_key(tmp_path, tiny, monkeypatch):
@@ -356,7 +431,8 @@ def test_an_error_in_the_data_leaves_no_cache_behind(tmp_path, tiny):
     path = write_rows(tmp_path / "rows.jsonl", [*numbered(300), {"prompt": "p", "completion": ""}])
     with pytest.raises(InputError, match=r"rows.jsonl:301"):
         tokenize(settings(path, tiny), tmp_path / "cache", processes=1, console=QUIET)
-    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    left = {file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    assert left <= {"digests.json"}
 
 
 def _tokenize_and_report(wanted: TokenSettings, cache: Path, results: Any) -> None:

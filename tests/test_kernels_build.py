@@ -63,7 +63,9 @@ def assert_nothing_spills(made: dict[tuple[str, str], dict[str, Any]]) -> None:
     assert len(made) >= 13
     for name, build in made.items():
         assert build["spills"] == build["stack_bytes"] == 0, name
-        assert 0 < build["registers"] <= 128, name
+        # A product keeps 128 sums a thread, and one program fills an SM.
+        product = name[1] in ("exp product", "exp repair product", "exp repair maxima")
+        assert 0 < build["registers"] <= (255 if product else 128), name
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,21 @@ def test_log_probs_alone_write_no_gradient(sm_90: dict[tuple[str, str], dict[str
     found = Instructions.of(sm_90["sm_90", "log-probs"]["assembly"])
     assert found.count("LDG.E.128") == 4
     assert found.count("STG") == 1
+
+
+def test_the_product_with_exponentials_is_made_of_hopper_s_instructions(
+    sm_90: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    """Products of four warps at a time, tiles by descriptors both ways, exp2 on the spot."""
+    build = sm_90["sm_90", "exp product"]
+    sass = build["assembly"]
+    assert sass.count("HGMMA.64x256x16.F32.BF16") == 4  # 64 of D in steps of 16
+    assert sass.count("UTMALDG.2D") >= 2
+    assert sass.count("UTMASTG.2D") >= 1
+    assert 128 <= sass.count("MUFU.EX2") < 256  # of a thread's 128 sums, once each
+    assert build["shared_bytes"] <= 227 << 10
+    found = Instructions.of(sass)
+    assert found.count("LDG.E.128") == found.count("ATOM") + found.count("RED.") == 0
 
 
 # Prints how Triton specialises the row kernel for rows of different numbers of sequences, and for

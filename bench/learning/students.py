@@ -26,8 +26,9 @@ from redi.engine.data.schedule import Pairing, Schedule
 from redi.engine.generate import Sampling, generate
 from redi.engine.model.student import Student
 from redi.engine.scoring import score
-from redi.engine.train.objectives import Objective, StepTotals, formula
+from redi.engine.train.objectives import formula
 from redi.engine.train.optimizer import learning_rate, make_optimizer, squared_update, step_if
+from redi.engine.train.row_loss import Objective, StepTotals
 
 TEMPERATURE = 0.7
 

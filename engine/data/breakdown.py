@@ -1,33 +1,43 @@
-"""A closer look at a set: by teacher and file, against the limit, positives against negatives."""
+"""A closer look at a set: by teacher, source and file, and positives against negatives."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from redi.engine.data.cache import TokenizedTraces
+from redi.engine.data.overview import PERCENTILES, Lengths, sum_up
 from redi.engine.data.schedule import Examples
 
 _PAIRS_COMPARED = 1000
 """Pairs whose tokens are read, evenly spaced."""
+MOST_ORIGINS = 20
+"""Of a kind that are shown one by one."""
 _COLOURS = {"prompt": "#999999", "positive": "#0072b2", "negative": "#d55e00"}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The traces of one teacher or one file."""
+    """The traces of one teacher, source or file; read, used or not."""
 
     kind: str
-    """"teacher" or "file"."""
+    """"teacher", "source" (the row's column) or "file"."""
     name: str
-    positives: int
-    """Read, used or not; so are the negatives."""
-    negatives: int
     used: int
-    median_tokens: int
-    """Of a completion."""
+    positive: Lengths
+    """Of completions; so is the next."""
+    negative: Lengths
+    prompt: Lengths
+    """Each trace's prompt counts."""
+    over_limit: int
+    """Longer than max_tokens."""
+    repeated: int
+    """With the sign, prompt and completion of an earlier trace of the set."""
+    identical_pairs: int
+    """Pairs whose positive is from here, and is the negative too, token for token."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Breakdown:
     """What `break_down` finds."""
 
     origins: list[Origin]
+    """Of each kind the largest, at most MOST_ORIGINS, and one for all others."""
     max_tokens: int
     over_limit: dict[str, float]
     """Share of the "positive" and "negative" traces that are longer than max_tokens."""
@@ -52,29 +63,64 @@ def break_down(tokens: TokenizedTraces, examples: Examples, max_tokens: int) -> 
     """
     used = np.zeros(len(tokens), dtype=bool)
     used[examples.units] = True
-    completions = tokens.lengths - tokens.prompt_lengths
-    numbers, teachers = tokens.teacher_numbers()
-    files = [Path(name).name for name in tokens.sources]
-    origins = []
-    for kind, of_trace, names in (
-        ("teacher", numbers, teachers),
-        ("file", tokens.source_numbers, files),
-    ):
-        for number, name in enumerate(names):
-            own = of_trace == number
-            if own.any():
-                positives = int(np.sum(tokens.signs[own] > 0))
-                negatives = int(own.sum()) - positives
-                median = int(np.median(completions[own]))
-                origins.append(
-                    Origin(kind, name, positives, negatives, int(used[own].sum()), median)
-                )
+    repeated = _repeated(tokens)
+    identical = np.zeros(len(tokens), dtype=np.int64)
+    if examples.units.shape[1] == 2:
+        first, second = examples.units.T
+        same = tokens.digests[first] == tokens.digests[second]
+        np.add.at(identical, first[same], 1)
+
+    def origin(kind: str, name: str, own: np.ndarray) -> Origin:
+        prompts, signs = tokens.prompt_lengths[own], tokens.signs[own]
+        completions = tokens.lengths[own] - prompts
+        return Origin(
+            kind,
+            name,
+            int(used[own].sum()),
+            sum_up(completions[signs > 0]),
+            sum_up(completions[signs < 0]),
+            sum_up(prompts),
+            int(np.sum(tokens.lengths[own] > max_tokens)),
+            int(repeated[own].sum()),
+            int(identical[own].sum()),
+        )
+
+    origins = [
+        origin(kind, name, own)
+        for kind, numbers, names in (
+            ("teacher", *tokens.names("teacher")),
+            ("source", *tokens.names("origin")),
+            ("file", tokens.source_numbers, [Path(name).name for name in tokens.sources]),
+        )
+        if any(names)  # a column that no row has says nothing
+        for name, own in _largest(numbers, names)
+    ]
     over = {
         name: float(np.mean(tokens.lengths[tokens.signs == sign] > max_tokens))
         for name, sign in (("positive", 1), ("negative", -1))
         if (tokens.signs == sign).any()
     }
     return Breakdown(origins, max_tokens, over, _overlap(tokens, examples.units))
+
+
+def _largest(numbers: np.ndarray, names: Sequence[str | None]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each of the largest origins, in the order of the names, and which traces are its own."""
+    sizes = np.bincount(numbers, minlength=len(names))
+    largest = np.sort(np.argsort(-sizes, kind="stable")[:MOST_ORIGINS])
+    for number in largest[sizes[largest] > 0].tolist():
+        yield names[number] or "none", np.flatnonzero(numbers == number)
+    if len(names) > MOST_ORIGINS:
+        others = np.flatnonzero(~np.isin(numbers, largest))
+        yield f"{len(names) - MOST_ORIGINS:,} others", others
+
+
+def _repeated(tokens: TokenizedTraces) -> np.ndarray:
+    """Which traces repeat an earlier one of their sign, bool [n]."""
+    order = np.lexsort((tokens.signs, tokens.digests))
+    digests, signs = tokens.digests[order], tokens.signs[order]
+    again = np.zeros(len(tokens), dtype=bool)
+    again[order[1:]] = (digests[1:] == digests[:-1]) & (signs[1:] == signs[:-1])
+    return again
 
 
 def _overlap(tokens: TokenizedTraces, units: np.ndarray) -> float | None:
@@ -93,16 +139,25 @@ def _overlap(tokens: TokenizedTraces, units: np.ndarray) -> float | None:
     return float(np.mean(shares))
 
 
-ORIGIN_COLUMNS = ("", "name", "correct", "incorrect", "used", "median tokens")
+ORIGIN_COLUMNS = (
+    *("", "name", "correct", "p50", "p95", "incorrect", "p50", "p95"),
+    *("used", "too long", "repeated"),
+)
 
 
 def origin_rows(found: Breakdown) -> list[tuple[str, ...]]:
-    """The table of origins, under ORIGIN_COLUMNS."""
+    """The table of origins, under ORIGIN_COLUMNS; lengths are those of completions, in tokens."""
+    middle = [PERCENTILES.index(p) for p in (50, 95)]
     return [
         (
             one.kind,
             one.name,
-            *(f"{n:,}" for n in (one.positives, one.negatives, one.used, one.median_tokens)),
+            *(
+                f"{n:,}"
+                for lengths in (one.positive, one.negative)
+                for n in (lengths.count, *(lengths.percentiles[place] for place in middle))
+            ),
+            *(f"{n:,}" for n in (one.used, one.over_limit, one.repeated)),
         )
         for one in found.origins
     ]

@@ -8,15 +8,17 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
-from redi.engine.errors import RunError
+from redi.engine.errors import InputError, RunError
 
 _DATA = "traces.arrow"
 _META = "meta.json"
@@ -29,6 +31,7 @@ SCHEMA = pa.schema(
         ("sign", pa.int8()),
         ("weight", pa.float32()),
         ("teacher", pa.string()),
+        ("origin", pa.string()),
         ("row", pa.int64()),
         ("digest", pa.uint64()),
         ("unknown", pa.int32()),
@@ -61,11 +64,11 @@ class TokenizedTraces:
     """A complete cache, memory-mapped: token ids stay on disk until they are asked for.
 
     Attributes (n traces, in the order of the input):
-        key: hash of everything that shaped the tokens.
+        key: hash of everything that shaped the tokens, and of the choice of teachers.
         lengths: int64 [n], prompt and completion with its end.
         prompt_lengths: int64 [n].
         signs: int8 [n], +1 or -1.
-        groups: int64 [n], dense problem numbers in order of first appearance.
+        groups: int64 [n], problem numbers in order of first appearance in the file.
         weights: float32 [n].
         digests: uint64 [n], hash of prompt and completion; equal for equal tokens.
         unknown: int32 [n], tokens that the tokenizer does not know.
@@ -75,41 +78,96 @@ class TokenizedTraces:
         sources: names of the input files.
     """
 
-    def __init__(self, folder: Path, meta: Meta, sources: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        meta: Meta,
+        sources: Sequence[str],
+        teachers: Sequence[str] = (),
+        teacher_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """Opens the files; `of_teachers` has the meaning of the last two."""
         self.folder = folder
         self.key = meta.key
         self.dropped = meta.dropped
         self.control_tokens = meta.control_tokens
         self.sources = tuple(sources)
         self._meta = meta
+        self._teachers = tuple(teachers)
+        self._teacher_weights = dict(teacher_weights or {})
         reader = pa.ipc.open_file(pa.memory_map(str(folder / _DATA)))
-        batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
-        self._starts = np.cumsum([0] + [batch.num_rows for batch in batches])
-        self._offsets = [batch["ids"].offsets.to_numpy() for batch in batches]
-        self._values = [batch["ids"].values.to_numpy() for batch in batches]
-        self._teachers = [batch["teacher"] for batch in batches]
-        lengths = [np.diff(offsets) for offsets in self._offsets]
-        self.lengths = np.concatenate(lengths).astype(np.int64)
+        self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches])
+        self._offsets = [batch["ids"].offsets.to_numpy() for batch in self._batches]
+        self._values = [batch["ids"].values.to_numpy() for batch in self._batches]
+        self._places: np.ndarray | None = None  # of the traces that stay; None: of all
+        if self._teachers or self._teacher_weights:
+            factors = self._teacher_factors()
+            self._places = np.flatnonzero(factors)
+        self.lengths = self._chosen([np.diff(offsets) for offsets in self._offsets])
+        self.lengths = self.lengths.astype(np.int64)
+        self.prompt_lengths = self._column("prompt_length")
+        self.signs = self._column("sign")
+        self.groups = self._column("group")
+        self.weights = self._column("weight")
+        self.digests = self._column("digest")
+        self.unknown = self._column("unknown")
+        self.control = self._column("control")
+        self._source_numbers = self._column("source")
+        self._row_numbers = self._column("row")
+        if self._places is not None:
+            self.weights = self.weights * factors[self._places]
+        if self._teachers:
+            chosen = "\n".join([meta.key, *sorted(self._teachers)])
+            self.key = xxhash.xxh3_128_hexdigest(chosen.encode())
+            others = len(factors) - len(self)
+            self.dropped = {**meta.dropped, "of other teachers": others} if others else meta.dropped
 
-        def column(name: str) -> np.ndarray:
-            return np.concatenate([batch[name].to_numpy() for batch in batches])
+    def _column(self, name: str) -> np.ndarray:
+        return self._chosen([batch[name].to_numpy() for batch in self._batches])
 
-        self.prompt_lengths = column("prompt_length")
-        self.signs = column("sign")
-        self.groups = column("group")
-        self.weights = column("weight")
-        self.digests = column("digest")
-        self.unknown = column("unknown")
-        self.control = column("control")
-        self._source_numbers = column("source")
-        self._row_numbers = column("row")
+    def _chosen(self, parts: list[np.ndarray]) -> np.ndarray:
+        whole = np.concatenate(parts)
+        return whole if self._places is None else whole[self._places]
+
+    def of_teachers(
+        self, teachers: Sequence[str], weights: Mapping[str, float]
+    ) -> "TokenizedTraces":
+        """The same set with the traces of these teachers alone, their weights multiplied.
+
+        Args:
+            teachers: those that stay; none: all, traces that name none too.
+            weights: a factor for the traces of a teacher, finite and > 0; 1 for the others.
+
+        Raises InputError for a teacher that the set does not have.
+        """
+        if not (teachers or weights):
+            return self
+        return TokenizedTraces(self.folder, self._meta, self.sources, teachers, weights)
+
+    def _teacher_factors(self) -> np.ndarray:
+        """What each trace's weight is multiplied by, float32; 0 for one that goes."""
+        numbers, names = self.names("teacher")
+        known = [name for name in names if name is not None]
+        for name in (*self._teachers, *self._teacher_weights):
+            if name not in known:
+                found = ", ".join(known[:20]) or "no column teacher"
+                raise InputError(f"[data] teacher {name!r} is not in the data; it has: {found}")
+        factors = [
+            self._teacher_weights.get(name or "", 1.0)
+            if not self._teachers or name in self._teachers
+            else 0.0
+            for name in names
+        ]
+        return np.array(factors, dtype=np.float32)[numbers]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __reduce__(self) -> tuple[object, ...]:
         # A memory map cannot be sent to a worker process; the worker opens its own.
-        return TokenizedTraces, (self.folder, self._meta, self.sources)
+        values = (self.folder, self._meta, self.sources, self._teachers, self._teacher_weights)
+        return TokenizedTraces, values
 
     def ids(self, index: int) -> np.ndarray:
         """Token ids of a trace, int32 [lengths[index]]: a read-only view of the file."""
@@ -125,13 +183,13 @@ class TokenizedTraces:
     def teacher(self, index: int) -> str | None:
         """The trace's teacher, if the row named one."""
         batch, position = self._locate(index)
-        return self._teachers[batch][position].as_py()
+        return self._batches[batch]["teacher"][position].as_py()
 
-    def teacher_numbers(self) -> tuple[np.ndarray, list[str]]:
-        """(int64 [n] into the names, names); traces without a teacher count as "none"."""
-        known = pa.chunked_array(self._teachers).fill_null("none").combine_chunks()
-        encoded = known.dictionary_encode()
-        return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
+    def names(self, column: Literal["teacher", "origin"]) -> tuple[np.ndarray, list[str | None]]:
+        """(int64 [n] into the names, names in order of first appearance; None: the row has none)"""
+        whole = pa.chunked_array([batch[column] for batch in self._batches])
+        encoded = whole.dictionary_encode("encode").combine_chunks()
+        return self._chosen([encoded.indices.to_numpy()]), encoded.dictionary.to_pylist()
 
     @property
     def source_numbers(self) -> np.ndarray:
@@ -141,8 +199,9 @@ class TokenizedTraces:
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"trace {index} of {len(self)}")
-        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return batch, int(index - self._starts[batch])
+        place = index if self._places is None else int(self._places[index])
+        batch = int(np.searchsorted(self._starts, place, side="right")) - 1
+        return batch, int(place - self._starts[batch])
 
 
 def open_cache(folder: Path, sources: Sequence[str] | None = None) -> TokenizedTraces | None:
@@ -173,7 +232,8 @@ def write_cache(
     Args:
         folder: made if absent.
         batches: consumed one by one; the set is never held in memory.
-        describe: makes the meta data once all is written, from (bytes, rows).
+        describe: makes the meta data once all is written, from (bytes, rows); what it raises
+            leaves nothing behind.
 
     Both files get a name of their own first and are then renamed, so that a reader or a second
     writer never meets half a file. Two writers of one key write the same bytes.
@@ -189,8 +249,7 @@ def write_cache(
                 for batch in batches:
                     writer.write_batch(batch)
                     rows += batch.num_rows
-            size = path.stat().st_size
-        meta = describe(size, rows)
+            meta = describe(path.stat().st_size, rows)
         with _Temporary(folder / _META) as path:
             path.write_text(json.dumps(asdict(meta), indent=1))
     except OSError as error:

@@ -3,6 +3,7 @@
 The rules are those of arXiv 2505.24850 (appendix on data); what each leaves out is counted.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from typing import Any
 
 from redi.engine.checkers import final_answer
 from redi.engine.data.rows import Row
-from redi.engine.data.traces import Generation, read_openr1
+from redi.engine.data.traces import Generation, read_openr1, read_text
 from redi.engine.errors import InputError
 from redi.engine.prepare_options import PrepareOptions
 
-_END_OF_THOUGHT = "</think>"
+_START_OF_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
+# The last line that says "answer": a thought may hold such a line of its own.
+_THINK_ANSWER = re.compile(r"think\n(.*)\nanswer\n(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +26,16 @@ class Selection:
     """What one row gives: rows of the shapes that training reads."""
 
     sft: list[dict[str, Any]]
-    """Of D_SFT: id, prompt, completion."""
+    """Of D_SFT: id, prompt, source, completion, and the row's teacher and weight if it has any."""
     pref: list[dict[str, Any]]
-    """Of D_Pref before its limits on length: id, prompt, chosen, rejected."""
+    """Of D_Pref before its limits on length: chosen and rejected in the place of completion."""
 
 
 def select_traces(row: Row, options: PrepareOptions, counts: Counter[str]) -> Selection:
     """Applies every rule but those on length to a row.
 
     Args:
-        row: a row of OpenR1-Math-Raw; it may have a column teacher.
+        row: a row of OpenR1-Math-Raw.
         options: the rules.
         counts: what the rules leave out is added here, by reason, and the problems by what
             generations they keep.
@@ -43,10 +46,6 @@ def select_traces(row: Row, options: PrepareOptions, counts: Counter[str]) -> Se
     for column in ("problem", "source", "problem_is_valid", "generations", "correctness"):
         if column not in row.value:
             raise InputError(f"{row.where}: column {column!r} is missing: not OpenR1-Math-Raw")
-    teacher = row.value.get("teacher")
-    if options.teachers and teacher not in options.teachers:
-        counts["rows of another teacher"] += 1
-        return nothing
     dropped: Counter[str] = Counter()
     generations = read_openr1(row, dropped, options.exclude_sources)
     if not generations and not dropped:
@@ -59,17 +58,17 @@ def select_traces(row: Row, options: PrepareOptions, counts: Counter[str]) -> Se
             counts["problems without a generation that stays"] += 1
         return nothing
     kinds = [name for name, one in (("correct", correct), ("incorrect", incorrect)) if one]
-    counts[f"problems with {' and '.join(kinds)} generations"] += 1
-    prompt = row.value["problem"]
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError(f"{row.where}: column 'problem' must be text")
-    shared: dict[str, Any] = {"prompt": prompt}
-    if (name := row.value.get("uuid", row.value.get("id"))) is not None:
-        shared = {"id": name, **shared}
-    if teacher is not None:
-        shared["teacher"] = teacher
-    if teacher in options.teacher_weights:
-        shared["weight"] = options.teacher_weights[teacher]
+    alone = " alone" if len(kinds) == 1 else ""
+    counts[f"problems with {' and '.join(kinds)} generations{alone}"] += 1
+    shared = {
+        "id": row.value.get("uuid", row.value.get("id")),
+        "prompt": read_text(row, "problem", row.value["problem"]),
+        **{column: row.value.get(column) for column in ("source", "teacher", "weight")},
+    }
+    shared = {column: value for column, value in shared.items() if value is not None}
+    for column, value in shared.items():
+        if isinstance(value, str):
+            read_text(row, column, value, empty=True)
     return Selection(
         [{**shared, "completion": text} for text in _taken(correct, options.take)],
         [
@@ -89,15 +88,17 @@ def _sorted_out(
     incorrect: list[str] = []
     for one in generations:
         text = one.text
-        if options.finished and not is_finished(text):
-            counts["generations unfinished"] += 1
-            continue
+        if options.open_think and (tagged := with_think_tags(text)) != text:
+            counts["generations given think tags"] += 1
+            text = tagged
+        if not is_finished(text):
+            if options.finished:
+                counts["generations unfinished"] += 1
+                continue
+            counts["generations unfinished, kept"] += 1
         if options.verifiers == "agree" and one.llama != one.math_verify:
             counts["generations on which the verifiers differ"] += 1
             continue
-        if options.open_think and _END_OF_THOUGHT in text and "<think>" not in text:
-            counts["generations given a <think>"] += 1
-            text = f"<think>\n{text}"
         (correct if _VERDICTS[options.verifiers](one) else incorrect).append(text)
     return correct, incorrect
 
@@ -109,6 +110,23 @@ _VERDICTS: dict[str, Callable[[Generation], bool]] = {
     "llama": lambda one: one.llama,
     "math": lambda one: one.math_verify,
 }
+
+
+def with_think_tags(text: str) -> str:
+    """The trace with its thought between <think> and </think>.
+
+    Two ways of writing it are known: with </think> alone (R1 behind a prompt that opens the
+    thought), and with a first line "think" and a line "answer" (s1.1, whose markers those are).
+    A trace written in another way is returned as it is.
+    """
+    if _START_OF_THOUGHT in text:
+        return text
+    if _END_OF_THOUGHT in text:
+        return f"{_START_OF_THOUGHT}\n{text}"
+    if found := _THINK_ANSWER.fullmatch(text):
+        thought, answer = found.groups()
+        return f"{_START_OF_THOUGHT}\n{thought}\n{_END_OF_THOUGHT}\n\n{answer}"
+    return text
 
 
 def is_finished(text: str) -> bool:

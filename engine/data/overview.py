@@ -35,6 +35,11 @@ class Overview:
 
     traces: int
     """Traces read and tokenized, used or not."""
+    problems: int
+    """Of the traces read."""
+    only_positives: int
+    """Problems without a negative, and so without a pair."""
+    only_negatives: int
     left_out: dict[str, int]
     """Rows and traces that are not trained, by reason."""
     units: int
@@ -48,8 +53,8 @@ class Overview:
     """Distinct token sequences that are used both as a positive and as a negative."""
     identical_pairs: int
     """Pairs whose positive and negative are the same tokens."""
-    missing_ends: int
-    """Used traces that were truncated: their end is not trained."""
+    truncated: int
+    """Used traces that were cut off at a limit: their end is not trained."""
     unknown_tokens: int
     """Used traces with text that the tokenizer does not know."""
     control_tokens: int
@@ -66,6 +71,8 @@ class Overview:
     """A step's micro-steps, mean over the steps looked at."""
     rank_efficiency: float
     """See `Packing`; mean over the steps looked at."""
+    rank_efficiency_bound: float
+    """What each step's longest sequence allows, by any packing; mean over the same steps."""
     world_size: int
 
 
@@ -109,21 +116,28 @@ def look_over(
                 together=examples.together,
             )
         )
+    numbers = int(tokens.groups.max()) + 1
+    correct, incorrect = (
+        np.bincount(tokens.groups[tokens.signs == sign], minlength=numbers) > 0 for sign in (1, -1)
+    )
     _, one_per_problem = np.unique(tokens.groups[used], return_index=True)
     return Overview(
         traces=len(tokens),
+        problems=int(np.sum(correct | incorrect)),
+        only_positives=int(np.sum(correct & ~incorrect)),
+        only_negatives=int(np.sum(incorrect & ~correct)),
         left_out=tokens.dropped | examples.left_out,
         units=len(examples.units),
         paired=paired,
         lengths={
-            "prompt": _lengths(prompts[one_per_problem]),
-            "positive": _lengths(completions[signs > 0]),
-            "negative": _lengths(completions[signs < 0]),
+            "prompt": sum_up(prompts[one_per_problem]),
+            "positive": sum_up(completions[signs > 0]),
+            "negative": sum_up(completions[signs < 0]),
         },
         duplicates=len(used) - sum(map(len, distinct.values())),
         contradictions=len(np.intersect1d(distinct[1], distinct[-1], assume_unique=True)),
         identical_pairs=identical,
-        missing_ends=int(np.sum(kept < tokens.lengths[used])),
+        truncated=int(np.sum(examples.truncated[used])),
         unknown_tokens=int(np.sum(tokens.unknown[used] > 0)),
         control_tokens=int(np.sum(tokens.control[used] > 0)),
         control_names=tuple(tokens.control_tokens),
@@ -133,6 +147,7 @@ def look_over(
         left_over=schedule.dropped_per_epoch,
         micro_steps=float(np.mean([len(packing.rows) for packing in packings])),
         rank_efficiency=float(np.mean([packing.rank_efficiency for packing in packings])),
+        rank_efficiency_bound=float(np.mean([packing.bound for packing in packings])),
         world_size=world_size,
     )
 
@@ -143,7 +158,8 @@ def _distinct(values: np.ndarray) -> np.ndarray:
     return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]]
 
 
-def _lengths(lengths: np.ndarray) -> Lengths:
+def sum_up(lengths: np.ndarray) -> Lengths:
+    """Number, sum, percentiles and maximum of int64 [n] lengths; all 0 if there are none."""
     if not len(lengths):
         return Lengths(0, 0, (0,) * len(PERCENTILES), 0)
     percentiles = np.percentile(lengths, PERCENTILES, method="nearest")
@@ -167,12 +183,19 @@ def length_rows(overview: Overview) -> list[tuple[str, ...]]:
 def count_rows(overview: Overview) -> list[tuple[str, str]]:
     """The table of counts: what, how many."""
     unit = "pairs" if overview.paired else "sequences"
-    rows = [("traces read", f"{overview.traces:,}")]
+    rows = [("problems", f"{overview.problems:,}")]
+    for what, count in (
+        ("correct", overview.only_positives),
+        ("incorrect", overview.only_negatives),
+    ):
+        if count:
+            rows.append((f"- with {what} traces alone", f"{count:,}"))
+    rows.append(("traces read", f"{overview.traces:,}"))
     rows += [(f"- {reason}", f"{count:,}") for reason, count in overview.left_out.items()]
     rows += [
         (f"{unit} to train on", f"{overview.units:,}"),
         ("duplicates among their traces", f"{overview.duplicates:,}"),
-        ("ends that are not trained", f"{overview.missing_ends:,}"),
+        ("cut off, without their end", f"{overview.truncated:,}"),
         ("with text unknown to the tokenizer", f"{overview.unknown_tokens:,}"),
         ("with control tokens", f"{overview.control_tokens:,}"),
     ]
@@ -182,14 +205,16 @@ def count_rows(overview: Overview) -> list[tuple[str, str]]:
             ("both correct and incorrect", f"{overview.contradictions:,}"),
         ]
     ranks = f"{overview.world_size} rank{'s' if overview.world_size > 1 else ''}"
-    return [
-        *rows,
+    rows += [
         (f"steps of {overview.batch} {unit}", f"{overview.steps:,}"),
         ("epochs", f"{overview.epochs:.2f}"),
         ("left over in an epoch", f"{overview.left_over:,}"),
         ("micro-steps in a step", f"{overview.micro_steps:.1f}"),
         (f"rank efficiency, {ranks}", f"{overview.rank_efficiency:.2f}"),
     ]
+    if overview.rank_efficiency_bound < 0.995:
+        rows.append(("- the longest trace allows", f"{overview.rank_efficiency_bound:.2f}"))
+    return rows
 
 
 def warnings(overview: Overview) -> list[str]:

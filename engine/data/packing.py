@@ -6,7 +6,7 @@ that need its margin.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,9 @@ class Packing:
     """rows[micro_step][rank]: int64 positions into `lengths`, rising; empty for a dummy row."""
     rank_efficiency: float
     """Total cost / (ranks x sum over micro-steps of the slowest rank's cost), in (0, 1]."""
+    bound: float
+    """The most that `rank_efficiency` can be: some rank runs the dearest sequence (or neighbours
+    that share a row), and the others cannot have less time for the rest."""
 
 
 # How far a micro-step may exceed its fair share of the cost that is left: see `_levelled`.
@@ -87,7 +90,7 @@ def _pack_together(
     packing = _pack(tokens, costs, row_tokens, world_size)
     members = np.arange(len(lengths)).reshape(-1, together)
     rows = tuple(tuple(members[row].reshape(-1) for row in step) for step in packing.rows)
-    return Packing(rows, packing.rank_efficiency)
+    return replace(packing, rows=rows)
 
 
 def _pack(lengths: np.ndarray, costs: np.ndarray, row_tokens: int, world_size: int) -> Packing:
@@ -176,6 +179,7 @@ def _packing(rows: list[list[int]], costs: np.ndarray, world_size: int) -> Packi
     return Packing(
         tuple(tuple(np.array(sorted(rows[i]), dtype=np.int64) for i in step) for step in by_cost),
         float(costs.sum() / (world_size * slowest)),
+        min(1.0, float(costs.sum() / (world_size * costs.max()))),
     )
 
 

@@ -18,7 +18,6 @@ from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from redi.engine.data.formats import FORMATS, resolve_format
 from redi.engine.errors import InputError
@@ -27,8 +26,10 @@ FILE_KINDS = ("jsonl", "json", "parquet", "csv")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.\[\]%-]+)?")
 # A CSV cell is text; in these columns the text is JSON.
 _CSV_JSON_COLUMNS = ("messages", "traces", "generations", "correctness")
-_CSV_OPTIONAL_COLUMNS = ("id", "teacher", "weight")
+_CSV_OPTIONAL_COLUMNS = ("id", "teacher", "weight", "source")
 _PARQUET_ROWS = 64
+_CR_ALONE = "lines end in CR alone, as on old Macs; save it with LF"
+_ZERO_BYTES = "holds zero bytes; it looks like UTF-16; save it as UTF-8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +59,6 @@ class Source:
     """The path, or "owner/name:split"."""
     kind: str
     """One of FILE_KINDS, or "hub"."""
-
-    def digest(self) -> str:
-        """Hash of the content (for the hub: of the data set's own fingerprint)."""
-        hasher = xxhash.xxh3_128(self.kind.encode())
-        if self.kind == "hub":
-            hasher.update(_hub_dataset(self.name)._fingerprint.encode())
-            return hasher.hexdigest()
-        try:
-            with open(self.name, "rb") as file:
-                while block := file.read(1 << 22):
-                    hasher.update(block)
-        except OSError as error:
-            raise InputError(f"{self.name}: cannot be read: {error.strerror}") from error
-        return hasher.hexdigest()
 
 
 def read_rows(paths: Sequence[str], format: str) -> Iterator[Row]:
@@ -139,7 +126,8 @@ def scan_source(source: Source, format: str) -> Iterator[Row | InputError]:
                 yield InputError(f"{where}: a row must be a JSON object, not {kind}")
                 continue
             if not shape:
-                shape = resolve_format(format, value.keys(), where)
+                place = f"{source.name}:1: the header row" if source.kind == "csv" else where
+                shape = resolve_format(format, value.keys(), place)
                 labelled = "label" in value
             # A row whose label was forgotten must not pass for a positive.
             if "label" in FORMATS[shape].optional and ("label" in value) != labelled:
@@ -162,7 +150,7 @@ def scan_source(source: Source, format: str) -> Iterator[Row | InputError]:
 def _numbered_values(source: Source, format: str) -> Iterator[tuple[int, Any]]:
     """Rows as parsed, counted from 1; an InputError for one that cannot be."""
     if source.kind == "hub":
-        dataset = _hub_dataset(source.name)
+        dataset = hub_dataset(source.name)
         columns = _wanted_columns(dataset.column_names, format, source.name)
         yield from enumerate(dataset.select_columns(columns), start=1)
         return
@@ -203,6 +191,8 @@ def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)  # a long trace is one cell; the default stops at 128 KiB
     lines = _decoded_lines(file, name)
     first = next(lines, "")
+    if "\r" in first.rstrip("\r\n"):
+        raise InputError(f"{name}:1: {_CR_ALONE}")
     if excel := first.lower().startswith("sep="):  # Excel's own way to name the delimiter
         first = next(lines, "")
     delimiter = max(",;\t", key=first.count)  # spreadsheets of half the world write ";"
@@ -243,13 +233,17 @@ def _csv_row(
 
 def _decoded_lines(file: IO[bytes], name: str) -> Iterator[str]:
     for number, line in enumerate(file, start=1):
+        if b"\0" in line:
+            raise InputError(f"{name}:{number}: {_ZERO_BYTES}")
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            hint = "; it looks like UTF-16" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
-            raise InputError(
-                f"{name}:{number}: not valid UTF-8: {error.reason}{hint}; save it as UTF-8"
-            ) from error
+            raise InputError(f"{name}:{number}: {_not_utf8(line, error)}") from error
+
+
+def _not_utf8(text: bytes, error: UnicodeDecodeError) -> str:
+    hint = "; it looks like UTF-16" if text.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
+    return f"not valid UTF-8: {error.reason}{hint}; save it as UTF-8"
 
 
 def _parsed_or_error(text: bytes, name: str, line: int) -> Any:
@@ -262,16 +256,31 @@ def _parsed_or_error(text: bytes, name: str, line: int) -> Any:
 def _parse_json(text: bytes, name: str, line: int | None) -> Any:
     """Parses `text`; `line` is its line in the file, None if it is the whole file."""
     try:
-        return json.loads(text)
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         row = error.lineno if line is None else line
-        place = f"column {error.colno}"
-        raise InputError(f"{name}:{row}: not valid JSON: {error.msg} ({place})") from error
+        problem = f"not valid JSON: {error.msg} (column {error.colno})"
+        if b"\0" in text:
+            problem = _ZERO_BYTES
+        elif line is not None and b"\r" in text.strip():
+            problem = _CR_ALONE
+        raise InputError(f"{name}:{row}: {problem}") from error
     except UnicodeDecodeError as error:
         row = text[: error.start].count(b"\n") + 1 if line is None else line
-        raise InputError(f"{name}:{row}: not valid UTF-8: {error.reason}") from error
+        raise InputError(f"{name}:{row}: {_not_utf8(text, error)}") from error
     except RecursionError as error:
         raise InputError(f"{name}:{line or 1}: not valid JSON: nested too deeply") from error
+    except ValueError as error:  # a key twice, or a number of thousands of digits
+        raise InputError(f"{name}:{line or 1}: not valid JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} is there {names.count(twice)} times in one object")
+    return value
 
 
 def _first_byte(file: IO[bytes]) -> bytes:
@@ -295,7 +304,7 @@ def _kind_name(value: object) -> str:
 
 
 @lru_cache(maxsize=8)
-def _hub_dataset(name: str) -> Any:
+def hub_dataset(name: str) -> Any:
     """The `datasets.Dataset` of "owner/name:split"."""
     import datasets  # imported late: slow, and local files do not need it
 

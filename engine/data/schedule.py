@@ -25,6 +25,8 @@ class Examples:
     """int64 [n, 1] or [n, 2] (positive, negative): indices of traces."""
     lengths: np.ndarray
     """int64 [traces], after truncation; of every trace, used or not."""
+    truncated: np.ndarray
+    """bool [traces]: whose end was cut off at a limit."""
     left_out: dict[str, int]
     """Counts of traces that are in no unit, by reason."""
     together: int = 1
@@ -37,6 +39,8 @@ def select(
     objective_needs: Needs,
     pairing: Pairing = "zip",
     max_tokens: int,
+    max_prompt_tokens: int | None = None,
+    max_completion_tokens: int | None = None,
     overlong: Overlong,
     row_tokens: int,
     untrained_end: int | None = None,
@@ -51,8 +55,10 @@ def select(
             combination. For positives, "first" takes one a problem and the others all; for
             traces, "first" takes one of each sign.
         max_tokens: the longest sequence allowed, prompt and completion with its end.
+        max_prompt_tokens, max_completion_tokens: limits on its parts; None: no further limit.
         overlong: what becomes of a longer one: "error"; "drop" leaves it out (before pairing);
-            "truncate" cuts its end off, or leaves it out if no completion token would remain.
+            "truncate" cuts its end off, or leaves it out if its prompt is too long or no
+            completion token would remain.
         row_tokens: the longest sequence that packing can place; a longer one that was kept is
             an error, whatever `overlong` says.
         untrained_end: the end-of-sequence token, if it is not to be trained; None: it is. Nothing
@@ -67,14 +73,22 @@ def select(
     if objective_needs == "positives":
         usable = tokens.signs > 0
     left_out: Counter[str] = Counter()
+    prompts = tokens.prompt_lengths
+    limits = np.full(len(tokens), max_tokens)
+    if max_completion_tokens is not None:
+        limits = np.minimum(limits, prompts + max_completion_tokens)
+    over = lengths > limits
+    if overlong != "error":
+        # A prompt is never cut: without its end it is another problem.
+        emptied = overlong == "truncate" and prompts >= max_tokens
+        long_prompt = prompts > (max_prompt_tokens or np.inf)
+        left_out["prompt too long, dropped"] = int(np.sum(usable & (long_prompt | emptied)))
+        usable = usable & ~(long_prompt | emptied)
     if overlong == "drop":
-        left_out["overlong dropped"] = int(np.sum(usable & (lengths > max_tokens)))
-        usable = usable & (lengths <= max_tokens)
+        left_out["overlong dropped"] = int(np.sum(usable & over))
+        usable = usable & ~over
     elif overlong == "truncate":
-        emptied = tokens.prompt_lengths >= max_tokens
-        left_out["prompt too long, dropped"] = int(np.sum(usable & emptied))
-        usable = usable & ~emptied
-        lengths = np.minimum(lengths, max_tokens)
+        lengths = np.minimum(lengths, limits)
 
     positives = _by_problem(tokens, usable, 1)
     used = np.zeros(len(tokens), dtype=bool)
@@ -95,12 +109,25 @@ def select(
         left_out["positives unpaired"] = int(np.sum(usable & ~used & (tokens.signs > 0)))
         left_out["negatives unpaired"] = int(np.sum(usable & ~used & (tokens.signs < 0)))
     _check_units(tokens, units, objective_needs, left_out)
-    _check_lengths(tokens, np.flatnonzero(used), lengths, max_tokens, row_tokens)
+    raise_or_set = 'raise it, or set [data] overlong = "drop" or "truncate"'
+    for counts, limit, key, advice in (
+        (prompts, max_prompt_tokens, "[data] max_prompt_tokens", raise_or_set),
+        (lengths - prompts, max_completion_tokens, "[data] max_completion_tokens", raise_or_set),
+        (lengths, max_tokens, "[data] max_tokens", raise_or_set),
+        (
+            lengths,
+            row_tokens,
+            "[train] row_tokens",
+            "raise it, or lower [data] max_tokens with overlong set",
+        ),
+    ):
+        if limit is not None:
+            _check_lengths(tokens, np.flatnonzero(used), counts, limit, key, advice)
     together = 2 if objective_needs == "margins" else 1
     if together == 2:
         _check_pairs_fit(tokens, units, lengths, row_tokens)
     kept = {reason: count for reason, count in left_out.items() if count}
-    return Examples(units, lengths, kept, together)
+    return Examples(units, lengths, over & (overlong == "truncate"), kept, together)
 
 
 def _closed_by(tokens: TokenizedTraces, end: int) -> np.ndarray:
@@ -180,29 +207,18 @@ def _check_units(
 def _check_lengths(
     tokens: TokenizedTraces,
     used: np.ndarray,
-    lengths: np.ndarray,
-    max_tokens: int,
-    row_tokens: int,
+    counts: np.ndarray,
+    limit: int,
+    key: str,
+    advice: str,
 ) -> None:
-    for limit, key, advice in (
-        (
-            max_tokens,
-            "[data] max_tokens",
-            'raise it, or set [data] overlong = "drop" or "truncate"',
-        ),
-        (
-            row_tokens,
-            "[train] row_tokens",
-            "raise it, or lower [data] max_tokens with overlong set",
-        ),
-    ):
-        over = used[lengths[used] > limit]
-        if len(over):
-            first = int(over[0])
-            raise InputError(
-                f"{tokens.where(first)}: {lengths[first]} tokens are more than {key} = {limit} "
-                f"({len(over)} of {len(used)} traces are): {advice}"
-            )
+    over = used[counts[used] > limit]
+    if len(over):
+        first = int(over[0])
+        raise InputError(
+            f"{tokens.where(first)}: {counts[first]} tokens are more than {key} = {limit} "
+            f"({len(over)} of {len(used)} traces are): {advice}"
+        )
 
 
 def _check_pairs_fit(
@@ -256,6 +272,11 @@ class Schedule:
             return self.steps_per_epoch
         by_epochs = None if self.epochs is None else self.epochs * self.steps_per_epoch
         return min(limit for limit in (by_epochs, self.max_steps) if limit is not None)
+
+    def drawn(self) -> np.ndarray:
+        """The units that any step draws, int64, rising."""
+        steps = range(1, self.total_steps + 1)
+        return np.unique(np.concatenate([self.units(step) for step in steps]))
 
     def units(self, step: int) -> np.ndarray:
         """The units of a step, int64 [batch]; steps count from 1."""

@@ -86,29 +86,35 @@ class Encoder:
         self._system_prompt = settings.system_prompt
 
     def digest(self) -> str:
-        """Hash of the tokenizer, its template and how they are applied."""
+        """Hash of the tokenizer and its template."""
         parts = (
             self.tokenizer.backend_tokenizer.to_str(),
             self.tokenizer.chat_template,
             self._eos,
-            self._template,
-            self._system_prompt,
         )
         return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
-    def encode(self, traces: Sequence[Trace]) -> list[Encoded]:
-        """Token ids of each trace; InputError naming the row that cannot be rendered."""
-        texts = [self.texts(trace) for trace in traces]
+    def encode(self, traces: Sequence[Trace], texts: Sequence[tuple[str, str]]) -> list[Encoded]:
+        """Token ids of each trace.
+
+        Args:
+            traces: for messages.
+            texts: of each, as `texts` gives them.
+
+        Raises InputError with a line for each trace without a token in this vocabulary.
+        """
         # Traces of one problem share the prompt: it is tokenized once.
         prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(p for p, _ in texts))}
         prompt_ids = self._ids(list(prompts))
         completion_ids = self._ids([completion for _, completion in texts])
         encoded = []
+        faults = []
         for trace, (prompt, completion), end in zip(traces, texts, completion_ids, strict=True):
             start = prompt_ids[prompts[prompt]]
             if not start or not end:
                 what = "completion" if start else "prompt"
-                raise InputError(f"{trace.where}: the {what} has no token in this vocabulary")
+                faults.append(f"{trace.where}: the {what} has no token in this vocabulary")
+                continue
             if not completion.rstrip().endswith(self._eos):
                 end = [*end, self._eos_id]
             ids = np.array([*start, *end], dtype=np.int32)
@@ -116,6 +122,8 @@ class Encoder:
             if not self._spells_all:
                 unknown += self._lost(prompt + completion, ids)
             encoded.append(Encoded(ids, len(start), unknown))
+        if faults:
+            raise InputError("\n".join(dict.fromkeys(faults)))
         return encoded
 
     def _lost(self, text: str, ids: Sequence[int] | np.ndarray) -> int:
@@ -134,12 +142,19 @@ class Encoder:
         """
         return Counter(self._control.findall(trace.completion.rstrip().removesuffix(self._eos)))
 
-    def texts(self, trace: Trace) -> tuple[str, str]:
-        """The prompt's and the completion's text, with whatever the template puts around them."""
-        prompt = self.prompt_text(trace.prompt, trace.where)
+    def texts(self, traces: Sequence[Trace]) -> list[tuple[str, str]]:
+        """Each trace's prompt and completion, with whatever the template puts around them.
+
+        Args:
+            traces: of one row; their prompt is rendered once.
+
+        Raises InputError naming the row if it cannot be rendered.
+        """
+        prompts = {trace.prompt: trace.where for trace in traces}
+        rendered = {prompt: self.prompt_text(prompt, where) for prompt, where in prompts.items()}
         if self._template == "none":
-            return prompt, trace.completion
-        return self._chat_texts(prompt, trace)
+            return [(rendered[trace.prompt], trace.completion) for trace in traces]
+        return [self._chat_texts(rendered[trace.prompt], trace) for trace in traces]
 
     def prompt_text(self, prompt: tuple[Message, ...] | str, where: str) -> str:
         """What a model sees before it answers: the prompt, and the template's opened answer.

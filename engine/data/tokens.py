@@ -1,11 +1,15 @@
 """Tokenizes a data set once, in parallel, and keeps the result in a cache on disk."""
 
+import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -17,14 +21,15 @@ from tqdm import tqdm
 
 from redi.engine.console import Console
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
+from redi.engine.data.digests import source_digest, tokenizer_digest
 from redi.engine.data.rows import Row, Source, find_sources, scan_source
 from redi.engine.data.text import Encoded, Encoder, TokenSettings
 from redi.engine.data.traces import Trace, normalise
 from redi.engine.errors import InputError, faulty_rows
 
-__all__ = ["TokenSettings", "TokenizedTraces", "cache_key", "tokenize"]
+__all__ = ["TokenSettings", "TokenizedTraces", "tokenize"]
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Raise it whenever the same input would give other tokens or another file layout."""
 _CHUNK_ROWS = 128
 # Starting worker processes takes seconds: a set of fewer chunks is done before they are up.
@@ -71,8 +76,10 @@ def tokenize(
     """
     sources = find_sources(settings.paths)
     names = [source.name for source in sources]
-    encoder = Encoder(settings)
-    key = cache_key(sources, settings, encoder)
+    # Loading the tokenizer takes longer than all the rest, where the cache has what is needed.
+    encoder = cache(lambda: Encoder(settings))
+    tokenizer = tokenizer_digest(settings.tokenizer_path, cache_dir, lambda: encoder().digest())
+    key = _cache_key(sources, settings, tokenizer, cache_dir)
     folder = cache_dir / key
     cached = open_cache(folder, names)
     if cached is not None:
@@ -81,7 +88,7 @@ def tokenize(
     dropped: Counter[str] = Counter()
     control_tokens: Counter[str] = Counter()
     rows = chain.from_iterable(scan_source(source, settings.format) for source in sources)
-    chunks = _tokenized_chunks(rows, settings, encoder, processes)
+    chunks = _tokenized_chunks(rows, settings, encoder(), processes)
 
     def describe(size: int, count: int) -> Meta:
         if count == 0:
@@ -110,10 +117,13 @@ def _checked(tokens: TokenizedTraces, settings: TokenSettings) -> TokenizedTrace
     return tokens
 
 
-def cache_key(sources: list[Source], settings: TokenSettings, encoder: Encoder) -> str:
+def _cache_key(
+    sources: list[Source], settings: TokenSettings, tokenizer: str, cache_dir: Path
+) -> str:
     """Hash of everything that shapes the tokens; file names do not."""
-    parts = [str(CACHE_VERSION), settings.format, encoder.digest()]
-    parts += [source.digest() for source in sources]
+    applied = json.dumps([settings.format, settings.template, settings.system_prompt])
+    parts = [str(CACHE_VERSION), applied, tokenizer]
+    parts += [source_digest(source, cache_dir) for source in sources]
     return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
 
 
@@ -129,7 +139,7 @@ def _tokenized_chunks(
     faulty = False
     if processes <= 1 or len(first) < _CHUNKS_WORTH_WORKERS:
         for chunk in chain(first, chunks):
-            tokenized = _tokenize_chunk(chunk, None if faulty else encoder)
+            tokenized = _tokenize_chunk(chunk, encoder, check_only=faulty)
             faulty = faulty or bool(tokenized.faults)
             yield tokenized
         return
@@ -150,31 +160,34 @@ def _tokenized_chunks(
         while pending:
             yield pending.popleft().result()
         for chunk in chunks:
-            yield _tokenize_chunk(chunk, None)
+            yield _tokenize_chunk(chunk, encoder, check_only=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _tokenize_chunk(rows: list[Row | InputError], encoder: Encoder | None) -> _Chunk:
-    """Tokenizes rows; without an encoder, or when any is wrong, only checks them."""
+def _tokenize_chunk(rows: list[Row | InputError], encoder: Encoder, check_only: bool) -> _Chunk:
+    """Tokenizes rows; where any is wrong, or on request, only checks them."""
     dropped: Counter[str] = Counter()
-    pairs: list[tuple[Row, Trace]] = []
+    found: list[tuple[Row, Trace, tuple[str, str]]] = []
     faults = []
     for row in rows:
         try:
             if isinstance(row, InputError):
                 raise row
-            pairs += [(row, trace) for trace in normalise(row, row.format, dropped)]
+            traces = normalise(row, row.format, dropped)
+            texts = encoder.texts(traces)
+            found += [(row, *one) for one in zip(traces, texts, strict=True)]
         except InputError as error:
             faults.append(str(error))
-    traces = [trace for _, trace in pairs]
+    rows_of = [row for row, _, _ in found]
+    traces = [trace for _, trace, _ in found]
     encoded: list[Encoded] = []
-    if encoder is not None and not faults:
+    if not (check_only or faults):
         try:
-            encoded = encoder.encode(traces)
+            encoded = encoder.encode(traces, [texts for _, _, texts in found])
         except InputError as error:
-            faults.append(str(error))
-    if encoder is None or faults:
+            faults += str(error).splitlines()
+    if check_only or faults:
         nothing = _record_batch([[]] * len(_CHUNK_SCHEMA), _CHUNK_SCHEMA)
         return _Chunk(nothing, [], [], Counter(), Counter(), faults)
     control_tokens = [encoder.control_tokens(trace) for trace in traces]
@@ -186,17 +199,18 @@ def _tokenize_chunk(rows: list[Row | InputError], encoder: Encoder | None) -> _C
         [trace.sign for trace in traces],
         [trace.weight for trace in traces],
         [trace.teacher for trace in traces],
-        [row.number for row, _ in pairs],
+        [trace.origin for trace in traces],
+        [row.number for row in rows_of],
         [_digest(one) for one in encoded],
         [one.unknown for one in encoded],
-        [found.total() for found in control_tokens],
+        [spelled.total() for spelled in control_tokens],
     ]
     return _Chunk(
         _record_batch(columns, _CHUNK_SCHEMA),
-        [row.source for row, _ in pairs],
+        [row.source for row in rows_of],
         [trace.group for trace in traces],
         dropped,
-        Counter(token for found in control_tokens for token in found),
+        Counter(token for spelled in control_tokens for token in spelled),
         [],
     )
 
@@ -245,11 +259,23 @@ _worker_encoder: Encoder | None = None
 
 def _start_worker(settings: TokenSettings) -> None:
     global _worker_encoder
+    # A Ctrl-C reaches all processes, and only the one that trains acts; the pool outlives no one.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # The processes are the parallelism; threads on top of them would only contend.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_encoder = Encoder(settings)
 
 
+def _end_with_parent() -> None:
+    """A worker that waits for work would outlive a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has one"
+    parent.join()
+    os._exit(1)
+
+
 def _tokenize_in_worker(rows: list[Row | InputError]) -> _Chunk:
     assert _worker_encoder is not None, "the pool's initializer makes it"
-    return _tokenize_chunk(rows, _worker_encoder)
+    return _tokenize_chunk(rows, _worker_encoder, check_only=False)

@@ -1,6 +1,7 @@
 """From a raw row of any shape to traces: one prompt, one completion, one sign each."""
 
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from redi.engine.errors import InputError
 
 # Keys of a chat message that carry meaning which role and content alone would lose.
 _UNREAD_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
+
+# Weights are float32: beyond these one would lose digits, or become 0 or infinite.
+_SMALLEST_WEIGHT, _LARGEST_WEIGHT = 2.0**-126, 3.4e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,8 @@ class Trace:
     """Traces of one problem share it: pairs are formed within a group, never across."""
     weight: float
     teacher: str | None
+    origin: str | None
+    """What the row's column source says, if that is text: the collection the problem is from."""
     where: str
     """The row that it came from, for messages: "file.jsonl:12"."""
 
@@ -77,7 +84,7 @@ def _preference(row: Row, _: Counter[str]) -> list[Trace]:
         if "prompt" not in row.value:
             raise _error(row, "prompt", "is missing; plain chosen and rejected need it")
         prompt = read_prompt(row, "prompt")
-        completions = (_text(row, "chosen", chosen), _text(row, "rejected", rejected))
+        completions = (read_text(row, "chosen", chosen), read_text(row, "rejected", rejected))
     else:
         prompt, completions = _conversational_pair(row)
     # Without an id the row itself is the problem: its pair stays the pair that the user made.
@@ -130,7 +137,7 @@ def _prompt_completion(row: Row, _: Counter[str]) -> list[Trace]:
         if len(messages) != 1 or messages[0].role != "assistant":
             raise _error(row, "completion", "must be text or a list of one assistant message")
         completion = messages[0].content
-    text = _text(row, "completion", completion)
+    text = read_text(row, "completion", completion)
     return [_trace(row, prompt, text, _label(row), _group(row, "id", prompt))]
 
 
@@ -157,7 +164,7 @@ def _graded_traces(row: Row, _: Counter[str]) -> list[Trace]:
         column = f"traces[{index}]"
         if not isinstance(entry, dict) or not {"text", "correct"} <= entry.keys():
             raise _error(row, column, "must be an object with text and correct")
-        text = _text(row, f"{column}.text", entry["text"])
+        text = read_text(row, f"{column}.text", entry["text"])
         sign = _sign(row, f"{column}.correct", entry["correct"])
         traces.append(_trace(row, prompt, text, sign, group, entry))
     return traces
@@ -208,10 +215,10 @@ def read_openr1(
         return []
     generations = []
     for index, (text, llama, math_verify) in enumerate(zip(texts, *verdicts, strict=True)):
-        if text is None or (isinstance(text, str) and not text.strip()):
+        if text is None or (isinstance(text, str) and _is_blank(text)):
             dropped["empty generation"] += 1
             continue
-        text = _text(row, f"generations[{index}]", text)
+        text = read_text(row, f"generations[{index}]", text)
         generations.append(Generation(text, llama is True, math_verify is True))
     return generations
 
@@ -249,10 +256,13 @@ def _trace(
     """Builds a trace; `entry` may carry its own teacher and weight, else they are the row's."""
     entry = entry or {}
     teacher = entry.get("teacher", row.value.get("teacher"))
-    if teacher is not None and not isinstance(teacher, str):
-        raise _error(row, "teacher", f"must be text, not {type(teacher).__name__}")
+    if teacher is not None:
+        teacher = read_text(row, "teacher", teacher, empty=True)
     weight = _weight(row, entry.get("weight", row.value.get("weight")))
-    return Trace(prompt, completion, sign, group, weight, teacher, row.where)
+    origin = row.value.get("source")
+    # Other people's rows keep many things under this name.
+    origin = read_text(row, "source", origin, empty=True) if isinstance(origin, str) else None
+    return Trace(prompt, completion, sign, group, weight, teacher, origin, row.where)
 
 
 def read_prompt(row: Row, column: str) -> tuple[Message, ...] | str:
@@ -262,7 +272,9 @@ def read_prompt(row: Row, column: str) -> tuple[Message, ...] | str:
     """
     value = row.value[column]
     if isinstance(value, str):
-        return _text(row, column, value)
+        return read_text(row, column, value)
+    if not isinstance(value, list):
+        raise _error(row, column, f"must be text or a list of messages, not {_type_name(value)}")
     prompt = _messages(row, column, value)
     _check_prompt(row, column, prompt)
     return prompt
@@ -277,7 +289,7 @@ def _check_prompt(row: Row, column: str, prompt: tuple[Message, ...]) -> None:
 
 def _messages(row: Row, column: str, value: object) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
-        raise _error(row, column, "must be a list of at least one message (or text, if a prompt)")
+        raise _error(row, column, "must be a list of at least one message")
     messages = []
     for index, message in enumerate(value):
         name = f"{column}[{index}]"
@@ -286,23 +298,32 @@ def _messages(row: Row, column: str, value: object) -> tuple[Message, ...]:
         for key in _UNREAD_MESSAGE_KEYS:
             if message.get(key):
                 raise _error(row, f"{name}.{key}", "is not read: put its text into content")
-        role = _text(row, f"{name}.role", message["role"])
+        role = read_text(row, f"{name}.role", message["role"])
         # A system message may be empty: that is how a template's default one is switched off.
-        content = _text(row, f"{name}.content", message["content"], empty=role == "system")
+        content = read_text(row, f"{name}.content", message["content"], empty=role == "system")
         messages.append(Message(role, content))
     return tuple(messages)
 
 
-def _text(row: Row, column: str, value: object, *, empty: bool = False) -> str:
+def read_text(row: Row, column: str, value: object, *, empty: bool = False) -> str:
+    """A column's value, which must be text that UTF-8 can hold, and not blank unless it may be.
+
+    Raises InputError naming the row and the column.
+    """
     if not isinstance(value, str):
         raise _error(row, column, f"must be text, not {_type_name(value)}")
-    if not empty and not value.strip():
+    if not empty and _is_blank(value):
         raise _error(row, column, "is empty")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise _error(row, column, f"is not valid Unicode text: {error.reason}") from error
     return value
+
+
+def _is_blank(text: str) -> bool:
+    """Whether nothing of it is seen: white space, control and zero-width characters alone."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 def _label(row: Row) -> int:
@@ -322,10 +343,10 @@ def _weight(row: Row, value: object) -> float:
         return 1.0
     try:
         weight = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
-    if not (math.isfinite(weight) and weight > 0):
-        raise _error(row, "weight", f"must be a positive finite number, not {value!r}")
+    if not _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
+        raise _error(row, "weight", f"must be a positive finite number, not {repr(value)[:40]}")
     return weight
 
 
@@ -339,6 +360,8 @@ def _group(
     value = row.value.get(column)
     if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
         raise _error(row, column, f"must be text or a whole number, not {_type_name(value)}")
+    if isinstance(value, str):
+        read_text(row, column, value, empty=True)
     if value is None and default is not None:
         return default
     digest = xxhash.xxh3_128_hexdigest(repr(as_messages(prompt)).encode())

@@ -8,8 +8,11 @@ never trusted to keep documents apart.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +21,34 @@ from transformers import AttentionInterface
 from redi.engine.errors import InputError
 
 NAME = "redi_packed"
+FLASH_FUNCTION = "flash_attn_varlen_func"
+
+
+class Flash(NamedTuple):
+    """A generation of flash-attn."""
+
+    package: str
+    """As pip knows it: folders tell nothing, flash-attn 2 brings along an older copy of 4's."""
+    module: str
+    """Where its `flash_attn_varlen_func` is."""
+    cards: tuple[int, ...]
+    """Major compute capabilities that we take it for."""
+
+
+# The first that a card can have is taken. 3 is written for Hopper; 4 has no backward for sm_80 and
+# no deterministic one for sm_120.
+FLASH = {
+    "flash-3": Flash("flash-attn-3", "flash_attn_interface", (9,)),
+    "flash-4": Flash("flash-attn-4", "flash_attn.cute", (9, 10, 11)),
+    "flash-2": Flash("flash-attn", "flash_attn", (8, 9, 10, 11, 12)),
+}
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """Resolve `[model] attention` on this machine.
 
     Returns:
-        The name ("flash", "varlen" or "sdpa") and the reason, for the log.
+        The name ("varlen", "sdpa" or a key of `FLASH`) and the reason, for the log.
 
     Raises:
         InputError: the wanted one cannot run here.
@@ -38,23 +62,36 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> t
         if wanted in ("flash", "varlen"):
             raise InputError(f'model.attention: "{wanted}" {problem}; use "auto" or "sdpa"')
         return "sdpa", f"document by document: flash attention {problem}"
-    if wanted == "sdpa":
-        return "sdpa", "document by document: asked for"
-    missing = _import_problem("flash_attn", "flash_attn_varlen_func")
-    if wanted != "varlen" and not missing:
-        return "flash", "flash-attn is installed"
+    if wanted in ("sdpa", "varlen"):
+        return wanted, "asked for"
+    kind, reason = find_flash(torch.cuda.get_device_capability(device)[0])
+    if kind:
+        return kind, reason
     if wanted == "flash":
-        raise InputError(f'model.attention: "flash": {missing}; use "auto"')
-    return "varlen", "torch's own" + (": asked for" if wanted == "varlen" else f": {missing}")
+        raise InputError(f'model.attention: "flash": {reason}; install one or use "auto"')
+    return "varlen", f"torch's own: {reason}"
 
 
-def _import_problem(module: str, name: str) -> str | None:
-    """Why `module.name` cannot be had, None if it can: a wheel may be there and not load."""
-    try:
-        getattr(import_module(module), name)
-    except Exception as error:
-        return f"{module}.{name} cannot be imported ({type(error).__name__})"
-    return None
+def find_flash(major: int) -> tuple[str | None, str]:
+    """The best installed flash-attn for a card of this major compute capability.
+
+    Returns:
+        A key of `FLASH`, or None, and the reason.
+    """
+    problems = []
+    for kind, (package, module, cards) in FLASH.items():
+        if major not in cards:
+            continue
+        try:
+            found = version(package)
+            getattr(import_module(module), FLASH_FUNCTION)
+        except PackageNotFoundError:
+            problems.append(f"{package} is not installed")
+        except Exception as error:  # a wheel may be there and not load, in any way
+            problems.append(f"{package} cannot be imported ({type(error).__name__})")
+        else:
+            return kind, f"{package} {found}"
+    return None, "; ".join(problems) or f"there is no flash-attn for cards of sm_{major}x"
 
 
 def register_attention(kind: str) -> str:
@@ -63,7 +100,11 @@ def register_attention(kind: str) -> str:
     Returns:
         The name to load a model with (`attn_implementation`).
     """
-    AttentionInterface.register(NAME, {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}[kind])
+    if kind == "sdpa":
+        AttentionInterface.register(NAME, _sdpa)
+    else:
+        varlen = _torch_varlen() if kind == "varlen" else _flash_varlen(FLASH[kind].module)
+        AttentionInterface.register(NAME, _whole_row(varlen))
     return NAME
 
 
@@ -120,64 +161,83 @@ def _sdpa(
     return torch.cat(documents, dim=2).transpose(1, 2), None
 
 
-def _varlen(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    cu_seq_lens_q: torch.Tensor,
-    max_length_q: int,
-    scaling: float | None = None,
-    **other: Any,
-) -> tuple[torch.Tensor, None]:
-    """torch's varlen attention, CUDA only; nothing to install."""
+Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, Any], torch.Tensor]
+"""query, key, value [T, heads, d], cu_seqlens, longest document, scale -> [T, heads, d]; causal."""
+
+
+def _whole_row(varlen: Varlen) -> Callable[..., tuple[torch.Tensor, None]]:
+    """A varlen function of all documents at once, as transformers calls attention. CUDA only."""
+
+    def attend(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        cu_seq_lens_q: torch.Tensor,
+        max_length_q: int,
+        scaling: float | None = None,
+        **other: Any,
+    ) -> tuple[torch.Tensor, None]:
+        _refuse(attention_mask, other)
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        return varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling).unsqueeze(0), None
+
+    return attend
+
+
+def _torch_varlen() -> Varlen:
+    """torch's own; nothing to install."""
     from torch.nn.attention.varlen import varlen_attn
 
-    _refuse(attention_mask, other)
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=(-1, 0),
-        **grouped,
-    )
-    assert isinstance(out, torch.Tensor)  # a tuple only when the log-sum-exp is asked for
-    return out.unsqueeze(0), None
+    # A version that does not ask takes grouped heads as they are.
+    asks = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def run(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        longest: int,
+        scale: float | None,
+    ) -> torch.Tensor:
+        grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if asks else {}
+        boundaries = (cu_seqlens, cu_seqlens, longest, longest)
+        out = varlen_attn(
+            query, key, value, *boundaries, scale=scale, window_size=(-1, 0), **grouped
+        )
+        assert isinstance(out, torch.Tensor)  # a tuple only when the log-sum-exp is asked for
+        return out
+
+    return run
 
 
-def _flash(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    cu_seq_lens_q: torch.Tensor,
-    max_length_q: int,
-    scaling: float | None = None,
-    **other: Any,
-) -> tuple[torch.Tensor, None]:
-    """flash-attn's varlen function, CUDA only."""
-    from flash_attn import flash_attn_varlen_func
+def _flash_varlen(module: str) -> Varlen:
+    """That of a flash-attn."""
+    function = getattr(import_module(module), FLASH_FUNCTION)
 
-    _refuse(attention_mask, other)
-    out = flash_attn_varlen_func(
-        *(x[0].transpose(0, 1) for x in (query, key, value)),
-        cu_seqlens_q=cu_seq_lens_q,
-        cu_seqlens_k=cu_seq_lens_q,
-        max_seqlen_q=max_length_q,
-        max_seqlen_k=max_length_q,
-        softmax_scale=scaling,
-        causal=True,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    return out.unsqueeze(0), None
+    def run(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        longest: int,
+        scale: float | None,
+    ) -> torch.Tensor:
+        out = function(
+            query,
+            key,
+            value,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            softmax_scale=scale,
+            causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        # 4, and early versions of 3, give the log-sum-exp too.
+        return out[0] if isinstance(out, tuple) else out
+
+    return run

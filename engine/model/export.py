@@ -1,4 +1,8 @@
-"""The student as a Hugging Face folder that plain transformers loads."""
+"""The student as a Hugging Face folder that plain transformers loads.
+
+Neither a device nor the host ever holds the whole model: tensors come one by one, the host keeps
+those of the file that is being written.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,21 @@ import os
 import shutil
 import tomllib
 import warnings
+from collections import deque
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -25,9 +35,13 @@ from transformers.utils import logging as transformers_logging
 
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
-from redi.engine.model.load import read_config
+from redi.engine.model.load import empty_model, generation_config, read_config
 from redi.engine.model.student import Student
+from redi.engine.model.weights import INDEX, as_stored, check_weights, weight_files
 from redi.engine.train.checkpoint import complete_checkpoints
+
+FILE_BYTES = 5 * 10**9
+"""Most bytes of weights in a file, but that a single tensor may be larger."""
 
 
 def export(
@@ -37,22 +51,32 @@ def export(
     dtype: torch.dtype,
     world: World,
 ) -> None:
-    """Gather the full weights on rank 0 and write them; every rank must call it.
+    """Gather the weights tensor by tensor and write them on rank 0; every rank must call it.
 
     Raises:
-        RunError: the weights are not finite, or what was written does not load.
+        RunError: the weights are not finite, or what was written would not load.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = get_model_state_dict(student, options=options)
-    model = student.model
+    state: dict[str, Any] = get_model_state_dict(student)
+    model = _architecture(student.model.config, dtype)
+    files = _files(model)
+    tensors = (_whole(state[f"model.{name}"]) for names in files.values() for name in names)
 
     def write() -> None:
         if world.is_main:
-            weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-            write_folder(folder, model.config, weights, dtype, tokenizer, model.generation_config)
+            try:
+                generation = student.model.generation_config
+                write_folder(folder, model, files, tensors, tokenizer, generation)
+            finally:
+                deque(tensors, maxlen=0)  # the others gather to the end, whatever happened here
 
+    if not world.is_main:
+        deque(tensors, maxlen=0)
     # The others wait: a recipe that follows reads the folder.
     world.main_first(write)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def export_run(run_dir: Path, step: int | None) -> Path:
@@ -78,57 +102,116 @@ def export_run(run_dir: Path, step: int | None) -> Path:
     model = recipe["model"]
     config = read_config(path, model.get("rope_theta"), model.get("max_position_embeddings"))
     manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
-    dtype = getattr(torch, manifest["dtype"])
-    shapes = _empty_model(config, torch.float32).state_dict()
-    weights = {name: torch.empty(t.shape, dtype=torch.float32) for name, t in shapes.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it loads in a single process, which is meant
-        dcp.load(
-            {"model": {f"model.{name}": tensor for name, tensor in weights.items()}},
-            checkpoint_id=checkpoints[step],
-            no_dist=True,
-        )
+    architecture = _architecture(config, getattr(torch, manifest["dtype"]))
+    files = _files(architecture)
+    tokenizer = AutoTokenizer.from_pretrained(model.get("tokenizer") or path)
     folder = run_dir / f"export-step-{step}"
-    tokenizer = AutoTokenizer.from_pretrained(recipe["model"].get("tokenizer") or path)
-    try:
-        generation_config = GenerationConfig.from_pretrained(path)
-    except OSError:
-        generation_config = None
-    write_folder(folder, config, weights, dtype, tokenizer, generation_config)
+    tensors = _checkpointed(checkpoints[step], architecture, files)
+    write_folder(folder, architecture, files, tensors, tokenizer, generation_config(path))
     return folder
+
+
+def _checkpointed(
+    checkpoint: Path, model: PreTrainedModel, files: dict[str, list[str]]
+) -> Iterator[torch.Tensor]:
+    """The master weights of a checkpoint in the order of `files`, a file's worth in memory."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for names in files.values():
+        state = {f"model.{name}": torch.empty(shapes[name]) for name in names}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it loads in a single process, which is meant
+            dcp.load({"model": state}, checkpoint_id=checkpoint, no_dist=True)
+        for name in names:
+            yield state.pop(f"model.{name}")
+
+
+def _architecture(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """What is exported, without weights; its configuration says so."""
+    model = empty_model(deepcopy(config), dtype)
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def _files(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Which file holds which weights; a tied one is in none, as transformers has it."""
+    state = model.state_dict()
+    for name in model.all_tied_weights_keys:
+        del state[name]
+    return split_torch_state_dict_into_shards(state, max_shard_size=FILE_BYTES).filename_to_tensors
 
 
 def write_folder(
     folder: Path,
-    config: Any,
-    weights: dict[str, torch.Tensor],
-    dtype: torch.dtype,
+    model: PreTrainedModel,
+    files: dict[str, list[str]],
+    tensors: Iterator[torch.Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    generation_config: GenerationConfig | None,
+    generation: GenerationConfig | None,
 ) -> None:
     """Write configuration, tokenizer, template and weights.
 
-    The folder appears whole or not at all: it is written beside its place, loaded, and renamed.
+    The folder appears whole or not at all: it is written beside its place, checked, and renamed.
+
+    Args:
+        model: the architecture on the meta device, in the dtype to write.
+        files: names of weights by file.
+        tensors: the weights in this order, of any dtype, on any device.
     """
-    if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise RunError(f"{folder}: not written, weights are not finite: {', '.join(bad[:3])}")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model = _empty_model(config, dtype)
-    model.load_state_dict({n: t.to(dtype) for n, t in weights.items()}, assign=True)
-    model.tie_weights()
-    _save(model, partial, tokenizer, generation_config)
-    _, info = AutoModelForCausalLM.from_pretrained(
-        partial, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
-    AutoTokenizer.from_pretrained(partial)
-    if problems := [f"{what}: {names}" for what, names in info.items() if names]:
-        raise RunError(f"{partial} does not load as it was saved: {'; '.join(problems)}")
+    partial.mkdir(parents=True)
+    try:
+        model.config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if generation is not None:
+            generation.save_pretrained(partial)
+        _write_weights(partial, model, files, tensors)
+        _check_loads(partial, len(tokenizer))
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise RunError(f"{folder} cannot be written: {error}") from error
+        raise
     for file in partial.iterdir():
         # safetensors writes files that only their owner may read.
         shutil.copymode(partial / "config.json", file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def _write_weights(
+    folder: Path,
+    model: PreTrainedModel,
+    files: dict[str, list[str]],
+    tensors: Iterator[torch.Tensor],
+) -> None:
+    index: dict[str, str] = {}
+    total = 0
+    for file, names in files.items():
+        weights = {}
+        for name in names:
+            weights[name] = next(tensors).to("cpu", model.dtype)
+            if not weights[name].isfinite().all():
+                raise RunError(f"not exported, weights are not finite: {name}")
+        weights = {n: tensor.contiguous() for n, tensor in as_stored(model, weights).items()}
+        save_file(weights, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(weights, file)
+        total += sum(tensor.nbytes for tensor in weights.values())
+    if len(files) > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def _check_loads(folder: Path, num_tokens: int) -> None:
+    """That a folder's files hold what its configuration describes; no weight is loaded."""
+    try:
+        model = empty_model(AutoConfig.from_pretrained(folder))
+        check_weights(model, weight_files(str(folder)))
+    except Exception as error:  # whatever stops transformers would stop the user
+        raise RunError(f"{folder} does not load as it was saved: {error}") from error
+    if len(AutoTokenizer.from_pretrained(folder)) != num_tokens:
+        raise RunError(f"{folder}: the tokenizer does not load as it was saved")
 
 
 def check_exportable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, at: Path) -> None:
@@ -146,12 +229,11 @@ def check_exportable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """
     shutil.rmtree(at, ignore_errors=True)
     try:
-        empty = _empty_model(model.config, torch.float32)
-        empty.config.save_pretrained(at)
+        empty_model(model.config).config.save_pretrained(at)
         tokenizer.save_pretrained(at)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(at)
-        loaded = _empty_model(AutoConfig.from_pretrained(at), torch.float32).state_dict()
+        loaded = empty_model(AutoConfig.from_pretrained(at)).state_dict()
         here = model.state_dict()
         differing = [
             name
@@ -168,21 +250,3 @@ def check_exportable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         raise RunError(f"the export would fail: {' '.join(str(error).split())}") from error
     finally:
         shutil.rmtree(at, ignore_errors=True)
-
-
-def _empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The architecture without memory for weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def _save(
-    model: PreTrainedModel,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    generation_config: GenerationConfig | None,
-) -> None:
-    if generation_config is not None:
-        model.generation_config = generation_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

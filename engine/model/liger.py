@@ -37,6 +37,6 @@ def apply_liger(model: PreTrainedModel, wanted: str, device: torch.device) -> st
 
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"off: liger-kernel does not know {model.config.model_type}"
-    # The loss is ours.
-    _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False)
+    # The loss is ours; for some models liger-kernel would replace torch's for the whole process.
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
     return "on: RMSNorm, RoPE, SwiGLU"

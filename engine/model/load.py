@@ -1,15 +1,19 @@
-"""A causal language model from a folder: safetensors only, nothing executed or unpickled."""
+"""A causal language model from a folder: safetensors only, nothing executed or unpickled.
+
+To train, a model is built without memory, sharded, and only then given its weights, of which each
+rank reads what it holds: it is never whole on a host.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import xxhash
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from redi.engine.errors import InputError
 
@@ -25,20 +29,21 @@ UNSUPPORTED = {
 }
 
 
-def find_config(path: str, name: str) -> Any:
+def find_config(path: str, name: str, weights: bool = True) -> Any:
     """The configuration of a model in a folder or on the hub.
 
     Args:
         name: what the user calls the path, for messages.
+        weights: whether they are needed too.
 
     Raises:
-        InputError: no model there, or no safetensors.
+        InputError: no model there, or no safetensors where they are needed.
     """
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"{name}: {path} has no config.json; give a model folder")
-        if not any(folder.glob("*.safetensors")):
+        if weights and not any(folder.glob("*.safetensors")):
             raise InputError(
                 f"{name}: {path} has no *.safetensors; weights in other formats are not "
                 "read: load the model once and save it with save_pretrained()"
@@ -53,17 +58,21 @@ def find_config(path: str, name: str) -> Any:
 
 
 def read_config(
-    path: str, rope_theta: float | None = None, max_position_embeddings: int | None = None
+    path: str,
+    rope_theta: float | None = None,
+    max_position_embeddings: int | None = None,
+    weights: bool = True,
 ) -> Any:
     """The configuration of a model to train, checked before any weight is read.
 
     Args:
         rope_theta, max_position_embeddings: take the place of the model's own.
+        weights: whether they are needed too.
 
     Raises:
         InputError: as `find_config`, or an unsupported architecture.
     """
-    config = find_config(path, "model.path")
+    config = find_config(path, "model.path", weights)
     for name, meaning in UNSUPPORTED.items():
         value = getattr(config, name, None)
         if value is not None and value != 1.0:
@@ -86,14 +95,14 @@ def read_config(
 
 
 def load_weights(
-    path: str, name: str, config: Any, dtype: torch.dtype, attention: str | None = None
+    path: str, name: str, config: Any, dtype: torch.dtype | Literal["auto"]
 ) -> PreTrainedModel:
-    """Load a model on the CPU.
+    """Load a whole model on the CPU.
 
     Args:
         name: what the user calls the path, for messages.
         config: its configuration.
-        attention: an `attn_implementation`; None: the one that transformers prefers.
+        dtype: of the weights; "auto": that of the files.
 
     Raises:
         InputError: the weights do not fit the configuration.
@@ -103,7 +112,6 @@ def load_weights(
             path,
             config=config,
             dtype=dtype,
-            attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -117,8 +125,16 @@ def load_weights(
     return model
 
 
-def load_model(path: str, config: Any, attention: str) -> PreTrainedModel:
-    """Load fp32 master weights on the CPU.
+def empty_model(
+    config: Any, dtype: torch.dtype = torch.float32, attention: str | None = None
+) -> PreTrainedModel:
+    """The architecture on the meta device, without memory for weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def model_to_train(path: str, config: Any, attention: str) -> PreTrainedModel:
+    """A model without its weights (`read_weights`), checked to be one that can be trained.
 
     Args:
         path: folder or hub name.
@@ -126,9 +142,9 @@ def load_model(path: str, config: Any, attention: str) -> PreTrainedModel:
         attention: the name that `register_attention` returned.
 
     Raises:
-        InputError: as `read_config` and `load_weights`.
+        InputError: it is not built as packed rows and the fused loss need.
     """
-    model = load_weights(path, "model.path", config, torch.float32, attention)
+    model = empty_model(config, attention=attention)
     blocks = getattr(model.base_model, "layers", ())
     if not blocks or not all(hasattr(block, "self_attn") for block in blocks):
         raise InputError(
@@ -138,7 +154,17 @@ def load_model(path: str, config: Any, attention: str) -> PreTrainedModel:
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise InputError(f"model.path: {path} has no plain lm_head (a bias is not supported)")
+    if (generation := generation_config(path)) is not None:
+        model.generation_config = generation
     return model
+
+
+def generation_config(path: str) -> GenerationConfig | None:
+    """The one that a model's folder has."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return None
 
 
 def model_digest(path: str) -> str | None:

@@ -30,8 +30,13 @@ KEPT_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
 }
-# CUDA's own ways, named once their packages are imported.
-KEPT_NAMES = {"torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward"}
+# CUDA's own ways, named once their packages are imported. flash-attn 4 is no op that torch knows
+# of, and is recomputed.
+KEPT_NAMES = {
+    "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::_flash_attn_forward",
+}
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -51,9 +56,12 @@ def check_replicas(section: Shard, world_size: int) -> None:
 
 
 def shard(student: Student, section: Shard, dtype: torch.dtype, device: torch.device) -> Student:
-    """Recompute, compile and shard in place, in this order.
+    """Recompute, compile and shard in place, in this order; on the meta device too.
 
-    The root group holds what blocks do not: embeddings, final norm, lm_head (tied or not).
+    Each block is a group, so is an untied lm_head: its gradient, ready first, is reduced while the
+    trunk runs backward. The root's group holds the rest: embeddings, with a tied lm_head, and the
+    final norm. FSDP2 gathers the next group while one computes: in backward by itself, in forward
+    because nothing there waits for the device, so the host is ahead; nothing is prefetched by hand.
 
     Args:
         section: its `replicate` divides the number of ranks (`check_replicas`).
@@ -65,20 +73,37 @@ def shard(student: Student, section: Shard, dtype: torch.dtype, device: torch.de
             block.compile()
     options: dict[str, Any] = {
         "mesh": _mesh(device, section.replicate, world),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        # Inputs stay as they are: the batch's float32 weights are no activations.
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
     }
-    for block in student.blocks:
+    *blocks, last = student.blocks
+    for block in blocks:
         fully_shard(block, **options)
+    # What backward begins with stays gathered: to free it would only be to gather it again.
+    fully_shard(last, **options, reshard_after_forward=False)
+    if student.head.weight is not student.model.get_input_embeddings().weight:
+        fully_shard(student.head, **options, reshard_after_forward=False)
     fully_shard(student, **options)
-    for module in student.modules():
-        if isinstance(module, FSDPModule):
-            # Denominators are global counts, so ranks are summed. gloo knows no other way.
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
+    for module in _groups(student):
+        # Denominators are global counts, so ranks are summed. gloo knows no other way.
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
     for name, parameter in student.named_parameters():
         # At a learning rate of 1e-6 a bf16 master would never move.
         assert parameter.dtype == torch.float32, f"master weight {name} is {parameter.dtype}"
     return student
+
+
+def reshard(student: Student) -> None:
+    """Free what a forward without a backward has left gathered."""
+    for module in _groups(student):
+        module.reshard()
+
+
+def _groups(student: Student) -> list[FSDPModule]:
+    return [module for module in student.modules() if isinstance(module, FSDPModule)]
 
 
 def _mesh(device: torch.device, replicate: int, world: int) -> DeviceMesh:

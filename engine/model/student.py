@@ -1,22 +1,27 @@
 """The student: trunk and loss in one module, whose forward returns the loss.
 
-The fused loss needs lm_head's weight whole inside the root module's forward, which is where FSDP2
-has gathered it: once a micro-step, not once a chunk. Calling the trunk from outside would mix
-plain tensors with sharded ones.
+The fused loss needs lm_head's weight whole, so it runs inside the forward of `Head`, which is when
+FSDP2 has gathered the weight: once a micro-step, not once a chunk. Calling the trunk from outside
+would mix plain tensors with sharded ones.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
 from redi.engine.data.packing import PackedBatch
 from redi.engine.model.attention import document_kwargs
-from redi.engine.train.objectives import Objective, StepTotals
+from redi.engine.train.row_loss import Objective, StepTotals
 from redi.kernels import RediLoss, segment_sum, signed_cross_entropy
+
+Out = TypeVar("Out")
 
 
 class Scores(NamedTuple):
@@ -30,6 +35,27 @@ class Scores(NamedTuple):
     """float32 [S]: sums over the same tokens of the entropy of the model's prediction, in nats."""
 
 
+class Head(nn.Module):
+    """lm_head, in the place of the model's own: logits, or what a function makes of its weight.
+
+    Untied, it is sharded as a group of its own: all that reads the weight runs in this forward.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        function: Callable[[torch.Tensor, torch.Tensor], Out] | None = None,
+    ) -> torch.Tensor | Out:
+        """`function(hidden, weight)`; without one the logits, as generation wants them."""
+        if function is None:
+            return F.linear(hidden, self.weight)
+        return function(hidden, self.weight)
+
+
 class Student(nn.Module):
     """A causal LM that turns a packed row into its share of the step's loss."""
 
@@ -37,11 +63,17 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
+        model.set_output_embeddings(Head(model.get_output_embeddings().weight))
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks: the units of sharding, recomputation and compilation."""
         return self.model.base_model.layers
+
+    @property
+    def head(self) -> Head:
+        """lm_head."""
+        return self.model.get_output_embeddings()
 
     def forward(self, batch: PackedBatch, totals: StepTotals | None) -> RediLoss | Scores:
         """Loss share, and per-sequence log-prob sums, of one packed row.
@@ -54,15 +86,15 @@ class Student(nn.Module):
         Returns:
             RediLoss, or Scores without `totals`.
         """
-        hidden, weight = self.hidden_states(batch), self.model.get_output_embeddings().weight
+        hidden = self.hidden_states(batch)
         if totals is None:
-            return self._score(hidden.detach(), weight.detach(), batch)
-        return self.objective(hidden, weight, batch, totals)
+            return self.head(hidden.detach(), partial(self._score, batch=batch))
+        return self.head(hidden, partial(self.objective, batch=batch, totals=totals))
 
     def _score(self, hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> Scores:
         _, logps, entropies = signed_cross_entropy(
             hidden,
-            weight,
+            weight.detach(),
             batch.targets,
             torch.zeros_like(batch.targets, dtype=torch.float32),
             entropy=True,

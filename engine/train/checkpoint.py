@@ -7,25 +7,34 @@ is complete. Every other one is passed over.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 
 from redi.engine.distributed import World
 from redi.engine.errors import RunError
 from redi.engine.model.student import Student
 
 FOLDER = "checkpoints"
+# torch's own is no Exception.
+FAILURES = (Exception, CheckpointException)
 
 
 def complete_checkpoints(run_dir: Path) -> dict[int, Path]:
@@ -52,6 +61,35 @@ def _is_complete(folder: Path) -> bool:
     return all(f.is_file() and f.stat().st_size >= ends[name] for name, f in files.items())
 
 
+def kept_checkpoints(steps: Sequence[int], keep: int, good_before: int | None) -> set[int]:
+    """Which checkpoints stay: the newest, one from before things may have gone wrong, and the next.
+
+    Args:
+        steps: rising.
+        keep: how many of the newest, at least 1.
+        good_before: the newest checkpoint of an earlier step than this stays, and the oldest of
+            the others, which will take its place; None: the newest ones alone.
+    """
+    newest = steps[-keep:]
+    if good_before is None:
+        return set(newest)
+    good = [step for step in steps if step < good_before]
+    return {*newest, *good[-1:], *steps[len(good) :][:1]}
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Fails with the file system's own error, which torch.save hides behind another."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            hidden: BaseException | None = error
+            while hidden and not isinstance(hidden, OSError):
+                hidden = hidden.__context__
+            raise hidden or error from None
+
+
 class Checkpointer:
     """Saves, loads and prunes the checkpoints of one run."""
 
@@ -69,21 +107,46 @@ class Checkpointer:
         self.optimizer = optimizer
         self.world = world
         self._pending: Future[Any] | None = None
+        self._good_before: int | None = None
+        self._pending_folder = Path()
+        # One copy of this rank's shards on the host, kept from save to save (page-locked beside a
+        # card): making it is all that training waits for.
+        on_cuda = world.device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_cuda,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=on_cuda,
+            )
+        )
 
-    def save(self, step: int) -> None:
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way is known to have failed here; `wait` tells why."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
+    def save(self, step: int, good_before: int | None = None) -> None:
         """Copy the state now, write it in the background. Collective.
+
+        Args:
+            good_before: what else is kept; see `kept_checkpoints`.
 
         Raises:
             RunError: the previous save failed.
         """
+        self._good_before = good_before
         self.wait()
-        folder = self.run_dir / FOLDER / f"step-{step}"
+        folder = self._pending_folder = self._folder(step)
         if self.world.is_main:
             shutil.rmtree(folder, ignore_errors=True)  # a torn one of an earlier attempt
         dist.barrier(self.world.checkpoint_group)
-        # Called without CUDA too: the stager copies host tensors, training may go on at once.
         self._pending = dcp.async_save(  # type: ignore[assignment]
-            self._state(), checkpoint_id=folder, process_group=self.world.checkpoint_group
+            self._state(),
+            storage_writer=_Writer(folder),
+            process_group=self.world.checkpoint_group,
+            async_stager=self._stager,
         )
 
     def wait(self) -> None:
@@ -97,22 +160,35 @@ class Checkpointer:
         pending, self._pending = self._pending, None
         try:
             pending.result()
-        except Exception as error:
+        except FAILURES as error:
+            if self.world.is_main:
+                shutil.rmtree(self._pending_folder, ignore_errors=True)  # gives its room back
             raise RunError(
-                f"saving a checkpoint under {self.run_dir / FOLDER} failed "
-                f"({_cause(error)}); older checkpoints are intact"
+                f"{self._pending_folder} could not be saved ({_cause(error)}); older checkpoints "
+                "are intact, the same command goes on from the newest"
             ) from error
         if self.world.is_main and self.keep:
             complete = complete_checkpoints(self.run_dir)
-            for step in sorted(complete)[: -self.keep]:
+            for step in complete.keys() - kept_checkpoints(
+                sorted(complete), self.keep, self._good_before
+            ):
                 (complete[step] / ".metadata").unlink()  # first: a half-removed one must not count
                 shutil.rmtree(complete[step])
+
+    def close(self) -> None:
+        """Let a save that is under way end: it is whole, whatever became of the run since."""
+        with suppress(*FAILURES):
+            self.wait()
+        self._stager.close()
 
     def load_newest(self) -> int:
         """Load the newest complete checkpoint in place. Collective.
 
         Returns:
             Its step; 0 when there is none.
+
+        Raises:
+            RunError: it cannot be read.
         """
         # Rank 0 decides: on a network file system the others may not see the newest one yet.
         newest = [max(complete_checkpoints(self.run_dir), default=0)]
@@ -121,10 +197,19 @@ class Checkpointer:
         if not step:
             return 0
         state = self._state()
-        dcp.load(state, checkpoint_id=self.run_dir / FOLDER / f"step-{step}")
+        try:
+            dcp.load(state, checkpoint_id=self._folder(step))
+        except FAILURES as error:
+            raise RunError(
+                f"{self._folder(step)} cannot be read ({_cause(error)}); remove it to go on from "
+                "the checkpoint before it"
+            ) from error
         set_model_state_dict(self.student, state["model"])
         set_optimizer_state_dict(self.student, self.optimizer, state["optimizer"])
         return step
+
+    def _folder(self, step: int) -> Path:
+        return self.run_dir / FOLDER / f"step-{step}"
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -134,5 +219,7 @@ class Checkpointer:
 
 
 def _cause(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        error, _ = next(iter(error.failures.values()))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -93,7 +93,7 @@ def greedy_accuracy(student: Student, problems: HeldOutProblems, world: World) -
     positions = getattr(student.model.config, "max_position_embeddings", None)
     room = problems.max_new_tokens if positions is None else positions - problems.longest_prompt
     sampling = Sampling(max(1, min(problems.max_new_tokens, room)))
-    student.unshard()  # embeddings, norm and head; `generate` does not pass through the root
+    student.unshard()  # embeddings and norm; `generate` does not pass through the root
     try:
         # Compiled blocks have never seen a cache.
         with torch.compiler.set_stance("force_eager"):

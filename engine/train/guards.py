@@ -12,6 +12,7 @@ as one never stopped.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,6 @@ class Verdict:
     text: str
     goes_on: bool
     """Whether this is only a warning."""
-    since: int
-    """The step at which things began to go wrong."""
 
 
 class Guards:
@@ -73,11 +72,17 @@ class Guards:
         metrics: the run's metrics.jsonl, read by rank 0 alone.
         done: the step that the run goes on after.
         world: the ranks.
+
+    Attributes:
+        good_before: checkpoints of earlier steps are from before anything went wrong, as far as
+            can be told now; None where collapse is not watched for.
     """
 
     def __init__(self, section: Guard, metrics: Path, done: int, world: World) -> None:
+        self.good_before: int | None = None
         self._section = section
-        self._lines: list[dict[str, Any]] = []
+        self._skips = 0
+        self._trend = Trend()
         self._warned: int | None = None
         history: list[Any] = [None]
         if world.is_main and done:
@@ -93,78 +98,85 @@ class Guards:
 
     def after(self, line: dict[str, Any]) -> Verdict | None:
         """What is to be said after a step, given its line of metrics."""
-        self._lines.append(line)
-        return self._skips() or self._collapse()
-
-    def _skips(self) -> Verdict | None:
-        count = skips_in_a_row(self._lines)
-        if count < self._section.max_skips:
+        step = line["step"]
+        if not is_finite(line):
+            return self._skipped(step)
+        self._skips = 0
+        if self._section.collapse == "off" or line["positive_logp"] is None:
             return None
-        since = self._lines[-count]["step"]
-        text = f"{count} steps in a row (from {since}) with a loss or gradient that is not finite"
-        return Verdict("not_finite", text, False, since)
+        self._trend.add(line["positive_logp"], line["grad_norm"])
+        return self._collapse(step)
 
-    def _collapse(self) -> Verdict | None:
-        if self._section.collapse == "off":
-            return None
-        what = collapse(self._lines)
-        step = self._lines[-1]["step"]
-        if what is None:
-            self._warned = None
+    def _skipped(self, step: int) -> Verdict | None:
+        self._skips += 1
+        if self._skips < self._section.max_skips:
             return None
         if self._warned is None:
+            self.good_before = step  # a step that is left out leaves the weights as they were
+        first = step - self._skips + 1
+        what = "with a loss or gradient that is not finite"
+        return Verdict("not_finite", f"{self._skips} steps in a row (from {first}) {what}", False)
+
+    def _collapse(self, step: int) -> Verdict | None:
+        what = self._trend.collapse()
+        if what is None:
+            self._warned = None
+        elif self._warned is None:
             self._warned = step
-            text = f"step {step}: this looks like collapse: {what}"
-            return Verdict("collapse", f"{text}; lower optim.lr or objective.alpha", True, step)
+        # A window of steps goes by before a fall shows in its median.
+        self.good_before = (self._warned or step) - WINDOW
+        if what is None or self._warned is None:
+            return None
+        advice = "lower optim.lr, or the weight of incorrect traces"
+        if step == self._warned:
+            text = f"step {step}: this looks like collapse: {what}; {advice}"
+            return Verdict("collapse", text, True)
         if self._section.collapse == "warn" or step < self._warned + PATIENCE:
             return None
-        text = f"collapse since step {self._warned}: {what}; lower optim.lr or objective.alpha"
-        return Verdict("collapse", text, False, self._warned - WINDOW)
+        return Verdict("collapse", f"collapse since step {self._warned}: {what}; {advice}", False)
+
+
+class Trend:
+    """Log-probs of correct traces and gradient norms so far: the best of each, and now.
+
+    Both signs of collapse are needed. That the log-prob has fallen says little alone: it may
+    decline slowly in a good run. Nor that gradients have grown: they do when a phase of learning
+    begins.
+    """
+
+    def __init__(self) -> None:
+        self._logps: deque[float] = deque(maxlen=WINDOW)
+        self._norms: deque[float] = deque(maxlen=WINDOW)
+        self._best = -math.inf
+        self._calmest = math.inf
+        self._steps = 0
+
+    def add(self, positive_logp: float, grad_norm: float) -> None:
+        """One step that was taken."""
+        self._steps += 1
+        self._logps.append(positive_logp)
+        self._norms.append(grad_norm)
+        if self._steps >= WINDOW:
+            self._best = max(self._best, median(self._logps))
+            self._calmest = min(self._calmest, median(self._norms))
+
+    def collapse(self) -> str | None:
+        """What shows that a run collapses now, or None."""
+        if self._steps < 2 * WINDOW:
+            return None
+        logp, norm = median(self._logps), median(self._norms)
+        fallen = self._best - logp
+        if fallen < max(FALL * abs(self._best), FALL_NATS) or norm < SURGE * self._calmest:
+            return None
+        return (
+            f"the log-prob of correct traces fell from {self._best:.3f} to {logp:.3f} a token, the "
+            f"gradient is {norm / self._calmest:.1f} times the smallest so far"
+        )
 
 
 def is_finite(line: dict[str, Any]) -> bool:
     """Whether a step was taken, by its line (metrics.jsonl has null for what is not finite)."""
     return all(line[key] is not None and math.isfinite(line[key]) for key in ("loss", "grad_norm"))
-
-
-def skips_in_a_row(lines: Sequence[dict[str, Any]]) -> int:
-    """How many of the last steps were not finite."""
-    count = 0
-    for line in reversed(lines):
-        if is_finite(line):
-            break
-        count += 1
-    return count
-
-
-def collapse(lines: Sequence[dict[str, Any]]) -> str | None:
-    """What shows that a run collapses at its last step, or None.
-
-    Both signs are needed. That the positives' log-prob has fallen says little alone: it may
-    decline slowly in a good run. Nor that gradients have grown: they do when a phase of learning
-    begins.
-
-    Args:
-        lines: step lines of metrics from step 1 on.
-    """
-    taken = [line for line in lines if is_finite(line) and line["positive_logp"] is not None]
-    if len(taken) < 2 * WINDOW:
-        return None
-    logps = _medians([line["positive_logp"] for line in taken])
-    norms = _medians([line["grad_norm"] for line in taken])
-    best, calmest = max(logps), min(norms)
-    fallen = best - logps[-1]
-    if fallen < max(FALL * abs(best), FALL_NATS) or norms[-1] < SURGE * calmest:
-        return None
-    return (
-        f"the log-prob of correct traces fell from {best:.3f} to {logps[-1]:.3f} a token, the "
-        f"gradient is {norms[-1] / calmest:.1f} times the smallest so far"
-    )
-
-
-def _medians(values: Sequence[float]) -> list[float]:
-    """Medians of all windows of WINDOW neighbours."""
-    return [median(values[end - WINDOW : end]) for end in range(WINDOW, len(values) + 1)]
 
 
 def name_rows(rows: Sequence[Row], tokens: TokenizedTraces, step: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
@@ -39,24 +40,34 @@ from redi.engine.estimate import training_cost
 from redi.engine.model.attention import choose_attention, register_attention
 from redi.engine.model.export import check_exportable, export
 from redi.engine.model.liger import apply_liger
-from redi.engine.model.load import load_model, read_config
+from redi.engine.model.load import model_digest, model_to_train, read_config
 from redi.engine.model.sharding import check_replicas, compute_dtype, shard
 from redi.engine.model.student import Student
+from redi.engine.model.weights import read_weights
 from redi.engine.train.checkpoint import Checkpointer, complete_checkpoints
 from redi.engine.train.greedy import held_out_problems
 from redi.engine.train.guards import Guards, Row, Verdict, name_rows, skip_message
 from redi.engine.train.metrics import MetricsLog, peak_memory_gib
-from redi.engine.train.objectives import Objective, StepTotals, formula
+from redi.engine.train.objectives import formula
 from redi.engine.train.optimizer import learning_rate, make_optimizer, squared_update, step_if
-from redi.engine.train.run_folder import check_same_data, check_same_recipe, write_run_dir
+from redi.engine.train.row_loss import Objective, StepTotals
+from redi.engine.train.run_folder import (
+    check_same_data,
+    check_same_model,
+    check_same_recipe,
+    check_writable,
+    write_run_dir,
+)
 from redi.engine.train.sequence_scores import set_reference
 from redi.engine.train.signals import StopRequest
 from redi.engine.train.trackers import check_trackers, open_trackers
 from redi.engine.train.validation import HeldOut, validate
 from redi.kernels.backends import choose_backend
 
+GO_ON = "the same command goes on from here"
 
-def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
+
+def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> bool:
     """Train one recipe to its end, going on from where an earlier attempt stopped.
 
     The run folder is touched only when all input has been found good.
@@ -65,6 +76,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
         recipe: resolved; `run.dir` and `model.path` are set.
         world: this process's place.
         console: where it speaks.
+        stop: whether a signal asked for one.
 
     Returns:
         True when the run is finished, False when a signal stopped it.
@@ -72,12 +84,15 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
     Raises:
         InputError: the recipe, data or model is wrong, or the folder holds another run.
         RunError: the run failed.
+        KeyboardInterrupt: a signal stopped it before it had begun.
     """
     run_dir = Path(recipe.run.dir or "")
     check_same_recipe(recipe, run_dir)
     if (run_dir / "export").is_dir():
         console.say(f"{run_dir}: finished already; the model is in {run_dir / 'export'}")
         return True
+    if world.is_main:
+        check_writable(run_dir)
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -87,13 +102,27 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
     config = model_config(recipe)
     check_trackers(recipe.run.trackers)
     check_replicas(recipe.shard, world.size)
+    dtype = compute_dtype(recipe.train.dtype, world.device)
+    choose_attention(recipe.model.attention, world.device, dtype)
     try:
         choose_backend(recipe.objective.backend, world.device)
     except ValueError as error:
         raise InputError(f"objective.backend: {error}") from None
-    data = prepare_data(recipe, world, console)
+
+    def prepare() -> PreparedData:
+        with stop.breaking_off(world.is_main):
+            return prepare_data(recipe, world, console)
+
+    data = world.main_first(prepare)
     check_same_data(data.keys, run_dir)
-    _check_positions(data, config, recipe)
+    check_positions(
+        data.tokens,
+        data.examples.lengths,
+        data.examples.units,
+        config,
+        'set data.max_tokens = {} with data.overlong = "drop" or "truncate", or raise '
+        "model.max_position_embeddings",
+    )
     cost = training_cost(config)
     overview = look_over(
         data.tokens,
@@ -104,45 +133,67 @@ def run_recipe(recipe: Recipe, world: World, console: Console) -> bool:
         cost=cost,
     )
     _show(overview, run_dir, console)
-    dtype = compute_dtype(recipe.train.dtype, world.device)
-    student, tokenizer = build_student(recipe, dtype, world, console)
-    if formula(recipe.objective).reference:
-        set_reference(
-            student,
-            recipe,
-            data.tokens,
-            data.examples.units,
-            data.examples.lengths,
-            dtype=dtype,
-            cost=cost,
-            world=world,
-            console=console,
+    if recipe.objective.name == "redi" and recipe.objective.alpha > 1:
+        console.warn(
+            f"objective.alpha = {recipe.objective.alpha}: incorrect traces weigh more than correct "
+            "ones; the paper's alpha lies in [0, 1]"
         )
-    optimizer = make_optimizer(student, recipe.optim)
+    weights = model_digest(recipe.model.path or "") if world.is_main else None
     if world.is_main:
-        try:
-            write_run_dir(recipe, data.keys, overview, dtype, run_dir, world)
-        except OSError as error:
-            raise InputError(f"run.dir: {run_dir} cannot be written: {error}") from None
-    finished = _train(recipe, run_dir, data, cost, student, optimizer, world, console)
-    if finished:
-        export(student, tokenizer, run_dir / "export", dtype, world)
-        console.say(f"{run_dir}: done; the model is in {run_dir / 'export'}")
+        check_same_model(weights, run_dir)
+    with stop.breaking_off(world.size == 1):
+        student, tokenizer = build_student(recipe, dtype, world, console)
+        if formula(recipe.objective).reference:
+            set_reference(
+                student,
+                recipe,
+                data.tokens,
+                data.examples.units[data.schedule.drawn()],
+                data.examples.lengths,
+                digest=weights,
+                dtype=dtype,
+                cost=cost,
+                world=world,
+                console=console,
+            )
+        optimizer = make_optimizer(student, recipe.optim)
+    try:
+        if world.is_main:
+            keys = data.keys | {"model": weights}
+            write_run_dir(recipe, keys, overview, dtype, run_dir, world)
+        finished = _train(recipe, run_dir, data, cost, student, optimizer, world, console, stop)
+        if finished:
+            export(student, tokenizer, run_dir / "export", dtype, world)
+            console.say(f"{run_dir}: done; the model is in {run_dir / 'export'}")
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{run_dir}: {error}; the same command goes on from the newest complete checkpoint"
+        ) from error
     return finished
 
 
-def _check_positions(data: PreparedData, config: Any, recipe: Recipe) -> None:
-    """No trace may be longer than what the model has positions for."""
+def check_positions(
+    tokens: TokenizedTraces, lengths: np.ndarray, used: np.ndarray, config: Any, advice: str
+) -> None:
+    """No trace may be longer than what the model has positions for.
+
+    Args:
+        lengths: int64 [traces], how much of each is kept.
+        used: indices of traces, in any shape and order.
+        config: the model's configuration.
+        advice: what to do, with {} where the number of positions belongs.
+
+    Raises:
+        InputError: one is, naming its row.
+    """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    lengths = data.examples.lengths
-    if positions is not None and lengths[data.examples.units].max() > positions:
-        used = np.unique(data.examples.units)  # slow where traces are millions: only now
-        over = used[lengths[used] > positions]
+    if positions is not None and lengths[used].max() > positions:
+        traces = np.unique(used)  # slow where traces are millions: only now
+        over = traces[lengths[traces] > positions]
         raise InputError(
-            f"{data.tokens.where(int(over[0]))}: {lengths[over[0]]} tokens are more "
-            f"than the model's {positions} positions ({len(over)} of {len(used)} traces are): set "
-            f'data.max_tokens = {positions} with data.overlong = "drop" or "truncate", or another '
-            f"max_position_embeddings in {recipe.model.path}/config.json"
+            f"{tokens.where(int(over[0]))}: {lengths[over[0]]} tokens are more than the model's "
+            f"{positions} positions ({len(over)} of {len(traces)} traces are): "
+            f"{advice.format(positions)}"
         )
 
 
@@ -173,6 +224,7 @@ class PreparedData:
 def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData:
     """Tokenize (or find the cache), choose what is trained, lay out the steps."""
     tokens = tokenized(recipe, recipe.data.paths, world, console)
+    tokens = tokens.of_teachers(recipe.data.teachers, recipe.data.teacher_weights)
     examples = _examples(recipe, tokens, formula(recipe.objective).units)
     schedule = Schedule(
         num_units=len(examples.units),
@@ -202,6 +254,8 @@ def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: Needs) -
         objective_needs=objective_needs,
         pairing=recipe.data.pairing,
         max_tokens=recipe.data.max_tokens,
+        max_prompt_tokens=recipe.data.max_prompt_tokens,
+        max_completion_tokens=recipe.data.max_completion_tokens,
         overlong=recipe.data.overlong,
         row_tokens=recipe.train.row_tokens,
         untrained_end=end,
@@ -236,11 +290,11 @@ def model_config(recipe: Recipe) -> Any:
 def build_student(
     recipe: Recipe, dtype: torch.dtype, world: World, console: Console
 ) -> tuple[Student, PreTrainedTokenizerBase]:
-    """Load the model, check that it can be exported, shard it."""
+    """Build the model, check that it can be exported, shard it, read its weights."""
     path = recipe.model.path or ""
     kind, reason = choose_attention(recipe.model.attention, world.device, dtype)
     console.say(f"attention: {kind} ({reason}); compute dtype {str(dtype).removeprefix('torch.')}")
-    model = load_model(path, model_config(recipe), register_attention(kind))
+    model = model_to_train(path, model_config(recipe), register_attention(kind))
     tokenizer = load_tokenizer(recipe.model.tokenizer or path)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise InputError(
@@ -254,7 +308,10 @@ def build_student(
     console.say(f"liger-kernel: {liger}")
     model.train()
     student = Student(model, Objective(recipe.objective))
-    return shard(student, recipe.shard, dtype, world.device), tokenizer
+    shard(student, recipe.shard, dtype, world.device)
+    student.to_empty(device=world.device)  # only the shards get memory
+    read_weights(model, path)
+    return student, tokenizer
 
 
 def _train(
@@ -266,6 +323,7 @@ def _train(
     optimizer: torch.optim.AdamW,
     world: World,
     console: Console,
+    stop: StopRequest,
 ) -> bool:
     """Run the steps that are left. Returns False when a signal ended them early."""
     total = data.schedule.total_steps
@@ -290,17 +348,28 @@ def _train(
     if done:
         console.say(f"{run_dir}: going on after step {done}")
 
-    def evaluate(step: int) -> None:
-        if data.held_out is not None:
-            found = validate(
-                student, data.held_out, row_tokens=recipe.train.row_tokens, cost=cost, world=world
-            )
-            metrics.write({"event": "eval", "step": step, **found})
-            console.say(f"held out after step {step}: {_figures(found)}")
+    def evaluate(step: int) -> bool:
+        """False when a request to stop broke it off; going on does it again."""
+        if data.held_out is None or (step % recipe.eval.every and step < total):
+            return True
+        found = validate(
+            student,
+            data.held_out,
+            row_tokens=recipe.train.row_tokens,
+            cost=cost,
+            world=world,
+            stop=stop,
+        )
+        if found is None:
+            return False
+        metrics.write({"event": "eval", "step": step, **found})
+        console.say(f"held out after step {step}: {_figures(found)}")
+        return True
 
-    with StopRequest(console) as stop, closing(metrics), closing(progress):
-        if not done:
-            evaluate(0)
+    with closing(checkpointer), closing(metrics), closing(progress):
+        if world.anywhere(stop.asked) or not evaluate(done):
+            console.say(f"stopped after step {done} of {total}; {GO_ON}")
+            return False
         began = time.perf_counter()
         for batches in loader.steps(done):
             step = batches.step
@@ -308,9 +377,9 @@ def _train(
             torch.manual_seed((recipe.train.seed * total + step) * world.size + world.rank)
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
-            done_rows = _forward_backward(student, batches, world.device)
+            done_rows = _forward_backward(student, batches, world.device, recipe.shard.reduce)
             grad_norm = _clip(student, recipe.optim.max_grad_norm)
-            sums = _step_sums(done_rows, stop.asked, world.device)
+            sums = _step_sums(done_rows, stop.asked, checkpointer.failed, world.device)
             # Decided and done on the device: the host asks for nothing until all is under way.
             finite = sums[0].isfinite() & grad_norm.isfinite()
             step_if(optimizer, finite)
@@ -318,7 +387,7 @@ def _train(
             squared = squared_update(optimizer, finite)
             dist.all_reduce(squared)
             update_norm = (squared / recipe.shard.replicate).sqrt()
-            loss, positive, negative, stops, norm, update, taken = torch.stack(
+            loss, positive, negative, stops, failed, norm, update, taken = torch.stack(
                 [*sums, grad_norm.double(), update_norm, finite.double()]
             ).tolist()
             now = time.perf_counter()
@@ -348,26 +417,25 @@ def _train(
                 (console.warn if verdict.goes_on else console.say)(verdict.text)
                 metrics.write({"event": verdict.kind, "step": step})
                 if not verdict.goes_on:
-                    _give_up(verdict, checkpointer, run_dir)
+                    _give_up(verdict, guards.good_before or step, checkpointer, run_dir)
             progress.step(line)
-            if step % recipe.eval.every == 0 or step == total:
-                evaluate(step)
-            stopping = stops > 0 and step < total
+            if failed:
+                checkpointer.wait()  # tells why
+            stopping = stops > 0 or not evaluate(step)
             if step % recipe.run.save_every == 0 or step == total or stopping:
-                checkpointer.save(step)
+                checkpointer.save(step, guards.good_before if step < total else None)
             if stopping:
                 checkpointer.wait()
-                console.say(
-                    f"stopped after step {step} of {total}, saved in {run_dir}; "
-                    "the same command goes on from here"
-                )
+                console.say(f"stopped after step {step} of {total}, saved in {run_dir}; {GO_ON}")
                 return False
             began = time.perf_counter()
         checkpointer.wait()
     return True
 
 
-def _forward_backward(student: Student, batches: StepBatches, device: torch.device) -> list[Row]:
+def _forward_backward(
+    student: Student, batches: StepBatches, device: torch.device, reduce: str
+) -> list[Row]:
     """Accumulate the step's gradient; return what each of this rank's rows came to."""
     assert isinstance(student, FSDPModule)
     totals = StepTotals(units=len(batches.units), targets=batches.num_targets)
@@ -375,7 +443,8 @@ def _forward_backward(student: Student, batches: StepBatches, device: torch.devi
     for index, batch in enumerate(batches.micro_batches):
         on_device = batch.to(device, non_blocking=True)
         last = index == len(batches.micro_batches) - 1
-        student.set_requires_gradient_sync(last)
+        student.set_requires_gradient_sync(last or reduce == "micro_step")
+        student.set_requires_all_reduce(last)  # among copies once is enough: it is sharded by then
         out = student(on_device, totals)
         out.loss.backward()
         means = out.sequence_logps.double() / out.sequence_lengths.clamp(min=1)
@@ -383,13 +452,16 @@ def _forward_backward(student: Student, batches: StepBatches, device: torch.devi
     return rows
 
 
-def _step_sums(rows: list[Row], asked_to_stop: bool, device: torch.device) -> torch.Tensor:
-    """Loss, sums of the positives' and the negatives' mean log-probs, and of requests to stop.
+def _step_sums(
+    rows: list[Row], asked_to_stop: bool, save_failed: bool, device: torch.device
+) -> torch.Tensor:
+    """Loss, sums of the positives' and the negatives' mean log-probs, of requests to stop and of
+    failed saves.
 
-    float64 [4] on the device, over all ranks.
+    float64 [5] on the device, over all ranks.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    sums[3] = float(asked_to_stop)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    sums[3], sums[4] = asked_to_stop, save_failed
     for row in rows:
         # Not means[signs > 0]: boolean indexing would wait for the device.
         by_sign = [torch.where(row.signs == sign, row.means, 0.0).sum() for sign in (1, -1)]
@@ -409,13 +481,15 @@ def _clip(student: Student, max_norm: float) -> torch.Tensor:
     return norm
 
 
-def _give_up(verdict: Verdict, checkpointer: Checkpointer, run_dir: Path) -> NoReturn:
+def _give_up(
+    verdict: Verdict, good_before: int, checkpointer: Checkpointer, run_dir: Path
+) -> NoReturn:
     """End the run with the checkpoint named that is from before it went wrong."""
     try:
         checkpointer.wait()
     finally:
-        good = [step for step in complete_checkpoints(run_dir) if step < verdict.since]
-        where = f"that of step {max(good)}" if good else "none is left (see run.keep)"
+        good = [step for step in complete_checkpoints(run_dir) if step < good_before]
+        where = f"that of step {max(good)}" if good else "there is none (see run.save_every)"
         raise RunError(f"{verdict.text}; the last good checkpoint: {where}")
 
 

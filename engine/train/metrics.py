@@ -24,7 +24,8 @@ class MetricsLog:
 
     Args:
         path: the file; it is continued.
-        last_step: lines of later steps (and half a line that a killed run left) are cut off.
+        last_step: lines of later steps (and half a line that a killed run left) are cut off, and
+            the evaluation after this one, which is done again: it may have been broken off.
         trackers: take every line too.
         active: whether this rank writes.
     """
@@ -38,7 +39,11 @@ class MetricsLog:
             return
         if path.exists():
             # Nothing is kept of an attempt that left no checkpoint: not even what preceded step 1.
-            kept = [line for line in read_metrics(path) if last_step and line["step"] <= last_step]
+            kept = [
+                line
+                for line in read_metrics(path)
+                if last_step and (line["step"], line.get("event") == "eval") <= (last_step, False)
+            ]
             partial = path.with_suffix(".partial")
             partial.write_text("".join(map(_encode, kept)), encoding="utf-8")
             os.replace(partial, path)

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 import tomllib
 from collections.abc import Mapping
@@ -21,10 +22,23 @@ from redi.engine.config import Recipe, changed_keys, dump_recipe
 from redi.engine.data.overview import Overview
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
-from redi.engine.model.load import model_digest
 
 RECIPE = "recipe.toml"
 MANIFEST = "manifest.json"
+
+
+def check_writable(run_dir: Path) -> None:
+    """What could not be written is said before hours of tokenizing; leaves no trace.
+
+    Raises:
+        InputError: `run_dir` cannot be made or written in, or its disk is full.
+    """
+    existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"one byte")
+    except OSError as error:
+        raise InputError(f"run.dir: {run_dir} cannot be written: {error}") from None
 
 
 def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
@@ -65,15 +79,34 @@ def check_same_data(data_keys: Mapping[str, str | None], run_dir: Path) -> None:
             )
 
 
+def check_same_model(digest: str | None, run_dir: Path) -> None:
+    """The model that a run began with may not change under it: DPO measures against it.
+
+    Args:
+        digest: of the weights that `model.path` holds now; None for a hub name.
+    """
+    if not (run_dir / MANIFEST).is_file():
+        return
+    if json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))["model"] != digest:
+        raise InputError(
+            f"model.path: the weights have changed since {run_dir} began; name another run.dir, or "
+            "put them back to go on"
+        )
+
+
 def write_run_dir(
     recipe: Recipe,
-    data_keys: Mapping[str, str | None],
+    keys: Mapping[str, str | None],
     overview: Overview,
     dtype: torch.dtype,
     run_dir: Path,
     world: World,
 ) -> None:
-    """Start the run folder; it appears with recipe and manifest whole, or not at all."""
+    """Start the run folder; it appears with recipe and manifest whole, or not at all.
+
+    Args:
+        keys: hashes of "data", "eval" and "model".
+    """
     if (run_dir / RECIPE).is_file():
         folder = run_dir  # what may differ on resume is noted
     else:
@@ -83,9 +116,8 @@ def write_run_dir(
         facts = manifest(
             world.size,
             world.device,
-            **data_keys,
+            **keys,
             overview=asdict(overview),
-            model=model_digest(recipe.model.path or ""),
             dtype=str(dtype).removeprefix("torch."),
         )
         (folder / MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")

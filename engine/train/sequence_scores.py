@@ -8,6 +8,7 @@ that was killed goes on behind its last block, with any number of ranks.
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,18 +16,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import xxhash
-from torch.distributed.fsdp import FSDPModule
 
 from redi.engine.config import Recipe
-from redi.engine.console import Console
+from redi.engine.console import Console, Count
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.packing import Cost, build_batch, pack
 from redi.engine.distributed import World
 from redi.engine.errors import RunError
-from redi.engine.model.load import model_digest
+from redi.engine.model.sharding import reshard
 from redi.engine.model.student import Student
 
-BLOCK = 1024
+BLOCK = 256
 """Traces of a block: what a killed pass may lose."""
 VERSION = "1"
 """Raise it whenever the same input would give other figures."""
@@ -60,7 +60,7 @@ def score_traces(
         student: sharded; its weights are those that `model` names.
         sequences: int64 [n], which traces.
         lengths: int64 [traces], how much of each is kept.
-        model: names the weights and how they are used; see `model_key`.
+        model: names the weights and how they are used; see `model_key`. Rank 0's counts.
         row_tokens, cost: as in training.
 
     Raises:
@@ -70,26 +70,32 @@ def score_traces(
     digest.update(np.stack([sequences, lengths[sequences]]).tobytes())
     folder = tokens.folder / f"logprobs-{digest.hexdigest()}"
     found = np.empty((2, len(sequences)))
-    with console.bar("log-probs", "traces") as bar:
+    with closing(console.count("log-probs", "traces", len(sequences))) as count:
         for number, start in enumerate(range(0, len(sequences), BLOCK)):
             block = sequences[start : start + BLOCK]
             scores = _stored(folder / f"{number}.npy", len(block), world)
             if scores is None:
-                scores = _score_block(student, tokens, block, lengths, row_tokens, cost, world)
+                scores = _score_block(
+                    student, tokens, block, lengths, row_tokens, cost, world, count
+                )
                 if world.is_main:
                     _store(folder / f"{number}.npy", scores)
+            else:
+                count.update(len(block))
             found[:, start : start + BLOCK] = scores
-            bar.update(len(block))
-    assert isinstance(student, FSDPModule)
-    student.reshard()  # else an optimizer made next would see the gathered weights, not the shards
+    reshard(student)  # else an optimizer made next would see the gathered weights, not the shards
     return SequenceScores(*found)
 
 
-def model_key(student: Student, path: str, dtype: torch.dtype) -> str:
-    """What a model's log-probs depend on: weights, configuration, dtype."""
+def model_key(student: Student, path: str, digest: str | None, dtype: torch.dtype) -> str:
+    """What a model's log-probs depend on: weights, configuration, dtype.
+
+    Args:
+        digest: of the weights (`model_digest`); None for a hub name, known by its commit.
+    """
     config = student.model.config
     facts = {k: v for k, v in config.to_dict().items() if k not in _UNREAD_CONFIG}
-    weights = model_digest(path) or f"{path}@{getattr(config, '_commit_hash', None)}"
+    weights = digest or f"{path}@{getattr(config, '_commit_hash', None)}"
     return json.dumps([weights, facts, str(dtype)], sort_keys=True, default=str)
 
 
@@ -100,19 +106,26 @@ def set_reference(
     units: np.ndarray,
     lengths: np.ndarray,
     *,
+    digest: str | None,
     dtype: torch.dtype,
     cost: Cost,
     world: World,
     console: Console,
 ) -> None:
-    """Give the objective the log-probs of the student as it is now: the reference of DPO."""
+    """Give the objective the log-probs of the student as it is now: the reference of DPO.
+
+    Args:
+        units: int64 [n, 2], the pairs that are trained.
+        lengths: int64 [traces], how much of each is kept.
+        digest: see `model_key`.
+    """
     sequences = np.unique(units)
     scores = score_traces(
         student,
         tokens,
         sequences,
         lengths,
-        model=model_key(student, recipe.model.path or "", dtype),
+        model=model_key(student, recipe.model.path or "", digest, dtype),
         row_tokens=recipe.train.row_tokens,
         cost=cost,
         world=world,
@@ -132,6 +145,7 @@ def _score_block(
     row_tokens: int,
     cost: Cost,
     world: World,
+    count: Count,
 ) -> np.ndarray:
     """[2, n] log-probs and entropies, on every rank."""
     packing = pack(lengths[block], row_tokens=row_tokens, world_size=world.size, cost=cost)
@@ -145,6 +159,7 @@ def _score_block(
         if not batch.is_dummy:
             both = torch.stack([scores.sequence_logps, scores.sequence_entropies])
             sums[:, torch.from_numpy(positions).to(world.device)] = both.double()
+        count.update(sum(map(len, rows)))
     student.train()
     dist.all_reduce(sums)
     return sums.cpu().numpy()

@@ -14,6 +14,7 @@ from redi.engine.data.tokens import TokenizedTraces
 from redi.engine.distributed import World
 from redi.engine.model.student import Student
 from redi.engine.train.greedy import HeldOutProblems, greedy_accuracy
+from redi.engine.train.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,26 @@ class HeldOut:
 
 @torch.no_grad()
 def validate(
-    student: Student, held_out: HeldOut, *, row_tokens: int, cost: Cost, world: World
-) -> dict[str, float]:
+    student: Student,
+    held_out: HeldOut,
+    *,
+    row_tokens: int,
+    cost: Cost,
+    world: World,
+    stop: StopRequest,
+) -> dict[str, float] | None:
     """Mean log-prob per token of the held-out traces, and what their problems show.
 
     Every rank must call it.
 
     Args:
         row_tokens, cost: as in training.
+        stop: a request on any rank breaks it off before the next row, or before `greedy_accuracy`.
 
     Returns:
-        positive_logp, and for pairs negative_logp and margin_accuracy: the share of pairs whose
-        positive has the higher mean log-prob; with problems also the figures of
-        `greedy_accuracy`.
+        None when it was broken off, else positive_logp, and for pairs negative_logp and
+        margin_accuracy: the share of pairs whose positive has the higher mean log-prob; with
+        problems also the figures of `greedy_accuracy`.
     """
     tokens, examples = held_out.tokens, held_out.examples
     sequences = np.unique(examples.units)
@@ -48,7 +56,10 @@ def validate(
     packing = pack(lengths, row_tokens=row_tokens, world_size=world.size, cost=cost)
     means = torch.zeros(len(examples.lengths), dtype=torch.float64)
     student.eval()
+    stopped = False
     for rows in packing.rows:
+        if stopped := world.anywhere(stop.asked):
+            break
         row = sequences[rows[world.rank]]
         batch = build_batch(tokens, row, examples.lengths[row]).to(world.device)
         out = student(batch, None)
@@ -56,6 +67,8 @@ def validate(
             mean = out.sequence_logps.double() / out.sequence_lengths.clamp(min=1)
             means[row] = mean.cpu()
     student.train()
+    if stopped or world.anywhere(stop.asked):
+        return None
     dist.all_reduce(means)
     by_unit = means.numpy()[examples.units]
     result = {"positive_logp": float(by_unit[:, 0].mean())}

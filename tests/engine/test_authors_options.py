@@ -15,7 +15,7 @@ from redi.engine.cli import main
 from redi.engine.config import Objective as ObjectiveSection
 from redi.engine.data.packing import build_batch
 from redi.engine.data.schedule import select
-from redi.engine.train.objectives import Objective, StepTotals
+from redi.engine.train.row_loss import Objective, StepTotals
 
 Steps = Callable[[Path], list[dict[str, Any]]]
 
@@ -44,6 +44,7 @@ def test_an_end_that_is_left_out_is_no_target(tmp_path: Path) -> None:
 
     def targets(end: int | None) -> list[int]:
         found = select(tokens, objective_needs="traces", untrained_end=end, **options)
+        assert found.truncated.tolist() == [end != 8, False, False]
         batch = build_batch(tokens, np.array([0, 1, 2]), found.lengths)
         assert int(batch.num_targets.sum()) == len(batch.valid_index)
         return sorted(batch.targets[batch.valid_index].tolist())

@@ -250,6 +250,16 @@ def test_what_cannot_run_here_is_said_in_one_line(
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    "changes", [{"run.dir": "/proc/none/run"}, {"model.attention": "flash"}], ids="-".join
+)
+def test_what_cannot_run_here_is_said_before_anything_is_tokenized(
+    changes: dict[str, Any], recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    assert main(["train", str(recipe("r", {**changes, "data.cache": str(tmp_path / "new")}))]) == 2
+    assert not (tmp_path / "new").exists()
+
+
 def test_triton_without_a_gpu_is_said_in_one_line(
     recipe: WriteRecipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

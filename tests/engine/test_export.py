@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redi.engine.cli import main
 from redi.engine.errors import RunError
-from redi.engine.model.export import check_exportable
+from redi.engine.model.export import check_exportable, write_folder
+from redi.engine.model.load import empty_model
 
 WriteRecipe = Callable[..., Path]
 Steps = Callable[[Path], list[dict[str, Any]]]
@@ -97,6 +98,49 @@ def test_the_export_of_the_last_checkpoint_is_the_export(finished: Path) -> None
     assert main(["export", str(finished)]) == 0
     ours, theirs = (finished / n / "model.safetensors" for n in ("export-step-4", "export"))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_large_weights_lie_in_several_files(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("redi.engine.model.export.FILE_BYTES", 300_000)
+    assert main(["export", str(finished)]) == 0
+    folder = finished / "export-step-4"
+    sizes = [file.stat().st_size for file in folder.glob("model-*-of-*.safetensors")]
+    assert len(sizes) > 3
+    assert max(sizes) < 310_000
+    assert not (folder / "model.safetensors").exists()
+    split = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    whole = AutoModelForCausalLM.from_pretrained(finished / "export").state_dict()
+    assert split.keys() == whole.keys()
+    assert all(torch.equal(split[name], whole[name]) for name in whole)
+
+
+def test_what_is_not_finite_is_not_exported_and_what_was_there_stays(
+    world: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    state = model.state_dict()
+
+    def export() -> None:
+        files = {"model.safetensors": list(state)}
+        write_folder(
+            tmp_path / "out",
+            empty_model(model.config),
+            files,
+            iter(state.values()),
+            tokenizer,
+            None,
+        )
+
+    export()
+    good = (tmp_path / "out" / "model.safetensors").read_bytes()
+    state["model.norm.weight"][3] = torch.inf
+    with pytest.raises(RunError, match=r"not finite: model\.norm\.weight"):
+        export()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == good
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_second_recipe_starts_from_the_export_of_the_first(

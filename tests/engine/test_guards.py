@@ -16,7 +16,8 @@ from redi.engine.cli import main
 from redi.engine.config import Guard, Optim
 from redi.engine.distributed import join_world
 from redi.engine.quickstart import make
-from redi.engine.train.guards import Guards, Verdict, collapse
+from redi.engine.train.checkpoint import kept_checkpoints
+from redi.engine.train.guards import WINDOW, Guards, Trend, Verdict
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
 
 CURVES = json.loads((Path(__file__).parent / "guard_curves.json").read_text())
@@ -31,6 +32,14 @@ def lines(name: str) -> list[dict[str, Any]]:
 
 def judge(section: Guard, all_lines: list[dict[str, Any]], run: Path, done: int) -> list[Verdict]:
     """What is said behind step `done` by a guard that starts there."""
+    said, _ = judge_and_date(section, all_lines, run, done)
+    return said
+
+
+def judge_and_date(
+    section: Guard, all_lines: list[dict[str, Any]], run: Path, done: int = 0
+) -> tuple[list[Verdict], int | None]:
+    """As `judge`, and the step before which checkpoints are good at the end."""
     with join_world() as world:
         guards = Guards(section, run / "metrics.jsonl", done, world)
         said = []
@@ -39,7 +48,7 @@ def judge(section: Guard, all_lines: list[dict[str, Any]], run: Path, done: int)
                 said.append(verdict)
                 if not verdict.goes_on:
                     break
-        return said
+        return said, guards.good_before
 
 
 def test_a_good_run_is_left_alone(tmp_path: Path) -> None:
@@ -47,11 +56,11 @@ def test_a_good_run_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_collapse_is_warned_of_and_then_ends_the_run(tmp_path: Path) -> None:
-    warning, end = judge(Guard(), lines("collapse"), tmp_path, 0)
+    (warning, end), good_before = judge_and_date(Guard(), lines("collapse"), tmp_path)
     assert warning.goes_on
     assert "step 26: this looks like collapse: the log-prob of correct traces fell" in warning.text
     assert not end.goes_on
-    assert end.since < 26
+    assert good_before == 26 - 8
     (only,) = judge(Guard(collapse="warn"), lines("collapse"), tmp_path, 0)
     assert only.goes_on
     assert judge(Guard(collapse="off"), lines("collapse"), tmp_path, 0) == []
@@ -62,16 +71,33 @@ def test_a_resumed_run_judges_as_one_that_was_never_stopped(done: int, tmp_path:
     all_lines = lines("collapse")
     text = "".join(json.dumps(line) + "\n" for line in all_lines[:done])
     (tmp_path / "metrics.jsonl").write_text(text)
-    end = judge(Guard(), all_lines, tmp_path, 0)[-1]
-    assert judge(Guard(), all_lines, tmp_path, done)[-1] == end
+    said, good_before = judge_and_date(Guard(), all_lines, tmp_path)
+    again, as_before = judge_and_date(Guard(), all_lines, tmp_path, done)
+    assert (again[-1], as_before) == (said[-1], good_before)
 
 
 def test_one_sign_alone_is_no_collapse() -> None:
     falling = [line | {"grad_norm": 2.0} for line in lines("collapse")]
     surging = [line | {"positive_logp": -0.8} for line in lines("collapse")]
-    assert collapse(lines("collapse"))
-    assert collapse(falling) is None
-    assert collapse(surging) is None
+    assert at_the_end(lines("collapse"))
+    assert at_the_end(falling) is None
+    assert at_the_end(surging) is None
+
+
+def at_the_end(all_lines: list[dict[str, Any]]) -> str | None:
+    trend = Trend()
+    for line in all_lines:
+        trend.add(line["positive_logp"], line["grad_norm"])
+    return trend.collapse()
+
+
+def test_steps_left_out_do_not_spoil_the_checkpoints_between_them(tmp_path: Path) -> None:
+    """Their weights are those of the last step that was taken."""
+    good = lines("sound")[:10]
+    bad = [good[-1] | {"step": step, "loss": float("nan")} for step in (11, 12, 13)]
+    (end,), good_before = judge_and_date(Guard(collapse="off"), [*good, *bad], tmp_path)
+    assert end.text.startswith("3 steps in a row (from 11)")
+    assert good_before == 13
 
 
 def parameters() -> torch.nn.Module:
@@ -116,6 +142,24 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
         assert torch.equal(ours, theirs)
         for key, value in optimizers[1].state[theirs].items():
             assert torch.equal(optimizers[0].state[ours][key], value), key
+
+
+@pytest.mark.parametrize(("save_every", "keep"), [(1, 1), (2, 1), (5, 2), (9, 1), (100, 2)])
+def test_a_checkpoint_from_before_a_collapse_stays_whenever_it_begins(
+    save_every: int, keep: int
+) -> None:
+    complete: list[int] = []
+    for step in range(save_every, 40 * save_every, save_every):
+        complete = sorted(kept_checkpoints(complete, keep, step - WINDOW))
+        assert len(complete) <= keep + 2
+        if step > 3 * (WINDOW + save_every):
+            # Until the next checkpoint a warning may come at any step.
+            for good_before in range(step - WINDOW, step + save_every - WINDOW):
+                good = [saved for saved in (*complete, step) if saved < good_before]
+                assert good
+                assert max(good) > good_before - 2 * WINDOW - 2 * save_every
+        complete.append(step)
+    assert kept_checkpoints(complete, keep, None) == set(complete[-keep:])
 
 
 @pytest.fixture
@@ -194,7 +238,7 @@ def test_on_the_quickstart_alpha_1_at_a_high_rate_stops_and_the_sound_run_does_n
     assert main(["train", str(recipe("sft", common | first))]) == 0
     assert main(["train", str(recipe("sound", common | {"optim.lr": 5e-5}))]) == 0
     assert "collapse" not in capsys.readouterr().err
-    high = {"objective.alpha": 1.0, "optim.lr": 5e-4, "run.save_every": 5, "run.keep": 0}
+    high = {"objective.alpha": 1.0, "optim.lr": 5e-4, "run.save_every": 2, "run.keep": 1}
     assert main(["train", str(recipe("high", common | high))]) == 1
     err = capsys.readouterr().err
     assert "this looks like collapse" in err

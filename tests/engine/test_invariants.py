@@ -39,6 +39,11 @@ SIBLINGS = {
     "discounted": {"objective.name": "redi", "objective.negative_gamma": 0.5},
     "simpo": {"objective.name": "simpo", "objective.beta": 2.0},
 }
+# Fewer sequences than ranks need: on 2 ranks one has only a dummy, or only a negative.
+FEW = {
+    "dummy": {"objective.name": "sft", "train.batch": 1},
+    "apart": {"objective.name": "redi", "train.batch": 1},
+}
 # Rows of 64 tokens hold one or two sequences, rows of 4096 a whole step.
 LAYOUTS = {
     "whole": {"train.row_tokens": 4096},
@@ -62,6 +67,12 @@ def runs(
         layouts = dict(LAYOUTS)
         if ranks == 2:
             layouts["replicated"] = {"train.row_tokens": 128, "shard.replicate": 2}
+        for few, of_few in FEW.items():
+            for head in ("model", "tied"):
+                name = f"{few}-{head}-whole-{ranks}"
+                changes = {**STEADY, **of_few, "model.path": str(world / head)}
+                changes |= {"run.dir": str(folder / name), "train.max_steps": 3}
+                recipes[ranks].append(write_recipe(folder, name, changes))
         for objective, of_objective in OBJECTIVES.items():
             for head in ("model", "tied"):
                 for layout, of_layout in layouts.items():
@@ -86,9 +97,46 @@ def runs(
 
 
 def train(recipes: dict[int, list[Path]], redi: Callable[..., Any]) -> None:
-    assert main(["train", *map(str, recipes[1])]) == 0
-    done = redi("train", *recipes[2], ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Those of one process in this one, the others in one launch for each number of ranks."""
+    for ranks, paths in recipes.items():
+        if ranks == 1:
+            assert main(["train", *map(str, paths)]) == 0
+        else:
+            done = redi("train", *paths, ranks=ranks)
+            assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def runs_on_4(
+    world: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    write_recipe: Callable[..., Path],
+    redi: Callable[..., Any],
+) -> Path:
+    """7 sequences or pairs a step on 1 and 4 ranks, sharded over all, or over two and reduced after
+    each micro-step; fewer sequences than the ranks need. Every gradient is clipped."""
+    folder = tmp_path_factory.mktemp("four")
+    recipes: dict[int, list[Path]] = {1: [], 4: []}
+    steps_of = {
+        "sft": {"objective.name": "sft", "train.batch": 7},
+        "redi": {"objective.name": "redi", "train.batch": 7},
+        "dummy": {"objective.name": "sft", "train.batch": 3},
+        "apart": {"objective.name": "redi", "train.batch": 2},
+    }
+    for objective, of_objective in steps_of.items():
+        for head in ("model", "tied"):
+            layouts = {("whole", 1): {}, ("hsdp", 4): {"shard.replicate": 2}}
+            if objective in ("sft", "redi"):
+                layouts["hsdp", 4] |= {"train.row_tokens": 64, "shard.reduce": "micro_step"}
+                layouts["split", 4] = {"train.row_tokens": 64}
+            for (layout, ranks), of_layout in layouts.items():
+                name = f"{objective}-{head}-{layout}-{ranks}"
+                changes = {**STEADY, **of_objective, "train.row_tokens": 4096, **of_layout}
+                changes |= {"run.dir": str(folder / name), "model.path": str(world / head)}
+                changes |= {"train.max_steps": 3, "optim.max_grad_norm": 0.1}
+                recipes[ranks].append(write_recipe(folder, name, changes))
+    train(recipes, redi)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +174,31 @@ def test_layout_and_world_size_do_not_matter_to_other_objectives(
     assert compare(sibling_runs, steps, objective, "model") == 3
 
 
+@pytest.mark.parametrize("head", ["model", "tied"])
+@pytest.mark.parametrize("few", FEW)
+def test_a_rank_with_only_a_dummy_or_only_a_negative_changes_nothing(
+    runs: Path, steps: Steps, few: str, head: str
+) -> None:
+    assert compare(runs, steps, few, head) == 2
+    for line in steps(runs / f"{few}-{head}-whole-2"):
+        assert line["micro_steps"] == 1
+        # One sequence: the other rank has none. Two: each has one.
+        assert (line["rank_efficiency"] == 0.5) == (few == "dummy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["model", "tied"])
+@pytest.mark.parametrize("objective", ["sft", "redi", "dummy", "apart"])
+def test_four_ranks_sharded_over_all_or_two_are_one(
+    runs_on_4: Path, steps: Steps, objective: str, head: str
+) -> None:
+    assert compare(runs_on_4, steps, objective, head) == (3 if objective in ("sft", "redi") else 2)
+    lines = steps(runs_on_4 / f"{objective}-{head}-hsdp-4")
+    assert all(line["grad_norm"] > 0.1 for line in lines)  # clipping did something
+    if objective == "dummy":
+        assert all(line["rank_efficiency"] <= 0.75 for line in lines)
+
+
 def compare(runs: Path, steps: Steps, objective: str, head: str) -> int:
     """Hold every run of an objective to the one on 1 process in whole rows; counts them."""
     expected = steps(runs / f"{objective}-{head}-whole-1")
@@ -137,11 +210,12 @@ def compare(runs: Path, steps: Steps, objective: str, head: str) -> int:
         for ours, theirs in zip(steps(run), expected, strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6), run.name
             assert ours["positive_logp"] == pytest.approx(theirs["positive_logp"], rel=1e-6)
-            if objective not in ("sft", "token"):
+            if theirs["negative_logp"] is not None:
                 assert ours["negative_logp"] == pytest.approx(theirs["negative_logp"], rel=1e-6)
             else:
                 assert ours["negative_logp"] is None
-            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-5), run.name
+            for norm in ("grad_norm", "update_norm"):
+                assert ours[norm] == pytest.approx(theirs[norm], rel=2e-5), (run.name, norm)
             assert ours["tokens"] == theirs["tokens"], run.name
         compared += 1
     return compared

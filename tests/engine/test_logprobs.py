@@ -1,6 +1,8 @@
 """Log-probs of whole traces: the reference of DPO, and the table of `redi logprobs`."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redi.engine.cli import main
@@ -90,6 +93,67 @@ def test_another_model_has_other_scores(world: Path, small_blocks: Path, tmp_pat
         assert main([*map(str, line)]) == 0
         tables.append(pq.read_table(out)["logp_sum"].to_numpy())
     assert np.abs(tables[0] - tables[1]).min() > 1e-6
+
+
+def test_what_cannot_be_scored_or_written_is_told_before_the_pass(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "1=", "chosen": "2", "rejected": "3" * 70}) + "\n")
+    for data, out, fault in (
+        (
+            long,
+            tmp_path / "a.parquet",
+            f"{long}:1: 73 tokens are more than the model's 64 positions",
+        ),
+        (world / "traces.jsonl", tmp_path, f"--out: {tmp_path} is a folder"),
+        (
+            world / "traces.jsonl",
+            tmp_path / "none" / "a",
+            f"--out: {tmp_path / 'none'} is no folder",
+        ),
+    ):
+        line = ["logprobs", world / "model", "--data", data, "--out", out]
+        assert main([*map(str, line)]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"redi: {fault}")
+    assert [path.name for path in tmp_path.iterdir()] == ["long.jsonl"]
+
+
+@pytest.mark.slow
+def test_a_resumed_dpo_run_measures_against_the_model_before_step_1(
+    recipe: Callable[..., Path], world: Path, steps: Steps, tmp_path: Path, capsys: Any
+) -> None:
+    """Also where the scores are gone; and not against another model in its place."""
+    shutil.copytree(world / "model", tmp_path / "model")
+    changes = {
+        "model.path": str(tmp_path / "model"),
+        "objective.name": "dpo",
+        "objective.beta": 0.1,
+        "optim.lr": 1e-2,
+        "optim.warmup": 0.0,
+        "data.cache": str(tmp_path / "cache"),
+        "run.save_every": 2,
+    }
+    line = ["train", str(recipe("run", changes))]
+    assert main(line) == 0
+    run, expected = tmp_path / "run", steps(tmp_path / "run")
+
+    def back_to_step_2() -> None:
+        shutil.rmtree(run / "export")
+        shutil.rmtree(run / "checkpoints" / "step-4")
+
+    back_to_step_2()
+    (scores,) = (tmp_path / "cache").glob("*/logprobs-*")
+    shutil.rmtree(scores)
+    assert main(line) == 0
+    assert "going on after step 2" in capsys.readouterr().err
+    assert [step["loss"] for step in steps(run)] == [step["loss"] for step in expected]
+
+    back_to_step_2()
+    path = tmp_path / "model" / "model.safetensors"
+    save_file({k: v * 1.01 for k, v in load_file(path).items()}, path, {"format": "pt"})
+    assert main(line) == 2
+    assert "model.path: the weights have changed since" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.packing import Cost, PackedBatch, build_batch, pack
 from redi.engine.data.schedule import select
 from redi.engine.errors import InputError
-from redi.engine.train.objectives import OBJECTIVES, Objective, StepTotals, formula
+from redi.engine.train.objectives import OBJECTIVES, Formula, Sequences, formula, pairs
+from redi.engine.train.row_loss import Objective, StepTotals
 
 V, D = 97, 12
 BETA, MARGIN, ALPHA = 0.3, 0.7, 0.6
@@ -221,6 +222,30 @@ def test_redi_with_gamma_0_is_redi() -> None:
     assert formula(section("redi", negative_gamma=0.0)) == OBJECTIVES["redi"]
 
 
+def test_another_objective_is_a_formula_and_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """IPO (arXiv 2310.12036, equation 17), with DPO's keys: recipes know it by its line alone."""
+
+    def ipo(section: ObjectiveSection, sequences: Sequences) -> Tensor:
+        assert section.beta is not None
+        positive, negative = pairs(sequences.logps - sequences.reference)
+        return (positive - negative - 1 / (2 * section.beta)).square()
+
+    monkeypatch.setitem(OBJECTIVES, "ipo", Formula("margins", ("beta",), terms=ipo, reference=True))
+    path = tmp_path / "r.toml"
+    path.write_text("[objective]\nname = 'ipo'\nbeta = 0.5\n")
+    of = load_recipe(build_parser("", ""), str(path), [str(path)]).objective
+    tokens = make_tokens(tmp_path / "set", [2, 2], [7, 4], [1, -1], [0, 0])
+    (batch, _) = rows_of(tokens, of, 100)
+    hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids])
+    head = torch.randn(V, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    objective = Objective(of, torch.tensor([-30.0, -20.0]).double())
+    loss, logps, _ = objective(hidden, head, batch, StepTotals(units=1, targets=11))
+    positive, negative = logps.tolist()
+    assert loss.item() == pytest.approx((positive + 30 - negative - 20 - 1) ** 2, rel=1e-9)
+
+
 def test_asymre_is_redi_with_another_alpha(tmp_path: Path) -> None:
     """PAPER: with r = +-1 and without length normalisation, alpha = (1 + V) / (1 - V)."""
     tokens = make_tokens(tmp_path / "set", [2, 2], [7, 7], [1, -1], [0, 0])
@@ -261,6 +286,11 @@ USERS_MISTAKES = {
     "name = 'sft'\nalpha = 0.5": "objective.alpha has no meaning for sft",
     "name = 'simpo'\nbeta = 2.0\nmargin = inf": "objective.margin must be finite",
     "name = 'dpo'\nbeta = 1.0\nnormalisation = 'token'": "normalisation must be sequence for dpo",
+    "name = 'simpoo'": "objective.name: simpoo is unknown; did you mean simpo?",
+    "name = 'grpo'": "objective.name: grpo is unknown; there are sft, redi, signed,",
+    "name = 'dft'\nnormalisation = 'token'\nlength = 'original'": (
+        'length = "original" has no meaning with objective.normalisation = "token"'
+    ),
 }
 
 

@@ -42,6 +42,8 @@ def test_a_recipe_has_the_papers_settings(path: Path) -> None:
     assert recipe.optim.max_grad_norm == 1.0
     assert (recipe.train.batch, recipe.train.epochs, recipe.train.seed) == (batch, epochs, 42)
     assert recipe.data.max_tokens == tokens
+    parts = (None, None) if recipe.objective.name == "sft" else (800, 19000)
+    assert (recipe.data.max_prompt_tokens, recipe.data.max_completion_tokens) == parts
     assert recipe.data.pairing == "first"
     assert recipe.data.system_prompt is not None
     assert recipe.data.system_prompt.endswith(r"\boxed{}.")

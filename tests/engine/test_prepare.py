@@ -1,6 +1,7 @@
 """`redi prepare`: the paper's sets from raw rows, in its order; a recipe's cache."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,12 @@ ROWS = [
 ]
 
 
+def shared(number: int) -> dict[str, Any]:
+    """What both sets keep of a row of ROWS."""
+    row = ROWS[number]
+    return {"id": row["uuid"], "prompt": row["problem"], "source": "olympiads"}
+
+
 @pytest.fixture
 def prepare(world: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Run the command over rows; its two sets and its counts."""
@@ -70,15 +77,11 @@ def test_the_defaults_are_the_papers_rules_order_and_seed(prepare: Callable[...,
     shuffled = datasets.Dataset.from_list([{"n": n} for n in range(len(ROWS))]).shuffle(seed=42)
     first = {0: "0: try 1", 1: "1: try 0", 3: "3: try 2", 5: "5: try 0", 8: "8: try 0", 9: "9" * 50}
     assert found["sft"] == [
-        {"id": f"u{n}", "prompt": ROWS[n]["problem"], "completion": first[n]}
-        for n in shuffled["n"]
-        if n in first
+        {**shared(n), "completion": first[n]} for n in shuffled["n"] if n in first
     ]
     wrong = {0: "0: try 0", 3: "3: try 0", 5: "5: try 1"}
     assert found["pref"] == [
-        {"id": f"u{n}", "prompt": f"{n} + 1?", "chosen": first[n], "rejected": wrong[n]}
-        for n in shuffled["n"]
-        if n in wrong
+        {**shared(n), "chosen": first[n], "rejected": wrong[n]} for n in shuffled["n"] if n in wrong
     ]
     assert found["counts"] == {
         "rows read": 12,
@@ -87,9 +90,10 @@ def test_the_defaults_are_the_papers_rules_order_and_seed(prepare: Callable[...,
         "rows: problem not valid": 1,
         "rows: source cn_k12": 1,
         "generations empty": 1,
+        "generations unfinished, kept": 17,
         "problems with correct and incorrect generations": 5,
-        "problems with correct generations": 1,
-        "problems with incorrect generations": 2,
+        "problems with correct generations alone": 1,
+        "problems with incorrect generations alone": 2,
         "pairs before the limits": 5,
         "pairs: a trace over 19,000 tokens": 1,
         "pairs: prompt over 800 tokens": 1,
@@ -140,41 +144,39 @@ def test_unfinished_generations_are_left_out_and_thoughts_opened(
         "I think \\boxed{3}",
         "I add.</think>So it is 4.",
         "never ending \\boxed{5} </think>",
+        "think\nanswer\n7\nI add.\nanswer\n\\boxed{6}",
     ]
-    row = raw(0, [GOOD] * 5, generations=texts)
+    row = raw(0, [GOOD] * 6, generations=texts)
     options = ("--take", "all", "--finished", "true", "--open_think", "true")
     found = prepare([row], *options, limits=False)
-    assert [line["completion"] for line in found["sft"]] == [f"<think>\n{texts[0]}", texts[1]]
-    assert found["counts"]["generations unfinished"] == 3
-    assert found["counts"]["generations given a <think>"] == 1
-
-
-def test_teachers_are_filtered_and_weighted(prepare: Callable[..., Any]) -> None:
-    rows = [
-        raw(0, [GOOD], teacher="r1"),
-        raw(1, [GOOD], teacher="qwq"),
-        raw(2, [GOOD], teacher="s1"),
+    assert [line["completion"] for line in found["sft"]] == [
+        f"<think>\n{texts[0]}",
+        texts[1],
+        "<think>\nanswer\n7\nI add.\n</think>\n\n\\boxed{6}",
     ]
-    weights = ("--teacher_weights", '{"qwq": 2.5}')
-    found = prepare(rows, *weights, "--teachers", "r1", "qwq", limits=False)
-    assert {line["teacher"]: line.get("weight") for line in found["sft"]} == {
-        "r1": None,
-        "qwq": 2.5,
-    }
-    assert found["counts"]["rows of another teacher"] == 1
+    assert found["counts"]["generations unfinished"] == 3
+    assert found["counts"]["generations given think tags"] == 4
+
+
+def test_columns_that_training_reads_are_carried_along(prepare: Callable[..., Any]) -> None:
+    found = prepare([raw(0, [GOOD, BAD], teacher="r1", weight=2.5, other=1)], limits=False)
+    shared = {"id": "u0", "prompt": "0 + 1?", "source": "olympiads", "teacher": "r1", "weight": 2.5}
+    assert found["sft"] == [{**shared, "completion": "0: try 0"}]
+    assert found["pref"] == [{**shared, "chosen": "0: try 0", "rejected": "0: try 1"}]
 
 
 def test_faulty_rows_are_named_and_leave_no_set_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "raw.jsonl", tmp_path / "out"
-    rows = [ROWS[0], raw(1, [GOOD], problem=None), raw(2, [GOOD], generations="text"), {"a": 1}]
+    wrong = raw(1, [GOOD], problem=None), raw(2, [GOOD], generations="text"), {"a": 1}
+    rows = [ROWS[0], *wrong, raw(4, [GOOD], problem="\ud800"), raw(5, [GOOD], uuid="\ud800")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--max_prompt_tokens", "0", "--max_trace_tokens", "0"]
     assert main(["prepare", "openr1", str(path), "--out", str(out), *options]) == 2
     lines = capsys.readouterr().err.splitlines()
     places = [line.removeprefix("redi: ").removeprefix(str(path)).split(": ")[0] for line in lines]
-    assert places == [":2", ":3", ":4"]
+    assert places == [":2", ":3", ":4", ":5", ":6"]
     assert list(out.iterdir()) == []
 
 
@@ -184,7 +186,6 @@ def test_faulty_rows_are_named_and_leave_no_set_behind(
         ([], "tokenizer is missing"),
         (["--tokenizer", "t", "--seed", "-1"], "seed must be >= 0"),
         (["--tokenizer", "t", "--taek", "all"], "did you mean --take?"),
-        (["--tokenizer", "t", "--teacher_weights", '{"a": 0}'], "a must be > 0"),
         (["--tokenizer", "t", "--verifiers", "none"], "verifiers"),
     ],
 )
@@ -196,19 +197,21 @@ def test_a_wrong_option_is_one_line(
     assert said in line
 
 
-def test_a_recipes_cache_is_filled_and_found_by_training(
-    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_recipes_cache_is_filled_without_weights_and_found_by_training(
+    world: Path, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = recipe("r", {"data.cache": str(tmp_path / "cache"), "train.max_steps": 1})
-    report = tmp_path / "report"
-    assert main(["prepare", str(path), "--ranks", "2", "--report", str(report)]) == 0
+    bare, report = tmp_path / "bare", tmp_path / "report"
+    shutil.copytree(world / "model", bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    options = ["--model.path", str(bare), "--ranks", "2", "--report", str(report)]
+    assert main(["prepare", str(path), *options]) == 0
     assert json.loads((report / "report.json").read_text())["overview"]["world_size"] == 2
     assert (report / "lengths.png").stat().st_size > 1000
     shown = capsys.readouterr().err
     assert "pairs to train on" in shown
     assert "rank efficiency, 2 ranks" in shown
-    (folder,) = (tmp_path / "cache").iterdir()
-    made = (folder / "traces.arrow").stat().st_mtime_ns
+    (arrow,) = (tmp_path / "cache").glob("*/traces.arrow")
+    made = arrow.stat().st_mtime_ns
     assert not (tmp_path / "r").exists()
     assert main(["train", str(path), "--quiet"]) == 0
-    assert (folder / "traces.arrow").stat().st_mtime_ns == made
+    assert arrow.stat().st_mtime_ns == made

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,29 +11,27 @@ from typing import Any
 
 import pytest
 import torch
+from processes import Run, ranks
 from safetensors.torch import load_file
 
 from redi.engine.cli import main
-from redi.engine.train.checkpoint import complete_checkpoints
+from redi.engine.train.checkpoint import _Writer, complete_checkpoints
 from redi.engine.train.metrics import TIMINGS
 
-Command = Callable[..., list[str]]
 Steps = Callable[[Path], list[dict[str, Any]]]
 WriteRecipe = Callable[..., Path]
 
 STEPS = 12
+SOON = 20.0
+"""Seconds that a signal may take to end a run of the small model."""
 SETTINGS = {"train.max_steps": STEPS, "run.save_every": 3, "train.row_tokens": 128}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    write_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory, redi: Callable[..., Any]
-) -> Path:
+def undisturbed(write_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    path = write_recipe(folder, "run", SETTINGS)
-    done = redi("train", path)
-    assert done.returncode == 0, done.stderr
+    assert main(["train", str(write_recipe(folder, "run", SETTINGS))]) == 0
     return folder / "run"
 
 
@@ -57,102 +54,121 @@ def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
-def start(line: list[str]) -> subprocess.Popen[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        line, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened for two minutes"
-        if process.poll() is not None:
-            assert condition(), process.communicate()[1]
-        time.sleep(0.002)
-
-
 def has_steps(run_dir: Path, count: int) -> bool:
     path = run_dir / "metrics.jsonl"
     return path.exists() and path.read_text().count('"loss"') >= count
 
 
-MOMENTS = {
-    "before_any_checkpoint": lambda d: has_steps(d, 2),
-    "as_a_checkpoint_appears": lambda d: (d / "checkpoints" / "step-6").exists(),
-    "between_checkpoints": lambda d: has_steps(d, 8),
-}
-
-
-@pytest.mark.parametrize(
-    "moment",
-    [
-        "between_checkpoints",
-        pytest.param("before_any_checkpoint", marks=pytest.mark.slow),
-        pytest.param("as_a_checkpoint_appears", marks=pytest.mark.slow),
-    ],
-)
-def test_killed_and_started_again_it_ends_the_same(
-    moment: str,
-    recipe: WriteRecipe,
-    command: Command,
-    redi: Callable[..., Any],
-    same: Callable[[Path], None],
-    tmp_path: Path,
+def test_killed_between_checkpoints_and_started_again_it_ends_the_same(
+    recipe: WriteRecipe, same: Callable[[Path], None], tmp_path: Path
 ) -> None:
     path, run_dir = recipe("run", SETTINGS), tmp_path / "run"
-    process = start(command("train", path))
-    wait_for(lambda: MOMENTS[moment](run_dir), process)
-    process.kill()
-    process.communicate()
-    assert not (run_dir / "export").exists(), "it was killed too late to show anything"
-    done = redi("train", path)
-    assert done.returncode == 0, done.stderr
+    run = Run("train", path, log=tmp_path / "log")
+    run.wait_for(lambda: has_steps(run_dir, 5))
+    run.kill()
+    assert main(["train", str(path)]) == 0
     same(run_dir)
 
 
+def test_training_goes_on_while_a_checkpoint_is_written_and_leaves_it_as_it_was(
+    recipe: WriteRecipe,
+    same: Callable[[Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, run_dir = recipe("run", SETTINGS | {"run.keep": 0}), tmp_path / "run"
+    write, went_on = _Writer.write_data, []
+
+    def write_two_steps_later(writer: _Writer, *plan: Any) -> Any:
+        deadline = time.monotonic() + 60
+        while writer.path.name == "step-3" and not has_steps(run_dir, 5):
+            assert time.monotonic() < deadline, "training waits for the checkpoint"
+            time.sleep(0.005)
+        went_on.append(writer.path.name)
+        return write(writer, *plan)
+
+    monkeypatch.setattr(_Writer, "write_data", write_two_steps_later)
+    assert main(["train", str(path)]) == 0
+    assert went_on == [f"step-{step}" for step in (3, 6, 9, 12)]
+    for step in (6, 9, 12):
+        shutil.rmtree(saved(run_dir, step))
+    shutil.rmtree(run_dir / "export")
+    assert main(["train", str(path)]) == 0
+    same(run_dir)
+
+
+MOMENTS: list[tuple[str, Callable[[Path], bool], float]] = [
+    *(
+        (f"{30 * n} ms after a checkpoint's folder", lambda d: saved(d, 3).exists(), 0.03 * n)
+        for n in range(10)
+    ),
+    ("model loading", lambda d: "attention" in (d.parent / "log").read_text(), 0.0),
+    ("the run folder", lambda d: d.exists(), 0.0),
+    ("a whole checkpoint", lambda d: (saved(d, 6) / ".metadata").exists(), 0.0),
+    ("a removed one", lambda d: saved(d, 9).exists() and not saved(d, 3).exists(), 0.0),
+    *((f"step {n}", lambda d, n=n: has_steps(d, n), 0.0) for n in (1, 2, 4, 7, 8, 10)),
+]
+
+
+def saved(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step}"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", range(20))
+@pytest.mark.parametrize(("moment", "delay"), [m[1:] for m in MOMENTS], ids=[m[0] for m in MOMENTS])
 def test_killed_at_twenty_moments(
-    delay: int,
+    moment: Callable[[Path], bool],
+    delay: float,
     recipe: WriteRecipe,
-    command: Command,
-    redi: Callable[..., Any],
     same: Callable[[Path], None],
     tmp_path: Path,
 ) -> None:
-    """Ten of them within 0.3 s of a checkpoint folder's appearance, ten anywhere."""
-    path, run_dir = recipe("run", SETTINGS), tmp_path / "run"
-    process = start(command("train", path))
-    if delay < 10:
-        step = 3 * (1 + delay % 3)
-        wait_for(lambda: (run_dir / "checkpoints" / f"step-{step}").exists(), process)
-        time.sleep(0.03 * delay)
-    else:
-        time.sleep(1.0 * (delay - 9))
-    process.kill()
-    process.communicate()
-    done = redi("train", path)
-    assert done.returncode == 0, done.stderr
+    path, run_dir, log = recipe("run", SETTINGS), tmp_path / "run", tmp_path / "log"
+    log.touch()
+    run = Run("train", path, log=log)
+    run.wait_for(lambda: moment(run_dir))
+    time.sleep(delay)
+    run.kill()
+    assert not (run_dir / "export").exists(), "it was killed too late to show anything"
+    assert main(["train", str(path)]) == 0
     same(run_dir)
 
 
 @pytest.mark.slow
-def test_stopped_on_two_ranks_it_ends_the_same(
-    recipe: WriteRecipe, command: Command, redi: Callable[..., Any], steps: Steps, tmp_path: Path
+def test_ranks_come_and_go(recipe: WriteRecipe, steps: Steps, tmp_path: Path) -> None:
+    """2 ranks, then 4, then 1: the same to rounding."""
+    changes = SETTINGS | {"optim.eps": 1e-3}
+    whole, moved = recipe("whole", changes), recipe("moved", changes)
+    assert main(["train", str(whole)]) == 0
+    for count, enough in ((2, 4), (4, 8)):
+        group = ranks(count, "train", moved, log=tmp_path / f"of-{count}-")
+        group[0].wait_for(lambda enough=enough: has_steps(tmp_path / "moved", enough))
+        for run in group:
+            run.send(signal.SIGTERM)
+        assert [run.end() for run in group] == [0] * count, group[0].stderr
+        assert not (tmp_path / "moved" / "export").exists()
+    assert main(["train", str(moved)]) == 0
+    for ours, theirs in zip(steps(tmp_path / "moved"), steps(tmp_path / "whole"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_and_started_again_end_the_same(
+    recipe: WriteRecipe, steps: Steps, tmp_path: Path
 ) -> None:
-    paths = {name: recipe(name, SETTINGS) for name in ("whole", "killed")}
-    assert redi("train", paths["whole"], ranks=2).returncode == 0
-    process = start(command("train", paths["killed"], ranks=2))
-    wait_for(lambda: has_steps(tmp_path / "killed", 8), process)
-    process.send_signal(signal.SIGTERM)  # torchrun passes it on to the ranks
-    process.communicate(timeout=60)
-    assert len(steps(tmp_path / "killed")) < STEPS
-    done = redi("train", paths["killed"], ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert untimed(steps(tmp_path / "killed")) == untimed(steps(tmp_path / "whole"))
-    ours, theirs = (tmp_path / n / "export" / "model.safetensors" for n in ("killed", "whole"))
+    paths = {name: recipe(name, SETTINGS) for name in ("whole", "stopped")}
+    for run in ranks(2, "train", paths["whole"], log=tmp_path / "whole-"):
+        assert run.end() == 0, run.stderr
+    group = ranks(2, "train", paths["stopped"], log=tmp_path / "stopped-")
+    group[0].wait_for(lambda: has_steps(tmp_path / "stopped", 8))
+    group[1].send(signal.SIGTERM)  # one rank is enough
+    assert [run.end() for run in group] == [0, 0], group[0].stderr
+    assert len(steps(tmp_path / "stopped")) < STEPS
+    for run in ranks(2, "train", paths["stopped"], log=tmp_path / "again-"):
+        assert run.end() == 0, run.stderr
+    assert untimed(steps(tmp_path / "stopped")) == untimed(steps(tmp_path / "whole"))
+    ours, theirs = (tmp_path / n / "export" / "model.safetensors" for n in ("stopped", "whole"))
     assert ours.read_bytes() == theirs.read_bytes()
 
 
@@ -160,59 +176,76 @@ def test_stopped_on_two_ranks_it_ends_the_same(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_and_exits_0_and_says_how_to_go_on(
-    number: signal.Signals,
-    recipe: WriteRecipe,
-    command: Command,
-    redi: Callable[..., Any],
-    same: Callable[[Path], None],
-    tmp_path: Path,
+    number: signal.Signals, recipe: WriteRecipe, same: Callable[[Path], None], tmp_path: Path
 ) -> None:
     path, run_dir = recipe("run", SETTINGS), tmp_path / "run"
-    process = start(command("train", path))
-    wait_for(lambda: has_steps(run_dir, 4), process)
-    process.send_signal(number)
-    process.send_signal(number)  # twice within moments is one request
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert err.count("stopping: this step is finished and saved first") == 1
-    assert ("Ctrl-C again leaves at once" in err) == (number == signal.SIGINT)
-    assert "the same command goes on from here" in err
-    assert "Traceback" not in err
-    done = redi("train", path)
-    assert done.returncode == 0, done.stderr
+    run = Run("train", path, log=tmp_path / "log")
+    run.wait_for(lambda: has_steps(run_dir, 4))
+    run.send(number, number)  # twice within moments is one request
+    assert run.end(SOON) == 0, run.stderr
+    assert run.stderr.count("stopping: this step is finished and saved first") == 1
+    assert ("Ctrl-C again leaves at once" in run.stderr) == (number == signal.SIGINT)
+    assert "the same command goes on from here" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert main(["train", str(path)]) == 0
     same(run_dir)
 
 
-@pytest.mark.parametrize(
-    "at", [0.3, *(pytest.param(at, marks=pytest.mark.slow) for at in (0.0, 0.999))]
-)
 @pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+def test_a_checkpoint_cut_off_anywhere_does_not_count(
+    file: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
+    victim = tmp_path / "checkpoints" / f"step-{STEPS}" / file
+    content = victim.read_bytes()
+    assert max(complete_checkpoints(tmp_path)) == STEPS
+    cuts = {0, 1, len(content) - 1, *range(0, len(content), max(1, len(content) // 40))}
+    for cut in sorted(cuts, reverse=True):
+        os.truncate(victim, cut)
+        assert max(complete_checkpoints(tmp_path)) == STEPS - 3, f"cut off at byte {cut}"
+
+
 def test_a_checkpoint_cut_off_is_passed_over(
-    at: float,
-    file: str,
+    undisturbed: Path, recipe: WriteRecipe, same: Callable[[Path], None], tmp_path: Path
+) -> None:
+    run_dir = unfinished(undisturbed, tmp_path)
+    victim = saved(run_dir, STEPS) / "__0_0.distcp"
+    os.truncate(victim, victim.stat().st_size // 3)
+    assert main(["train", str(recipe("run", SETTINGS))]) == 0
+    same(run_dir)
+
+
+def test_a_checkpoint_whose_bytes_rotted_is_named_and_the_one_before_it_goes_on(
     undisturbed: Path,
     recipe: WriteRecipe,
     same: Callable[[Path], None],
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run_dir = tmp_path / "run"
-    shutil.copytree(undisturbed, run_dir)
-    shutil.rmtree(run_dir / "export")
-    path = recipe("run", SETTINGS)
-    victim = run_dir / "checkpoints" / f"step-{STEPS}" / file
-    content = victim.read_bytes()
-    victim.write_bytes(content[: int(at * len(content))])
-    assert max(complete_checkpoints(run_dir)) == STEPS - 3
+    run_dir, path = unfinished(undisturbed, tmp_path), recipe("run", SETTINGS)
+    with (saved(run_dir, STEPS) / "__0_0.distcp").open("r+b") as file:
+        file.seek(1000)
+        file.write(bytes(2_000_000))
+    assert main(["train", str(path)]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"redi: {saved(run_dir, STEPS)} cannot be read (")
+    assert said.endswith("remove it to go on from the checkpoint before it")
+    shutil.rmtree(saved(run_dir, STEPS))
     assert main(["train", str(path)]) == 0
     same(run_dir)
+
+
+def unfinished(undisturbed: Path, folder: Path) -> Path:
+    """A copy of the undisturbed run that was ended before its export."""
+    shutil.copytree(undisturbed, folder / "run")
+    shutil.rmtree(folder / "run" / "export")
+    return folder / "run"
 
 
 def test_half_a_line_of_metrics_is_cut_off(
     undisturbed: Path, recipe: WriteRecipe, same: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "run"
-    shutil.copytree(undisturbed, run_dir)
-    shutil.rmtree(run_dir / "export")
+    run_dir = unfinished(undisturbed, tmp_path)
     shutil.rmtree(run_dir / "checkpoints" / f"step-{STEPS}")
     lines = (run_dir / "metrics.jsonl").read_text()
     (run_dir / "metrics.jsonl").write_text(lines + lines.splitlines()[0][:40])
@@ -245,9 +278,7 @@ def test_another_recipe_in_the_same_folder_is_refused_by_key(
 def test_other_rows_on_resume_end_the_same_to_rounding(
     undisturbed: Path, recipe: WriteRecipe, steps: Steps, tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "run"
-    shutil.copytree(undisturbed, run_dir)
-    shutil.rmtree(run_dir / "export")
+    run_dir = unfinished(undisturbed, tmp_path)
     shutil.rmtree(run_dir / "checkpoints" / f"step-{STEPS}")
     path = recipe("run", SETTINGS)
     assert main(["train", str(path), "--train.row_tokens", "4096", "--run.keep", "1"]) == 0
@@ -264,9 +295,7 @@ def test_changed_data_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run_dir = tmp_path / "run"
-    shutil.copytree(undisturbed, run_dir)
-    shutil.rmtree(run_dir / "export")
+    run_dir = unfinished(undisturbed, tmp_path)
     manifest = json.loads((run_dir / "manifest.json").read_text())
     (run_dir / "manifest.json").write_text(json.dumps(manifest | {"data": "another"}))
     assert main(["train", str(recipe("run", SETTINGS))]) == 2

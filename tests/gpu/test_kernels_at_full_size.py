@@ -35,6 +35,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (torch.cuda.is_available() or DRY_RUN), reason="needs a card"),
 ]
+BACKENDS = ("triton", "triton-exp")
 on_card = pytest.mark.skipif(DRY_RUN, reason="measures the card")
 
 
@@ -52,12 +53,13 @@ def syncs_forbidden() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [0, 1])
-def test_log_probs_and_gradients_are_exact_at_full_size(size: int) -> None:
+def test_log_probs_and_gradients_are_exact_at_full_size(size: int, backend: str) -> None:
     case = make_row(SCALE.tokens, SCALE.hidden[size])
     exact_logps, exact = exact_in_chunks(case)
     plain = plain_in_chunks(case)
-    out, got = run(redi_loss, case, backend="triton", valid_index=case.valid_index)
+    out, got = run(redi_loss, case, backend=backend, valid_index=case.valid_index)
     assert not violations(got, case, exact, plain)
     sums = reference.segment_sum(exact_logps, case.cu_seqlens)
     lengths = out.sequence_lengths.clamp(min=1)
@@ -65,7 +67,7 @@ def test_log_probs_and_gradients_are_exact_at_full_size(size: int) -> None:
     for name, mutant in mutants_of(got).items():
         assert violations(mutant, case, exact, plain), f"the rule lets pass: {name}"
     logps = linear_logprobs(
-        case.hidden, case.weight, case.targets, valid_index=case.valid_index, backend="triton"
+        case.hidden, case.weight, case.targets, valid_index=case.valid_index, backend=backend
     )
     assert (logps - exact_logps).abs().max() < 1e-4
 
@@ -79,17 +81,26 @@ def mutants_of(got: Gradients) -> dict[str, Gradients]:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("triton", torch.float32),
+        ("triton", torch.bfloat16),
+        ("triton", torch.float16),
+        ("triton-exp", torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("logits", LOGITS)
 def test_every_kind_of_logits_is_exact_for_a_real_vocabulary(
-    logits: str, dtype: torch.dtype
+    logits: str, backend: str, dtype: torch.dtype
 ) -> None:
     half = SCALE.few_tokens // 2
     case = make_case(
         dtype, vocab=SCALE.vocab, hidden=128, lengths=(half, half), signs=(1, -1), logits=logits,
         device=SCALE.device,
     )  # fmt: skip
-    _, got = run(redi_loss, case, backend="triton")
+    _, got = run(redi_loss, case, backend=backend)
     assert_exact(got, case, oracle(case)[1])
 
 
@@ -113,7 +124,10 @@ def test_triton_and_torch_agree() -> None:
             assert relative_error(value, true) < 1e-3
 
 
-def test_a_chunk_beyond_two_to_the_31_logits_is_one_chunk_s_worth_of_small_ones() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_chunk_beyond_two_to_the_31_logits_is_one_chunk_s_worth_of_small_ones(
+    backend: str,
+) -> None:
     case = make_row(SCALE.tall_chunk, SCALE.hidden[0])
     case = replace(case, targets=case.targets.clamp(min=0))  # all rows are in the chunk
     assert SCALE.tall_chunk * padded(SCALE.vocab) > 2**31 or DRY_RUN
@@ -122,7 +136,7 @@ def test_a_chunk_beyond_two_to_the_31_logits_is_one_chunk_s_worth_of_small_ones(
     for rows in (SCALE.tall_chunk, SCALE.tall_chunk // 8):
         moved = leaves(case)
         loss, logps = signed_cross_entropy(
-            *moved.arguments[:3], weights, backend="triton", chunk_tokens=rows
+            *moved.arguments[:3], weights, backend=backend, chunk_tokens=rows
         )
         results.append((logps, gradients(loss, moved.hidden, moved.weight)))
     (logps, got), (expected_logps, expected) = results
@@ -156,9 +170,10 @@ def test_a_quarter_of_a_million_tokens_are_the_sum_of_their_parts() -> None:
     assert relative_error(total, dweight) < 1e-3
 
 
-def test_repeated_calls_agree_bit_for_bit() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeated_calls_agree_bit_for_bit(backend: str) -> None:
     case = make_row(SCALE.tokens, SCALE.hidden[0])
-    runs = [run(redi_loss, case, backend="triton") for _ in range(2)]
+    runs = [run(redi_loss, case, backend=backend) for _ in range(2)]
     assert torch.equal(runs[0][0].loss, runs[1][0].loss)
     assert torch.equal(runs[0][0].sequence_logps, runs[1][0].sequence_logps)
     for first, second in zip(runs[0][1], runs[1][1], strict=True):
@@ -189,13 +204,17 @@ def test_memory_is_a_chunk_and_the_gradients_and_no_more(size: int) -> None:
     assert extra < 1.01 * (chunk + dhidden + dweight) + (32 << 20)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_with_valid_index_the_host_never_waits(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("triton", torch.bfloat16), ("triton", torch.float16), ("triton-exp", torch.bfloat16)],
+    ids=str,
+)
+def test_with_valid_index_the_host_never_waits(backend: str, dtype: torch.dtype) -> None:
     case = leaves(make_row(SCALE.tokens // 8, SCALE.hidden[0], dtype))
     weights, index = case.token_weights.float(), case.valid_index
 
     def step() -> None:
-        options = {"valid_index": index, "backend": "triton"}
+        options = {"valid_index": index, "backend": backend}
         losses = [
             redi_loss(*case.arguments, **case.options, **options).loss,
             signed_cross_entropy(*case.arguments[:3], weights, **options)[0],

@@ -1,0 +1,202 @@
+"""Finds the launch of the logits product with exponentials for a GPU, and whether it pays there.
+
+    python -m redi.bench.tune --hidden 1536 3584
+
+For each hidden size the loss with each candidate launch, and the loss of `backend="triton"`, are
+timed turn by turn on the same operands. The fastest launch, and which backend won, become the entry
+of `kernels/launches.json` for this architecture, hidden size and bfloat16: from then on
+`backend="auto"` chooses accordingly. A candidate whose gradients differ from "triton"'s by more
+than the rounding of both is left out: a wrong result has no speed.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from redi.bench.inputs import Operands, Sizes, make_operands
+from redi.bench.measure import time_in_turns
+from redi.bench.report import hardware_name
+from redi.kernels import exponentials_triton
+from redi.kernels.chunked import cross_entropy_chunks
+from redi.kernels.exponentials import ExponentialsKernel
+from redi.kernels.launches import (
+    TABLE,
+    Entry,
+    Launch,
+    architecture_of,
+    entries_for,
+    launch_for,
+    write_entry,
+)
+from redi.kernels.softmax_triton import softmax_rows
+
+# Relative difference of two bfloat16 gradients that are both right: each errs by up to 4e-3.
+LARGEST_DIFFERENCE = 8e-3
+
+Gradients = tuple[Tensor, Tensor]
+
+
+def candidates(architecture: str, hidden: int) -> list[Launch]:
+    """What is tried: tiles that fit the registers, and how many rows share a walk.
+
+    A group's hidden states are to stay in half of L2's 50 MB, the rest is for what streams by.
+    """
+    if architecture == "interpreter":
+        return [
+            Launch(rows=16, columns=columns, depth=64, warps=4, stages=1, group=2, flatten=False)
+            for columns in (64, 128)
+        ]
+    in_half_of_l2 = max(1, (25 << 20) // (128 * hidden * 2))
+    tiles = [
+        # rows, columns, warps, stages
+        (128, 256, 8, 3),
+        (256, 128, 8, 3),
+        (128, 128, 4, 3),  # two programs an SM: one multiplies while the other takes exponentials
+    ]
+    return [
+        Launch(rows, columns, 64, warps, stages, group * 128 // rows, flatten)
+        for (rows, columns, warps, stages), group, flatten in product(
+            tiles, (in_half_of_l2, max(2, in_half_of_l2 // 4)), (True, False)
+        )
+    ]
+
+
+def step_of(operands: Operands, exponentials: ExponentialsKernel | None) -> Callable[[], Gradients]:
+    """Forward and backward, as `redi_loss` does them: dX and dW in float32."""
+    hidden, weight, targets = (tensor.detach() for tensor in operands[:3])
+    token_weights = operands.token_weights.float()
+    index = torch.arange(len(targets), device=targets.device)
+
+    def step() -> Gradients:
+        dhidden, dweight = (torch.empty_like(t, dtype=torch.float32) for t in (hidden, weight))
+        cross_entropy_chunks(
+            hidden,
+            weight,
+            targets,
+            token_weights,
+            coefficient="weight",
+            row_kernel=softmax_rows,
+            exponentials=exponentials,
+            valid_index=index,
+            num_weighted=len(index),
+            token_logps=torch.empty(len(targets), device=targets.device),
+            dhidden=dhidden,
+            dweight=dweight,
+        )
+        return dhidden, dweight
+
+    return step
+
+
+def right_launches(operands: Operands, launches: list[Launch]) -> dict[Launch, str]:
+    """Those that run and give what "triton" gives; what is wrong with another is printed."""
+    expected = step_of(operands, None)()
+    found: dict[Launch, str] = {}
+    for launch in launches:
+        try:
+            got = step_of(operands, partial(exponentials_triton.exponentials, launch=launch))()
+        except Exception as error:  # more registers or shared memory than there are
+            print(f"left out: {launch}: {' '.join(str(error).split())[:200]}")
+            continue
+        difference = max(
+            float((a - b).norm() / b.norm()) for a, b in zip(got, expected, strict=True)
+        )
+        if difference <= LARGEST_DIFFERENCE:
+            found[launch] = f"exp {len(found)}"
+        else:
+            print(f"left out: {launch}: its gradients differ by {difference:.1e}")
+    return found
+
+
+def tune(sizes: Sizes, launches: list[Launch], repeats: int, limit_s: float) -> Entry:
+    """Measure; the entry for the table.
+
+    Raises:
+        RuntimeError: nothing could be timed.
+    """
+    operands = make_operands(sizes)
+    names = right_launches(operands, launches)
+    steps = {"triton": step_of(operands, None)}
+    for launch, name in names.items():
+        steps[name] = step_of(operands, partial(exponentials_triton.exponentials, launch=launch))
+    seconds, problems = time_in_turns(steps, sizes.device, repeats, limit_s)
+    if "triton" not in seconds:
+        raise RuntimeError(f'backend="triton" could not be timed: {problems["triton"]}')
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    timed = {launch: medians[name] for launch, name in names.items() if name in medians}
+    for launch, median in sorted(timed.items(), key=lambda item: item[1]):
+        print(f"{1e3 * median:9.2f} ms  {launch}")
+    print(f"{1e3 * medians['triton']:9.2f} ms  backend triton")
+    best = min(timed, key=lambda launch: timed[launch]) if timed else launch_for(operands.weight)
+    pays = best in timed and timed[best] < medians["triton"]
+    device = operands.weight.device
+    return Entry(
+        architecture=architecture_of(device),
+        dtype=sizes.dtype,
+        hidden=sizes.hidden,
+        backend="triton-exp" if pays else "triton",
+        launch=best,
+        measured={
+            "hardware": hardware_name(sizes.device),
+            "date": date.today().isoformat(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "tokens": sizes.tokens,
+            "vocab": sizes.vocab,
+            "milliseconds": {
+                "triton": 1e3 * medians["triton"],
+                "triton-exp": 1e3 * timed[best] if best in timed else None,
+            },
+        },
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Tune for each hidden size and write the entries."""
+    parser = argparse.ArgumentParser(
+        prog="python -m redi.bench.tune", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--hidden", type=int, nargs="+", default=[1536, 3584])
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--inputs", choices=["random", "trained"], default="trained")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of turns, a hidden size")
+    parser.add_argument("--table", type=Path, default=TABLE, help="file to write the entries to")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    if options.device == "cpu" and not triton.knobs.runtime.interpret:
+        parser.error("--device cpu: set TRITON_INTERPRET=1, which shows that it runs, not a speed")
+    architecture = architecture_of(torch.device(options.device))
+    if not entries_for(architecture):
+        parser.error(f"the kernels are not made for {architecture}: see kernels/launches.json")
+    for hidden in options.hidden:
+        sizes = Sizes(
+            tokens=options.tokens,
+            vocab=options.vocab,
+            hidden=hidden,
+            sequences=16,
+            dtype="bfloat16",
+            device=options.device,
+            threads=torch.get_num_threads(),
+            inputs=options.inputs,
+        )
+        entry = tune(sizes, candidates(architecture, hidden), options.repeats, options.seconds)
+        write_entry(entry, options.table)
+        print(f"D {hidden}: {entry.backend}, written to {options.table}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

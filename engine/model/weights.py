@@ -1,0 +1,177 @@
+"""Weights from safetensors files into a model that may be sharded: each rank reads its own rows.
+
+Files are mapped into memory and read slice by slice, so no rank holds more than its shard and one
+slice. torch's HuggingFaceStorageReader does the like, but takes every file of the folder, also a
+second copy of the weights, and does not tell what a file has too much.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import extract_weight_conversions_for_model
+from transformers.core_model_loading import revert_weight_conversion
+
+from redi.engine.errors import InputError
+from redi.engine.model.load import load_weights
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+@torch.no_grad()
+def read_weights(model: PreTrainedModel, path: str) -> None:
+    """Fill a model in place: parameters from files, in the model's dtype, buffers computed.
+
+    Args:
+        model: its parameters have memory but no values (`to_empty`), sharded or whole. What
+            `to_empty` has untied is tied again.
+        path: folder or hub name.
+
+    Raises:
+        InputError: the files do not fit the model.
+    """
+    model.tie_weights()
+    _compute_buffers(model, path)
+    if extract_weight_conversions_for_model(model):
+        # transformers renames or merges them while loading (mixtures of experts).
+        whole = load_weights(path, "model.path", deepcopy(model.config), "auto").state_dict()
+        for name, tensor in model.state_dict().items():
+            _copy_own_rows(tensor, whole[name])
+        return
+    try:
+        files = weight_files(path)
+        check_weights(model, files)
+        _read(model, files)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"model.path: {path}: {str(error).strip()}") from None
+
+
+def weight_files(path: str) -> dict[Path, list[str]]:
+    """The files of a model's weights, as transformers chooses them, and the names in each.
+
+    Raises:
+        ValueError, OSError: there are none, or the list of them is damaged.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        patterns = ["*.safetensors", INDEX]
+        folder = Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns="*/*"))
+    if (folder / SINGLE).is_file():
+        with safe_open(folder / SINGLE, "pt") as file:
+            return {folder / SINGLE: list(file.keys())}
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"there is neither {SINGLE} nor {INDEX}")
+    index = json.loads((folder / INDEX).read_text("utf-8"))
+    if "weight_map" not in index:
+        raise ValueError(f"{INDEX} has no weight_map")
+    names: dict[Path, list[str]] = {}
+    for name, file in index["weight_map"].items():
+        names.setdefault(folder / file, []).append(name)
+    return names
+
+
+def as_stored(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Some of a model's tensors under the names, and in the pieces, that files have them in."""
+    if not extract_weight_conversions_for_model(model):
+        return tensors
+    return revert_weight_conversion(model, tensors)
+
+
+def check_weights(model: PreTrainedModel, files: Mapping[Path, Iterable[str]]) -> None:
+    """See from the files' headers that they hold the model's weights, all and no others.
+
+    Raises:
+        ValueError: names are missing or too many, a shape or a number format is another.
+        OSError, SafetensorError: a file is missing or damaged.
+    """
+    stored = as_stored(model, model.state_dict())
+    wanted = {name: list(tensor.shape) for name, tensor in stored.items()}
+    unexpected = model._keys_to_ignore_on_load_unexpected or ()
+    ignored = re.compile("|".join(f"({p})" for p in [*unexpected, r"rotary_emb\.inv_freq$"]))
+    found: set[str] = set()
+    for file, names in files.items():
+        with safe_open(file, "pt") as content:
+            for name in names:
+                header = content.get_slice(name)
+                shape, dtype = header.get_shape(), header.get_dtype()
+                if name in wanted and shape != wanted[name]:
+                    raise ValueError(
+                        f"{name} is {shape} in {file.name}, the model's is {wanted[name]}"
+                    )
+                if name in wanted and dtype not in FLOATS:
+                    raise ValueError(
+                        f"{name} is stored as {dtype}; quantized weights cannot be trained"
+                    )
+                found.add(name)
+    tied = model.all_tied_weights_keys
+    known = found | {a for a, b in tied.items() if b in found}
+    known |= {b for a, b in tied.items() if a in found}
+    extra = {name for name in found - wanted.keys() if not ignored.search(name)}
+    for what, names in (("missing", wanted.keys() - known), ("not the model's", extra)):
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
+            raise ValueError(f"weights that are {what}: {listed}")
+
+
+def _read(model: PreTrainedModel, files: Mapping[Path, Iterable[str]]) -> None:
+    wanted = model.state_dict()
+    tied = model.all_tied_weights_keys
+    done: set[str] = set()
+    for file, names in files.items():
+        with safe_open(file, "pt") as content:
+            for name in names:
+                if name not in wanted:
+                    continue
+                source = tied.get(name, name)
+                if source not in done:
+                    _copy_own_rows(wanted[name], content.get_slice(name))
+                    done.add(source)
+                elif not _same_own_rows(wanted[name], content.get_slice(name)):
+                    raise ValueError(
+                        "config.json ties lm_head to the embeddings, the files hold two different "
+                        "ones; set tie_word_embeddings to false there"
+                    )
+
+
+def _copy_own_rows(tensor: torch.Tensor, source: Any) -> None:
+    local, rows = _own_rows(tensor)
+    if local.numel():
+        local.copy_(source[rows])
+
+
+def _same_own_rows(tensor: torch.Tensor, source: Any) -> bool:
+    local, rows = _own_rows(tensor)
+    return not local.numel() or torch.equal(local, source[rows].to(local))
+
+
+def _own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """What this rank holds of a tensor, and which rows of the whole these are."""
+    if not isinstance(tensor, DTensor):
+        return tensor, slice(None)
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tensor.to_local(), slice(offset[0], offset[0] + shape[0])
+
+
+def _compute_buffers(model: PreTrainedModel, path: str) -> None:
+    """Buffers that no file holds (rotary frequencies), as transformers computes them."""
+    for name, buffer in model.named_non_persistent_buffers():
+        module = model.get_submodule(name.rpartition(".")[0])
+        buffer.fill_(torch.nan)
+        model._init_weights(module)
+        if not buffer.isfinite().all():
+            raise InputError(f"model.path: {path}: its buffer {name} is not known to be computed")

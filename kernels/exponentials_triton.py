@@ -1,0 +1,388 @@
+"""The logits product with the exponential in its epilogue, in Triton: no pass over logits.
+
+The formulas are those of `exponentials.exponentials`. The steps of a chunk, all on one stream and
+without a word to the host:
+
+1. `target_logits_kernel`: the shift z_y and log2 m, one program a row.
+2. `exponentials_kernel`: persistent programs, one an SM, go through the tiles of X W^T; operands
+   come and E goes by tensor descriptors (TMA). The epilogue does no more than exp2, row sums, the
+   store, and a mask that the last tile of columns alone needs: what it held beyond that (picking
+   out the target, a maximum) would not fit the registers beside 128 x 256 sums.
+3. `finalise_kernel`, one program a row: log-prob, factor, the target's entry.
+4. Repair: 2 and 3 again on the blocks of rows in which a row's sum was out of bounds, first for
+   the rows' maxima, then with these as shifts. The list of such blocks and its length stay on the
+   device; where there are none, the programs of step 2 find no tiles and those of 3 return.
+"""
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from redi.kernels.exponentials import CONFIDENT, LARGEST_SUM, SMALL_SHARE
+from redi.kernels.launches import Launch, launch_for
+from redi.kernels.rows import GradientRows, SequenceWeights, TokenWeights
+from redi.kernels.triton_common import (
+    apply_coefficient,
+    dot_transposed,
+    log1p,
+    round_to,
+    token_weight,
+)
+
+# As Triton sees them: a kernel may use a module's constants only where they are constexpr.
+_LARGEST_SUM = tl.constexpr(LARGEST_SUM)
+_SMALL_SHARE = tl.constexpr(SMALL_SHARE)
+_CONFIDENT = tl.constexpr(CONFIDENT)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+# Tensor descriptors want rows that begin at multiples of 16 bytes.
+ALIGNMENT_BYTES = 16
+
+
+def exponentials(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    targets: Tensor,
+    weights: TokenWeights | None,
+    *,
+    coefficient: str,
+    logps: Tensor,
+    out: Tensor,
+    launch: Launch | None = None,
+) -> GradientRows | None:
+    """`exponentials.exponentials` in a few launches; its arguments, and these differences.
+
+    Args:
+        out: rows begin at multiples of 16 bytes, the first one too.
+        launch: None takes that of the table.
+
+    An lm_head whose rows do not begin so, or without unit stride along D, is copied first.
+    """
+    launch = launch or launch_for(weight)
+    hidden, weight = _aligned(hidden), _aligned(weight)
+    rows, vocab = out.shape
+    tiles = triton.cdiv(vocab, launch.columns)
+    new = partial(torch.empty, dtype=torch.float32, device=hidden.device)
+    z_target, lifts, factors, residues = (new(rows) for _ in range(4))
+    # A row's stride that is a multiple of 16 is one thing less to compile for.
+    sums = new(rows, triton.cdiv(tiles, 16) * 16)[:, :tiles]
+    outside = torch.empty(rows, dtype=torch.int32, device=hidden.device)
+
+    rule = weights if isinstance(weights, SequenceWeights) else None
+    where = tokens.contiguous(), targets.contiguous()
+    weighing = (
+        weights.contiguous() if isinstance(weights, Tensor) else None,
+        rule and rule.cu_seqlens.contiguous(),
+        rule and rule.signs.contiguous(),
+        rule and rule.lengths,
+        rule and len(rule.signs),
+        rule and rule.alpha,
+        rule and rule.factor,
+    )
+
+    def finalise(shifts: Tensor, redone: Tensor | None) -> None:
+        finalise_kernel[(rows,)](
+            out,
+            out.stride(0),
+            vocab,
+            sums,
+            sums.stride(0),
+            tiles,
+            *where,
+            z_target,
+            shifts,
+            lifts,
+            logps,
+            outside if redone is None else None,
+            redone,
+            None if weights is None else factors,
+            None if weights is None else residues,
+            *weighing,
+            COEFFICIENT=coefficient,
+            BLOCK_ROWS=launch.rows,
+            BLOCK_COLUMNS=launch.columns,
+            BLOCK_TILES=triton.next_power_of_2(tiles),
+            num_warps=4,
+        )
+
+    with torch.cuda.device_of(hidden):
+        target_logits_kernel[(rows,)](
+            hidden,
+            hidden.stride(0),
+            weight,
+            weight.stride(0),
+            hidden.shape[1],
+            *where,
+            z_target,
+            lifts,
+            *weighing,
+            WEIGHTED=weights is not None,
+            BLOCK=1024,
+            num_warps=4,
+        )
+        _multiply(hidden, weight, out, z_target, lifts, sums, launch)
+        finalise(z_target, None)
+
+        blocks = triton.cdiv(rows, launch.rows)
+        padded = torch.nn.functional.pad(outside, (0, blocks * launch.rows - rows))
+        redone = padded.view(blocks, launch.rows).amax(1)
+        repair = torch.argsort(redone, descending=True, stable=True), redone.sum()
+        _multiply(hidden, weight, out, z_target, lifts, sums, launch, *repair, maxima=True)
+        # Rows that were right keep their shift, and so every bit.
+        shifts = torch.where(outside > 0, sums.amax(1), z_target)
+        _multiply(hidden, weight, out, shifts, lifts, sums, launch, *repair)
+        finalise(shifts, redone)
+    return None if weights is None else GradientRows(out, factors, residues)
+
+
+def _multiply(
+    hidden: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    shifts: Tensor,
+    lifts: Tensor,
+    sums: Tensor,
+    launch: Launch,
+    row_blocks: Tensor | None = None,
+    num_row_blocks: Tensor | None = None,
+    maxima: bool = False,
+) -> None:
+    """Launch `exponentials_kernel`, one program a processor."""
+
+    def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+    processors = 4  # of the interpreter
+    if hidden.is_cuda:
+        processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    exponentials_kernel[(processors,)](
+        descriptor(hidden, launch.rows, launch.depth),
+        descriptor(weight, launch.columns, launch.depth),
+        descriptor(out, launch.rows, launch.columns),
+        shifts,
+        lifts,
+        sums,
+        sums.stride(0),
+        row_blocks,
+        num_row_blocks,
+        *out.shape,
+        hidden.shape[1],
+        launch.group,
+        MAXIMA=maxima,
+        BLOCK_ROWS=launch.rows,
+        BLOCK_COLUMNS=launch.columns,
+        BLOCK_DEPTH=launch.depth,
+        # A repair has nothing to hide: it seldom has a tile.
+        FLATTEN=launch.flatten and row_blocks is None,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """A matrix that a tensor descriptor can describe: itself, or a copy."""
+    step = ALIGNMENT_BYTES // matrix.element_size()
+    fits = matrix.stride(1) == 1 and matrix.stride(0) % step == 0
+    if fits and matrix.data_ptr() % ALIGNMENT_BYTES == 0:
+        return matrix
+    columns = matrix.shape[1]
+    room = matrix.new_empty(matrix.shape[0], triton.cdiv(columns, step) * step)
+    return room[:, :columns].copy_(matrix)
+
+
+# What a kernel reads one entry of may lie anywhere: Triton would else compile anew for odd chunks.
+@triton.jit(
+    do_not_specialize=["num_sequences"],
+    do_not_specialize_on_alignment=[
+        *("tokens", "targets", "weights", "cu_seqlens", "signs", "lengths"),
+    ],
+)
+def target_logits_kernel(
+    hidden,  # [C, D]
+    hidden_stride,
+    weight,  # [V, D]
+    weight_stride,
+    depth,  # D
+    tokens,  # [C] int64
+    targets,  # [T] int64
+    z_target,  # [C] float32, out
+    lifts,  # [C] float32, out: log2 of the weight's mantissa
+    weights,  # [T] float32, or None for those of the sequences:
+    cu_seqlens,  # [S + 1]
+    signs,  # [S]
+    lengths,  # [S]
+    num_sequences,  # S
+    alpha,
+    factor,
+    WEIGHTED: tl.constexpr,  # whether there are weights of either kind
+    BLOCK: tl.constexpr,
+):
+    """The target's logit of each row, and what its exponentials are multiplied with."""
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(tokens + row)
+    target = tl.load(targets + token)
+    products = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, depth, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(hidden + row * hidden_stride + columns, mask=columns < depth, other=0.0)
+        w = tl.load(weight + target * weight_stride + columns, mask=columns < depth, other=0.0)
+        products += x.to(tl.float32) * w.to(tl.float32)
+    tl.store(z_target + row, tl.sum(products, 0))
+    lift = 0.0
+    if WEIGHTED:
+        w = token_weight(token, weights, cu_seqlens, signs, lengths, num_sequences, alpha, factor)
+        bits = w.to(tl.uint32, bitcast=True)
+        mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)  # in [1, 2)
+        lift = tl.log2(mantissa)
+    tl.store(lifts + row, lift)
+
+
+@triton.jit(do_not_specialize=["rows", "most_in_group"])
+def exponentials_kernel(
+    hidden,  # descriptor of [C, D], blocks [BLOCK_ROWS, BLOCK_DEPTH]
+    weight,  # descriptor of [V, D], blocks [BLOCK_COLUMNS, BLOCK_DEPTH]
+    e,  # descriptor of [C, V], blocks [BLOCK_ROWS, BLOCK_COLUMNS], out
+    shifts,  # [C] float32
+    lifts,  # [C] float32, log2 m
+    sums,  # [C, tiles] float32, out: of E, or the largest logit of each tile
+    sums_stride,
+    row_blocks,  # which blocks of rows to do, or None for all:
+    num_row_blocks,  # one integer, how many of them
+    rows,  # C
+    vocab,  # V
+    depth,  # D
+    most_in_group,  # blocks of rows, at most, that share a walk over the columns
+    MAXIMA: tl.constexpr,  # the tiles' largest logits, and nothing else
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    FLATTEN: tl.constexpr,  # loads of the next tile under way during the epilogue
+):
+    """E = m exp(hidden weight^T - shift), rounded, and sums of its tiles' rows.
+
+    Programs that run at the same time work on neighbouring tiles: rows of a group first, so that
+    each block of the lm_head is fetched from memory once a group and the group's hidden states
+    stay in L2.
+    """
+    blocks = tl.cdiv(rows, BLOCK_ROWS)
+    if row_blocks is not None:
+        blocks = tl.load(num_row_blocks).to(tl.int32)
+    tiles = tl.cdiv(vocab, BLOCK_COLUMNS)
+    steps = tl.cdiv(depth, BLOCK_DEPTH)
+    group_size = tl.cdiv(
+        blocks, tl.cdiv(blocks, most_in_group)
+    )  # equal, or the last may hold one block
+    for work in tl.range(tl.program_id(0), blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
+        group = work // (group_size * tiles)
+        size = tl.minimum(blocks - group * group_size, group_size)
+        inside = work - group * group_size * tiles
+        block = group * group_size + inside % size
+        tile = inside // size
+        if row_blocks is not None:
+            block = tl.load(row_blocks + block).to(tl.int32)
+        first_row = block * BLOCK_ROWS
+        first_column = tile * BLOCK_COLUMNS
+
+        z = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        for step in range(steps):
+            x = hidden.load([first_row, step * BLOCK_DEPTH])
+            w = weight.load([first_column, step * BLOCK_DEPTH])
+            z = dot_transposed(x, w, z)
+
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        place = sums + row * sums_stride + tile
+        column = first_column + tl.arange(0, BLOCK_COLUMNS)
+        if MAXIMA:
+            z = tl.where(column[None, :] < vocab, z, float("-inf"))
+            tl.store(place, tl.max(z, 1), mask=row < rows)
+        else:
+            shift = tl.load(shifts + row, mask=row < rows, other=0.0)
+            lift = tl.load(lifts + row, mask=row < rows, other=0.0)
+            # First the difference, which is exact where z is near the shift: equal probabilities
+            # are then rounded alike in all rows of one weight.
+            values = tl.exp2((z - shift[:, None]) * _LOG2_E + lift[:, None])
+            if tile == tiles - 1:  # beyond V logits are 0, and exp(0 - shift) may be anything
+                values = tl.where(column[None, :] < vocab, values, 0.0)
+            tl.store(place, tl.sum(values, 1), mask=row < rows)
+            e.store([first_row, first_column], round_to(values, tl.bfloat16))
+
+
+@triton.jit(
+    do_not_specialize=["num_sequences"],
+    do_not_specialize_on_alignment=[
+        *("tokens", "targets", "logps", "weights", "cu_seqlens", "signs", "lengths"),
+    ],
+)
+def finalise_kernel(
+    e,  # [C, V] bfloat16; with `factors` the target's entry is replaced
+    e_stride,
+    vocab,  # V
+    sums,  # [C, tiles] float32
+    sums_stride,
+    tiles,
+    tokens,  # [C] int64
+    targets,  # [T] int64
+    z_target,  # [C] float32
+    shifts,  # [C] float32
+    lifts,  # [C] float32
+    logps,  # [T] float32, out
+    outside,  # [C] int32, out: whether the row's sum is out of bounds; or None
+    redone,  # [blocks of rows]: not 0 where to do anything at all; or None for everywhere
+    factors,  # [C] float32, out, or None for log-probs alone
+    residues,  # [C] float32, out
+    weights,  # [T] float32, or None for those of the sequences:
+    cu_seqlens,  # [S + 1]
+    signs,  # [S]
+    lengths,  # [S]
+    num_sequences,  # S
+    alpha,
+    factor,
+    COEFFICIENT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    """From a row's sums and stored exponentials: log-prob, factor, and the target's entry."""
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
+    if redone is not None:  # known when compiling  # noqa: SIM102
+        if tl.load(redone + row // BLOCK_ROWS) == 0:
+            return
+    token = tl.load(tokens + row)
+    target = tl.load(targets + token).to(tl.int32)
+    e_row = e + row * e_stride
+    z_y = tl.load(z_target + row)
+    from_shift = z_y - tl.load(shifts + row)
+    lift = tl.load(lifts + row)
+    e_target = tl.exp2(from_shift * _LOG2_E + lift)
+
+    tile = tl.arange(0, BLOCK_TILES)
+    target_tile = target // BLOCK_COLUMNS
+    tile_sums = tl.load(sums + row * sums_stride + tile, mask=tile < tiles, other=0.0)
+    others = tl.sum(tl.where(tile == target_tile, 0.0, tile_sums), 0)
+    difference = tl.sum(tl.where(tile == target_tile, tile_sums, 0.0), 0) - e_target
+    column = target_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    beside = (column < vocab) & (column != target)
+    share = tl.sum(tl.load(e_row + column, mask=beside, other=0.0).to(tl.float32), 0)
+    rest = others + tl.where(share < _SMALL_SHARE, share, difference)
+
+    total = rest + e_target
+    logp = tl.where(
+        rest < _CONFIDENT * total,
+        -log1p(rest / e_target),
+        from_shift - tl.log(total / tl.exp2(lift)),
+    )
+    tl.store(logps + token, logp)
+    if outside is not None:
+        tl.store(outside + row, tl.where(rest <= _LARGEST_SUM, 0, 1))  # NaN too is out of bounds
+    if factors is not None:
+        u = token_weight(token, weights, cu_seqlens, signs, lengths, num_sequences, alpha, factor)
+        u, rest = apply_coefficient(u, logp, rest, e_target, COEFFICIENT)
+        at_target = round_to(-rest, tl.bfloat16)
+        tl.store(e_row + target, at_target)
+        tl.store(factors + row, u / total)
+        tl.store(residues + row, -rest - at_target.to(tl.float32))

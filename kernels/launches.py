@@ -1,0 +1,104 @@
+"""The launch table: which launch of `exponentials_triton` on which GPU, and whether it pays.
+
+Committed (`launches.json`) and not searched for at run time: a choice that varied by run or rank
+would break bitwise resume. `python -m redi.bench.tune` measures on a card and writes entries; what
+ships unmeasured says so, and never makes `backend="auto"` choose "triton-exp".
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from redi.kernels.reference import Backend
+
+TABLE = Path(__file__).with_name("launches.json")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Of the logits product with exponentials, `exponentials_triton.exponentials_kernel`."""
+
+    rows: int
+    """Of a tile."""
+    columns: int
+    depth: int
+    """Of D that one step of a tile's product takes."""
+    warps: int
+    stages: int
+    """Steps whose operands are under way or at hand in shared memory."""
+    group: int
+    """Blocks of rows, at most, that share a walk over the columns."""
+    flatten: bool
+    """Whether the next tile's operands are fetched during the epilogue."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table; architecture, dtype and hidden are its key."""
+
+    architecture: str
+    """As `architecture_of` names it."""
+    dtype: str
+    hidden: int
+    """D."""
+    backend: Literal["triton", "triton-exp"]
+    """The faster one; "triton" where nothing was measured."""
+    launch: Launch
+    measured: dict[str, Any] | None = None
+    """Where, when and what was measured; None: the launch is derived, its speed unknown."""
+
+
+def read_table(path: Path = TABLE) -> list[Entry]:
+    """The entries of a file."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Entry(**row | {"launch": Launch(**row["launch"])}) for row in rows]
+
+
+def write_entry(entry: Entry, path: Path = TABLE) -> None:
+    """Put an entry in a file, in the place of the one with its key if there is one."""
+
+    def key(row: Entry) -> tuple[str, str, int]:
+        return row.architecture, row.dtype, row.hidden
+
+    rows = [row for row in read_table(path) if key(row) != key(entry)]
+    lines = [json.dumps(asdict(row)) for row in sorted([*rows, entry], key=key)]
+    path.write_text("[\n  " + ",\n  ".join(lines) + "\n]\n", encoding="utf-8")
+
+
+_ENTRIES = read_table()
+
+
+def architecture_of(device: torch.device) -> str:
+    """ "sm_90" and the like, AMD's "gfx942", or "interpreter" for a CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName)
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def entries_for(architecture: str, dtype: torch.dtype = torch.bfloat16) -> list[Entry]:
+    """Those of an architecture; none where the kernels were never built for it."""
+    name = str(dtype).removeprefix("torch.")
+    return [
+        entry for entry in _ENTRIES if (entry.architecture, entry.dtype) == (architecture, name)
+    ]
+
+
+def launch_for(weight: torch.Tensor) -> Launch:
+    """The launch for an lm_head [V, D] in bfloat16: that of the nearest D in the table."""
+    entries = entries_for(architecture_of(weight.device))
+    hidden = weight.shape[1]
+    return min(entries, key=lambda entry: abs(math.log(entry.hidden / hidden))).launch
+
+
+def fastest_backend(architecture: str, dtype: torch.dtype, hidden: int) -> Backend:
+    """ "triton-exp" where it was measured to be faster at this very D, else "triton"."""
+    for entry in entries_for(architecture, dtype):
+        if entry.hidden == hidden and entry.measured is not None:
+            return entry.backend
+    return "triton"

@@ -1,0 +1,73 @@
+"""What Triton kernels of several families share: a token's weight, log1p, rounding, a dot."""
+
+import triton
+import triton.language as tl
+
+from redi.kernels.rows import MIN_ONE_MINUS_P
+
+# As Triton sees them: a kernel may use a module's constants only where they are constexpr.
+_MIN_ONE_MINUS_P = tl.constexpr(MIN_ONE_MINUS_P)
+_INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def token_weight(
+    token, weights, cu_seqlens, signs, lengths, num_sequences, alpha, factor
+):  # fmt: skip
+    """The weight w of a token: `weights` [T], or where that is None that of the token's sequence.
+
+    Its sequence is the number of sequences that end at or before it: one comparison with all
+    ends at a time costs one trip to memory, where a binary search makes one for each step. The
+    formula is that of `rows.SequenceWeights`.
+    """
+    if weights is not None:
+        return tl.load(weights + token)
+    else:
+        ENDS: tl.constexpr = 1024
+        sequence = 0
+        for start in range(0, num_sequences, ENDS):
+            index = start + tl.arange(0, ENDS)
+            inside = index < num_sequences
+            ends = tl.load(cu_seqlens + 1 + index, mask=inside, other=0)
+            sequence += tl.sum((inside & (ends <= token)).to(tl.int32), 0)
+        known = sequence < num_sequences  # else the token lies behind the last one
+        sign = tl.load(signs + sequence, mask=known, other=0).to(tl.float32)
+        length = tl.load(lengths + sequence, mask=known, other=1).to(tl.float32)
+        return tl.where(sign < 0, alpha * sign, sign) * factor / tl.maximum(length, 1.0)
+
+
+@triton.jit
+def apply_coefficient(u, logp, rest, e_target, COEFFICIENT: tl.constexpr):
+    """`rows.effective_weights`, and `rest` with the floor that goes with it."""
+    if COEFFICIENT == "dft":
+        u *= tl.exp(logp)
+    if COEFFICIENT == "unlikelihood":
+        u = tl.where(u < 0, u / tl.maximum(rest / e_target, _MIN_ONE_MINUS_P), u)
+        rest = tl.maximum(rest, _MIN_ONE_MINUS_P)
+    return u, rest
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, to a few roundings also where 1 + x rounds x away (Kahan)."""
+    rounded = 1.0 + x
+    exact = rounded == 1.0
+    return tl.where(exact, x, tl.log(rounded) * (x / tl.where(exact, 1.0, rounded - 1.0)))
+
+
+@triton.jit
+def round_to(values, DTYPE: tl.constexpr):
+    """float32 to DTYPE, to nearest even. (Triton's interpreter cuts bfloat16 off instead.)"""
+    if _INTERPRET and tl.bfloat16 == DTYPE:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return values.to(DTYPE)
+
+
+@triton.jit
+def dot_transposed(a, b, sums):
+    """sums + a b^T in float32. (Triton's interpreter multiplies bfloat16's bit patterns.)"""
+    if _INTERPRET:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b.T, sums)
