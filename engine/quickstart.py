@@ -18,6 +18,7 @@ import json
 import random
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,16 +72,41 @@ def attempt(problem: str, rng: random.Random) -> Attempt:
     return Attempt(text, is_correct(problem, text))
 
 
-def make_problems(count: int, rng: random.Random) -> list[str]:
+def answer(problem: str) -> str:
+    """What a correct trace ends in."""
+    return solve(problem)[-1]
+
+
+def draw_problem(rng: random.Random) -> str:
+    """Seven random digits, such as "2914177="."""
+    return "".join(rng.choice("0123456789") for _ in range(DIGITS)) + "="
+
+
+def make_problems(
+    count: int, rng: random.Random, draw: Callable[[random.Random], str] = draw_problem
+) -> list[str]:
     """Distinct problems, in the order drawn."""
     drawn: dict[str, None] = {}
     while len(drawn) < count:
-        drawn["".join(rng.choice("0123456789") for _ in range(DIGITS)) + "="] = None
+        drawn[draw(rng)] = None
     return list(drawn)
 
 
-def write_traces(path: Path, problems: list[str], rng: random.Random) -> None:
-    """Distinct attempts at each problem as JSON Lines of the format "traces"."""
+def write_traces(
+    path: Path,
+    problems: list[str],
+    rng: random.Random,
+    attempt: Callable[[str, random.Random], Attempt] = attempt,
+    answer: Callable[[str], str] = answer,
+    teacher: str = "impatient",
+) -> None:
+    """Distinct attempts at each problem as JSON Lines of the format "traces".
+
+    Args:
+        attempt: a teacher: one trace of a problem.
+        answer: what a correct trace of a problem ends in.
+        teacher: the teacher's name.
+    """
     with path.open("w", encoding="utf-8") as file:
         for number, problem in enumerate(problems):
             drawn = (attempt(problem, rng) for _ in range(TRACES_PER_PROBLEM))
@@ -90,24 +116,34 @@ def write_traces(path: Path, problems: list[str], rng: random.Random) -> None:
             row = {
                 "id": str(number),
                 "prompt": problem,
-                "answer": solve(problem)[-1],
+                "answer": answer(problem),
                 "traces": [
-                    {"teacher": "impatient", "text": a.text, "correct": a.correct}
+                    {"teacher": teacher, "text": a.text, "correct": a.correct}
                     for a in correct + incorrect
                 ],
             }
             file.write(json.dumps(row) + "\n")
 
 
-def write_model(folder: Path, seed: int) -> None:
-    """A tokenizer of single characters with a chat template, and a Qwen2 of 335,520 parameters."""
+def write_model(
+    folder: Path,
+    seed: int,
+    characters: str = "0123456789=" + BLANK,
+    hidden_size: int = 96,
+    layers: int = 3,
+) -> int:
+    """A tokenizer of single characters with a chat template, and a small Qwen2.
+
+    Returns:
+        The number of its parameters.
+    """
     import torch
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, logging
 
     logging.disable_progress_bar()
-    characters = [*"0123456789=", BLANK, END]
-    base = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=END))
+    vocabulary = {token: number for number, token in enumerate([*characters, END])}
+    base = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
     base.pre_tokenizer = pre_tokenizers.Split(Regex(re.escape(END) + "|."), "isolated")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=base,
@@ -122,10 +158,10 @@ def write_model(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(characters),
-        hidden_size=96,
-        intermediate_size=288,
-        num_hidden_layers=3,
+        vocab_size=len(vocabulary),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -135,8 +171,8 @@ def write_model(folder: Path, seed: int) -> None:
         bos_token_id=None,
     )
     model = Qwen2ForCausalLM(config)
-    print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
     model.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
 
 
 def make(folder: Path, problems: int = 8000, held_out: int = 500, seed: int = 0) -> None:
@@ -146,7 +182,8 @@ def make(folder: Path, problems: int = 8000, held_out: int = 500, seed: int = 0)
     drawn = make_problems(problems + held_out, rng)
     write_traces(folder / "train.jsonl", drawn[held_out:], rng)
     write_traces(folder / "test.jsonl", drawn[:held_out], rng)
-    write_model(folder / "model", seed)
+    parameters = write_model(folder / "model", seed)
+    print(f"model: {parameters:,} parameters", file=sys.stderr)
 
 
 def explain() -> str:

@@ -7,7 +7,6 @@ a gain of REDI is not one of training longer.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import sys
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from redi.engine.console import Console, print_table
 from redi.engine.errors import InputError
 from redi.engine.quickstart import BLANK, DIGITS, is_correct
 from redi.engine.report import COLOURS, read_run
+from redi.engine.scoring import mean_and_error, paired_difference
 
 MODELS = {"SFT": "sft", "control": "control", "REDI": "redi"}
 """Name in the table to run folder. The control goes on from SFT with alpha = 0."""
@@ -120,8 +120,8 @@ def table(found: dict[str, Measured]) -> tuple[str, list[str], list[list[str]]]:
     rows = [
         [
             name,
-            _percent(*_mean_and_error(one.sampled)),
-            _percent(*_mean_and_error(one.greedy)),
+            _percent(*mean_and_error(one.sampled)),
+            _percent(*mean_and_error(one.greedy)),
             f"{one.blank_share:.0%}",
             f"{one.positive_logp:.2f}",
             f"{one.negative_logp:.2f}",
@@ -147,8 +147,8 @@ def shown_samples(problems: list[str], found: dict[str, Measured]) -> list[str]:
 def conclusions(found: dict[str, Measured]) -> list[str]:
     """What the figures say, and what they do not."""
     redi, control = found["REDI"], found["control"]
-    sampled = _percent(*_paired(redi.sampled, control.sampled), sign="+")
-    greedy = _percent(*_paired(redi.greedy, control.greedy), sign="+")
+    sampled = _percent(*paired_difference(redi.sampled, control.sampled), sign="+")
+    greedy = _percent(*paired_difference(redi.greedy, control.greedy), sign="+")
     change = redi.positive_logp - control.positive_logp
     return [
         f"REDI against the control, problem by problem: {sampled} sampled, {greedy} greedy.",
@@ -156,16 +156,6 @@ def conclusions(found: dict[str, Measured]) -> list[str]:
         "incorrect traces away also moves what resembles them. The teacher is synthetic, with a",
         "habit planted for this demonstration: it shows the machinery, not what real traces give.",
     ]
-
-
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), error
-
-
-def _paired(first: list[float], second: list[float]) -> tuple[float, float]:
-    """Mean difference by problem and its standard error."""
-    return _mean_and_error([a - b for a, b in zip(first, second, strict=True)])
 
 
 def _percent(mean: float, error: float, sign: str = "") -> str:
@@ -216,7 +206,7 @@ def draw(folder: Path, found: dict[str, Measured], path: Path) -> None:
 
     for place, (name, one) in enumerate(found.items()):
         for shift, values, hatch in ((-0.2, one.sampled, ""), (0.2, one.greedy, "//")):
-            mean, error = _mean_and_error(values)
+            mean, error = mean_and_error(values)
             accuracy.bar(
                 place + shift, mean, 0.36, yerr=error, color=colours[name], hatch=hatch, alpha=0.7
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,17 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     if samples - correct < k:
         return 1.0
     return float(1 - np.prod(1 - k / np.arange(samples - correct + 1, samples + 1)))
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error, of at least one value; the error of one alone is NaN."""
+    error = _standard_error(np.asarray(values, dtype=float))
+    return float(np.mean(values)), math.nan if error is None else error
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Mean of first - second, pair by pair, and its standard error."""
+    return mean_and_error([a - b for a, b in zip(first, second, strict=True)])
 
 
 def _standard_error(values: np.ndarray) -> float | None:

@@ -1,0 +1,192 @@
+"""When do incorrect traces help? A study of small students, with error bars.
+
+`python -m redi.bench.learning` takes the three teachers of `tasks.py`, teaches students of
+several seeds to imitate their correct traces (stage 1), then goes on from each student by every
+method of `students.py` at every learning rate of one grid: REDI from alpha = 0, which is the
+control, to 1, and its siblings. The rate of a method is the one that does best on validation
+problems, over all seeds; what is reported is measured on other problems.
+
+The default takes some 70 minutes of CPU time, shared by two processes. Each run of stage 2 is
+kept when it is done: the same command goes on where it was stopped, and a finished
+study prints its tables again. The engine's dependencies are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from redi.bench.learning.report import report
+from redi.bench.learning.students import (
+    METHODS,
+    RATES,
+    cell_path,
+    examine,
+    look,
+    reference_logps,
+    teach_stage_1,
+    teach_stage_2,
+)
+from redi.bench.learning.tasks import TASKS
+from redi.bench.learning.trial import (
+    Sizes,
+    describe_pairs,
+    open_trial,
+    whole_folder,
+    write_trial,
+)
+
+TINY = Sizes(
+    problems=80,
+    validation=8,
+    test=8,
+    samples=2,
+    hidden=16,
+    layers=1,
+    stage_1=0.02,
+    stage_1_batch=8,
+    steps=4,
+    batch=4,
+    log_every=1,
+    look_every=2,
+)
+
+
+def run_seed(task: str, seed: int, sizes: Sizes, folder: Path, device: str) -> None:
+    """Everything of one task and seed that is not done yet, one record after another."""
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    own = folder / f"{task}-{seed}"
+    if not own.is_dir():
+        with whole_folder(own) as unfinished:
+            write_trial(TASKS[task], seed, sizes, unfinished)
+    trial = open_trial(TASKS[task], seed, sizes, own, torch.device(device))
+    start = own / "stage-1.json"
+    if not start.exists():
+        began = time.process_time()
+        student = teach_stage_1(trial)
+        seconds = time.process_time() - began
+        looks = [{"step": 0, **look(trial, student)}]
+        record = {"pairs": describe_pairs(trial), "looks": looks, **examine(trial, student)}
+        _write(start, {**record, "cpu_seconds": seconds})
+
+    @cache
+    def reference() -> torch.Tensor:
+        return reference_logps(trial, teach_stage_1(trial))
+
+    for method in METHODS:
+        for rate in RATES:
+            path = cell_path(own, method.name, rate)
+            if not path.exists():
+                began = time.process_time()
+                record = teach_stage_2(trial, method, rate, reference)
+                _write(path, {**record, "cpu_seconds": time.process_time() - began})
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    """Write a record that is there whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    unfinished.rename(path)
+
+
+def run_study(
+    tasks: list[str], seeds: int, sizes: Sizes, folder: Path, device: str, workers: int
+) -> None:
+    """Run what is missing, a task and seed a worker at a time, under a progress bar."""
+    cells = {
+        (task, seed): [
+            cell_path(folder / f"{task}-{seed}", method.name, rate)
+            for method in METHODS
+            for rate in RATES
+        ]
+        for seed in range(1, seeds + 1)
+        for task in tasks
+    }
+
+    def done() -> int:
+        return sum(cell.exists() for own in cells.values() for cell in own)
+
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(workers, context) as pool,
+        tqdm(total=sum(map(len, cells.values())), initial=done(), unit="run") as bar,
+    ):
+        pending = {
+            pool.submit(run_seed, *trial, sizes, folder, device)
+            for trial, own in cells.items()
+            if not all(cell.exists() for cell in own)
+        }
+        try:
+            while pending:
+                finished, pending = wait(pending, timeout=2, return_when=FIRST_EXCEPTION)
+                for future in finished:
+                    future.result()
+                bar.update(done() - bar.n)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def check_settings(folder: Path, sizes: Sizes, device: str) -> None:
+    """A folder holds runs of one size.
+
+    Raises:
+        SystemExit: it holds others.
+    """
+    path = folder / "settings.json"
+    settings = {**asdict(sizes), "rates": list(RATES), "device": device}
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, settings)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise SystemExit(
+                f"{folder} holds runs with {key} = {before.get(key)}, now {value}: name another "
+                "--folder, or change it back to go on"
+            )
+
+
+def main() -> None:
+    """Run the study, print its tables, and write records and pictures where asked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m redi.bench.learning",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/learning"), help="of all runs")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=5, help="students of each task")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--device", default="cpu", help="such as cuda")
+    parser.add_argument("--steps", type=int, help="of stage 2, a multiple of 20")
+    parser.add_argument("--problems", type=int, help="to train on, for each task and seed")
+    parser.add_argument("--hidden", type=int, help="width of the students")
+    parser.add_argument("--tiny", action="store_true", help="a trial of the machinery: 1 minute")
+    parser.add_argument("--out", type=Path, help="folder for a record and a picture of each task")
+    args = parser.parse_args()
+    given = {
+        key: getattr(args, key)
+        for key in ("steps", "problems", "hidden")
+        if getattr(args, key) is not None
+    }
+    try:
+        sizes = replace(TINY if args.tiny else Sizes(), **given)
+    except ValueError as error:
+        parser.error(str(error))
+    check_settings(args.folder, sizes, args.device)
+    run_study(args.tasks, args.seeds, sizes, args.folder, args.device, args.workers)
+    report(args.folder, args.tasks, args.seeds, args.out)
