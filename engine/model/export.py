@@ -171,7 +171,9 @@ def write_folder(
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
-            raise RunError(f"{folder} cannot be written: {error}") from error
+            raise RunError(
+                f"{folder} cannot be written: {error}; the same command goes on from the checkpoint"
+            ) from error
         raise
     for file in partial.iterdir():
         # safetensors writes files that only their owner may read.
