@@ -113,7 +113,10 @@ def test_opposite_signs_give_opposite_gradients_bit_for_bit(target: Target) -> N
     assert torch.equal(opposite.dweight, -got.dweight)
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 64, 10**6])
+@pytest.mark.parametrize(
+    "chunk_tokens",
+    [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(64, marks=pytest.mark.slow), 10**6],
+)
 def test_the_chunk_size_does_not_matter(target: Target, chunk_tokens: int) -> None:
     case = make_case(device=target.device)
     expected = run(redi_loss, case, backend=target.backend)

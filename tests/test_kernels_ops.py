@@ -24,7 +24,9 @@ def small(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Case:
     return make_case(dtype, vocab=23, hidden=6, lengths=(5, 0, 7), signs=(1, 1, -1), device=device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("with_index", [False, True])
 def test_custom_ops_keep_their_contract(
     target: Target, dtype: torch.dtype, with_index: bool
