@@ -33,7 +33,7 @@ from redi.kernels import (
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 
 
 def logits_size(case: Case) -> float:
@@ -72,7 +72,7 @@ def test_the_kinds_of_logits_are_what_they_are_called() -> None:
     assert -560 < logps("logp -500").median() < -450
 
 
-@pytest.mark.parametrize("vocab", [151936, 152064])
+@pytest.mark.parametrize("vocab", [151936, pytest.param(152064, marks=pytest.mark.slow)])
 def test_redi_loss_is_exact_for_a_real_vocabulary(target: Target, vocab: int) -> None:
     case = make_case(
         torch.bfloat16, vocab=vocab, hidden=24, lengths=(6, 5), signs=(1, -1), device=target.device

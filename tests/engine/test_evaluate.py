@@ -90,6 +90,7 @@ def test_the_summary_is_what_the_samples_say(finished: Path) -> None:
     assert summary["versions"]["transformers"]
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_to_the_same_samples(
     finished: Path,
     world: Path,

@@ -32,6 +32,13 @@ OBJECTIVES = {
     "redi": {"objective.name": "redi"},
     "alpha0": {"objective.name": "redi", "objective.alpha": 0.0},
 }
+HEADS = {
+    "sft": ("model", "tied"),
+    "token": ("model",),
+    "redi": ("model", "tied"),
+    "alpha0": ("tied",),
+}
+CASES = [(objective, head) for objective, heads in HEADS.items() for head in heads]
 # One of each kind: all traces singly, a token's own log-prob, a sequence's, a pair's in one row.
 SIBLINGS = {
     "signed": {"objective.name": "signed"},
@@ -72,22 +79,21 @@ def runs(
             name = f"{few}-model-whole-{ranks}"
             changes = {**STEADY, **of_few, "run.dir": str(folder / name), "train.max_steps": 3}
             recipes[ranks].append(write_recipe(folder, name, changes))
-        for objective, of_objective in OBJECTIVES.items():
-            for head in ("model", "tied"):
-                for layout, of_layout in layouts.items():
-                    simple = objective in ("token", "alpha0") or head == "tied"
-                    if simple and layout in ("recomputed", "selective"):
-                        continue
-                    name = f"{objective}-{head}-{layout}-{ranks}"
-                    changes = {
-                        **STEADY,
-                        **of_objective,
-                        **of_layout,
-                        "model.path": str(world / head),
-                        "run.dir": str(folder / name),
-                        "train.max_steps": 3,
-                    }
-                    recipes[ranks].append(write_recipe(folder, name, changes))
+        for objective, head in CASES:
+            for layout, of_layout in layouts.items():
+                simple = objective in ("token", "alpha0") or head == "tied"
+                if simple and layout in ("recomputed", "selective"):
+                    continue
+                name = f"{objective}-{head}-{layout}-{ranks}"
+                changes = {
+                    **STEADY,
+                    **OBJECTIVES[objective],
+                    **of_layout,
+                    "model.path": str(world / head),
+                    "run.dir": str(folder / name),
+                    "train.max_steps": 3,
+                }
+                recipes[ranks].append(write_recipe(folder, name, changes))
     # Starts from the export of the one before it, which rank 1 must not read too early.
     chained = {**STEADY, "model.path": None, "train.max_steps": 3, "run.dir": str(folder / "next")}
     recipes[2].append(write_recipe(folder, "next", chained))
@@ -157,8 +163,7 @@ def sibling_runs(
     return folder
 
 
-@pytest.mark.parametrize("head", ["model", "tied"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("objective", "head"), CASES)
 def test_layout_and_world_size_do_not_matter(
     runs: Path, steps: Steps, objective: str, head: str
 ) -> None:
@@ -228,18 +233,14 @@ def test_the_layouts_really_differ(runs: Path, steps: Steps) -> None:
     assert micro_steps["split-1"] > micro_steps["split-2"] > 3
 
 
-@pytest.mark.parametrize("head", ["model", "tied"])
-def test_alpha_0_is_sft_with_a_mean_per_sequence(
-    runs: Path, steps: Steps, head: str, world: Path
-) -> None:
+def test_alpha_0_is_sft_with_a_mean_per_sequence(runs: Path, steps: Steps) -> None:
     """Its loss is that of the positives alone; negatives only show in their log-prob."""
-    line = steps(runs / f"alpha0-{head}-whole-1")[0]
+    line = steps(runs / "alpha0-tied-whole-1")[0]
     assert line["loss"] == pytest.approx(-line["positive_logp"], rel=1e-6)
     assert line["negative_logp"] is not None
 
 
-@pytest.mark.parametrize("head", ["model", "tied"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("objective", "head"), CASES)
 def test_the_first_step_is_plain_transformers_in_float64(
     runs: Path, steps: Steps, objective: str, head: str
 ) -> None:
