@@ -145,7 +145,8 @@ def variants(target: GPUTarget) -> list[Variant]:
         )
     )
     entries = entries_for(f"sm_{target.arch}")
-    for launch in {replace(entry.launch, group=1) for entry in entries}:  # a group is an argument
+    # A group is an argument. Not a set: `_build_nth` counts on the order.
+    for launch in dict.fromkeys(replace(entry.launch, group=1) for entry in entries):
         found += exponentials_variants(launch, by_sequence)
     return found
 

@@ -130,7 +130,7 @@ def train(argv: Sequence[str]) -> None:
                         break  # the next would start from an unfinished run
         except KeyboardInterrupt:
             if _rank() == 0:
-                print("stopped before the first step; the same command starts it", file=sys.stderr)
+                print("stopped before training began; the same command goes on", file=sys.stderr)
 
 
 def _read_recipes(argv: Sequence[str]) -> tuple[list[Recipe], bool]:

@@ -135,9 +135,10 @@ class Progress:
 
     def step(self, line: dict[str, Any]) -> None:
         """Show a step's metrics."""
-        figures = [f"loss {line['loss']:.4f}", f"logp+ {line['positive_logp']:.3f}"]
-        if line["negative_logp"] is not None:
-            figures.append(f"logp- {line['negative_logp']:.3f}")
+        figures = [f"loss {line['loss']:.4f}"]
+        for name, key in (("logp+", "positive_logp"), ("logp-", "negative_logp")):
+            if line[key] is not None:
+                figures.append(f"{name} {line[key]:.3f}")
         figures.append(f"{line['tokens_per_s']:,.0f} tok/s")
         self._bar.set_postfix_str("  ".join(figures), refresh=False)
         self._bar.update()

@@ -274,9 +274,9 @@ def exponentials_kernel(
         blocks = tl.load(num_row_blocks).to(tl.int32)
     tiles = tl.cdiv(vocab, BLOCK_COLUMNS)
     steps = tl.cdiv(depth, BLOCK_DEPTH)
-    group_size = tl.cdiv(
-        blocks, tl.cdiv(blocks, most_in_group)
-    )  # equal, or the last may hold one block
+    # Equal, or the last may hold one block. A repair may have no block at all.
+    groups = tl.maximum(tl.cdiv(blocks, most_in_group), 1)
+    group_size = tl.cdiv(blocks, groups)
     for work in tl.range(tl.program_id(0), blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
         group = work // (group_size * tiles)
         size = tl.minimum(blocks - group * group_size, group_size)

@@ -79,7 +79,8 @@ def _kept_buffers(
     hidden: Tensor, weight: Tensor, valid_index: Tensor | None, backend: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(matrix, factors, residues) for `_kept`; what is not kept is empty."""
-    rows = 0 if not keep else len(hidden) if valid_index is None else len(valid_index)
+    # Not len(): torch.compile would take the number for a constant.
+    rows = (hidden if valid_index is None else valid_index).shape[0] if keep else 0
     matrix = hidden.new_empty((rows, padded(weight.shape[0])))
     in_parts = rows if backend.endswith("-exp") else 0
     factors, residues = (hidden.new_empty(in_parts, dtype=torch.float32) for _ in range(2))

@@ -76,6 +76,7 @@ class TokenizedTraces:
         control_tokens: traces with such a token, by token.
         dropped: rows and traces that normalising left out, by reason.
         sources: names of the input files.
+        source_numbers: int32 [n], positions in `sources`.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class TokenizedTraces:
         self.digests = self._column("digest")
         self.unknown = self._column("unknown")
         self.control = self._column("control")
-        self._source_numbers = self._column("source")
+        self.source_numbers = self._column("source")
         self._row_numbers = self._column("row")
         if self._places is not None:
             self.weights = self.weights * factors[self._places]
@@ -178,7 +179,7 @@ class TokenizedTraces:
     def where(self, index: int) -> str:
         """The row that a trace came from, for messages: "file.jsonl:12"."""
         self._locate(index)
-        return f"{self.sources[self._source_numbers[index]]}:{self._row_numbers[index]}"
+        return f"{self.sources[self.source_numbers[index]]}:{self._row_numbers[index]}"
 
     def teacher(self, index: int) -> str | None:
         """The trace's teacher, if the row named one."""
@@ -190,11 +191,6 @@ class TokenizedTraces:
         whole = pa.chunked_array([batch[column] for batch in self._batches])
         encoded = whole.dictionary_encode("encode").combine_chunks()
         return self._chosen([encoded.indices.to_numpy()]), encoded.dictionary.to_pylist()
-
-    @property
-    def source_numbers(self) -> np.ndarray:
-        """int32 [n]: positions in `sources`."""
-        return self._source_numbers
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):

@@ -172,7 +172,7 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise RunError(
-                f"{folder} cannot be written: {error}; the same command goes on from the checkpoint"
+                f"{folder} cannot be written: {error}; the same command goes on with the export"
             ) from error
         raise
     for file in partial.iterdir():

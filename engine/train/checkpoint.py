@@ -41,8 +41,9 @@ def complete_checkpoints(run_dir: Path) -> dict[int, Path]:
     """The complete checkpoints of a run: step -> folder."""
     found = {}
     for folder in run_dir.glob(f"{FOLDER}/step-*"):
-        if _is_complete(folder):
-            found[int(folder.name.removeprefix("step-"))] = folder
+        step = folder.name.removeprefix("step-")
+        if step.isdecimal() and _is_complete(folder):  # not what a user has renamed
+            found[int(step)] = folder
     return found
 
 

@@ -138,10 +138,10 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
             f"objective.alpha = {recipe.objective.alpha}: incorrect traces weigh more than correct "
             "ones; the paper's alpha lies in [0, 1]"
         )
-    weights = model_digest(recipe.model.path or "") if world.is_main else None
-    if world.is_main:
-        check_same_model(weights, run_dir)
     with stop.breaking_off(world.size == 1):
+        weights = model_digest(recipe.model.path or "") if world.is_main else None
+        if world.is_main:
+            check_same_model(weights, run_dir)
         student, tokenizer = build_student(recipe, dtype, world, console)
         if formula(recipe.objective).reference:
             set_reference(

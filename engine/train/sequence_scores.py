@@ -8,6 +8,7 @@ that was killed goes on behind its last block, with any number of ranks.
 from __future__ import annotations
 
 import json
+import uuid
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,7 +181,7 @@ def _stored(path: Path, count: int, world: World) -> np.ndarray | None:
 
 
 def _store(path: Path, scores: np.ndarray) -> None:
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # others may do the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

@@ -1,5 +1,6 @@
 """Each objective against its formula, written again here over whole logits in float64."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -311,3 +312,19 @@ def test_an_override_must_mean_something_to_one_of_the_recipes(
     assert "objective.alpha has no meaning for sft" in capsys.readouterr().err
     argv = [str(sft), "--objective.alpha", "0.5"]
     assert load_recipe(build_parser("", ""), str(sft), argv).objective.alpha == 0.8
+
+
+def test_incorrect_traces_alone_train_and_log_no_log_prob_of_correct_ones(
+    recipe: Callable[..., Path], world: Path, tmp_path: Path, steps: Callable[[Path], list[Any]]
+) -> None:
+    """NSR on a set without a correct trace."""
+    rows = [json.loads(line) for line in (world / "traces.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["traces"] = [trace for trace in row["traces"] if not trace["correct"]]
+    data = tmp_path / "incorrect.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows if row["traces"]))
+    changes = {"objective.name": "signed", "data.path": str(data), "train.max_steps": 2}
+    assert main(["train", str(recipe("run", changes))]) == 0
+    for line in steps(tmp_path / "run"):
+        assert line["positive_logp"] is None
+        assert line["loss"] == pytest.approx(0.8 * line["negative_logp"], rel=1e-5)

@@ -203,6 +203,8 @@ def test_a_checkpoint_cut_off_anywhere_does_not_count(
     for cut in sorted(cuts, reverse=True):
         os.truncate(victim, cut)
         assert max(complete_checkpoints(tmp_path)) == STEPS - 3, f"cut off at byte {cut}"
+    victim.parent.rename(victim.parent.with_name(f"step-{STEPS}.damaged"))
+    assert max(complete_checkpoints(tmp_path)) == STEPS - 3
 
 
 def test_a_checkpoint_cut_off_is_passed_over(
