@@ -30,15 +30,12 @@ types: $(VENV)/.installed-test
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# --no-compile: Python compiles what is imported, the first time; most of torch never is.
-PIP_INSTALL = $(BIN)/pip install --quiet --no-compile -c constraints.txt
-
 $(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) -e .
+	$(BIN)/pip install --quiet -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.installed-test: setup.py constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) -e '.[test]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@ $(VENV)/.installed
 
 # The Triton kernels for each GPU: registers, shared memory; fails if anything spills.

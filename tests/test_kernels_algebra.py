@@ -190,6 +190,7 @@ def test_redi_is_the_signed_cross_entropy_of_its_token_weights(target: Target) -
         assert relative_error(value, true) < 1e-6
 
 
+@pytest.mark.slow
 def test_valid_index_changes_nothing_in_any_order(target: Target) -> None:
     case = make_case(device=target.device)
     expected = run(redi_loss, case, backend=target.backend)

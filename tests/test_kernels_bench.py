@@ -37,6 +37,7 @@ def no_memory_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "peak_extra_mib", lambda *_: 1.0)
 
 
+@pytest.mark.slow
 def test_it_prints_a_table_and_leaves_a_full_record_with_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,7 @@ def small(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Case:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
 )
-@pytest.mark.parametrize("with_index", [False, True])
+@pytest.mark.parametrize("with_index", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_custom_ops_keep_their_contract(
     target: Target, dtype: torch.dtype, with_index: bool
 ) -> None:

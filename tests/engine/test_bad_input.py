@@ -171,6 +171,7 @@ def test_a_trace_longer_than_the_model_s_positions_is_refused(
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_alone_says_so_itself(recipe: WriteRecipe, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(

@@ -129,6 +129,7 @@ def wait_for(condition: Callable[[], bool], agent: subprocess.Popen[bytes], log:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_evaluation_breaks_it_off_and_going_on_does_it_again(
     path: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

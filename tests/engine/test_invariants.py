@@ -298,7 +298,7 @@ def test_a_recipe_that_follows_starts_from_the_export_on_every_rank(
 
 
 def test_a_different_alpha_is_a_different_loss(runs: Path, steps: Steps) -> None:
-    with_negatives = steps(runs / "redi-model-whole-1")[0]
+    with_negatives = steps(runs / "redi-tied-whole-1")[0]
     assert with_negatives["loss"] != pytest.approx(
-        steps(runs / "alpha0-model-whole-1")[0]["loss"], rel=1e-3
+        steps(runs / "alpha0-tied-whole-1")[0]["loss"], rel=1e-3
     )
