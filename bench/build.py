@@ -27,6 +27,14 @@ from redi.kernels.exponentials_triton import (
     finalise_kernel,
     target_logits_kernel,
 )
+from redi.kernels.filter_triton import (
+    DEPTH,
+    ROWS,
+    STAGES,
+    WARPS,
+    add_live_rows_kernel,
+    multiply_live_columns_kernel,
+)
 from redi.kernels.launches import Launch, entries_for
 from redi.kernels.segments_triton import spread_segments_kernel, sum_segments_kernel
 from redi.kernels.softmax_triton import launch_shape, softmax_rows_kernel
@@ -160,8 +168,10 @@ def exponentials_variants(launch: Launch, by_sequence: dict[str, str]) -> list[V
         "e": f"tensordesc<bf16[{rows}, {columns}]>",
         "shifts": "*fp32", "lifts": "*fp32", "sums": "*fp32", "sums_stride": "i32",
         "rows": "i32", "vocab": "i32", "depth": "i32", "most_in_group": "i32",
+        "first_tile": "i32", "last_tile": "i32",
     }  # fmt: skip
     repair = {"row_blocks": "*i64", "num_row_blocks": "*i64"}
+    skipping = {"skip_below": "*fp32", "target_tiles": "*i32"}
     tile = {
         "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "BLOCK_DEPTH": depth,
     }  # fmt: skip
@@ -193,6 +203,7 @@ def exponentials_variants(launch: Launch, by_sequence: dict[str, str]) -> list[V
             )
             for name, types, options in [
                 ("exp product", {}, {"MAXIMA": False, "FLATTEN": launch.flatten}),
+                ("exp product filter", skipping, {"MAXIMA": False, "FLATTEN": False}),
                 ("exp repair maxima", repair, {"MAXIMA": True, "FLATTEN": False}),
                 ("exp repair product", repair, {"MAXIMA": False, "FLATTEN": False}),
             ]
@@ -211,6 +222,42 @@ def exponentials_variants(launch: Launch, by_sequence: dict[str, str]) -> list[V
             {"BLOCK": 1024, "WEIGHTED": True},
             4,
         ),
+        *live_product_variants(launch),
+    ]
+
+
+def live_product_variants(launch: Launch) -> list[Variant]:
+    """The two products over the tiles that a filter leaves."""
+    common = {"out": "*fp32", "out_stride": "i32", "found": "*i32", "found_stride": "i32"}
+    common |= {"counts": "*i32", "width": "i32"}
+    options = {
+        "BLOCK_ROWS": launch.rows, "BLOCK_COLUMNS": launch.columns,
+        "DEPTH": DEPTH, "ROWS": ROWS, "WIDTH": launch.live_width,
+    }  # fmt: skip
+    return [
+        Variant(name, kernel, common | types, options, WARPS, STAGES)
+        for name, kernel, types in [
+            (
+                "filter dhidden",
+                multiply_live_columns_kernel,
+                {
+                    "matrix": f"tensordesc<bf16[{ROWS}, {DEPTH}]>",
+                    "weight": f"tensordesc<bf16[{DEPTH}, {launch.live_width}]>",
+                    "block_order": "*i64",
+                    "num_rows": "i32",
+                },
+            ),
+            (
+                "filter dweight",
+                add_live_rows_kernel,
+                {
+                    "matrix": f"tensordesc<bf16[{DEPTH}, {ROWS}]>",
+                    "x": f"tensordesc<bf16[{DEPTH}, {launch.live_width}]>",
+                    "order": "*i64",
+                    "vocab": "i32",
+                },
+            ),
+        ]
     ]
 
 

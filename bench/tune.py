@@ -13,6 +13,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from itertools import product
@@ -50,11 +51,9 @@ def candidates(architecture: str, hidden: int) -> list[Launch]:
 
     A group's hidden states are to stay in half of L2's 50 MB, the rest is for what streams by.
     """
+    kept = entries_for(architecture)[0].launch  # what a filter adds is not tuned here
     if architecture == "interpreter":
-        return [
-            Launch(rows=16, columns=columns, depth=64, warps=4, stages=1, group=2, flatten=False)
-            for columns in (64, 128)
-        ]
+        return [replace(kept, columns=columns) for columns in (64, 128)]
     in_half_of_l2 = max(1, (25 << 20) // (128 * hidden * 2))
     tiles = [
         # rows, columns, warps, stages
@@ -63,7 +62,16 @@ def candidates(architecture: str, hidden: int) -> list[Launch]:
         (128, 128, 4, 3),  # two programs an SM: one multiplies while the other takes exponentials
     ]
     return [
-        Launch(rows, columns, 64, warps, stages, group * 128 // rows, flatten)
+        replace(
+            kept,
+            rows=rows,
+            columns=columns,
+            depth=64,
+            warps=warps,
+            stages=stages,
+            group=group * 128 // rows,
+            flatten=flatten,
+        )
         for (rows, columns, warps, stages), group, flatten in product(
             tiles, (in_half_of_l2, max(2, in_half_of_l2 // 4)), (True, False)
         )

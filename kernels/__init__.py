@@ -3,6 +3,7 @@
 Start with `redi.kernels.reference`, which defines each op in plain PyTorch.
 """
 
+from redi.kernels.filtered import FilteredRediLoss, filtered_redi_loss
 from redi.kernels.logprobs import linear_logprobs
 from redi.kernels.losses import redi_loss, redi_value_and_grad, signed_cross_entropy
 from redi.kernels.reference import IGNORE_INDEX, Backend, Coefficient, RediLoss
@@ -12,7 +13,9 @@ __all__ = [
     "IGNORE_INDEX",
     "Backend",
     "Coefficient",
+    "FilteredRediLoss",
     "RediLoss",
+    "filtered_redi_loss",
     "linear_logprobs",
     "redi_loss",
     "redi_value_and_grad",

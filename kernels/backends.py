@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import get_args
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from redi.kernels import exponentials, rows, segments
 from redi.kernels.exponentials import ExponentialsKernel
+from redi.kernels.filter import LiveProducts, add_live_rows, multiply_live_columns
 from redi.kernels.launches import architecture_of, entries_for, fastest_backend
 from redi.kernels.reference import Backend
 from redi.kernels.rows import RowKernel
@@ -33,6 +34,8 @@ class Kernels:
     """See `segments.spread_segments`."""
     exponentials: ExponentialsKernel | None = None
     """See `exponentials.exponentials`; None where the logits are made and `softmax_rows` used."""
+    live_products: LiveProducts | None = None
+    """Along with exponentials: what a filter needs besides."""
 
 
 def choose_backend(
@@ -83,6 +86,23 @@ def choose_backend(
     return backend
 
 
+def filtering_backend(backend: Backend, device: torch.device) -> Backend:
+    """The backend for a filter: "auto" is "triton-exp" where there is one, else "torch-exp".
+
+    Args:
+        backend: what the user asked for.
+        device: where the operands lie.
+
+    Raises:
+        ValueError: unknown, without a filter, or not available here.
+    """
+    check_choice("backend", backend, ("auto", "triton-exp", "torch-exp"))
+    if backend == "auto":
+        on_triton = device.type == "cuda" and TRITON_INSTALLED and _has_launches(device)
+        return "triton-exp" if on_triton else "torch-exp"
+    return choose_backend(backend, device, torch.bfloat16)
+
+
 # torch.compile must not look into the table.
 @torch.compiler.assume_constant_result
 def _fastest(device: torch.device, dtype: torch.dtype, hidden_size: int) -> Backend:
@@ -98,18 +118,27 @@ def kernels_of(backend: str) -> Kernels:
     """The parts of a backend that `choose_backend` returned, other than the reference."""
     if backend in ("triton", "triton-exp"):
         # Imported late: a machine without a GPU, or with macOS, may have no Triton.
-        from redi.kernels import exponentials_triton, segments_triton, softmax_triton
+        from redi.kernels import (
+            exponentials_triton,
+            filter_triton,
+            segments_triton,
+            softmax_triton,
+        )
 
-        return Kernels(
+        kernels = Kernels(
             softmax_triton.softmax_rows,
             segments_triton.sum_segments,
             segments_triton.spread_segments,
-            exponentials_triton.exponentials if backend == "triton-exp" else None,
+        )
+        if backend == "triton":
+            return kernels
+        products = LiveProducts(filter_triton.multiply_live_columns, filter_triton.add_live_rows)
+        return replace(
+            kernels, exponentials=exponentials_triton.exponentials, live_products=products
         )
     assert backend in ("torch", "torch-exp")
-    return Kernels(
-        rows.softmax_rows,
-        segments.sum_segments,
-        segments.spread_segments,
-        exponentials.exponentials if backend == "torch-exp" else None,
-    )
+    kernels = Kernels(rows.softmax_rows, segments.sum_segments, segments.spread_segments)
+    if backend == "torch":
+        return kernels
+    products = LiveProducts(multiply_live_columns, add_live_rows)
+    return replace(kernels, exponentials=exponentials.exponentials, live_products=products)

@@ -113,7 +113,7 @@ def cross_entropy_chunks(
         *split(order.weighted, len(order.index), chunk_tokens),
     ]
     operand = product_operand(weight)
-    buffer = _chunk_buffer(chunks, weight, buffer_dtype)
+    buffer = chunk_buffer(chunks, weight, buffer_dtype)
 
     scale = None
     if token_weights is not None and hidden.dtype == torch.float16 and order.weighted:
@@ -191,7 +191,7 @@ def keep_chunks(
     operand = product_operand(weight)
     chunks = split(0, len(index), chunk_tokens)
     in_place = kept.matrix.dtype == dtype or exponentials is not None
-    buffer = _chunk_buffer([] if in_place else chunks, weight, dtype)
+    buffer = chunk_buffer([] if in_place else chunks, weight, dtype)
     ones = torch.full_like(token_logps, _kept_scale(hidden.dtype))
     token_logps.zero_()
     for part in (kept.matrix, kept.factors, kept.residues):
@@ -395,7 +395,7 @@ def product_operand(weight: Tensor) -> Tensor:
     return weight if 1 in weight.stride() else weight.contiguous()
 
 
-def _chunk_buffer(chunks: list[tuple[int, int]], weight: Tensor, dtype: torch.dtype) -> Tensor:
+def chunk_buffer(chunks: list[tuple[int, int]], weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for [C, V] of the largest chunk: logits, or the exponentials in their place.
 
     Rows begin at multiples of 128 bytes whatever V is: cuBLAS and the kernels then move 16 bytes

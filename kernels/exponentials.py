@@ -35,6 +35,7 @@ from torch import Tensor
 from redi.kernels.rows import (
     MIN_ONE_MINUS_P,
     GradientRows,
+    TileSums,
     TokenWeights,
     effective_weights,
     weights_at,
@@ -53,8 +54,8 @@ SMALL_SHARE = 2.0**-6
 # Where R is a smaller part of S than this the log-prob is - log1p(R / e_y).
 CONFIDENT = 2.0**-8
 
-# Columns of a tile in this file; the Triton kernel has its own.
-TILE_COLUMNS = 128
+# A tile in this file; the Triton kernel has its own.
+TILE_ROWS, TILE_COLUMNS = 16, 128
 
 
 class ExponentialsKernel(Protocol):
@@ -71,6 +72,7 @@ class ExponentialsKernel(Protocol):
         coefficient: str,
         logps: Tensor,
         out: Tensor,
+        epsilon: float | None = None,
     ) -> GradientRows | None: ...
 
 
@@ -84,6 +86,7 @@ def exponentials(
     coefficient: str,
     logps: Tensor,
     out: Tensor,
+    epsilon: float | None = None,
 ) -> GradientRows | None:
     """Log-probs of the targets and, given weights, the gradient of the loss by the logits.
 
@@ -96,6 +99,8 @@ def exponentials(
         coefficient: "weight", "dft" or "unlikelihood"; see `rows.effective_weights`.
         logps: [T] float32, written at `tokens`; never above 0.
         out: [C, V] bfloat16, unit stride along V, overwritten: the gradient's matrix.
+        epsilon: of a filter (`filter.py`): the gradient comes with its `tiles`, and a tile that is
+            certain to be left out need not be written. None: every tile is.
 
     Returns:
         The gradient in parts, its matrix `out`; None without weights.
@@ -108,11 +113,11 @@ def exponentials(
     m = torch.ones_like(z_target) if w is None else _mantissa(w)
 
     shift = z_target
-    rest = _sum_of_others(z, z_target, shift, m, target, out)
+    rest, sums = _sum_of_others(z, z_target, shift, m, target, out)
     outside = ~(rest <= LARGEST_SUM)  # NaN too
     if outside.any():
         shift = torch.where(outside, z.amax(-1, keepdim=True), shift)
-        rest = _sum_of_others(z, z_target, shift, m, target, out)
+        rest, sums = _sum_of_others(z, z_target, shift, m, target, out)
 
     e_target = m * (z_target - shift).exp()
     total = rest + e_target
@@ -127,7 +132,8 @@ def exponentials(
         rest = rest.clamp(min=MIN_ONE_MINUS_P)
     at_target = (-rest).to(out.dtype)
     out.scatter_(1, target, at_target)
-    return GradientRows(out, (u / total)[:, 0], (-rest - at_target.float())[:, 0])
+    tiles = None if epsilon is None else TileSums(sums, total[:, 0], TILE_ROWS, TILE_COLUMNS)
+    return GradientRows(out, (u / total)[:, 0], (-rest - at_target.float())[:, 0], tiles)
 
 
 def _mantissa(weights: Tensor) -> Tensor:
@@ -138,10 +144,11 @@ def _mantissa(weights: Tensor) -> Tensor:
 
 def _sum_of_others(
     z: Tensor, z_target: Tensor, shift: Tensor, m: Tensor, target: Tensor, out: Tensor
-) -> Tensor:
-    """Leaves m exp(z - shift) in `out`, rounded; returns its sum without the target, [C, 1].
+) -> tuple[Tensor, Tensor]:
+    """Leaves m exp(z - shift) in `out`, rounded.
 
-    From what the product's epilogue has: float32 sums of whole tiles, and what it stored.
+    Returns its sum without the target, [C, 1], and those of whole tiles, [C, tiles]. The former
+    from what the product's epilogue has: float32 sums of whole tiles, and what it stored.
     """
     e = m * (z - shift).exp()
     out.copy_(e)
@@ -154,4 +161,4 @@ def _sum_of_others(
     share = out.float().masked_fill_(~beside, 0.0).sum(-1, keepdim=True)
     difference = sums.gather(1, target_tile) - m * (z_target - shift).exp()
     share = torch.where(share < SMALL_SHARE, share, difference)
-    return sums.scatter(1, target_tile, 0.0).sum(-1, keepdim=True) + share
+    return sums.scatter(1, target_tile, 0.0).sum(-1, keepdim=True) + share, sums

@@ -33,7 +33,10 @@ class Launch:
     group: int
     """Blocks of rows, at most, that share a walk over the columns."""
     flatten: bool
-    """Whether the next tile's operands are fetched during the epilogue."""
+    """Whether the next tile's operands are fetched during the epilogue. (Not with a filter: its
+    epilogue then needs more registers than there are.)"""
+    live_width: int
+    """Columns of a tile of a filtered product, `filter_triton.py`."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def entries_for(architecture: str, dtype: torch.dtype = torch.bfloat16) -> list[
 
 
 def launch_for(weight: torch.Tensor) -> Launch:
-    """The launch for an lm_head [V, D] in bfloat16: that of the nearest D in the table."""
+    """The launch for an lm_head [V, D] (or [C, D]) in bfloat16: the nearest D's in the table."""
     entries = entries_for(architecture_of(weight.device))
     hidden = weight.shape[1]
     return min(entries, key=lambda entry: abs(math.log(entry.hidden / hidden))).launch

@@ -26,7 +26,7 @@ from redi.kernels.validate import (
 )
 
 
-def _check_unweighted(
+def check_unweighted(
     weights: TokenWeights, valid_index: Tensor | None, num_weighted: int | None
 ) -> None:
     """The tokens of `valid_index` behind the first `num_weighted` have weight 0."""
@@ -35,7 +35,7 @@ def _check_unweighted(
         check_unweighted_values(weights_at(weights, rest, torch.float32), num_weighted)
 
 
-def _gradient_buffer(operand: Tensor, needed: bool) -> Tensor:
+def gradient_buffer(operand: Tensor, needed: bool) -> Tensor:
     """Uninitialised, in the accumulation dtype: the operand's shape, or empty if not needed."""
     shape = operand.shape if needed else (0,)
     return operand.new_empty(shape, dtype=accumulation_dtype(operand.dtype))
@@ -67,7 +67,7 @@ def _redi(
     kernels = kernels_of(backend)
     lengths = sequence_lengths(targets, cu_seqlens)
     weights = SequenceWeights(cu_seqlens, signs, lengths, alpha, 1 / num_pairs)
-    _check_unweighted(weights, valid_index, num_weighted)
+    check_unweighted(weights, valid_index, num_weighted)
     token_logps = hidden.new_empty(tokens, dtype=dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         cross_entropy_chunks(
@@ -108,8 +108,8 @@ def redi_loss_op(
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, sequence_logps, lengths, dhidden, dweight); a gradient not needed is empty."""
-    dhidden = _gradient_buffer(hidden, need_dhidden)
-    dweight = _gradient_buffer(weight, need_dweight)
+    dhidden = gradient_buffer(hidden, need_dhidden)
+    dweight = gradient_buffer(weight, need_dweight)
     loss, sequence_logps, lengths = _redi(
         hidden,
         weight,
@@ -151,8 +151,8 @@ def _(
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(signs.shape, dtype=dtype),
         hidden.new_empty(signs.shape, dtype=torch.int64),
-        _gradient_buffer(hidden, need_dhidden),
-        _gradient_buffer(weight, need_dweight),
+        gradient_buffer(hidden, need_dhidden),
+        gradient_buffer(weight, need_dweight),
     )
 
 
@@ -174,7 +174,7 @@ def redi_value_and_grad_op(
     accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, sequence_logps, lengths, dhidden); writes or adds to dweight."""
-    dhidden = _gradient_buffer(hidden, True)
+    dhidden = gradient_buffer(hidden, True)
     loss, sequence_logps, lengths = _redi(
         hidden,
         weight,
@@ -239,11 +239,11 @@ def signed_cross_entropy_op(
     """(loss, token_logps, token_entropies, dhidden, dweight); what is not needed is empty."""
     check_target_values(targets, weight.shape[0], valid_index)
     check_weight_values(token_weights, targets)
-    dhidden = _gradient_buffer(hidden, need_dhidden)
-    dweight = _gradient_buffer(weight, need_dweight)
+    dhidden = gradient_buffer(hidden, need_dhidden)
+    dweight = gradient_buffer(weight, need_dweight)
     dtype = accumulation_dtype(hidden.dtype)
     token_weights = token_weights.to(dtype)
-    _check_unweighted(token_weights, valid_index, num_weighted)
+    check_unweighted(token_weights, valid_index, num_weighted)
     token_logps = hidden.new_empty(hidden.shape[0], dtype=dtype)
     token_entropies = hidden.new_empty(hidden.shape[0] if need_entropies else 0, dtype=dtype)
     kernels = kernels_of(backend)
@@ -289,8 +289,8 @@ def _(
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(hidden.shape[0], dtype=dtype),
         hidden.new_empty(hidden.shape[0] if need_entropies else 0, dtype=dtype),
-        _gradient_buffer(hidden, need_dhidden),
-        _gradient_buffer(weight, need_dweight),
+        gradient_buffer(hidden, need_dhidden),
+        gradient_buffer(weight, need_dweight),
     )
 
 
@@ -308,7 +308,7 @@ def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype)
 
 
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Both losses have (hidden, weight, ...) as inputs and (loss, ..., dhidden, dweight) as output.
 
     The gradients are saved as they are and never written to: backward may run again.
@@ -321,7 +321,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.set_materialize_grads(False)
 
 
-def _scale_gradients(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def scale_gradients(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     grads = [
         scale_gradient_op(gradient, dloss, ctx.dtype) if needed and dloss is not None else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
@@ -329,5 +329,5 @@ def _scale_gradients(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
     return *grads, *ctx.without_gradient
 
 
-redi_loss_op.register_autograd(_scale_gradients, setup_context=_save_gradients)
-signed_cross_entropy_op.register_autograd(_scale_gradients, setup_context=_save_gradients)
+redi_loss_op.register_autograd(scale_gradients, setup_context=save_gradients)
+signed_cross_entropy_op.register_autograd(scale_gradients, setup_context=save_gradients)

@@ -100,7 +100,7 @@ def redi_loss(
         float(num_pairs),
         backend,
         chunk_tokens,
-        *_needs_grad(hidden, weight),
+        *needs_grad(hidden, weight),
     )
     return RediLoss(loss, sequence_logps, lengths)
 
@@ -239,11 +239,11 @@ def signed_cross_entropy(
         entropy,
         backend,
         chunk_tokens,
-        *_needs_grad(hidden, weight),
+        *needs_grad(hidden, weight),
     )
     return (loss, token_logps, token_entropies) if entropy else (loss, token_logps)
 
 
-def _needs_grad(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
+def needs_grad(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
     enabled = torch.is_grad_enabled()
     return enabled and hidden.requires_grad, enabled and weight.requires_grad

@@ -62,6 +62,19 @@ def weights_at(weights: TokenWeights, tokens: Tensor, dtype: torch.dtype) -> Ten
 
 
 @dataclass(frozen=True)
+class TileSums:
+    """How the exponentials E of a chunk are spread over the tiles in which they were made."""
+
+    sums: Tensor
+    """[C, tiles] float32: of each row's exponentials in each tile of columns."""
+    totals: Tensor
+    """[C] float32: of each row's exponentials."""
+    rows: int
+    """Of a tile."""
+    columns: int
+
+
+@dataclass(frozen=True)
 class GradientRows:
     """A chunk's dZ = factors (matrix + residues onehot), in the parts that the products take.
 
@@ -75,6 +88,8 @@ class GradientRows:
     residues: Tensor | None = None
     """[C] float32: what the target's entry lost when it was rounded to the matrix's dtype. In dW
     it is one rounding among many; in dX it would weigh against a sum that nearly cancels."""
+    tiles: TileSums | None = None
+    """Where a filter asked. Tiles that hold too little for it may not have been written."""
 
 
 class RowKernel(Protocol):

@@ -1,13 +1,20 @@
-"""What Triton kernels of several families share: a token's weight, log1p, rounding, a dot."""
+"""What Triton kernels of several families share: a token's weight, log1p, rounding, a dot, and
+what their host launchers do."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from redi.kernels.rows import MIN_ONE_MINUS_P
 
 # As Triton sees them: a kernel may use a module's constants only where they are constexpr.
 _MIN_ONE_MINUS_P = tl.constexpr(MIN_ONE_MINUS_P)
 _INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+# Tensor descriptors want rows that begin at multiples of 16 bytes.
+ALIGNMENT_BYTES = 16
 
 
 @triton.jit
@@ -66,8 +73,31 @@ def round_to(values, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def dot_transposed(a, b, sums):
-    """sums + a b^T in float32. (Triton's interpreter multiplies bfloat16's bit patterns.)"""
+def dot(a, b, sums):
+    """sums + a b in float32. (Triton's interpreter multiplies bfloat16's bit patterns.)"""
     if _INTERPRET:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b.T, sums)
+    return tl.dot(a, b, sums)
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """A matrix that a tensor descriptor can describe: itself, or a copy."""
+    step = ALIGNMENT_BYTES // matrix.element_size()
+    fits = matrix.stride(1) == 1 and matrix.stride(0) % step == 0
+    if fits and matrix.data_ptr() % ALIGNMENT_BYTES == 0:
+        return matrix
+    columns = matrix.shape[1]
+    room = matrix.new_empty(matrix.shape[0], triton.cdiv(columns, step) * step)
+    return room[:, :columns].copy_(matrix)
+
+
+def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Of a matrix that is moved in blocks of [rows, columns]."""
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+
+def processors(device: torch.device) -> int:
+    """Programs of a persistent kernel: one a processor, a few for the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -126,6 +126,12 @@ def check_objective(alpha: float, num_pairs: float) -> None:
         raise ValueError(f"num_pairs must be finite and > 0, got {num_pairs}")
 
 
+def check_epsilon(epsilon: float) -> None:
+    """`epsilon` in [0, 1]."""
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"epsilon must lie in [0, 1], got {epsilon}")
+
+
 def check_dweight(dweight: Tensor, weight: Tensor) -> None:
     """`dweight` [V, D] in the accumulation dtype, contiguous, on weight's device."""
     _check_tensor("dweight", dweight, ("V", "D"), (accumulation_dtype(weight.dtype),))

@@ -13,7 +13,9 @@ from redi.bench import tune
 from redi.kernels import backends, exponentials_triton, launches
 from redi.kernels.launches import TABLE, Entry, Launch, read_table, write_entry
 
-LAUNCH = Launch(rows=16, columns=64, depth=64, warps=4, stages=1, group=2, flatten=False)
+LAUNCH = Launch(
+    rows=16, columns=64, depth=64, warps=4, stages=1, group=2, flatten=False, live_width=64
+)
 
 
 def entry(hidden: int, backend: str = "triton-exp", measured: bool = True) -> Entry:

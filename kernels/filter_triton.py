@@ -1,0 +1,170 @@
+"""The two products over live tiles alone, in Triton: what `filter.py` has as masked products.
+
+Both are persistent: as many programs as processors go through the tiles of the result, each a loop
+over a list of live tiles of E. The lists are made on the device by sorting (live ones first), so
+the host learns nothing and waits for nothing. Operands come by tensor descriptors (TMA).
+
+The tiles of a result differ in work. Those of dW come in the vocabulary's order, that is with the
+busiest first, and those of dX are sorted so; programs take them in turn, and the last ones are
+short. Beyond the first columns a tile of dW has no live tile at all and is not touched.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from redi.kernels.filter import LiveTiles
+from redi.kernels.launches import launch_for
+from redi.kernels.triton_common import aligned, descriptor, dot, processors
+
+# Rows of a tile of a result; its width is the launch table's.
+ROWS = 128
+# Of the dimension that is summed over, one step takes so many.
+DEPTH = 64
+# What a step loads depends on an index that is itself loaded, and Triton spreads the stages over
+# both: of 7 the operands get 4, on Hopper 4 x 48 KiB.
+WARPS, STAGES = 8, 7
+
+
+def multiply_live_columns(matrix: Tensor, weight: Tensor, tiles: LiveTiles, out: Tensor) -> None:
+    """`filter.multiply_live_columns`; `matrix` as `exponentials` wants its `out`."""
+    found, counts = _live_first(tiles.live)
+    rows = min(ROWS, tiles.rows)
+    width = launch_for(weight).live_width
+    with torch.cuda.device_of(matrix):
+        multiply_live_columns_kernel[(processors(matrix.device),)](
+            descriptor(matrix, rows, DEPTH),
+            descriptor(aligned(weight), DEPTH, width),
+            out,
+            out.stride(0),
+            counts.argsort(descending=True, stable=True),
+            found,
+            found.stride(0),
+            counts,
+            *out.shape,
+            BLOCK_ROWS=tiles.rows,
+            BLOCK_COLUMNS=tiles.columns,
+            DEPTH=DEPTH,
+            ROWS=rows,
+            WIDTH=width,
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )
+
+
+def add_live_rows(matrix: Tensor, x: Tensor, tiles: LiveTiles, order: Tensor, out: Tensor) -> None:
+    """`filter.add_live_rows`; `matrix` as `exponentials` wants its `out`."""
+    found, counts = _live_first(tiles.live.T)
+    rows = min(ROWS, tiles.columns)
+    depth = min(DEPTH, tiles.rows)
+    width = launch_for(x).live_width
+    with torch.cuda.device_of(matrix):
+        add_live_rows_kernel[(processors(matrix.device),)](
+            descriptor(matrix, depth, rows),
+            descriptor(aligned(x), depth, width),
+            out,
+            out.stride(0),
+            order,
+            found,
+            found.stride(0),
+            counts,
+            *out.shape,
+            BLOCK_ROWS=tiles.rows,
+            BLOCK_COLUMNS=tiles.columns,
+            DEPTH=depth,
+            ROWS=rows,
+            WIDTH=width,
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )
+
+
+def _live_first(live: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the indices [n, m] of what is live, in order and first; and how many [n]."""
+    live = live.int().contiguous()
+    found = live.argsort(dim=1, descending=True, stable=True).int()
+    return found, live.sum(1, dtype=torch.int32)
+
+
+@triton.jit(do_not_specialize=["found_stride", "num_rows"])
+def multiply_live_columns_kernel(
+    matrix,  # descriptor of [C, V], blocks [ROWS, DEPTH]
+    weight,  # descriptor of [V, D], blocks [DEPTH, WIDTH]
+    out,  # [C, D] float32, out
+    out_stride,
+    block_order,  # [blocks] int64: blocks of rows, those with most live tiles first
+    found,  # [blocks, tiles] int32: each block's tiles, the live ones first
+    found_stride,
+    counts,  # [blocks] int32: how many are live
+    num_rows,  # C
+    width,  # D
+    BLOCK_ROWS: tl.constexpr,  # of a tile of the matrix
+    BLOCK_COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,  # of a tile of the result
+    WIDTH: tl.constexpr,
+):
+    """out = matrix weight. Programs that run at the same time share a block of the matrix."""
+    STEPS: tl.constexpr = BLOCK_COLUMNS // DEPTH
+    PARTS: tl.constexpr = BLOCK_ROWS // ROWS
+    widths = tl.cdiv(width, WIDTH)
+    parts = tl.cdiv(num_rows, BLOCK_ROWS) * PARTS
+    for work in range(tl.program_id(0), parts * widths, tl.num_programs(0)):
+        part = work // widths
+        block = tl.load(block_order + part // PARTS).to(tl.int32)
+        first_row = block * BLOCK_ROWS + part % PARTS * ROWS
+        first_column = work % widths * WIDTH
+        sums = tl.zeros([ROWS, WIDTH], tl.float32)
+        for step in range(tl.load(counts + block) * STEPS):
+            tile = tl.load(found + block * found_stride + step // STEPS)
+            word = tile * BLOCK_COLUMNS + step % STEPS * DEPTH
+            sums = dot(matrix.load([first_row, word]), weight.load([word, first_column]), sums)
+        row = first_row + tl.arange(0, ROWS)
+        column = first_column + tl.arange(0, WIDTH)
+        place = out + row.to(tl.int64)[:, None] * out_stride + column[None, :]
+        tl.store(place, sums, mask=(row < num_rows)[:, None] & (column < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["found_stride", "vocab"])
+def add_live_rows_kernel(
+    matrix,  # descriptor of [C, V], blocks [DEPTH, ROWS]
+    x,  # descriptor of [C, D], blocks [DEPTH, WIDTH]
+    out,  # [V, D] float32, added to
+    out_stride,
+    order,  # [V] int64: which row of `out` a column of the matrix belongs to
+    found,  # [tiles, blocks] int32: blocks of rows of each tile of columns, the live ones first
+    found_stride,
+    counts,  # [tiles] int32: how many are live
+    vocab,  # V
+    width,  # D
+    BLOCK_ROWS: tl.constexpr,  # of a tile of the matrix
+    BLOCK_COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,  # of a tile of the result
+    WIDTH: tl.constexpr,
+):
+    """out[order] += matrix^T x."""
+    STEPS: tl.constexpr = BLOCK_ROWS // DEPTH
+    PARTS: tl.constexpr = BLOCK_COLUMNS // ROWS
+    widths = tl.cdiv(width, WIDTH)
+    parts = tl.cdiv(vocab, ROWS)
+    for work in range(tl.program_id(0), parts * widths, tl.num_programs(0)):
+        part = work // widths
+        tile = part // PARTS
+        first_column = work % widths * WIDTH
+        steps = tl.load(counts + tile) * STEPS
+        if steps > 0:
+            word = part * ROWS + tl.arange(0, ROWS)
+            inside = word < vocab
+            row = tl.load(order + word, mask=inside, other=0)
+            column = first_column + tl.arange(0, WIDTH)
+            place = out + row[:, None] * out_stride + column[None, :]
+            mask = inside[:, None] & (column < width)[None, :]
+            sums = tl.load(place, mask=mask, other=0.0)
+            for step in range(steps):
+                block = tl.load(found + tile * found_stride + step // STEPS)
+                first_row = block * BLOCK_ROWS + step % STEPS * DEPTH
+                e = matrix.load([first_row, part * ROWS])
+                sums = dot(e.T, x.load([first_row, first_column]), sums)
+            tl.store(place, sums, mask=mask)

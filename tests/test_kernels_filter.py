@@ -1,0 +1,307 @@
+"""The filter: what it leaves out is bounded, told, and never touched; nothing else changes."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from kernel_cases import (
+    EXP_TARGETS,
+    Case,
+    Target,
+    assert_exact,
+    gradients,
+    leaves,
+    make_case,
+    oracle,
+    run,
+    worst_row,
+)
+from torch import Tensor
+
+from redi.kernels import exponentials, filtered_redi_loss, redi_loss
+from redi.kernels.filter import TileSums, live_tiles, vocabulary_order
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+BF16 = torch.bfloat16
+BIAS, ONES = 0, 1  # dimensions of `common_words`
+
+
+@pytest.fixture(params=EXP_TARGETS, ids="-".join)
+def target(request: pytest.FixtureRequest) -> Target:
+    """Hides the fixture of all backends."""
+    return request.param
+
+
+def common_words(
+    tokens: int = 32, vocab: int = 1100, hidden: int = 40, device: str = "cpu"
+) -> Case:
+    """Sequences of one token each; some words, anywhere in the vocabulary, are likely at all.
+
+    Dimension BIAS of a hidden state is 1 and that of the lm_head a word's log-frequency, by Zipf's
+    law. Dimension ONES is 0 and 1: so its gradient in dhidden is u times the sum of dlogits over
+    the vocabulary, 0 if nothing was left out.
+    """
+    case = make_case(
+        BF16,
+        vocab=vocab,
+        hidden=hidden,
+        lengths=(1,) * tokens,
+        signs=(1, -1) * (tokens // 2),
+        masked=0.0,
+        device=device,
+    )
+    generator = torch.Generator().manual_seed(1)
+    rank = torch.randperm(vocab, generator=generator) + 1
+    weight, x = case.weight.clone(), case.hidden.clone()
+    weight[:, BIAS] = (-1.5 * rank.log()).to(device, BF16)
+    weight[:, ONES] = 1
+    x[:, BIAS], x[:, ONES] = 1, 0
+    # Three words are the targets: so the targets' tiles, never left out, are few.
+    targets = case.targets % 3
+    return replace(case, hidden=x, weight=weight, targets=targets, num_pairs=tokens / 2)
+
+
+@pytest.mark.parametrize("epsilon", [2.0**-5, 1.0])
+def test_what_is_missing_is_what_is_told_and_within_the_bound(
+    target: Target, epsilon: float
+) -> None:
+    case = common_words(device=target.device)
+    out, got = run(partial(filtered_redi_loss, epsilon=epsilon), case, backend=target.backend)
+    _, whole = run(partial(filtered_redi_loss, epsilon=0.0), case, backend=target.backend)
+    u, dropped = case.token_weights, out.sequence_dropped.double()
+    assert dropped.mean() > epsilon / 10
+
+    summed = got.dhidden[:, ONES].double() / u
+    torch.testing.assert_close(-summed, dropped, rtol=2.0**-7, atol=2e-3)
+
+    missing = (got.dhidden.double() - whole.dhidden.double()).norm(dim=1)
+    rounding = 2.0**-7 * whole.dhidden.double().norm(dim=1)
+    bound = u.abs() * dropped * case.weight.double().norm(dim=1).max()
+    assert (missing <= bound + rounding).all()
+    assert missing.norm() > 0.02 * bound.norm()  # or the bound would say nothing
+
+    missing = (got.dweight.double() - whole.dweight.double()).norm()
+    rounding = 2.0**-7 * whole.dweight.double().norm()
+    assert missing <= (u.abs() * dropped * case.hidden.double().norm(dim=1)).sum() + rounding
+
+
+def test_a_tile_leaves_at_most_epsilon_out(target: Target) -> None:
+    case = common_words(device=target.device)
+    for epsilon in (2.0**-12, 2.0**-8, 2.0**-4):
+        out = filtered_redi_loss(
+            *leaves(case).arguments, **case.options, epsilon=epsilon, backend=target.backend
+        )
+        tiles = -(-len(case.weight) // exponentials.TILE_COLUMNS)
+        assert out.sequence_dropped.min() >= 0
+        assert out.sequence_dropped.max() <= epsilon * (tiles - 1)
+
+
+@pytest.mark.parametrize("logits", ["random", "confident", "logp -80"])
+def test_with_epsilon_0_the_gradient_is_exact(target: Target, logits: str) -> None:
+    case = make_case(BF16, logits=logits, device=target.device)
+    out, got = run(partial(filtered_redi_loss, epsilon=0.0), case, backend=target.backend)
+    assert_exact(got, case, oracle(case)[1])
+    assert not out.sequence_dropped.any()
+
+
+@pytest.mark.parametrize("logits", ["random", "logp -80"])
+def test_loss_and_log_probs_stay_exact(target: Target, logits: str) -> None:
+    case = make_case(BF16, logits=logits, device=target.device)
+    out = filtered_redi_loss(
+        *leaves(case).arguments, **case.options, epsilon=1.0, backend=target.backend
+    )
+    exact, _ = oracle(case)
+    torch.testing.assert_close(out.loss, exact.loss.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out.sequence_logps, exact.sequence_logps.float(), rtol=1e-5, atol=1e-3
+    )
+    assert torch.equal(out.sequence_lengths, exact.sequence_lengths)
+
+
+def test_the_target_is_never_left_out(target: Target) -> None:
+    """Its logit would stay as it is, however wrong the model: here nobody expects the targets."""
+    case = common_words(device=target.device)
+    rare = case.weight[:, BIAS].float().argsort()[: len(case.targets)]
+    case = replace(case, targets=rare)
+    _, got = run(partial(filtered_redi_loss, epsilon=1.0), case, backend=target.backend)
+    exact = oracle(case)[1]
+    assert worst_row(got.dweight[rare], exact.dweight[rare]) < 2.0**-6
+    assert worst_row(got.dweight, exact.dweight) > 0.5  # others were left out in whole
+
+
+def test_the_order_gathers_what_is_likely_in_few_tiles() -> None:
+    case = common_words(tokens=128, vocab=4096)
+    p = (case.hidden.float() @ case.weight.float().T).softmax(1)
+    columns = torch.arange(4096)
+
+    def live_share(order: Tensor) -> float:
+        sums = p[:, order].view(len(p), -1, 128).sum(2)
+        tiles = TileSums(sums, torch.ones(len(p)), rows=16, columns=128)
+        targets = order.argsort()[case.targets]
+        live, _ = live_tiles(tiles, targets, torch.ones(len(p), dtype=torch.bool), 2.0**-6)
+        return float(live.live.float().mean())
+
+    order = vocabulary_order(case.hidden, case.weight)
+    assert torch.equal(order.sort().values, columns)
+    assert live_share(order) < 0.7 * live_share(columns)
+
+
+def test_what_is_left_out_is_not_written_and_what_takes_part_is() -> None:
+    pytest.importorskip("triton")
+    from redi.kernels import exponentials_triton
+
+    target = next((t for t in EXP_TARGETS if t.backend == "triton-exp"), None)
+    if target is None:
+        pytest.skip("Triton has neither a card nor its interpreter here")
+    case = common_words(vocab=2048, device=target.device)
+    x, weight, targets = case.hidden, case.weight, case.targets
+    columns = vocabulary_order(x, weight)
+    weight, targets = weight[columns].contiguous(), columns.argsort()[targets]
+    out = torch.empty(len(x), len(weight), dtype=BF16, device=target.device)
+    tokens = torch.arange(len(x), device=target.device)
+    logps = torch.empty(len(x), device=target.device)
+    gradient = exponentials_triton.exponentials(
+        x,
+        weight,
+        tokens,
+        targets,
+        case.token_weights.float(),
+        coefficient="weight",
+        logps=logps,
+        out=out,
+        epsilon=2.0**-6,
+    )
+    tiles, _ = live_tiles(gradient.tiles, targets, tokens >= 0, 2.0**-6)
+    live = tiles.live.repeat_interleave(tiles.rows, 0)[: len(x)]
+    live = live.repeat_interleave(tiles.columns, 1)[:, : len(weight)]
+    assert out[live].isfinite().all()
+    assert out[~live].isnan().float().mean() > 0.5  # still the poison
+
+
+@pytest.mark.skipif(len(EXP_TARGETS) < 2, reason="Triton has neither a card nor its interpreter")
+def test_both_backends_leave_the_same_out() -> None:
+    """On the interpreter their tiles are alike; a card's are larger, and it leaves out less."""
+    got = []
+    for target in EXP_TARGETS:
+        case = common_words(device=target.device)
+        out, grads = run(partial(filtered_redi_loss, epsilon=2.0**-6), case, backend=target.backend)
+        got.append((out.sequence_dropped.cpu(), grads))
+    (first, a), (second, b) = got
+    if EXP_TARGETS[1].device == "cuda":
+        assert second.mean() <= first.mean()
+        return
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+    for one, other in zip(a, b, strict=True):
+        assert (one - other).float().norm() < 4e-3 * one.float().norm()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.8])
+def test_tokens_without_a_gradient_lose_nothing_and_any_chunks_will_do(
+    target: Target, alpha: float
+) -> None:
+    case = replace(make_case(BF16, vocab=700, device=target.device), alpha=alpha)
+    index = case.valid_index
+    weighted = case.token_weights[index] != 0
+    ordered = torch.cat([index[weighted], index[~weighted]])
+    exact_out, exact = oracle(case)
+    for options in (
+        {},
+        {"valid_index": index, "chunk_tokens": 7},
+        {"valid_index": ordered, "num_weighted": int(weighted.sum()), "chunk_tokens": 9},
+    ):
+        out, got = run(
+            partial(filtered_redi_loss, epsilon=2.0**-10),
+            case,
+            backend=target.backend,
+            **options,
+        )
+        assert_exact(got, case, exact)  # flat logits: next to nothing is left out
+        assert not got.dhidden[case.token_weights == 0].any()
+        without = (case.signs < 0) & (alpha == 0) | (out.sequence_lengths == 0)
+        assert not out.sequence_dropped[without].any()
+        assert (out.sequence_logps - exact_out.sequence_logps).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("lengths", [(), (0, 0), (3, 0)])
+def test_rows_with_nothing_to_learn_are_legal(target: Target, lengths: tuple[int, ...]) -> None:
+    case = make_case(
+        BF16, lengths=lengths, signs=(1, -1)[: len(lengths)], device=target.device, masked=0.0
+    )
+    case = replace(case, targets=torch.full_like(case.targets, -100))
+    out, got = run(partial(filtered_redi_loss, epsilon=0.01), case, backend=target.backend)
+    assert out.loss == 0
+    for values in (out.sequence_logps, out.sequence_dropped, *got):
+        assert not values.any()
+
+
+def test_a_hidden_state_that_is_not_a_number_is_not_hidden(target: Target) -> None:
+    """The training loop stops at a loss or gradient that is not finite."""
+    case = common_words(device=target.device)
+    hidden = case.hidden.clone()
+    hidden[5, 3] = torch.nan
+    case = replace(case, hidden=hidden)
+    out, got = run(partial(filtered_redi_loss, epsilon=2.0**-6), case, backend=target.backend)
+    assert out.loss.isnan()
+    assert got.dhidden[5].isnan().all()
+
+
+def test_an_operand_without_gradient_and_repeated_backward(target: Target) -> None:
+    case = leaves(common_words(device=target.device))
+    options = case.options | {"epsilon": 2.0**-6, "backend": target.backend}
+    loss = filtered_redi_loss(*case.arguments, **options).loss
+    both = gradients(loss, case.hidden, case.weight, retain_graph=True)
+    for one, other in zip(both, gradients(-2 * loss, case.hidden, case.weight), strict=True):
+        assert torch.equal(-2 * one, other)
+    for frozen, kept in (("weight", "hidden"), ("hidden", "weight")):
+        part = replace(case, **{frozen: getattr(case, frozen).detach()})
+        (alone,) = torch.autograd.grad(
+            filtered_redi_loss(*part.arguments, **options).loss, getattr(part, kept)
+        )
+        assert torch.equal(alone, getattr(both, f"d{kept}"))
+    with torch.no_grad():
+        assert not filtered_redi_loss(*case.arguments, **options).sequence_dropped.any()
+
+
+def test_the_op_keeps_torch_s_contract_and_compiles_without_a_break(target: Target) -> None:
+    case = leaves(common_words(tokens=8, vocab=300, hidden=24, device=target.device))
+    arguments = (*case.arguments, case.valid_index, None, 0.8, 4.0, 0.01, target.backend, None)
+    torch.library.opcheck(torch.ops.redi.filtered_redi_loss, (*arguments, True, True))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(hidden: Tensor, weight: Tensor) -> Tensor:
+        return filtered_redi_loss(
+            hidden,
+            weight,
+            *case.arguments[2:],
+            **case.options,
+            epsilon=0.01,
+            backend=target.backend,
+        ).loss
+
+    expected = filtered_redi_loss(
+        *case.arguments, **case.options, epsilon=0.01, backend=target.backend
+    ).loss
+    assert torch.equal(compiled(case.hidden, case.weight), expected)
+
+
+def test_what_it_cannot_do_is_told() -> None:
+    case = make_case(BF16)
+    for epsilon in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"epsilon must lie in \[0, 1\]"):
+            filtered_redi_loss(*case.arguments, **case.options, epsilon=epsilon)
+    with pytest.raises(
+        TypeError, match=r"hidden must be bfloat16 for a filter, got torch\.float32"
+    ):
+        filtered_redi_loss(*case.to(torch.float32).arguments, **case.options, epsilon=0.1)
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton-exp'"):
+        filtered_redi_loss(*case.arguments, **case.options, epsilon=0.1, backend="torch")
+
+
+def test_the_exact_loss_is_untouched(target: Target) -> None:
+    """One who never asks for a filter never meets it."""
+    case = common_words(device=target.device)
+    _, got = run(redi_loss, case, backend=target.backend)
+    summed = got.dhidden[:, ONES].double() / case.token_weights
+    assert summed.abs().max() < 2e-3
