@@ -30,6 +30,18 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class PathDraws:
+    """What an epoch takes of one entry of `[data] path`."""
+
+    path: str
+    weight: float
+    units: int
+    """Pairs, or single sequences, that come from here."""
+    draws: int
+    """Of them in an epoch."""
+
+
+@dataclass(frozen=True)
 class Overview:
     """What `[data]`, `[objective]` and `[train]` come to."""
 
@@ -45,6 +57,8 @@ class Overview:
     units: int
     """Pairs, or single sequences in SFT."""
     paired: bool
+    mixture: list[PathDraws]
+    """By path, if `[data] mixing_weights` are given; else an epoch draws every unit once."""
     lengths: dict[str, Lengths]
     """Of "prompt", "positive" and "negative" (completions with their end)."""
     duplicates: int
@@ -66,7 +80,7 @@ class Overview:
     epochs: float
     """Passes over the data that the steps make."""
     left_over: int
-    """Units of each epoch's last, partial batch."""
+    """Draws of each epoch's last, partial batch."""
     micro_steps: float
     """A step's micro-steps, mean over the steps looked at."""
     rank_efficiency: float
@@ -129,6 +143,10 @@ def look_over(
         left_out=tokens.dropped | examples.left_out,
         units=len(examples.units),
         paired=paired,
+        mixture=[
+            PathDraws(mixed.path, mixed.weight, len(mixed.units), mixed.draws)
+            for mixed in schedule.mixture
+        ],
         lengths={
             "prompt": sum_up(prompts[one_per_problem]),
             "positive": sum_up(completions[signs > 0]),
@@ -177,6 +195,24 @@ def length_rows(overview: Overview) -> list[tuple[str, ...]]:
         (name, *(f"{n:,}" for n in (found.count, *found.percentiles, found.longest, found.total)))
         for name, found in overview.lengths.items()
         if found.count
+    ]
+
+
+MIXTURE_COLUMNS = ("path", "weight", "units", "drawn an epoch", "share")
+
+
+def mixture_rows(overview: Overview) -> list[tuple[str, ...]]:
+    """The table of what an epoch takes of each path, under MIXTURE_COLUMNS."""
+    total = sum(one.draws for one in overview.mixture)
+    return [
+        (
+            one.path,
+            f"{one.weight:g}",
+            f"{one.units:,}",
+            f"{one.draws:,}",
+            f"{one.draws / total:.1%}",
+        )
+        for one in overview.mixture
     ]
 
 

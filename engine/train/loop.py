@@ -22,12 +22,15 @@ from transformers.utils import logging as transformers_logging
 from redi.engine.config import Recipe
 from redi.engine.console import Console
 from redi.engine.data.loader import StepBatches, StepLoader
+from redi.engine.data.mixing import mix
 from redi.engine.data.overview import (
     LENGTH_COLUMNS,
+    MIXTURE_COLUMNS,
     Overview,
     count_rows,
     length_rows,
     look_over,
+    mixture_rows,
     warnings,
 )
 from redi.engine.data.packing import Cost
@@ -201,6 +204,8 @@ def _show(overview: Overview, run_dir: Path, console: Console) -> None:
     """The last look before training."""
     console.table(f"{run_dir}: what is trained", LENGTH_COLUMNS, length_rows(overview))
     console.table("", ("", ""), count_rows(overview))
+    if overview.mixture:
+        console.table("what an epoch draws", MIXTURE_COLUMNS, mixture_rows(overview))
     for warning in warnings(overview):
         console.warn(warning)
 
@@ -232,6 +237,7 @@ def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData
         epochs=recipe.train.epochs,
         max_steps=recipe.train.max_steps,
         seed=recipe.train.seed,
+        mixture=mix(tokens, examples.units, recipe.data.paths, recipe.data.mixing_weights),
     )
     return PreparedData(tokens, examples, schedule, _held_out(recipe, world, console))
 
