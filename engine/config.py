@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import tomllib
 from argparse import SUPPRESS, ArgumentError, HelpFormatter, RawDescriptionHelpFormatter
@@ -127,6 +128,11 @@ class Data:
     def paths(self) -> tuple[str, ...]:
         """The inputs as a tuple, whichever way they were written."""
         return (self.path,) if isinstance(self.path, str) else tuple(self.path)
+
+    @property
+    def cache_dir(self) -> Path:
+        """The folder of tokenized sets."""
+        return Path(self.cache or os.environ.get("REDI_CACHE") or Path.home() / ".cache" / "redi")
 
 
 @dataclass(frozen=True)

@@ -239,17 +239,17 @@ def test_an_epoch_of_fewer_draws_than_a_batch_is_an_error_that_names_the_weights
 
 
 def test_the_table_shows_what_an_epoch_draws_of_each_path(tokens):
-    _, mixture = mixture_of(tokens, "positives", [2.0, 0.5, 1.0])
-    schedule = scheduled(mixture, batch=4, epochs=2)
+    _, mixture = mixture_of(tokens, "positives", [3.0, 0.5, 1.0])
+    schedule = scheduled(mixture, batch=5, epochs=2)
     examples = select(tokens, objective_needs="positives", **LIMITS)
     found = look_over(tokens, examples, schedule, row_tokens=200, world_size=1, cost=COST)
     rows = [dict(zip(MIXTURE_COLUMNS, row, strict=True)) for row in mixture_rows(found)]
     assert [Path(row.pop("path")).name for row in rows] == ["a", "b.jsonl", "c.jsonl"]
     assert [list(row.values()) for row in rows] == [
-        ["2", "3", "6", "66.7%"],
-        ["0.5", "6", "3", "33.3%"],
+        ["3", "3", "9", "75.0%"],
+        ["0.5", "6", "3", "25.0%"],
         ["1", "0", "0", "0.0%"],
     ]
     counts = dict(count_rows(found))
-    assert counts["sequences to train on"] == "9"
-    assert (counts["steps of 4 sequences"], counts["left over in an epoch"]) == ("4", "1")
+    assert (counts["sequences to train on"], counts["- drawn in an epoch"]) == ("9", "12")
+    assert (counts["steps of 5 sequences"], counts["left over in an epoch"]) == ("4", "2")

@@ -56,9 +56,11 @@ class Overview:
     """Rows and traces that are not trained, by reason."""
     units: int
     """Pairs, or single sequences in SFT."""
-    paired: bool
+    draws: int
+    """Units of an epoch, one that it draws twice counted twice."""
     mixture: list[PathDraws]
     """By path, if `[data] mixing_weights` are given; else an epoch draws every unit once."""
+    paired: bool
     lengths: dict[str, Lengths]
     """Of "prompt", "positive" and "negative" (completions with their end)."""
     duplicates: int
@@ -142,11 +144,12 @@ def look_over(
         only_negatives=int(np.sum(incorrect & ~correct)),
         left_out=tokens.dropped | examples.left_out,
         units=len(examples.units),
-        paired=paired,
+        draws=schedule.draws_per_epoch,
         mixture=[
             PathDraws(mixed.path, mixed.weight, len(mixed.units), mixed.draws)
             for mixed in schedule.mixture
         ],
+        paired=paired,
         lengths={
             "prompt": sum_up(prompts[one_per_problem]),
             "positive": sum_up(completions[signs > 0]),
@@ -203,14 +206,13 @@ MIXTURE_COLUMNS = ("path", "weight", "units", "drawn an epoch", "share")
 
 def mixture_rows(overview: Overview) -> list[tuple[str, ...]]:
     """The table of what an epoch takes of each path, under MIXTURE_COLUMNS."""
-    total = sum(one.draws for one in overview.mixture)
     return [
         (
             one.path,
             f"{one.weight:g}",
             f"{one.units:,}",
             f"{one.draws:,}",
-            f"{one.draws / total:.1%}",
+            f"{one.draws / overview.draws:.1%}",
         )
         for one in overview.mixture
     ]
@@ -230,6 +232,7 @@ def count_rows(overview: Overview) -> list[tuple[str, str]]:
     rows += [(f"- {reason}", f"{count:,}") for reason, count in overview.left_out.items()]
     rows += [
         (f"{unit} to train on", f"{overview.units:,}"),
+        *([("- drawn in an epoch", f"{overview.draws:,}")] if overview.mixture else []),
         ("duplicates among their traces", f"{overview.duplicates:,}"),
         ("cut off, without their end", f"{overview.truncated:,}"),
         ("with text unknown to the tokenizer", f"{overview.unknown_tokens:,}"),

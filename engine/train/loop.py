@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from redi.engine.config import Recipe
 from redi.engine.console import Console
+from redi.engine.data.digests import model_digest
 from redi.engine.data.loader import StepBatches, StepLoader
 from redi.engine.data.mixing import mix
 from redi.engine.data.overview import (
@@ -43,7 +44,7 @@ from redi.engine.estimate import training_cost
 from redi.engine.model.attention import choose_attention, register_attention
 from redi.engine.model.export import check_exportable, export
 from redi.engine.model.liger import apply_liger
-from redi.engine.model.load import model_digest, model_to_train, read_config
+from redi.engine.model.load import model_to_train, read_config
 from redi.engine.model.sharding import check_replicas, compute_dtype, shard
 from redi.engine.model.student import Student
 from redi.engine.model.weights import read_weights
@@ -142,7 +143,9 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
             "ones; the paper's alpha lies in [0, 1]"
         )
     with stop.breaking_off(world.size == 1):
-        weights = model_digest(recipe.model.path or "") if world.is_main else None
+        weights = None
+        if world.is_main:
+            weights = model_digest(recipe.model.path or "", recipe.data.cache_dir)
         if world.is_main:
             check_same_model(weights, run_dir)
         student, tokenizer = build_student(recipe, dtype, world, console)
@@ -280,9 +283,7 @@ def tokenized(
         tokenizer_path=recipe.model.tokenizer or recipe.model.path or "",
         control_tokens=recipe.data.control_tokens,
     )
-    cache = Path(
-        recipe.data.cache or os.environ.get("REDI_CACHE") or Path.home() / ".cache" / "redi"
-    )
+    cache = recipe.data.cache_dir
     processes = recipe.data.processes or min(8, os.cpu_count() or 1)
     return world.main_first(lambda: tokenize(settings, cache, processes=processes, console=console))
 
