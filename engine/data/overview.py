@@ -80,7 +80,7 @@ class Overview:
     steps: int
     batch: int
     epochs: float
-    """Passes over the data that the steps make."""
+    """That the steps come to."""
     left_over: int
     """Draws of each epoch's last, partial batch."""
     micro_steps: float

@@ -146,7 +146,6 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         weights = None
         if world.is_main:
             weights = model_digest(recipe.model.path or "", recipe.data.cache_dir)
-        if world.is_main:
             check_same_model(weights, run_dir)
         student, tokenizer = build_student(recipe, dtype, world, console)
         if formula(recipe.objective).reference:
