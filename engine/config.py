@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import tomllib
 from argparse import SUPPRESS, ArgumentError, HelpFormatter, RawDescriptionHelpFormatter
@@ -60,6 +61,9 @@ class Data:
 
     path: str | list[str] = ""
     """JSONL, JSON, Parquet or CSV files (gzip too), folders of them, or hub names."""
+    mixing_weights: list[float] = field(default_factory=list)
+    """One number a path: how often an epoch draws each of its pairs (SFT: sequences). 2: twice;
+    0.5: another half each epoch; none given: once."""
     format: Literal["auto", "preference", "prompt-completion", "messages", "traces", "openr1"] = (
         "auto"
     )
@@ -104,6 +108,16 @@ class Data:
             _require(value is None or value >= 1, f"data.{key} must be >= 1, got {value}")
         _require(self.processes >= 0, f"data.processes must be >= 0, got {self.processes}")
         _require(self.workers >= 0, f"data.workers must be >= 0, got {self.workers}")
+        _require(
+            len(self.mixing_weights) in (0, len(self.paths)),
+            f"data.mixing_weights must have one number a path, got {len(self.mixing_weights)} for "
+            f"{len(self.paths)}",
+        )
+        for weight in self.mixing_weights:
+            _require(
+                math.isfinite(weight) and weight > 0,
+                f"data.mixing_weights must be finite and > 0, got {weight}",
+            )
         for teacher, weight in self.teacher_weights.items():
             _require(
                 math.isfinite(weight) and weight > 0,
@@ -114,6 +128,11 @@ class Data:
     def paths(self) -> tuple[str, ...]:
         """The inputs as a tuple, whichever way they were written."""
         return (self.path,) if isinstance(self.path, str) else tuple(self.path)
+
+    @property
+    def cache_dir(self) -> Path:
+        """The folder of tokenized sets."""
+        return Path(self.cache or os.environ.get("REDI_CACHE") or Path.home() / ".cache" / "redi")
 
 
 @dataclass(frozen=True)
@@ -381,6 +400,8 @@ ALIASES = {
     "per_device_train_batch_size": "train.batch",
     "num_train_epochs": "train.epochs",
     "num_epochs": "train.epochs",
+    "dataset_mixer": "data.mixing_weights",
+    "interleave_probs": "data.mixing_weights",
     "max_length": "data.max_tokens",
     "max_seq_length": "data.max_tokens",
     "max_prompt_length": "data.max_prompt_tokens",
@@ -558,6 +579,7 @@ def plain_type(annotation: object) -> str:
     text = str(annotation).replace("Literal", "one of ").replace("| None", "")
     text = re.sub(r"list\[one of (\[[^]]*\])\]", r"a list of \1", text)
     text = text.replace("tuple[float, float]", "two numbers such as [0.9,0.999]")
+    text = text.replace("list[float]", "a list of numbers")
     for python, plain in (("str", "text"), ("int", "a whole number"), ("float", "a number")):
         text = re.sub(rf"\b{python}\b", plain, text)
     return re.sub(r"\s+", " ", text.replace("bool", "true or false")).strip()

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
+from redi.engine.config import Data
 from redi.engine.console import print_table
 from redi.engine.model.attention import choose_attention
 from redi.engine.model.liger import liger_problem
@@ -75,7 +75,7 @@ def devices() -> list[Row]:
         built = torch.version.cuda or torch.version.hip
         reason = "no card is visible" if built else "this torch is built for CPUs"
         rows.append(("cuda", f"none: {reason}"))
-    cache = Path(os.environ.get("REDI_CACHE") or Path.home() / ".cache" / "redi")
+    cache = Data().cache_dir
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free_gib = shutil.disk_usage(existing).free / 2**30
     return [*rows, ("token cache", f"{cache}, {free_gib:.0f} GiB free")]

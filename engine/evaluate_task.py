@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import xxhash
 
+from redi.engine.config import Data
+from redi.engine.data.digests import model_digest
 from redi.engine.data.problems import Problem, read_problems
 from redi.engine.data.text import Encoder, TokenSettings
 from redi.engine.errors import InputError
 from redi.engine.evaluate_options import EvaluateOptions
 from redi.engine.generate import Request, Sampling, encode_prompts, longest_first
-from redi.engine.model.load import find_config, model_digest
+from redi.engine.model.load import find_config
 from redi.engine.model.sharding import compute_dtype
 from redi.engine.train.run_folder import RECIPE
 
@@ -80,7 +82,7 @@ def prepare(options: EvaluateOptions) -> Task:
         "engine": engine,
         "dtype": str(dtype).removeprefix("torch."),
         # By content: the same bytes may lie elsewhere.
-        "model": model_digest(path) or path,
+        "model": model_digest(path, Data().cache_dir) or path,
         "data": xxhash.xxh3_128_hexdigest(repr([(p.prompt, p.answer) for p in problems]).encode()),
         "tokenizer": encoder.digest(),
     }

@@ -11,10 +11,11 @@ from transformers.utils import logging as transformers_logging
 
 from redi.engine.config import Recipe
 from redi.engine.console import Console
+from redi.engine.data.digests import model_digest
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
 from redi.engine.estimate import training_cost
-from redi.engine.model.load import model_digest, read_config
+from redi.engine.model.load import read_config
 from redi.engine.model.sharding import compute_dtype
 from redi.engine.train.loop import build_student, check_positions, tokenized
 from redi.engine.train.sequence_scores import model_key, score_traces
@@ -63,7 +64,9 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
         config,
         "leave them out, or raise max_position_embeddings in the model's config.json",
     )
-    digest = model_digest(recipe.model.path or "") if world.is_main else None
+    digest = None
+    if world.is_main:
+        digest = model_digest(recipe.model.path or "", recipe.data.cache_dir)
     dtype = compute_dtype(recipe.train.dtype, world.device)
     student, _ = build_student(recipe, dtype, world, console)
     scores = score_traces(

@@ -28,7 +28,15 @@ from redi.engine.data.breakdown import (
     share_rows,
 )
 from redi.engine.data.openr1 import select_traces
-from redi.engine.data.overview import LENGTH_COLUMNS, count_rows, length_rows, look_over, warnings
+from redi.engine.data.overview import (
+    LENGTH_COLUMNS,
+    MIXTURE_COLUMNS,
+    count_rows,
+    length_rows,
+    look_over,
+    mixture_rows,
+    warnings,
+)
 from redi.engine.data.rows import find_sources, scan_source
 from redi.engine.data.text import load_tokenizer
 from redi.engine.distributed import World
@@ -210,6 +218,8 @@ def fill_cache(
     )
     console.table(f"{data.tokens.folder}: what is trained", LENGTH_COLUMNS, length_rows(overview))
     console.table("", ("", ""), count_rows(overview))
+    if overview.mixture:
+        console.table("what an epoch draws", MIXTURE_COLUMNS, mixture_rows(overview))
     found = break_down(data.tokens, data.examples, recipe.data.max_tokens)
     console.table("where the traces come from", ORIGIN_COLUMNS, origin_rows(found))
     console.table("", ("", ""), share_rows(found))

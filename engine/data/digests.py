@@ -1,4 +1,4 @@
-"""Hashes of data files and tokenizers, remembered: seconds of work not done at every start."""
+"""Hashes of data files, tokenizers and weights, remembered: work not done at every start."""
 
 import json
 import os
@@ -34,11 +34,29 @@ def source_digest(source: Source, cache_dir: Path) -> str:
         return xxhash.xxh3_128_hexdigest(f"{source.kind}{fingerprint}".encode())
     path = Path(source.name).resolve()
     try:
-        if path.stat().st_size < WORTH_REMEMBERING:
-            return _hashed(path, source.kind)
-        return _kept(str(path), lambda: [path], lambda: _hashed(path, source.kind), cache_dir)
+        return _content_digest(str(path), lambda: [path], source.kind, cache_dir)
     except OSError as error:
         raise InputError(f"{source.name}: cannot be read: {error.strerror}") from error
+
+
+def model_digest(path: str, cache_dir: Path) -> str | None:
+    """Hash of a model folder's weights; None for a hub name.
+
+    That of large files is kept in `cache_dir`; see `_kept`.
+
+    Raises InputError for a file that cannot be read.
+    """
+    folder = Path(path).resolve()
+
+    def files() -> list[Path]:
+        return sorted(folder.glob("*.safetensors"))
+
+    try:
+        if not files():
+            return None
+        return _content_digest(f"{folder} weights", files, "", cache_dir)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def tokenizer_digest(path: str, cache_dir: Path, digest: Callable[[], str]) -> str:
@@ -59,6 +77,13 @@ def tokenizer_digest(path: str, cache_dir: Path, digest: Callable[[], str]) -> s
     # What a tokenizer's files come to is for these two to say.
     readers = " ".join(f"{name} {version(name)}" for name in ("transformers", "tokenizers"))
     return _kept(f"{folder} {readers}", files, digest, cache_dir)
+
+
+def _content_digest(name: str, files: Callable[[], list[Path]], kind: str, cache_dir: Path) -> str:
+    """Hash of the files' bytes in a row, and of what kind they are."""
+    if sum(file.stat().st_size for file in files()) < WORTH_REMEMBERING:
+        return _hashed(files(), kind)
+    return _kept(name, files, lambda: _hashed(files(), kind), cache_dir)
 
 
 def _kept(
@@ -87,11 +112,12 @@ def _stamps(files: list[Path]) -> list[list[Any]]:
     return [[name, s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns] for name, s in found]
 
 
-def _hashed(path: Path, kind: str) -> str:
+def _hashed(files: list[Path], kind: str) -> str:
     hasher = xxhash.xxh3_128(kind.encode())
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            hasher.update(block)
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                hasher.update(block)
     return hasher.hexdigest()
 
 

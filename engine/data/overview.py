@@ -30,6 +30,18 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class PathDraws:
+    """What an epoch takes of one entry of `[data] path`."""
+
+    path: str
+    weight: float
+    units: int
+    """Pairs, or single sequences, that come from here."""
+    draws: int
+    """Of them in an epoch."""
+
+
+@dataclass(frozen=True)
 class Overview:
     """What `[data]`, `[objective]` and `[train]` come to."""
 
@@ -44,6 +56,10 @@ class Overview:
     """Rows and traces that are not trained, by reason."""
     units: int
     """Pairs, or single sequences in SFT."""
+    draws: int
+    """Units of an epoch, one that it draws twice counted twice."""
+    mixture: list[PathDraws]
+    """By path, if `[data] mixing_weights` are given; else an epoch draws every unit once."""
     paired: bool
     lengths: dict[str, Lengths]
     """Of "prompt", "positive" and "negative" (completions with their end)."""
@@ -64,9 +80,9 @@ class Overview:
     steps: int
     batch: int
     epochs: float
-    """Passes over the data that the steps make."""
+    """That the steps come to."""
     left_over: int
-    """Units of each epoch's last, partial batch."""
+    """Draws of each epoch's last, partial batch."""
     micro_steps: float
     """A step's micro-steps, mean over the steps looked at."""
     rank_efficiency: float
@@ -128,6 +144,11 @@ def look_over(
         only_negatives=int(np.sum(incorrect & ~correct)),
         left_out=tokens.dropped | examples.left_out,
         units=len(examples.units),
+        draws=schedule.draws_per_epoch,
+        mixture=[
+            PathDraws(mixed.path, mixed.weight, len(mixed.units), mixed.draws)
+            for mixed in schedule.mixture
+        ],
         paired=paired,
         lengths={
             "prompt": sum_up(prompts[one_per_problem]),
@@ -180,6 +201,23 @@ def length_rows(overview: Overview) -> list[tuple[str, ...]]:
     ]
 
 
+MIXTURE_COLUMNS = ("path", "weight", "units", "drawn an epoch", "share")
+
+
+def mixture_rows(overview: Overview) -> list[tuple[str, ...]]:
+    """The table of what an epoch takes of each path, under MIXTURE_COLUMNS."""
+    return [
+        (
+            one.path,
+            f"{one.weight:g}",
+            f"{one.units:,}",
+            f"{one.draws:,}",
+            f"{one.draws / overview.draws:.1%}",
+        )
+        for one in overview.mixture
+    ]
+
+
 def count_rows(overview: Overview) -> list[tuple[str, str]]:
     """The table of counts: what, how many."""
     unit = "pairs" if overview.paired else "sequences"
@@ -194,6 +232,7 @@ def count_rows(overview: Overview) -> list[tuple[str, str]]:
     rows += [(f"- {reason}", f"{count:,}") for reason, count in overview.left_out.items()]
     rows += [
         (f"{unit} to train on", f"{overview.units:,}"),
+        *([("- drawn in an epoch", f"{overview.draws:,}")] if overview.mixture else []),
         ("duplicates among their traces", f"{overview.duplicates:,}"),
         ("cut off, without their end", f"{overview.truncated:,}"),
         ("with text unknown to the tokenizer", f"{overview.unknown_tokens:,}"),

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from redi.engine.data.cache import TokenizedTraces
+from redi.engine.data.mixing import MixedPath, epoch_draws, permutation
 from redi.engine.errors import InputError
 
 Needs = Literal["positives", "traces", "pairs", "margins"]
@@ -245,25 +246,33 @@ class Schedule:
     epochs: int | None
     max_steps: int | None
     seed: int
+    mixture: tuple[MixedPath, ...] = ()
+    """What an epoch takes of each path; empty: every unit once."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
-        if self.num_units < self.batch:
+        if self.draws_per_epoch < self.batch:
+            weights = ", raise [data] mixing_weights" if self.mixture else ""
             raise InputError(
-                f"the data gives {self.num_units} units (pairs; in SFT sequences) and a step takes "
-                f"{self.batch}: lower [train] batch or add data"
+                f"the data gives {self.draws_per_epoch} units (pairs; in SFT sequences) an epoch "
+                f"and a step takes {self.batch}: lower [train] batch{weights} or add data"
             )
+
+    @property
+    def draws_per_epoch(self) -> int:
+        """Units of an epoch, one that is drawn twice counted twice."""
+        return sum(mixed.draws for mixed in self.mixture) if self.mixture else self.num_units
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches of an epoch."""
-        return self.num_units // self.batch
+        return self.draws_per_epoch // self.batch
 
     @property
     def dropped_per_epoch(self) -> int:
-        """Units of the last, partial batch: not trained in that epoch."""
-        return self.num_units % self.batch
+        """Draws of the last, partial batch: not trained in that epoch."""
+        return self.draws_per_epoch % self.batch
 
     @property
     def total_steps(self) -> int:
@@ -283,15 +292,13 @@ class Schedule:
         if step < 1:
             raise ValueError(f"steps count from 1, got {step}")
         epoch, position = divmod(step - 1, self.steps_per_epoch)
-        order = _permutation(self.num_units, self.seed, epoch)
-        return order[position * self.batch : (position + 1) * self.batch]
+        order = _epoch_order(self.draws_per_epoch, self.seed, epoch)
+        draws = order[position * self.batch : (position + 1) * self.batch]
+        return epoch_draws(self.mixture, self.seed, epoch)[draws] if self.mixture else draws
 
 
 @lru_cache(maxsize=4)
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    # Sorted raw bits, not Generator.permutation: numpy promises the stream of bits for every
-    # version, but not what Generator makes of it, and a resume may meet another numpy.
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
-    order = np.argsort(bits, kind="stable").astype(np.int64)
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    order = permutation(count, np.random.SeedSequence([seed, epoch]))
     order.flags.writeable = False
     return order

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -165,17 +164,6 @@ def generation_config(path: str) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(path)
     except OSError:
         return None
-
-
-def model_digest(path: str) -> str | None:
-    """Hash of a model folder's weights; None for a hub name."""
-    files = sorted(Path(path).glob("*.safetensors"))
-    digest = xxhash.xxh3_128()
-    for file in files:
-        with file.open("rb") as content:
-            while block := content.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest() if files else None
 
 
 def _first_line(error: Exception) -> str:

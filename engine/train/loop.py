@@ -21,13 +21,17 @@ from transformers.utils import logging as transformers_logging
 
 from redi.engine.config import Recipe
 from redi.engine.console import Console
+from redi.engine.data.digests import model_digest
 from redi.engine.data.loader import StepBatches, StepLoader
+from redi.engine.data.mixing import mix
 from redi.engine.data.overview import (
     LENGTH_COLUMNS,
+    MIXTURE_COLUMNS,
     Overview,
     count_rows,
     length_rows,
     look_over,
+    mixture_rows,
     warnings,
 )
 from redi.engine.data.packing import Cost
@@ -40,7 +44,7 @@ from redi.engine.estimate import training_cost
 from redi.engine.model.attention import choose_attention, register_attention
 from redi.engine.model.export import check_exportable, export
 from redi.engine.model.liger import apply_liger
-from redi.engine.model.load import model_digest, model_to_train, read_config
+from redi.engine.model.load import model_to_train, read_config
 from redi.engine.model.sharding import check_replicas, compute_dtype, shard
 from redi.engine.model.student import Student
 from redi.engine.model.weights import read_weights
@@ -139,8 +143,9 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
             "ones; the paper's alpha lies in [0, 1]"
         )
     with stop.breaking_off(world.size == 1):
-        weights = model_digest(recipe.model.path or "") if world.is_main else None
+        weights = None
         if world.is_main:
+            weights = model_digest(recipe.model.path or "", recipe.data.cache_dir)
             check_same_model(weights, run_dir)
         student, tokenizer = build_student(recipe, dtype, world, console)
         if formula(recipe.objective).reference:
@@ -201,6 +206,8 @@ def _show(overview: Overview, run_dir: Path, console: Console) -> None:
     """The last look before training."""
     console.table(f"{run_dir}: what is trained", LENGTH_COLUMNS, length_rows(overview))
     console.table("", ("", ""), count_rows(overview))
+    if overview.mixture:
+        console.table("what an epoch draws", MIXTURE_COLUMNS, mixture_rows(overview))
     for warning in warnings(overview):
         console.warn(warning)
 
@@ -232,6 +239,7 @@ def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData
         epochs=recipe.train.epochs,
         max_steps=recipe.train.max_steps,
         seed=recipe.train.seed,
+        mixture=mix(tokens, examples.units, recipe.data.paths, recipe.data.mixing_weights),
     )
     return PreparedData(tokens, examples, schedule, _held_out(recipe, world, console))
 
@@ -274,9 +282,7 @@ def tokenized(
         tokenizer_path=recipe.model.tokenizer or recipe.model.path or "",
         control_tokens=recipe.data.control_tokens,
     )
-    cache = Path(
-        recipe.data.cache or os.environ.get("REDI_CACHE") or Path.home() / ".cache" / "redi"
-    )
+    cache = recipe.data.cache_dir
     processes = recipe.data.processes or min(8, os.cpu_count() or 1)
     return world.main_first(lambda: tokenize(settings, cache, processes=processes, console=console))
 

@@ -36,6 +36,7 @@ def test_the_resolved_recipe_reads_back_the_same(
     prompt: str, recipe: WriteRecipe, tmp_path: Path
 ) -> None:
     changes = {"optim.betas": [0.8, 0.9], "data.path": ["x", "y"], "data.system_prompt": prompt}
+    changes |= {"data.mixing_weights": [2, 0.5]}
     changes |= {"data.teachers": ["r1"], "data.teacher_weights": {"r1": 2.0, "a b.c": 0.5}}
     first = load(recipe("a", changes))
     assert first.data.teacher_weights == {"r1": 2.0, "a b.c": 0.5}
@@ -65,6 +66,10 @@ MISTAKES = {
     "[objective]\nname = 'dop'\n": "objective.name: dop is unknown; did you mean dpo?",
     "[objective]\nalpha = nan\n": "objective.alpha must be finite",
     "[objective]\nname = 'redi'\nnormalisation = 'token'\n": "objective.normalisation",
+    "[data]\npath = 'a'\nmixing_weights = [2, 1]\n": "must have one number a path, got 2 for 1",
+    "[data]\npath = 'a'\nmixing_weights = [nan]\n": "must be finite and > 0, got nan",
+    "[data]\npath = 'a'\nmixing_weights = 2\n": "mixing_weights: needs a list of numbers, got 2",
+    "[data]\ndataset_mixer = [1]\n": "did you mean data.mixing_weights?",
     "[train]\nbatch = 0\n": "train.batch must be >= 1, got 0",
     "[train]\nbatch = 1.5\n": "train.batch: needs a whole number, got 1.5",
     "[model]\npath = 3\n": "model.path: needs text, got 3",
