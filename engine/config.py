@@ -135,6 +135,15 @@ class Data:
         return Path(self.cache or os.environ.get("REDI_CACHE") or Path.home() / ".cache" / "redi")
 
 
+# What filtered_redi_loss can do.
+FILTERED: dict[str, tuple[object, ...]] = {
+    "negative_gamma": (0,),
+    "normalisation": ("sequence",),
+    "length": ("trained",),
+    "backend": ("auto", "torch-exp", "triton-exp"),
+}
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is minimised; docs/objectives.md has the formulas."""
@@ -161,6 +170,9 @@ class Objective:
     length: Literal["trained", "original"] = "trained"
     """What |y| counts: the tokens that are trained, or those before truncation (the authors' code:
     a truncated trace weighs less)."""
+    filter_epsilon: float = 0.0
+    """Makes the gradient approximate (sft, redi; bfloat16): tiles of the vocabulary that hold at
+    most this share of each of their tokens' probability are left out; 0: exact."""
     backend: Literal["auto", "reference", "torch", "torch-exp", "triton", "triton-exp"] = "auto"
     """Implementation of the loss op; docs/kernels.md has them all."""
 
@@ -188,6 +200,18 @@ class Objective:
             self.beta is not None or "beta" not in declared.keys,
             f"objective.beta is missing: {self.name} needs it (DPO: 0.1 or less; SimPO: 2 to 10)",
         )
+        _require(
+            0 <= self.filter_epsilon <= 1,
+            f"objective.filter_epsilon must lie in [0, 1], got {self.filter_epsilon}",
+        )
+        if self.filter_epsilon:
+            for key, values in FILTERED.items():
+                value = getattr(self, key)
+                _require(
+                    value in values,
+                    f"objective.filter_epsilon needs objective.{key} = "
+                    f"{' or '.join(map(repr, values))}, got {value!r}",
+                )
         allowed = declared.normalisations
         _require(
             self.normalisation in allowed,

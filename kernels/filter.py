@@ -104,7 +104,8 @@ def filtered_cross_entropy_chunks(
 
     columns = vocabulary_order(hidden[order.index[: order.weighted]], weight)
     weight = weight[columns]
-    targets = torch.where(targets == IGNORE_INDEX, targets, columns.argsort()[targets])
+    masked = targets == IGNORE_INDEX
+    targets = torch.where(masked, targets, columns.argsort()[targets.clamp(min=0)])
 
     with_gradient = split(0, order.weighted, chunk_tokens)
     chunks = with_gradient + split(order.weighted, len(order.index), chunk_tokens)

@@ -236,6 +236,13 @@ def test_rows_with_nothing_to_learn_are_legal(target: Target, lengths: tuple[int
         assert not values.any()
 
 
+def test_a_vocabulary_smaller_than_the_mask_s_number(target: Target) -> None:
+    """Targets are looked up in the order, and -100 is no place in it."""
+    case = make_case(BF16, vocab=13, device=target.device)
+    _, got = run(partial(filtered_redi_loss, epsilon=0.01), case, backend=target.backend)
+    assert_exact(got, case, oracle(case)[1])
+
+
 def test_a_hidden_state_that_is_not_a_number_is_not_hidden(target: Target) -> None:
     """The training loop stops at a loss or gradient that is not finite."""
     case = common_words(device=target.device)

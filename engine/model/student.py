@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from redi.engine.data.packing import PackedBatch
 from redi.engine.model.attention import document_kwargs
 from redi.engine.train.row_loss import Objective, StepTotals
-from redi.kernels import RediLoss, segment_sum, signed_cross_entropy
+from redi.kernels import FilteredRediLoss, RediLoss, segment_sum, signed_cross_entropy
 
 Out = TypeVar("Out")
 
@@ -75,7 +75,9 @@ class Student(nn.Module):
         """lm_head."""
         return self.model.get_output_embeddings()
 
-    def forward(self, batch: PackedBatch, totals: StepTotals | None) -> RediLoss | Scores:
+    def forward(
+        self, batch: PackedBatch, totals: StepTotals | None
+    ) -> RediLoss | FilteredRediLoss | Scores:
         """Loss share, and per-sequence log-prob sums, of one packed row.
 
         Args:
@@ -84,7 +86,7 @@ class Student(nn.Module):
                 only scored (one matrix product by the vocabulary, no gradient).
 
         Returns:
-            RediLoss, or Scores without `totals`.
+            What the objective makes of the row, or Scores without `totals`.
         """
         hidden = self.hidden_states(batch)
         if totals is None:

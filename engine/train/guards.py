@@ -52,6 +52,8 @@ class Row:
     """float64 [S]: mean log-probs per token."""
     signs: torch.Tensor
     """int64 [S]."""
+    dropped: torch.Tensor | None
+    """float64 [S]: mean share of a token's probability that a filter left out of the gradient."""
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ from redi.engine.train.sequence_scores import set_reference
 from redi.engine.train.signals import StopRequest
 from redi.engine.train.trackers import check_trackers, open_trackers
 from redi.engine.train.validation import HeldOut, validate
+from redi.kernels import FilteredRediLoss
 from redi.kernels.backends import choose_backend
 
 GO_ON = "the same command goes on from here"
@@ -107,6 +108,10 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
     check_trackers(recipe.run.trackers)
     check_replicas(recipe.shard, world.size)
     dtype = compute_dtype(recipe.train.dtype, world.device)
+    if recipe.objective.filter_epsilon and dtype != torch.bfloat16:
+        raise InputError(
+            'objective.filter_epsilon needs bfloat16: set train.dtype = "bfloat16", or leave it out'
+        )
     choose_attention(recipe.model.attention, world.device, dtype)
     try:
         choose_backend(recipe.objective.backend, world.device)
@@ -127,6 +132,8 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         'set data.max_tokens = {} with data.overlong = "drop" or "truncate", or raise '
         "model.max_position_embeddings",
     )
+    if recipe.objective.filter_epsilon:
+        _check_unweighted(data)
     cost = training_cost(config)
     overview = look_over(
         data.tokens,
@@ -199,6 +206,18 @@ def check_positions(
             f"{tokens.where(int(over[0]))}: {lengths[over[0]]} tokens are more than the model's "
             f"{positions} positions ({len(over)} of {len(traces)} traces are): "
             f"{advice.format(positions)}"
+        )
+
+
+def _check_unweighted(data: PreparedData) -> None:
+    """A filter knows REDI's own weights alone."""
+    used = np.unique(data.examples.units)
+    weighted = used[data.tokens.weights[used] != 1]
+    if len(weighted):
+        raise InputError(
+            f"{data.tokens.where(int(weighted[0]))}: its weight is "
+            f"{data.tokens.weights[weighted[0]]:g}, and objective.filter_epsilon is for traces of "
+            f"weight 1 ({len(weighted)} of {len(used)} traces have another): leave it out"
         )
 
 
@@ -393,7 +412,7 @@ def _train(
             squared = squared_update(optimizer, finite)
             dist.all_reduce(squared)
             update_norm = (squared / recipe.shard.replicate).sqrt()
-            loss, positive, negative, stops, failed, norm, update, taken = torch.stack(
+            loss, positive, negative, *dropped, stops, failed, norm, update, taken = torch.stack(
                 [*sums, grad_norm.double(), update_norm, finite.double()]
             ).tolist()
             now = time.perf_counter()
@@ -414,6 +433,9 @@ def _train(
                 "tokens_per_s": batches.num_tokens / (now - began),
                 "peak_memory_gib": peak_memory_gib(world.device),
             }
+            if recipe.objective.filter_epsilon:
+                line["positive_dropped"] = _mean(dropped[0], batches.num_positives)
+                line["negative_dropped"] = _mean(dropped[1], batches.num_negatives)
             metrics.write(line)
             if not taken:
                 event = name_rows(done_rows, data.tokens, step)
@@ -453,25 +475,32 @@ def _forward_backward(
         student.set_requires_all_reduce(last)  # among copies once is enough: it is sharded by then
         out = student(on_device, totals)
         out.loss.backward()
-        means = out.sequence_logps.double() / out.sequence_lengths.clamp(min=1)
-        rows.append(Row(batch.sequence_ids, out.loss.detach(), means, on_device.signs))
+        lengths = out.sequence_lengths.clamp(min=1)
+        means = out.sequence_logps.double() / lengths
+        dropped = None
+        if isinstance(out, FilteredRediLoss):
+            dropped = out.sequence_dropped.double() / lengths
+        rows.append(Row(batch.sequence_ids, out.loss.detach(), means, on_device.signs, dropped))
     return rows
 
 
 def _step_sums(
     rows: list[Row], asked_to_stop: bool, save_failed: bool, device: torch.device
 ) -> torch.Tensor:
-    """Loss, sums of the positives' and the negatives' mean log-probs, of requests to stop and of
-    failed saves.
+    """Loss, sums of the positives' and the negatives' mean log-probs, and of what a filter left
+    out of them, of requests to stop and of failed saves.
 
-    float64 [5] on the device, over all ranks.
+    float64 [7] on the device, over all ranks.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
-    sums[3], sums[4] = asked_to_stop, save_failed
+    sums = torch.zeros(7, dtype=torch.float64, device=device)
+    sums[5], sums[6] = asked_to_stop, save_failed
     for row in rows:
-        # Not means[signs > 0]: boolean indexing would wait for the device.
-        by_sign = [torch.where(row.signs == sign, row.means, 0.0).sum() for sign in (1, -1)]
-        sums[:3] += torch.stack([row.loss.double(), *by_sign])
+        sums[0] += row.loss
+        for first, values in ((1, row.means), (3, row.dropped)):
+            if values is not None:
+                # Not values[signs > 0]: boolean indexing would wait for the device.
+                sums[first] += torch.where(row.signs > 0, values, 0.0).sum()
+                sums[first + 1] += torch.where(row.signs < 0, values, 0.0).sum()
     dist.all_reduce(sums)
     return sums
 

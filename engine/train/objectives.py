@@ -142,8 +142,10 @@ def pairs(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 OBJECTIVES = {
-    "sft": Formula("positives", ("length",), _positives, normalisations=("sequence", "token")),
-    "redi": Formula("pairs", ("alpha", "negative_gamma", "length"), _redi),
+    "sft": Formula(
+        "positives", ("length", "filter_epsilon"), _positives, normalisations=("sequence", "token")
+    ),
+    "redi": Formula("pairs", ("alpha", "negative_gamma", "length", "filter_epsilon"), _redi),
     "signed": Formula(
         "traces",
         ("alpha", "positive_weight", "length"),

@@ -6,7 +6,9 @@ known from the schedule; so nothing depends on which row, micro-step or rank a s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +17,9 @@ from redi.engine.config import Objective as ObjectiveSection
 from redi.engine.data.packing import PackedBatch
 from redi.engine.train.objectives import Formula, Sequences, formula, pairs
 from redi.kernels import (
+    FilteredRediLoss,
     RediLoss,
+    filtered_redi_loss,
     linear_logprobs,
     redi_loss,
     segment_sum,
@@ -51,7 +55,7 @@ class Objective:
 
     def __call__(
         self, hidden: Tensor, weight: Tensor, batch: PackedBatch, totals: StepTotals
-    ) -> RediLoss:
+    ) -> RediLoss | FilteredRediLoss:
         """The loss share, and the sequences' log-probs.
 
         Args:
@@ -67,7 +71,10 @@ class Objective:
         # Where incorrect traces are only measured, the op is told so on the host.
         num_weighted = batch.num_positive_targets if negative == 0 else None
         if self._is_plain_redi(declared, positive, batch):
-            return redi_loss(
+            op: Callable[..., RediLoss | FilteredRediLoss] = redi_loss
+            if self.section.filter_epsilon:
+                op = partial(filtered_redi_loss, epsilon=self.section.filter_epsilon)
+            return op(
                 hidden,
                 weight,
                 batch.targets,
