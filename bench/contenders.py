@@ -12,6 +12,7 @@ time. What peers offer comes in two forms, and REDI is put together from either:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redi.bench.inputs import ALPHA, Operands
-from redi.kernels import redi_loss, signed_cross_entropy
+from redi.kernels import (
+    FilteredRediLoss,
+    RediLoss,
+    filtered_redi_loss,
+    redi_loss,
+    signed_cross_entropy,
+)
 from redi.kernels.reference import Backend, accumulation_dtype
 
 # Rows of a chunk for torch's chunked op, about what this project takes itself. Its own choice for
@@ -61,6 +68,8 @@ class Method:
     """Raises Absent or ImportError where the method is not available."""
     ours: bool = False
     """Whether a failure or a wrong result of it fails the benchmark."""
+    approximate: bool = False
+    """Whether its gradients are meant to be wrong a little: any error is right."""
 
 
 # (hidden [n, D], weight [V, D], targets [n]) -> [n], or a scalar
@@ -141,8 +150,11 @@ def floor(operands: Operands) -> Contender:
     return Contender(step)
 
 
-def redi(backend: Backend) -> Callable[[Operands], Contender]:
-    """This project's op on a backend."""
+def redi(backend: Backend, epsilon: float | None = None) -> Callable[[Operands], Contender]:
+    """This project's op on a backend, with epsilon the one that filters."""
+    op: Callable[..., RediLoss | FilteredRediLoss] = redi_loss
+    if epsilon is not None:
+        op = partial(filtered_redi_loss, epsilon=epsilon)
 
     def build(operands: Operands) -> Contender:
         if backend.endswith("-exp") and operands.hidden.dtype != torch.bfloat16:
@@ -151,7 +163,7 @@ def redi(backend: Backend) -> Callable[[Operands], Contender]:
             with torch.no_grad():
                 hidden, weight, targets = (tensor[:2] for tensor in operands[:3])
                 ends, signs = operands.cu_seqlens[:2].clamp(max=2), operands.signs[:1]
-                redi_loss(
+                op(
                     hidden,
                     weight,
                     targets.clamp(max=1),
@@ -167,13 +179,13 @@ def redi(backend: Backend) -> Callable[[Operands], Contender]:
         valid_index = torch.arange(len(operands.targets), device=operands.targets.device)
 
         def step() -> Result:
-            loss, _, _ = redi_loss(
+            loss = op(
                 *operands,
                 alpha=ALPHA,
                 num_pairs=operands.pairs,
                 valid_index=valid_index,  # as the engine's collator gives it
                 backend=backend,
-            )
+            ).loss
             return _gradients(loss, operands)
 
         def token_logps() -> Tensor:
@@ -224,13 +236,19 @@ def _minus(losses: TokenLogps) -> TokenLogps:
 
 
 _TORCH = f"batch_chunk_size {TORCH_CHUNK_TOKENS['cpu']} on a CPU, {TORCH_CHUNK_TOKENS['cuda']}"
-_OURS = "redi_loss, valid_index given, backend"
+_OURS = "valid_index given, backend"
 
 METHODS: dict[str, Method] = {
     "floor": Method("the three products alone, dW in float32 on a GPU", floor),
-    "redi-triton": Method(f"{_OURS} triton", redi("triton"), ours=True),
-    "redi-triton-exp": Method(f"{_OURS} triton-exp", redi("triton-exp"), ours=True),
-    "redi-torch": Method(f"{_OURS} torch", redi("torch"), ours=True),
+    "redi-triton": Method(f"redi_loss, {_OURS} triton", redi("triton"), ours=True),
+    "redi-triton-exp": Method(f"redi_loss, {_OURS} triton-exp", redi("triton-exp"), ours=True),
+    "redi-filter": Method(
+        f"filtered_redi_loss, epsilon 2^-10, approximate; {_OURS} triton-exp",
+        redi("triton-exp", 2.0**-10),
+        ours=True,
+        approximate=True,
+    ),
+    "redi-torch": Method(f"redi_loss, {_OURS} torch", redi("torch"), ours=True),
     "eager": Method("whole logits in the operands' dtype, float32 log-softmax", eager),
     "eager-float32": Method("whole logits, operands cast to float32", eager_float32),
     "compiled": Method("eager under torch.compile, default mode", compiled),

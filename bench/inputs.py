@@ -25,7 +25,7 @@ STATISTICS = Path(__file__).with_name("smollm2_hidden.json")
 MEAN_COLUMN = 0.5
 SLICE_TOKENS = 4096
 
-Inputs = Literal["random", "trained"]
+Inputs = Literal["random", "trained", "states"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Sizes:
     device: str
     threads: int
     inputs: Inputs = "random"
+    states: str = ""
+    """For "states": a file that `redi.bench.filter --states` wrote."""
 
 
 class Operands(NamedTuple):
@@ -67,6 +69,8 @@ class Operands(NamedTuple):
 
 def make_operands(sizes: Sizes) -> Operands:
     """Operands of the given size and kind, the same for the same arguments; no token masked."""
+    if sizes.inputs == "states":
+        return _recorded(sizes)
     generator = torch.Generator(sizes.device).manual_seed(0)
     make = random_values if sizes.inputs == "random" else trained_values
     hidden, weight, targets = make(sizes, generator)
@@ -77,6 +81,35 @@ def make_operands(sizes: Sizes) -> Operands:
         targets=targets,
         cu_seqlens=torch.tensor(bounds, device=sizes.device),
         signs=torch.tensor([1, -1] * (sizes.sequences // 2), device=sizes.device),
+    )
+
+
+def sizes_of_states(path: Path, dtype: str, device: str, threads: int) -> Sizes:
+    """Of a file that `redi.bench.filter --states` wrote; a last trace without a partner counts."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tokens, hidden = file.get_slice("hidden").get_shape()
+        vocab = file.get_slice("weight").get_shape()[0]
+        sequences = file.get_slice("lengths").get_shape()[0]
+    return Sizes(tokens, vocab, hidden, sequences, dtype, device, threads, "states", str(path))
+
+
+def _recorded(sizes: Sizes) -> Operands:
+    """A real model's states; every second trace is a negative."""
+    from safetensors.torch import load_file
+
+    found = load_file(sizes.states, device=sizes.device)
+    dtype = getattr(torch, sizes.dtype)
+    bounds = torch.nn.functional.pad(found["lengths"].cumsum(0), (1, 0))
+    signs = torch.ones(sizes.sequences, dtype=torch.int64, device=sizes.device)
+    signs[1::2] = -1
+    return Operands(
+        hidden=found["hidden"].to(dtype).requires_grad_(),
+        weight=found["weight"].to(dtype).requires_grad_(),
+        targets=found["targets"],
+        cu_seqlens=bounds,
+        signs=signs,
     )
 
 
