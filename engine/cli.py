@@ -303,6 +303,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as request:  # --help of a command
         return int(request.code or 0)
+    finally:
+        # Where a KeyboardInterrupt has left code made from text (dataclasses, on import), CPython
+        # ends `python -m` by SIGINT although it was caught; running other text undoes that.
+        exec("")
     return 0
 
 

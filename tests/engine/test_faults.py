@@ -146,6 +146,25 @@ def test_a_signal_during_an_evaluation_breaks_it_off_and_going_on_does_it_again(
     assert same(run_dir, undisturbed)
 
 
+@pytest.mark.parametrize(("command", "code"), [("train", 0), ("doctor", 1)])
+def test_ctrl_c_in_code_made_from_text_ends_with_the_exit_code_that_is_documented(
+    command: str, code: int, tmp_path: Path
+) -> None:
+    """Imports are full of such code, and CPython takes the interrupt for unhandled under -m."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\n"
+        "from redi.engine import cli\n"
+        "def interrupt(*_):\n"
+        "    exec('import os, signal; os.kill(os.getpid(), signal.SIGINT)')\n"
+        "cli._read_recipes = cli.COMMANDS['doctor'] = interrupt\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    line = [sys.executable, "-m", "interrupted", command]
+    done = subprocess.run(line, cwd=tmp_path, text=True, capture_output=True, timeout=SOON)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(("stopped before", "redi: interrupted"))
+
+
 def test_a_save_that_fails_is_told_before_the_next_and_leaves_the_older_one(
     path: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
