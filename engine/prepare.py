@@ -208,7 +208,8 @@ def fill_cache(
         world_size=ranks,
         cost=training_cost(config),
     )
-    console.table(f"{data.tokens.folder}: what is trained", LENGTH_COLUMNS, length_rows(overview))
+    paths = ", ".join(recipe.data.paths)
+    console.table(f"{paths}: what is trained", LENGTH_COLUMNS, length_rows(overview))
     console.table("", ("", ""), count_rows(overview))
     found = break_down(data.tokens, data.examples, recipe.data.max_tokens)
     console.table("where the traces come from", ORIGIN_COLUMNS, origin_rows(found))
