@@ -9,7 +9,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from redi.engine.data.formats import FORMATS, resolve_format
+from redi.engine.data.formats import COLUMNS, FORMATS, resolve_format
 from redi.engine.errors import InputError
 
 FILE_KINDS = ("jsonl", "json", "parquet", "csv")
@@ -126,7 +126,7 @@ def scan_source(source: Source, format: str) -> Iterator[Row | InputError]:
                 yield InputError(f"{where}: a row must be a JSON object, not {kind}")
                 continue
             if not shape:
-                place = f"{source.name}:1: the header row" if source.kind == "csv" else where
+                place = _header_place(source.name, value) if source.kind == "csv" else where
                 shape = resolve_format(format, value.keys(), place)
                 labelled = "label" in value
             # A row whose label was forgotten must not pass for a positive.
@@ -144,7 +144,8 @@ def scan_source(source: Source, format: str) -> Iterator[Row | InputError]:
         yield error
     else:
         if not number:
-            yield InputError(f"{source.name}: the file is empty: it holds no row")
+            below = " below its header line" if source.kind == "csv" else ""
+            yield InputError(f"{source.name}: holds no rows{below}")
 
 
 def _numbered_values(source: Source, format: str) -> Iterator[tuple[int, Any]]:
@@ -214,6 +215,11 @@ def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
                     ),
                 )
         number = reader.line_num + 1
+
+
+def _header_place(name: str, columns: Collection[str]) -> str:
+    known = any(column.lower() in COLUMNS for column in columns)
+    return f"{name}:1: the header line{'' if known else ' (is it missing?)'}"
 
 
 def _csv_row(

@@ -30,7 +30,7 @@ GOOD = [row(prompt=f"{n}=") for n in range(10)]
 FILES: dict[str, tuple[bytes | None, dict[str, Any], list[str]]] = {
     # what: (content of data.jsonl, changes to the recipe, what the line must say)
     "missing file": (None, {}, ["data.jsonl"]),
-    "empty file": (b"", {}, ["data.jsonl", "empty"]),
+    "empty file": (b"", {}, ["data.jsonl: holds no rows"]),
     "broken JSON": (jsonl(*GOOD[:2], '{"prompt": '), {}, ["data.jsonl:3"]),
     "no object": (jsonl(GOOD[0], "[1]"), {}, ["data.jsonl:2"]),
     "missing column": (jsonl(GOOD[0], {"prompt": "1="}), {}, ["data.jsonl:2"]),
