@@ -62,7 +62,7 @@ MISTAKES = {
     "seed = 1\n": "did you mean train.seed?",
     "[optim]\nlr = 'fast'\n": "optim.lr: needs a number, got fast",
     "[optim]\nlr = -1.0\n": "optim.lr must be >= 0, got -1.0",
-    "[objective]\nname = 'dop'\n": "objective.name: dop is unknown; did you mean dpo?",
+    "[objective]\nname = 'dop'\n": "objective.name: dop is unknown; there are sft, redi,",
     "[objective]\nalpha = nan\n": "objective.alpha must be finite",
     "[objective]\nname = 'redi'\nnormalisation = 'token'\n": "objective.normalisation",
     "[train]\nbatch = 0\n": "train.batch must be >= 1, got 0",
