@@ -144,7 +144,10 @@ def _read_recipes(argv: Sequence[str]) -> tuple[list[Recipe], bool]:
     for path, recipe in zip(paths, recipes, strict=True):
         folder = recipe.run.dir or f"runs/{Path(path).stem}"
         if any(folder == other.run.dir for _, other in resolved):
-            raise InputError(f"{path}: run.dir {folder} is also that of the recipe before it")
+            raise InputError(
+                f"{path}: run.dir {folder} is also that of the recipe before it; name each its own "
+                "in the recipes, not by --run.dir, which applies to all"
+            )
         model = recipe.model
         if model.path is None:
             if not resolved:

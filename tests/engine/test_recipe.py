@@ -158,7 +158,7 @@ def test_two_recipes_may_not_share_a_run_folder(
 ) -> None:
     same = {"run.dir": str(tmp_path / "same")}
     assert main(["train", str(recipe("a", same)), str(recipe("b", same))]) == 2
-    assert "also that of the recipe before it" in capsys.readouterr().err
+    assert "name each its own in the recipes, not by --run.dir" in capsys.readouterr().err
 
 
 def test_what_a_resumed_run_may_change(recipe: WriteRecipe) -> None:
