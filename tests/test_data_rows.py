@@ -181,7 +181,7 @@ def test_an_empty_parquet_file_and_an_empty_folder_are_errors(tmp_path):
     pq.write_table(pa.table({name: pa.array([], pa.string()) for name in PAIR}), path)
     assert f"{path}: holds no rows" in error_of(str(path))
     (tmp_path / "folder").mkdir()
-    assert "the folder holds no" in error_of(str(tmp_path / "folder"))
+    assert "no data file in this folder (.jsonl, .json," in error_of(str(tmp_path / "folder"))
 
 
 def test_an_unknown_kind_of_file_is_an_error(tmp_path):
@@ -436,7 +436,7 @@ def test_a_generation_is_correct_when_both_verifiers_say_true(tmp_path):
         ({**OPENR1, "correctness": None}, ["'correctness'"]),
         ({**OPENR1, "problem_is_valid": 1}, ["'problem_is_valid'"]),
         ({**OPENR1, "generations": ["4", 5, "6"]}, ["generations[1]"]),
-        ({"question": "q", "reply": "r"}, ["question, reply", "preference (prompt, chosen, rejected)"]),
+        ({"question": "q", "reply": "r"}, ["question, reply", "preference (prompt, chosen,"]),
         ({}, ["(none)", "messages (messages)"]),
     ],
 )  # fmt: skip

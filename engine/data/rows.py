@@ -83,7 +83,7 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if file.is_file() and _file_kind(file))
             if not files:
-                raise InputError(f"{name}: the folder holds no {_kinds_text()} file")
+                raise InputError(f"{name}: no data file in this folder ({_kinds_text()})")
             sources += [Source(str(file), _file_kind(file)) for file in files]
         elif path.exists():
             kind = _file_kind(path)

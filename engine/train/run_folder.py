@@ -38,7 +38,9 @@ def check_writable(run_dir: Path) -> None:
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"one byte")
     except OSError as error:
-        raise InputError(f"run.dir: {run_dir} cannot be written: {error}") from None
+        raise InputError(
+            f"run.dir: {run_dir} cannot be written: {existing}: {error.strerror}"
+        ) from None
 
 
 def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:

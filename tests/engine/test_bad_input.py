@@ -236,7 +236,10 @@ def test_an_architecture_that_packed_rows_cannot_run_is_refused(
     ("changes", "said"),
     [
         ({"shard.replicate": 2}, "shard.replicate = 2 does not divide the 1 ranks"),
-        ({"run.dir": "/proc/none/run"}, "run.dir: /proc/none/run cannot be written"),
+        (
+            {"run.dir": "/proc/none/run"},
+            "run.dir: /proc/none/run cannot be written: /proc: No such",
+        ),
         ({"eval.path": "none.jsonl"}, "none.jsonl"),
         ({"model.path": "nowhere"}, "nowhere: no such folder, nor a hub name"),
     ],

@@ -189,7 +189,10 @@ def test_a_run_folder_that_cannot_be_written_is_said_before_the_data_is_read(
     (tmp_path / "file").touch()
     changes = {"run.dir": str(tmp_path / "file" / "run"), "data.cache": str(tmp_path / "cache")}
     assert main(["train", str(recipe("run", changes))]) == 2
-    assert f"run.dir: {tmp_path}/file/run cannot be written" in capsys.readouterr().err
+    said = (
+        f"redi: run.dir: {tmp_path}/file/run cannot be written: {tmp_path}/file: Not a directory\n"
+    )
+    assert capsys.readouterr().err == said
     assert not (tmp_path / "cache").exists()
 
 
@@ -389,7 +392,7 @@ def test_a_read_only_disk_is_said_before_the_data_is_read(
     disk = small_disk("size=1m,ro")
     changes = {"run.dir": str(disk / "run"), "data.cache": str(tmp_path / "cache")}
     assert main(["train", str(recipe("run", changes))]) == 2
-    assert "run.dir" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(f"cannot be written: {disk}: Read-only file system\n")
     assert not (tmp_path / "cache").exists()
     small_disk("size=1m,rw")
     assert not list(disk.iterdir())
