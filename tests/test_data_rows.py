@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from data_cases import shared_data, write_rows
 from redi.engine.data.rows import read_rows
 from redi.engine.data.traces import Message, Trace, normalise
 from redi.engine.errors import InputError
+from redi.engine.hub import asking_the_hub
 
 USER = {"role": "user", "content": "2 + 2?"}
 GOOD = {"role": "assistant", "content": "4"}
@@ -144,6 +146,13 @@ def test_a_hub_name_that_cannot_be_loaded_is_the_users_error(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert "nobody/nothing:train" in error_of("nobody/nothing")
+
+
+def test_the_hub_is_asked_without_its_clients_warnings():
+    client = logging.getLogger("huggingface_hub.utils._http")
+    with asking_the_hub():
+        assert not client.isEnabledFor(logging.WARNING)
+    assert client.isEnabledFor(logging.WARNING)
 
 
 def test_a_missing_file_is_named(tmp_path):

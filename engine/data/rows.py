@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 
 from redi.engine.data.formats import COLUMNS, FORMATS, resolve_format
 from redi.engine.errors import InputError
+from redi.engine.hub import NO_HUB_NAME, asking_the_hub, is_hub_name
 
 FILE_KINDS = ("jsonl", "json", "parquet", "csv")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.\[\]%-]+)?")
+_SPLIT = re.compile(r":[\w.\[\]%-]+$")
 # A CSV cell is text; in these columns the text is JSON.
 _CSV_JSON_COLUMNS = ("messages", "traces", "generations", "correctness")
 _CSV_OPTIONAL_COLUMNS = ("id", "teacher", "weight", "source")
@@ -90,10 +91,10 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
             if not kind:
                 raise InputError(f"{name}: not a kind of file read here ({_kinds_text()})")
             sources.append(Source(str(path), kind))
-        elif _HUB_NAME.fullmatch(name) and not _file_kind(path):
+        elif is_hub_name(_SPLIT.sub("", name)) and not _file_kind(path):
             sources.append(Source(name if ":" in name else f"{name}:train", "hub"))
         else:
-            raise InputError(f"{name}: no such file or folder, nor a hub name (owner/name)")
+            raise InputError(f"{name}: no such file or folder, {NO_HUB_NAME}")
     if not sources:
         raise InputError("[data] path is empty: name at least one file, folder or hub data set")
     return sources
@@ -316,7 +317,8 @@ def hub_dataset(name: str) -> Any:
 
     repository, _, split = name.partition(":")
     try:
-        return datasets.load_dataset(repository, split=split)
+        with asking_the_hub():
+            return datasets.load_dataset(repository, split=split)
     except Exception as error:  # the hub client raises a great many types
         problem = " ".join(str(error).split())[:300]
         raise InputError(

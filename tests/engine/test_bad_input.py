@@ -242,14 +242,21 @@ def test_an_architecture_that_packed_rows_cannot_run_is_refused(
         ),
         ({"eval.path": "none.jsonl"}, "none.jsonl"),
         ({"model.path": "nowhere"}, "nowhere: no such folder, nor a hub name"),
+        ({"model.path": "here/nowhere"}, "here/nowhere: no such folder, nor a hub name"),
+        ({"data.path": "here/nowhere"}, "here/nowhere: no such file or folder, nor a hub name"),
+        ({"model.tokenizer": "here/nowhere"}, "here/nowhere: no such folder with a tokenizer"),
     ],
 )
 def test_what_cannot_run_here_is_said_in_one_line(
     changes: dict[str, Any],
     said: str,
     recipe: WriteRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
     assert main(["train", str(recipe("r", changes))]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
 
