@@ -72,6 +72,7 @@ def prepare(argv: Sequence[str]) -> None:
         from redi.engine.prepare_options import parse_options
 
         options = parse_options(argv[1:])
+        _find_data(*options.data)
 
         from redi.engine.prepare import select_openr1
 
@@ -94,6 +95,10 @@ def prepare(argv: Sequence[str]) -> None:
     if arguments.ranks < 1:
         raise InputError(f"ranks must be >= 1, got {arguments.ranks}")
     recipes = [load_recipe(parser, path, argv) for path in arguments.recipes]
+    for path, recipe in zip(arguments.recipes, recipes, strict=True):
+        if not all(recipe.data.paths):
+            raise InputError(f"{path}: data.path is missing")
+        _find_data(*recipe.data.paths, *recipe.eval.paths)
 
     from redi.engine.distributed import join_world
     from redi.engine.prepare import fill_cache
@@ -116,13 +121,12 @@ def train(argv: Sequence[str]) -> None:
             with stop.breaking_off():  # takes seconds
                 recipes, quiet = _read_recipes(argv)
 
+                for recipe in recipes:  # before the first has trained for hours
+                    _find_data(*recipe.data.paths, *recipe.eval.paths)
+
                 from redi.engine.console import Console
-                from redi.engine.data.rows import find_sources
                 from redi.engine.distributed import join_world
                 from redi.engine.train.loop import run_recipe
-
-                for recipe in recipes:  # before the first has trained for hours
-                    find_sources([*recipe.data.paths, *recipe.eval.paths])
             with join_world() as world:
                 console = Console(active=world.is_main, quiet=quiet)
                 for recipe in recipes:
@@ -184,6 +188,7 @@ def evaluate(argv: Sequence[str]) -> None:
     from redi.engine.evaluate_options import parse_options
 
     options = parse_options(argv)
+    _find_data(*options.data)
 
     from redi.engine import evaluate
 
@@ -212,6 +217,7 @@ def logprobs(argv: Sequence[str]) -> None:
         )
     except ValueError as error:
         raise InputError(str(error)) from None
+    _find_data(*recipe.data.paths)
 
     from redi.engine.console import Console
     from redi.engine.distributed import join_world
@@ -251,6 +257,13 @@ def report(argv: Sequence[str]) -> None:
     from redi.engine.report import report
 
     print(report([Path(run) for run in args.runs]))
+
+
+def _find_data(*paths: str) -> None:
+    """InputError for a file that is not there: before torch is imported, which takes seconds."""
+    from redi.engine.data.rows import find_sources
+
+    find_sources(paths)
 
 
 def _parser(command: str, description: str, *examples: str) -> ArgumentParser:

@@ -83,6 +83,27 @@ def test_bad_data_is_one_line_with_file_and_row(
     assert not (tmp_path / "r").exists()
 
 
+def test_missing_data_is_told_before_torch_is_imported(recipe: WriteRecipe, tmp_path: Path) -> None:
+    path = str(recipe("r", {"data.path": "none.jsonl"}))
+    lines = [
+        ["train", path],
+        ["prepare", path],
+        ["prepare", "openr1", "none.jsonl", "--out", "out", "--tokenizer", "t"],
+        ["evaluate", "model", "--data", "none.jsonl"],
+        ["logprobs", "model", "--data", "none.jsonl", "--out", "out.parquet"],
+    ]
+    program = (
+        "import sys\n"
+        "from redi.engine.cli import main\n"
+        f"assert [main(line) for line in {lines}] == [2] * {len(lines)}\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    launch = [sys.executable, "-c", program]
+    done = subprocess.run(launch, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("redi: none.jsonl: no such file") == len(lines)
+
+
 def test_a_gzipped_file_that_is_cut_off_is_named(
     recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
