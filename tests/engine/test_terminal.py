@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from redi.engine.cli import COMMANDS, main
+from redi.engine.console import Console
 
 WriteRecipe = Callable[..., Path]
 EVENTS = "loss", "positive_logp", "negative_logp", "grad_norm", "lr"
@@ -41,6 +42,21 @@ def test_off_a_terminal_progress_is_plain_lines_with_the_time_left(run: tuple[Pa
     assert "\x1b" not in run[1]
     for text in ("loss", "logp+", "logp-", "tok/s", "left 00:00"):
         assert text in last
+
+
+def test_the_time_left_is_that_of_the_steps_after_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("redi.engine.console.time.monotonic", lambda: now)
+    progress = Console().steps(total=12, done=2)
+    metrics = {"loss": 1.0, "positive_logp": -1.0, "negative_logp": None, "tokens_per_s": 9.0}
+    for step, seconds in ((3, 600.0), (4, 20.0), (5, 40.0)):
+        now += seconds
+        progress.step({"step": step, **metrics})
+    first, *later = capsys.readouterr().err.splitlines()
+    assert "left" not in first
+    assert [line.rpartition("left ")[2] for line in later] == ["02:40", "03:30"]
 
 
 def test_the_table_before_training_comes_before_the_first_step(run: tuple[Path, str]) -> None:
