@@ -202,7 +202,7 @@ def logprobs(argv: Sequence[str]) -> None:
         "Write each trace's log-prob (sum and mean) and mean entropy under a model, as Parquet.",
         "redi logprobs model --data traces.jsonl --out scores.parquet",
     )
-    parser.add_argument("model", help="folder or hub name of a causal LM in safetensors")
+    parser.add_argument("model", help="run folder, model folder or hub name")
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="as data.path")
     parser.add_argument("--out", required=True, metavar="FILE.parquet", help="what is written")
     parser.add_argument("--template", default="chat", choices=["chat", "none"])

@@ -29,11 +29,13 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def test_the_table_is_plain_transformers_in_float64(
+def test_the_table_of_a_run_is_plain_transformers_in_float64_on_its_export(
     world: Path, small_blocks: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    out = tmp_path / "scores.parquet"
-    line = ["logprobs", world / "model", "--data", world / "traces.jsonl", "--out", out]
+    run, out = tmp_path / "run", tmp_path / "scores.parquet"
+    shutil.copytree(world / "model", run / "export")
+    (run / "recipe.toml").touch()
+    line = ["logprobs", run, "--data", world / "traces.jsonl", "--out", out]
     assert main([*map(str, line), "--row-tokens", "128"]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     table = pq.read_table(out).to_pylist()
