@@ -65,8 +65,12 @@ def test_the_table_of_a_run_is_plain_transformers_in_float64_on_its_export(
 
 @pytest.mark.parametrize(
     ("device", "row_tokens", "longest", "expected"),
-    [("cpu", 32768, 900, 4096), ("cpu", 32768, 9000, 9000), ("cpu", 256, 90, 256)]
-    + [("cuda", 32768, 900, 32768)],
+    [
+        ("cpu", 32768, 900, 4096),
+        ("cpu", 32768, 9000, 9000),
+        ("cpu", 256, 90, 256),
+        ("cuda", 32768, 900, 32768),
+    ],
 )
 def test_without_a_gradient_a_cpu_gets_short_rows_that_hold_the_longest_trace(
     device: str, row_tokens: int, longest: int, expected: int
