@@ -368,7 +368,7 @@ def _train(
 
     if data.held_out is not None:
         console.say(
-            f"held out: {len(data.held_out.sequences):,} traces, evaluated now, every "
+            f"held out: {len(data.held_out.sequences):,} traces, evaluated before step 1, every "
             f"{recipe.eval.every} steps and after the last"
         )
 

@@ -32,7 +32,8 @@ BLOCK = 256
 VERSION = "1"
 """Raise it whenever the same input would give other figures."""
 CPU_ROW_TOKENS = 4096
-"""Tokens of a row where a CPU computes no gradient: larger ones gain no speed and cost memory."""
+"""Tokens of a row where a CPU computes no gradient. Rows of 32,768 took seven times as long, and
+5.4 GiB instead of 0.6 (1,000 traces of 155 tokens, the quickstart's model)."""
 _UNREAD_CONFIG = ("_name_or_path", "transformers_version", "dtype", "use_cache")
 
 

@@ -69,7 +69,7 @@ def test_the_table_before_training_comes_before_the_first_step(run: tuple[Path, 
 
 def test_held_out_traces_are_counted_before_they_are_evaluated(run: tuple[Path, str]) -> None:
     overview = json.loads((run[0] / "manifest.json").read_text())["overview"]
-    said = f"held out: {2 * overview['units']} traces, evaluated now, every 2 steps and after the"
+    said = f"held out: {2 * overview['units']} traces, evaluated before step 1, every 2 steps and"
     assert 0 < run[1].find(said) < run[1].find("held out after step 0")
 
 
