@@ -72,6 +72,7 @@ def prepare(argv: Sequence[str]) -> None:
         from redi.engine.prepare_options import parse_options
 
         options = parse_options(argv[1:])
+        _find_data(*options.data)
 
         from redi.engine.prepare import select_openr1
 
@@ -94,6 +95,10 @@ def prepare(argv: Sequence[str]) -> None:
     if arguments.ranks < 1:
         raise InputError(f"ranks must be >= 1, got {arguments.ranks}")
     recipes = [load_recipe(parser, path, argv) for path in arguments.recipes]
+    for path, recipe in zip(arguments.recipes, recipes, strict=True):
+        if not all(recipe.data.paths):
+            raise InputError(f"{path}: data.path is missing")
+        _find_data(*recipe.data.paths, *recipe.eval.paths)
 
     from redi.engine.distributed import join_world
     from redi.engine.prepare import fill_cache
@@ -116,13 +121,12 @@ def train(argv: Sequence[str]) -> None:
             with stop.breaking_off():  # takes seconds
                 recipes, quiet = _read_recipes(argv)
 
+                for recipe in recipes:  # before the first has trained for hours
+                    _find_data(*recipe.data.paths, *recipe.eval.paths)
+
                 from redi.engine.console import Console
-                from redi.engine.data.rows import find_sources
                 from redi.engine.distributed import join_world
                 from redi.engine.train.loop import run_recipe
-
-                for recipe in recipes:  # before the first has trained for hours
-                    find_sources([*recipe.data.paths, *recipe.eval.paths])
             with join_world() as world:
                 console = Console(active=world.is_main, quiet=quiet)
                 for recipe in recipes:
@@ -144,7 +148,10 @@ def _read_recipes(argv: Sequence[str]) -> tuple[list[Recipe], bool]:
     for path, recipe in zip(paths, recipes, strict=True):
         folder = recipe.run.dir or f"runs/{Path(path).stem}"
         if any(folder == other.run.dir for _, other in resolved):
-            raise InputError(f"{path}: run.dir {folder} is also that of the recipe before it")
+            raise InputError(
+                f"{path}: run.dir {folder} is also that of the recipe before it; name each its own "
+                "in the recipes, not by --run.dir, which applies to all"
+            )
         model = recipe.model
         if model.path is None:
             if not resolved:
@@ -181,6 +188,7 @@ def evaluate(argv: Sequence[str]) -> None:
     from redi.engine.evaluate_options import parse_options
 
     options = parse_options(argv)
+    _find_data(*options.data)
 
     from redi.engine import evaluate
 
@@ -194,7 +202,7 @@ def logprobs(argv: Sequence[str]) -> None:
         "Write each trace's log-prob (sum and mean) and mean entropy under a model, as Parquet.",
         "redi logprobs model --data traces.jsonl --out scores.parquet",
     )
-    parser.add_argument("model", help="folder or hub name of a causal LM in safetensors")
+    parser.add_argument("model", help="run folder, model folder or hub name")
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="as data.path")
     parser.add_argument("--out", required=True, metavar="FILE.parquet", help="what is written")
     parser.add_argument("--template", default="chat", choices=["chat", "none"])
@@ -209,6 +217,7 @@ def logprobs(argv: Sequence[str]) -> None:
         )
     except ValueError as error:
         raise InputError(str(error)) from None
+    _find_data(*recipe.data.paths)
 
     from redi.engine.console import Console
     from redi.engine.distributed import join_world
@@ -248,6 +257,13 @@ def report(argv: Sequence[str]) -> None:
     from redi.engine.report import report
 
     print(report([Path(run) for run in args.runs]))
+
+
+def _find_data(*paths: str) -> None:
+    """InputError for a file that is not there: before torch is imported, which takes seconds."""
+    from redi.engine.data.rows import find_sources
+
+    find_sources(paths)
 
 
 def _parser(command: str, description: str, *examples: str) -> ArgumentParser:
@@ -303,6 +319,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as request:  # --help of a command
         return int(request.code or 0)
+    finally:
+        # Where a KeyboardInterrupt has left code made from text (dataclasses, on import), CPython
+        # ends `python -m` by SIGINT although it was caught; running other text undoes that.
+        exec("")
     return 0
 
 

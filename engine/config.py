@@ -177,9 +177,10 @@ class Objective:
     """Implementation of the loss op; docs/kernels.md has them all."""
 
     def __post_init__(self) -> None:
-        near = difflib.get_close_matches(self.name, OBJECTIVES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(OBJECTIVES)}"
-        _require(self.name in OBJECTIVES, f"objective.name: {self.name} is unknown; {hint}")
+        known = ", ".join(OBJECTIVES)
+        _require(
+            self.name in OBJECTIVES, f"objective.name: {self.name} is unknown; there are {known}"
+        )
         declared = OBJECTIVES[self.name]
         for key in ("alpha", "positive_weight", "negative_gamma"):
             value = getattr(self, key)

@@ -123,33 +123,38 @@ class Progress:
     def __init__(self, console: Console, total: int, done: int) -> None:
         self._plain = console.shows and not console.is_terminal
         self._total = total
-        self._first = done
-        self._began = self._last = time.monotonic()
+        self._first = done + 1
+        self._after_first = self._last = time.monotonic()
         self._bar = tqdm(
             total=total,
             initial=done,
             disable=not (console.shows and console.is_terminal),
             dynamic_ncols=True,
-            bar_format="step {n_fmt}/{total_fmt} {bar:12} {postfix} left {remaining}",
+            bar_format="step {n_fmt}/{total_fmt} {bar:12} {postfix}",
         )
 
     def step(self, line: dict[str, Any]) -> None:
-        """Show a step's metrics."""
+        """Show a step's metrics, and from the second one on the time left.
+
+        The first takes longer: libraries compile and warm up, and held-out traces come before it.
+        """
+        now, step = time.monotonic(), line["step"]
         figures = [f"loss {line['loss']:.4f}"]
         for name, key in (("logp+", "positive_logp"), ("logp-", "negative_logp")):
             if line[key] is not None:
                 figures.append(f"{name} {line[key]:.3f}")
         figures.append(f"{line['tokens_per_s']:,.0f} tok/s")
+        if step == self._first:
+            self._after_first = now
+        else:
+            seconds = (now - self._after_first) / (step - self._first) * (self._total - step)
+            figures.append(f"left {tqdm.format_interval(seconds)}")
         self._bar.set_postfix_str("  ".join(figures), refresh=False)
         self._bar.update()
-        now, step = time.monotonic(), line["step"]
-        at_end = step in (self._first + 1, self._total)
+        at_end = step in (self._first, self._total)
         if self._plain and (at_end or now - self._last > PLAIN_SECONDS):
             self._last = now
-            seconds = (now - self._began) / (step - self._first) * (self._total - step)
-            left = tqdm.format_interval(seconds)
-            text = "  ".join([f"step {step}/{self._total}", *figures, f"left {left}"])
-            print(text, file=sys.stderr, flush=True)
+            print("  ".join([f"step {step}/{self._total}", *figures]), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -20,7 +20,7 @@ from redi.engine.evaluate_options import EvaluateOptions
 from redi.engine.generate import Request, Sampling, encode_prompts, longest_first
 from redi.engine.model.load import find_config
 from redi.engine.model.sharding import compute_dtype
-from redi.engine.train.run_folder import RECIPE
+from redi.engine.train.run_folder import RECIPE, model_path
 
 MOST_NEW_TOKENS = 32768
 """Where the model's positions leave more: as many as the paper's evaluation."""
@@ -61,7 +61,7 @@ def prepare(options: EvaluateOptions) -> Task:
         InputError: options, data or model are wrong, or do not fit each other.
     """
     problems = read_problems(options.data, options.limit)
-    path = _model_path(options.model)
+    path = model_path(options.model, "MODEL")
     config = find_config(path, "MODEL")
     encoder = Encoder(TokenSettings((), "auto", options.template, options.system_prompt, path))
     prompts = [encoder.prompt_text(problem.prompt, problem.where) for problem in problems]
@@ -102,19 +102,6 @@ def prepare(options: EvaluateOptions) -> Task:
         dtype=dtype,
         settings=settings,
     )
-
-
-def _model_path(model: str) -> str:
-    """The folder or hub name to load: of a run, its export."""
-    if not (Path(model) / RECIPE).is_file():
-        return model
-    export = Path(model) / "export"
-    if not export.is_dir():
-        raise InputError(
-            f"MODEL: the run {model} has no export yet: finish it, or write a checkpoint with "
-            f"`redi export {model}` and evaluate the folder that it names"
-        )
-    return str(export)
 
 
 def _default_folder(options: EvaluateOptions) -> Path:

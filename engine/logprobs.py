@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from redi.engine.estimate import training_cost
 from redi.engine.model.load import read_config
 from redi.engine.model.sharding import compute_dtype
 from redi.engine.train.loop import build_student, check_positions, tokenized
+from redi.engine.train.run_folder import model_path
 from redi.engine.train.sequence_scores import model_key, score_traces
 
 
@@ -28,7 +30,8 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
     the completion with its end), logp_sum, logp_mean and entropy_mean (nats a token; float64).
 
     Args:
-        recipe: its `[model]`, `[data]`, `train.row_tokens` and `train.dtype` count.
+        recipe: its `[model]`, `[data]`, `train.row_tokens` and `train.dtype` count; a run folder as
+            `model.path` means its export.
         out: the file; it appears whole.
 
     Raises:
@@ -36,6 +39,8 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
             positions, a place that cannot be written.
         RunError: the disk is full.
     """
+    model = replace(recipe.model, path=model_path(recipe.model.path or "", "MODEL"))
+    recipe = replace(recipe, model=model)
     if not out.parent.is_dir():
         raise InputError(f"--out: {out.parent} is no folder")
     if out.is_dir():

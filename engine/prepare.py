@@ -216,7 +216,8 @@ def fill_cache(
         world_size=ranks,
         cost=training_cost(config),
     )
-    console.table(f"{data.tokens.folder}: what is trained", LENGTH_COLUMNS, length_rows(overview))
+    paths = ", ".join(recipe.data.paths)
+    console.table(f"{paths}: what is trained", LENGTH_COLUMNS, length_rows(overview))
     console.table("", ("", ""), count_rows(overview))
     if overview.mixture:
         console.table("what an epoch draws", MIXTURE_COLUMNS, mixture_rows(overview))

@@ -379,17 +379,45 @@ def test_no_problem_is_in_two_splits_and_pairs_are_first_traces(tmp_path: Path) 
     assert len(pairs) == len(both) > 0
 
 
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    line = [sys.executable, "-W", "ignore", "-m", "redi.bench.learning", "--tiny"]
+    line += ["--tasks", "pits", "--seeds", "1", "--folder", str(folder), *more]
+    return subprocess.Popen(
+        line,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_study_with_one_line_and_no_process_left(tmp_path: Path) -> None:
+    running = start(tmp_path)
+    while not list(tmp_path.glob("*/cells/*.json")):
+        assert running.poll() is None
+        time.sleep(0.2)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    _, said = running.communicate(timeout=30)  # until no process holds its stderr
+    assert running.returncode == 130
+    assert said.splitlines()[-1].startswith("stopped; the same command goes on")
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_worker_that_fails_ends_a_study_at_once(tmp_path: Path) -> None:
+    (tmp_path / "pits-1").mkdir()  # and nothing in it
+    running = start(tmp_path, "--seeds", "2", "--workers", "2")
+    _, said = running.communicate(timeout=300)
+    assert running.returncode == 1
+    assert "pits-1" in said.splitlines()[-1]
+    assert len(list(tmp_path.glob("pits-2/cells/*.json"))) < 40
+
+
 @pytest.mark.slow
 def test_a_study_that_is_killed_goes_on_to_the_same_figures(tmp_path: Path) -> None:
-    def start(name: str, *more: str) -> subprocess.Popen[str]:
-        line = [sys.executable, "-W", "ignore", "-m", "redi.bench.learning", "--tiny"]
-        line += ["--tasks", "pits", "--seeds", "1", "--folder", str(tmp_path / name), *more]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            line, env=environment, text=True, stdout=subprocess.PIPE, start_new_session=True
-        )
-
-    killed = start("killed")
+    killed = start(tmp_path / "killed")
     while not list((tmp_path / "killed").glob("*/cells/*.json")):
         assert killed.poll() is None
         time.sleep(0.2)
@@ -399,7 +427,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_figures(tmp_path: Path) -> N
     assert 0 < made < 40
     records = []
     for name in ("killed", "whole"):
-        done = start(name, "--out", str(tmp_path / "results" / name))
+        done = start(tmp_path / name, "--out", str(tmp_path / "results" / name))
         printed, _ = done.communicate(timeout=900)
         assert done.returncode == 0
         assert re.search(r"REDI 0.8 .*±", printed)

@@ -20,16 +20,18 @@ def changed(**changes: Any) -> str:
     return json.dumps(GOOD | changes)
 
 
+WEIGHT = "column 'weight' must be a positive number within float32's range (2^-126 to 3.4e38), "
+
 # Lines of a file, and what is said of them.
 FAULTS = {
-    changed(weight=float("nan")): "column 'weight' must be a positive finite number",
-    changed(weight=float("inf")): "column 'weight' must be a positive finite number",
-    changed(weight=1e300): "column 'weight' must be a positive finite number",
-    changed(weight=1e-300): "column 'weight' must be a positive finite number",
-    changed(weight=10**400): "column 'weight' must be a positive finite number",
+    changed(weight=float("nan")): WEIGHT,
+    changed(weight=float("inf")): WEIGHT,
+    changed(weight=1e300): WEIGHT,
+    changed(weight=1e-300): WEIGHT,
+    changed(weight=10**400): WEIGHT,
     changed(id=0).replace("0}", "9" * 5000 + "}"): "not valid JSON: Exceeds the limit",
     '{"prompt": "a", "prompt": "b", "completion": "c"}': "not valid JSON: key 'prompt' is there 2",
-    changed(weight=-1): "column 'weight' must be a positive finite number",
+    changed(weight=-1): WEIGHT,
     changed(label=2): "column 'label' must be true or false",
     changed(label="maybe"): "column 'label' must be true or false",
     changed(completion="\ud800"): "column 'completion' is not valid Unicode text",

@@ -56,6 +56,7 @@ def test_identical_repeated_and_contradictory_traces_are_counted(tmp_path: Path)
     assert found.unknown_tokens == 0
     text = " ".join(warnings(found))
     assert "1 of 7 pairs have the same tokens" in text
+    assert f"(the first: {tmp_path / 'rows.jsonl'}:2)" in text
 
 
 def test_text_that_the_tokenizer_does_not_know_is_counted_and_warned_of(tmp_path: Path) -> None:

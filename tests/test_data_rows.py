@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from data_cases import shared_data, write_rows
 from redi.engine.data.rows import read_rows
 from redi.engine.data.traces import Message, Trace, normalise
 from redi.engine.errors import InputError
+from redi.engine.hub import asking_the_hub
 
 USER = {"role": "user", "content": "2 + 2?"}
 GOOD = {"role": "assistant", "content": "4"}
@@ -146,6 +148,13 @@ def test_a_hub_name_that_cannot_be_loaded_is_the_users_error(monkeypatch):
     assert "nobody/nothing:train" in error_of("nobody/nothing")
 
 
+def test_the_hub_is_asked_without_its_clients_warnings():
+    client = logging.getLogger("huggingface_hub.utils._http")
+    with asking_the_hub():
+        assert not client.isEnabledFor(logging.WARNING)
+    assert client.isEnabledFor(logging.WARNING)
+
+
 def test_a_missing_file_is_named(tmp_path):
     assert "nowhere.jsonl: no such file" in error_of(str(tmp_path / "nowhere.jsonl"))
     assert "no such file" in error_of("data/nowhere.jsonl")  # not taken for a hub name
@@ -160,23 +169,28 @@ def test_a_missing_file_is_named(tmp_path):
         ("a.jsonl", b"\n \n"),
         ("a.json", b""),
         ("a.json", b"[]"),
-        ("a.csv", b""),
-        ("a.csv", b"prompt,chosen,rejected\n"),
         ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
     ],
 )
 def test_an_empty_file_is_an_error(tmp_path, name, data):
     path = tmp_path / name
     path.write_bytes(data)
-    assert f"{path}: the file is empty" in error_of(str(path))
+    assert f"{path}: holds no rows" in error_of(str(path))
+
+
+@pytest.mark.parametrize("data", ["", "prompt,chosen,rejected\n", "prompt,chosen,rejected\n,,\n"])
+def test_a_csv_of_a_header_alone_holds_no_rows(tmp_path, data):
+    path = tmp_path / "a.csv"
+    path.write_text(data)
+    assert f"{path}: holds no rows below its header line" in error_of(str(path))
 
 
 def test_an_empty_parquet_file_and_an_empty_folder_are_errors(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({name: pa.array([], pa.string()) for name in PAIR}), path)
-    assert "empty" in error_of(str(path))
+    assert f"{path}: holds no rows" in error_of(str(path))
     (tmp_path / "folder").mkdir()
-    assert "the folder holds no" in error_of(str(tmp_path / "folder"))
+    assert "no data file in this folder (.jsonl, .json," in error_of(str(tmp_path / "folder"))
 
 
 def test_an_unknown_kind_of_file_is_an_error(tmp_path):
@@ -206,7 +220,9 @@ def test_an_unknown_kind_of_file_is_an_error(tmp_path):
         ("a.csv", b'prompt,completion\n"a,b\nc,d\n', 2, "a quotation mark not closed"),
         ("a.csv", "prompt,completion\na,b\n".encode("utf-16"), 1, "looks like UTF-16"),
         ("a.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), 1, "looks like UTF-16"),
-        ("a.csv", b"1 + 1?,2\n2 + 2?,4\n", 1, "the header row: the columns (1 + 1?, 2) fit no"),
+        ("a.csv", b"7?,2,1\n8?,4,3\n", 1, "line (is it missing?): the columns (7?, 2, 1) fit no"),
+        ("a.csv", b"prompt,answer\na,b\n", 1, "header line: the columns (prompt, answer) fit no"),
+        ("a.jsonl", b'{"prompt": "a", "chosen": "b"}', 1, "preference (prompt, chosen, rejected)"),
         ("a.csv", b"prompt,completion\ra,b\r", 1, "lines end in CR alone"),
         ("a.jsonl", b'{"prompt": "a"}\r{"prompt": "b"}\r', 1, "lines end in CR alone"),
         ("a.csv", "prompt,completion\na,b\n".encode("utf-16-le"), 1, "looks like UTF-16"),
@@ -429,7 +445,7 @@ def test_a_generation_is_correct_when_both_verifiers_say_true(tmp_path):
         ({**OPENR1, "correctness": None}, ["'correctness'"]),
         ({**OPENR1, "problem_is_valid": 1}, ["'problem_is_valid'"]),
         ({**OPENR1, "generations": ["4", 5, "6"]}, ["generations[1]"]),
-        ({"question": "q", "reply": "r"}, ["question, reply", "preference (chosen, rejected)"]),
+        ({"question": "q", "reply": "r"}, ["question, reply", "preference (prompt, chosen,"]),
         ({}, ["(none)", "messages (messages)"]),
     ],
 )  # fmt: skip

@@ -208,8 +208,11 @@ def test_what_cannot_be_tokenized_is_the_users_error(make, tmp_path, tiny):
         make([PAIR], tiny, template="none", system_prompt=SYSTEM)
     with pytest.raises(InputError, match="template 'chatml' is unknown"):
         make([PAIR], tiny, template="chatml")
-    with pytest.raises(InputError, match="no tokenizer can be loaded"):
+    with pytest.raises(InputError, match="no such folder with a tokenizer"):
         make([PAIR], str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no tokenizer can be loaded"):
+        make([PAIR], str(tmp_path / "empty"))
     bare = save_tokenizer(tmp_path / "bare", template=None)
     with pytest.raises(InputError, match="has no chat template"):
         make([PAIR], bare)

@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import signal
+import sys
 import time
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
@@ -124,19 +126,23 @@ def run_study(
         ProcessPoolExecutor(workers, context) as pool,
         tqdm(total=sum(map(len, cells.values())), initial=done(), unit="run") as bar,
     ):
+        # Blocked where workers are started, so that they inherit it: a Ctrl-C is this process's.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         pending = {
             pool.submit(run_seed, *trial, sizes, folder, device)
             for trial, own in cells.items()
             if not all(cell.exists() for cell in own)
         }
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             while pending:
                 finished, pending = wait(pending, timeout=2, return_when=FIRST_EXCEPTION)
                 for future in finished:
                     future.result()
                 bar.update(done() - bar.n)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # else the pool waits for the seeds under way, many minutes
             raise
 
 
@@ -188,5 +194,9 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     check_settings(args.folder, sizes, args.device)
-    run_study(args.tasks, args.seeds, sizes, args.folder, args.device, args.workers)
+    try:
+        run_study(args.tasks, args.seeds, sizes, args.folder, args.device, args.workers)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the runs that are done", file=sys.stderr)
+        raise SystemExit(130) from None
     report(args.folder, args.tasks, args.seeds, args.out)

@@ -36,6 +36,9 @@ FORMATS: dict[str, Format] = {
     "problem": Format((), (*PROMPT_COLUMNS, *ANSWER_COLUMNS, *ID_COLUMNS)),
 }
 
+COLUMNS = frozenset(name for shape in FORMATS.values() for name in shape.required + shape.optional)
+"""Every column that some shape reads."""
+
 
 def resolve_format(format: str, columns: Collection[str], where: str) -> str:
     """The concrete format of a row: `format` itself, or for "auto" the one its columns tell.
@@ -51,12 +54,17 @@ def resolve_format(format: str, columns: Collection[str], where: str) -> str:
         if all(column in columns for column in shape.required):
             return name
     small = {column.lower() for column in columns}
+    found = ", ".join(columns) or "none"
     for shape in told.values():
         if all(column in small for column in shape.required):
             raise InputError(
-                f"{where}: the columns ({', '.join(sorted(columns))}) must be written in small "
-                f"letters: {', '.join(shape.required)}"
+                f"{where}: the columns ({found}) must be written in small letters: "
+                f"{', '.join(shape.required)}"
             )
-    known = "; ".join(f"{name} ({', '.join(shape.required)})" for name, shape in told.items())
-    found = ", ".join(sorted(columns)) or "none"
+    known = "; ".join(f"{name} ({', '.join(_usual(shape))})" for name, shape in told.items())
     raise InputError(f"{where}: the columns ({found}) fit no known row shape. Known: {known}")
+
+
+def _usual(shape: Format) -> list[str]:
+    """Columns that most rows of a shape have: a conversation alone may do without `prompt`."""
+    return ["prompt"] * ("prompt" in shape.optional) + list(shape.required)

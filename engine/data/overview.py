@@ -69,6 +69,8 @@ class Overview:
     """Distinct token sequences that are used both as a positive and as a negative."""
     identical_pairs: int
     """Pairs whose positive and negative are the same tokens."""
+    identical_first: str | None
+    """The row of the first of them."""
     truncated: int
     """Used traces that were cut off at a limit: their end is not trained."""
     unknown_tokens: int
@@ -116,10 +118,10 @@ def look_over(
     completions = kept - prompts
     distinct = {sign: _distinct(digests[signs == sign]) for sign in (1, -1)}
     paired = examples.units.shape[1] == 2
-    identical = 0
+    identical = np.zeros(0, dtype=np.int64)
     if paired:
         first, second = tokens.digests[examples.units].T
-        identical = int(np.sum(first == second))
+        identical = examples.units[first == second, 0]
     packings = []
     for step in range(1, min(schedule.total_steps, PACKED_STEPS) + 1):
         lengths = examples.lengths[examples.units[schedule.units(step)].reshape(-1)]
@@ -157,7 +159,8 @@ def look_over(
         },
         duplicates=len(used) - sum(map(len, distinct.values())),
         contradictions=len(np.intersect1d(distinct[1], distinct[-1], assume_unique=True)),
-        identical_pairs=identical,
+        identical_pairs=len(identical),
+        identical_first=tokens.where(int(identical[0])) if len(identical) else None,
         truncated=int(np.sum(examples.truncated[used])),
         unknown_tokens=int(np.sum(tokens.unknown[used] > 0)),
         control_tokens=int(np.sum(tokens.control[used] > 0)),
@@ -262,7 +265,8 @@ def warnings(overview: Overview) -> list[str]:
     if overview.identical_pairs:
         found.append(
             f"{overview.identical_pairs:,} of {overview.units:,} pairs have the same tokens as "
-            "chosen and rejected: they teach nothing that the sign says"
+            f"chosen and rejected (the first: {overview.identical_first}): their two traces pull "
+            "against each other"
         )
     elif overview.contradictions:
         found.append(

@@ -9,7 +9,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -19,11 +19,12 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from redi.engine.data.formats import FORMATS, resolve_format
+from redi.engine.data.formats import COLUMNS, FORMATS, resolve_format
 from redi.engine.errors import InputError
+from redi.engine.hub import NO_HUB_NAME, asking_the_hub, is_hub_name
 
 FILE_KINDS = ("jsonl", "json", "parquet", "csv")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.\[\]%-]+)?")
+_SPLIT = re.compile(r":[\w.\[\]%-]+$")
 # A CSV cell is text; in these columns the text is JSON.
 _CSV_JSON_COLUMNS = ("messages", "traces", "generations", "correctness")
 _CSV_OPTIONAL_COLUMNS = ("id", "teacher", "weight", "source")
@@ -83,17 +84,17 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if file.is_file() and _file_kind(file))
             if not files:
-                raise InputError(f"{name}: the folder holds no {_kinds_text()} file")
+                raise InputError(f"{name}: no data file in this folder ({_kinds_text()})")
             sources += [Source(str(file), _file_kind(file)) for file in files]
         elif path.exists():
             kind = _file_kind(path)
             if not kind:
                 raise InputError(f"{name}: not a kind of file read here ({_kinds_text()})")
             sources.append(Source(str(path), kind))
-        elif _HUB_NAME.fullmatch(name) and not _file_kind(path):
+        elif is_hub_name(_SPLIT.sub("", name)) and not _file_kind(path):
             sources.append(Source(name if ":" in name else f"{name}:train", "hub"))
         else:
-            raise InputError(f"{name}: no such file or folder, nor a hub name (owner/name)")
+            raise InputError(f"{name}: no such file or folder, {NO_HUB_NAME}")
     if not sources:
         raise InputError("[data] path is empty: name at least one file, folder or hub data set")
     return sources
@@ -126,7 +127,7 @@ def scan_source(source: Source, format: str) -> Iterator[Row | InputError]:
                 yield InputError(f"{where}: a row must be a JSON object, not {kind}")
                 continue
             if not shape:
-                place = f"{source.name}:1: the header row" if source.kind == "csv" else where
+                place = _header_place(source.name, value) if source.kind == "csv" else where
                 shape = resolve_format(format, value.keys(), place)
                 labelled = "label" in value
             # A row whose label was forgotten must not pass for a positive.
@@ -144,7 +145,8 @@ def scan_source(source: Source, format: str) -> Iterator[Row | InputError]:
         yield error
     else:
         if not number:
-            yield InputError(f"{source.name}: the file is empty: it holds no row")
+            below = " below its header line" if source.kind == "csv" else ""
+            yield InputError(f"{source.name}: holds no rows{below}")
 
 
 def _numbered_values(source: Source, format: str) -> Iterator[tuple[int, Any]]:
@@ -214,6 +216,11 @@ def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
                     ),
                 )
         number = reader.line_num + 1
+
+
+def _header_place(name: str, columns: Collection[str]) -> str:
+    known = any(column.lower() in COLUMNS for column in columns)
+    return f"{name}:1: the header line{'' if known else ' (is it missing?)'}"
 
 
 def _csv_row(
@@ -310,7 +317,8 @@ def hub_dataset(name: str) -> Any:
 
     repository, _, split = name.partition(":")
     try:
-        return datasets.load_dataset(repository, split=split)
+        with asking_the_hub():
+            return datasets.load_dataset(repository, split=split)
     except Exception as error:  # the hub client raises a great many types
         problem = " ".join(str(error).split())[:300]
         raise InputError(

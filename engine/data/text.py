@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import xxhash
 
 from redi.engine.data.traces import Message, Trace, as_messages
 from redi.engine.errors import InputError
+from redi.engine.hub import NO_HUB_NAME, asking_the_hub, is_hub_name
 
 TEMPLATES = ("chat", "none")
 _PROBE = "redi probe message"
@@ -215,8 +217,11 @@ def load_tokenizer(path: str) -> Any:
     """The fast tokenizer in a folder or on the hub; InputError if there is none with an EOS."""
     from transformers import AutoTokenizer  # imported late: a cache can be read without it
 
+    if not (Path(path).is_dir() or is_hub_name(path)):
+        raise InputError(f"{path}: no such folder with a tokenizer, {NO_HUB_NAME}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
+        with asking_the_hub():
+            tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
     except Exception as error:  # transformers and the hub client raise a great many types
         problem = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: no tokenizer can be loaded from here: {problem}") from error

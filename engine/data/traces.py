@@ -346,7 +346,12 @@ def _weight(row: Row, value: object) -> float:
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
-        raise _error(row, "weight", f"must be a positive finite number, not {repr(value)[:40]}")
+        raise _error(
+            row,
+            "weight",
+            "must be a positive number within float32's range (2^-126 to 3.4e38), "
+            f"not {repr(value)[:40]}",
+        )
     return weight
 
 

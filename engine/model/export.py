@@ -163,7 +163,7 @@ def write_folder(
     partial.mkdir(parents=True)
     try:
         model.config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        _save_tokenizer(tokenizer, partial)
         if generation is not None:
             generation.save_pretrained(partial)
         _write_weights(partial, model, files, tensors)
@@ -180,6 +180,16 @@ def write_folder(
         shutil.copymode(partial / "config.json", file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """OSError where it cannot be written: tokenizers raises an Exception of no kind for that."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(str(error)) from error
 
 
 def _write_weights(

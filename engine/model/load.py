@@ -6,7 +6,6 @@ rank reads what it holds: it is never whole on a host.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from redi.engine.errors import InputError
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+from redi.engine.hub import NO_HUB_NAME, asking_the_hub, is_hub_name
 
 # Features that change logits or attention in ways the fused loss and packed attention do not
 # reproduce. A model that has one is refused, not trained wrongly.
@@ -47,10 +45,11 @@ def find_config(path: str, name: str, weights: bool = True) -> Any:
                 f"{name}: {path} has no *.safetensors; weights in other formats are not "
                 "read: load the model once and save it with save_pretrained()"
             )
-    elif not HUB_NAME.fullmatch(path):
-        raise InputError(f"{name}: {path}: no such folder, nor a hub name (owner/name)")
+    elif not is_hub_name(path):
+        raise InputError(f"{name}: {path}: no such folder, {NO_HUB_NAME}")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with asking_the_hub():
+            return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a wrong field raises errors of many types
         here = "" if folder.is_dir() else "no such folder here; the hub: "
         raise InputError(f"{name}: {path}: {here}{_first_line(error)}") from None

@@ -391,6 +391,12 @@ def _train(
         console.say(f"held out after step {step}: {_figures(found)}")
         return True
 
+    if data.held_out is not None:
+        console.say(
+            f"held out: {len(data.held_out.sequences):,} traces, evaluated before step 1, every "
+            f"{recipe.eval.every} steps and after the last"
+        )
+
     with closing(checkpointer), closing(metrics), closing(progress):
         if world.anywhere(stop.asked) or not evaluate(done):
             console.say(f"stopped after step {done} of {total}; {GO_ON}")

@@ -27,6 +27,27 @@ RECIPE = "recipe.toml"
 MANIFEST = "manifest.json"
 
 
+def model_path(path: str, name: str) -> str:
+    """The folder or hub name to load: of a run folder, its export.
+
+    Args:
+        path: what the user gave.
+        name: what the user calls it, for messages.
+
+    Raises:
+        InputError: a run that has no export yet.
+    """
+    if not (Path(path) / RECIPE).is_file():
+        return path
+    export = Path(path) / "export"
+    if not export.is_dir():
+        raise InputError(
+            f"{name}: the run {path} has no export yet: finish it, or write a checkpoint with "
+            f"`redi export {path}` and name its folder here"
+        )
+    return str(export)
+
+
 def check_writable(run_dir: Path) -> None:
     """What could not be written is said before hours of tokenizing; leaves no trace.
 
@@ -38,7 +59,9 @@ def check_writable(run_dir: Path) -> None:
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"one byte")
     except OSError as error:
-        raise InputError(f"run.dir: {run_dir} cannot be written: {error}") from None
+        raise InputError(
+            f"run.dir: {run_dir} cannot be written: {existing}: {error.strerror}"
+        ) from None
 
 
 def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:

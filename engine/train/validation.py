@@ -14,6 +14,7 @@ from redi.engine.data.tokens import TokenizedTraces
 from redi.engine.distributed import World
 from redi.engine.model.student import Student
 from redi.engine.train.greedy import HeldOutProblems, greedy_accuracy
+from redi.engine.train.sequence_scores import scored_row_tokens
 from redi.engine.train.signals import StopRequest
 
 
@@ -25,6 +26,11 @@ class HeldOut:
     examples: Examples
     problems: HeldOutProblems | None = None
     """The same problems with their answers, if these are checked."""
+
+    @property
+    def sequences(self) -> np.ndarray:
+        """int64 [n], the traces that are scored, each once."""
+        return np.unique(self.examples.units)
 
 
 @torch.no_grad()
@@ -42,7 +48,7 @@ def validate(
     Every rank must call it.
 
     Args:
-        row_tokens, cost: as in training.
+        row_tokens, cost: as in training; on a CPU rows are shorter (`scored_row_tokens`).
         stop: a request on any rank breaks it off before the next row, or before `greedy_accuracy`.
 
     Returns:
@@ -51,8 +57,9 @@ def validate(
         problems also the figures of `greedy_accuracy`.
     """
     tokens, examples = held_out.tokens, held_out.examples
-    sequences = np.unique(examples.units)
+    sequences = held_out.sequences
     lengths = examples.lengths[sequences]
+    row_tokens = scored_row_tokens(row_tokens, lengths, world.device)
     packing = pack(lengths, row_tokens=row_tokens, world_size=world.size, cost=cost)
     means = torch.zeros(len(examples.lengths), dtype=torch.float64)
     student.eval()

@@ -30,7 +30,7 @@ GOOD = [row(prompt=f"{n}=") for n in range(10)]
 FILES: dict[str, tuple[bytes | None, dict[str, Any], list[str]]] = {
     # what: (content of data.jsonl, changes to the recipe, what the line must say)
     "missing file": (None, {}, ["data.jsonl"]),
-    "empty file": (b"", {}, ["data.jsonl", "empty"]),
+    "empty file": (b"", {}, ["data.jsonl: holds no rows"]),
     "broken JSON": (jsonl(*GOOD[:2], '{"prompt": '), {}, ["data.jsonl:3"]),
     "no object": (jsonl(GOOD[0], "[1]"), {}, ["data.jsonl:2"]),
     "missing column": (jsonl(GOOD[0], {"prompt": "1="}), {}, ["data.jsonl:2"]),
@@ -81,6 +81,27 @@ def test_bad_data_is_one_line_with_file_and_row(
     for words in said:
         assert words in err[-1]
     assert not (tmp_path / "r").exists()
+
+
+def test_missing_data_is_told_before_torch_is_imported(recipe: WriteRecipe, tmp_path: Path) -> None:
+    path = str(recipe("r", {"data.path": "none.jsonl"}))
+    lines = [
+        ["train", path],
+        ["prepare", path],
+        ["prepare", "openr1", "none.jsonl", "--out", "out", "--tokenizer", "t"],
+        ["evaluate", "model", "--data", "none.jsonl"],
+        ["logprobs", "model", "--data", "none.jsonl", "--out", "out.parquet"],
+    ]
+    program = (
+        "import sys\n"
+        "from redi.engine.cli import main\n"
+        f"assert [main(line) for line in {lines}] == [2] * {len(lines)}\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    launch = [sys.executable, "-c", program]
+    done = subprocess.run(launch, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("redi: none.jsonl: no such file") == len(lines)
 
 
 def test_a_gzipped_file_that_is_cut_off_is_named(
@@ -236,17 +257,27 @@ def test_an_architecture_that_packed_rows_cannot_run_is_refused(
     ("changes", "said"),
     [
         ({"shard.replicate": 2}, "shard.replicate = 2 does not divide the 1 ranks"),
-        ({"run.dir": "/proc/none/run"}, "run.dir: /proc/none/run cannot be written"),
+        (
+            {"run.dir": "/proc/none/run"},
+            "run.dir: /proc/none/run cannot be written: /proc: No such",
+        ),
         ({"eval.path": "none.jsonl"}, "none.jsonl"),
         ({"model.path": "nowhere"}, "nowhere: no such folder, nor a hub name"),
+        ({"model.path": "here/nowhere"}, "here/nowhere: no such folder, nor a hub name"),
+        ({"data.path": "here/nowhere"}, "here/nowhere: no such file or folder, nor a hub name"),
+        ({"model.tokenizer": "here/nowhere"}, "here/nowhere: no such folder with a tokenizer"),
     ],
 )
 def test_what_cannot_run_here_is_said_in_one_line(
     changes: dict[str, Any],
     said: str,
     recipe: WriteRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
     assert main(["train", str(recipe("r", changes))]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
 

@@ -231,7 +231,7 @@ def test_left_out_max_new_tokens_is_what_the_longest_prompt_leaves(
 
 BAD_DATA = {
     "missing file": (None, "data.jsonl: no such file"),
-    "empty file": ("", "data.jsonl: the file is empty"),
+    "empty file": ("", "data.jsonl: holds no rows"),
     "no answer column": ('{"prompt": "1="}\n', "data.jsonl:1: no right answer"),
     "no prompt column": ('{"text": "1=", "answer": "2"}\n', "data.jsonl:1: no prompt"),
     "empty answer": ('{"prompt": "1=", "answer": " "}\n', "data.jsonl:1: column 'answer' is empty"),

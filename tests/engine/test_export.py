@@ -1,6 +1,7 @@
 """What a run leaves behind is a Hugging Face folder that plain transformers loads and runs."""
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from redi.engine.cli import main
 from redi.engine.errors import RunError
@@ -155,6 +156,21 @@ def test_the_second_recipe_starts_from_the_export_of_the_first(
     assert main(["train", str(paths[2])]) == 0
     losses = [[line["loss"] for line in steps(tmp_path / name)] for name in ("two", "again")]
     assert losses[0] == losses[1]
+
+
+def test_a_tokenizer_that_does_not_fit_on_the_disk_is_told_and_leaves_nothing(
+    world: Path, tmp_path: Path
+) -> None:
+    model = empty_model(AutoConfig.from_pretrained(world / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # tokenizer.json alone is larger
+    try:
+        with pytest.raises(RunError, match=r"out cannot be written: File too large"):
+            write_folder(tmp_path / "out", model, {}, iter(()), tokenizer, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,25 @@ def test_a_signal_during_an_evaluation_breaks_it_off_and_going_on_does_it_again(
     assert same(run_dir, undisturbed)
 
 
+@pytest.mark.parametrize(("command", "code"), [("train", 0), ("doctor", 1)])
+def test_ctrl_c_in_code_made_from_text_ends_with_the_exit_code_that_is_documented(
+    command: str, code: int, tmp_path: Path
+) -> None:
+    """Imports are full of such code, and CPython takes the interrupt for unhandled under -m."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\n"
+        "from redi.engine import cli\n"
+        "def interrupt(*_):\n"
+        "    exec('import os, signal; os.kill(os.getpid(), signal.SIGINT)')\n"
+        "cli._read_recipes = cli.COMMANDS['doctor'] = interrupt\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    line = [sys.executable, "-m", "interrupted", command]
+    done = subprocess.run(line, cwd=tmp_path, text=True, capture_output=True, timeout=SOON)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(("stopped before", "redi: interrupted"))
+
+
 def test_a_save_that_fails_is_told_before_the_next_and_leaves_the_older_one(
     path: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -170,7 +189,10 @@ def test_a_run_folder_that_cannot_be_written_is_said_before_the_data_is_read(
     (tmp_path / "file").touch()
     changes = {"run.dir": str(tmp_path / "file" / "run"), "data.cache": str(tmp_path / "cache")}
     assert main(["train", str(recipe("run", changes))]) == 2
-    assert f"run.dir: {tmp_path}/file/run cannot be written" in capsys.readouterr().err
+    said = (
+        f"redi: run.dir: {tmp_path}/file/run cannot be written: {tmp_path}/file: Not a directory\n"
+    )
+    assert capsys.readouterr().err == said
     assert not (tmp_path / "cache").exists()
 
 
@@ -370,7 +392,7 @@ def test_a_read_only_disk_is_said_before_the_data_is_read(
     disk = small_disk("size=1m,ro")
     changes = {"run.dir": str(disk / "run"), "data.cache": str(tmp_path / "cache")}
     assert main(["train", str(recipe("run", changes))]) == 2
-    assert "run.dir" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(f"cannot be written: {disk}: Read-only file system\n")
     assert not (tmp_path / "cache").exists()
     small_disk("size=1m,rw")
     assert not list(disk.iterdir())

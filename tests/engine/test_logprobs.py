@@ -29,11 +29,13 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def test_the_table_is_plain_transformers_in_float64(
+def test_the_table_of_a_run_is_plain_transformers_in_float64_on_its_export(
     world: Path, small_blocks: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    out = tmp_path / "scores.parquet"
-    line = ["logprobs", world / "model", "--data", world / "traces.jsonl", "--out", out]
+    run, out = tmp_path / "run", tmp_path / "scores.parquet"
+    shutil.copytree(world / "model", run / "export")
+    (run / "recipe.toml").touch()
+    line = ["logprobs", run, "--data", world / "traces.jsonl", "--out", out]
     assert main([*map(str, line), "--row-tokens", "128"]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     table = pq.read_table(out).to_pylist()
@@ -59,6 +61,23 @@ def test_the_table_is_plain_transformers_in_float64(
         assert table[index]["correct"] == (tokens.signs[index] > 0)
         assert table[index]["row"].rpartition("/")[2] == Path(tokens.where(index)).name
         assert table[index]["teacher"] == "t"
+
+
+@pytest.mark.parametrize(
+    ("device", "row_tokens", "longest", "expected"),
+    [
+        ("cpu", 32768, 900, 4096),
+        ("cpu", 32768, 9000, 9000),
+        ("cpu", 256, 90, 256),
+        ("cuda", 32768, 900, 32768),
+    ],
+)
+def test_without_a_gradient_a_cpu_gets_short_rows_that_hold_the_longest_trace(
+    device: str, row_tokens: int, longest: int, expected: int
+) -> None:
+    lengths = np.array([3, longest, 5])
+    found = sequence_scores.scored_row_tokens(row_tokens, lengths, torch.device(device))
+    assert found == expected
 
 
 def test_a_pass_that_was_killed_scores_only_what_is_missing(

@@ -208,6 +208,7 @@ def test_a_recipes_cache_is_filled_without_weights_and_found_by_training(
     assert json.loads((report / "report.json").read_text())["overview"]["world_size"] == 2
     assert (report / "lengths.png").stat().st_size > 1000
     shown = capsys.readouterr().err
+    assert f"{world / 'traces.jsonl'}: what is trained" in shown
     assert "pairs to train on" in shown
     assert "rank efficiency, 2 ranks" in shown
     (arrow,) = (tmp_path / "cache").glob("*/traces.arrow")

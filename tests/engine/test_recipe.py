@@ -63,7 +63,7 @@ MISTAKES = {
     "seed = 1\n": "did you mean train.seed?",
     "[optim]\nlr = 'fast'\n": "optim.lr: needs a number, got fast",
     "[optim]\nlr = -1.0\n": "optim.lr must be >= 0, got -1.0",
-    "[objective]\nname = 'dop'\n": "objective.name: dop is unknown; did you mean dpo?",
+    "[objective]\nname = 'dop'\n": "objective.name: dop is unknown; there are sft, redi,",
     "[objective]\nalpha = nan\n": "objective.alpha must be finite",
     "[objective]\nname = 'redi'\nnormalisation = 'token'\n": "objective.normalisation",
     "[data]\npath = 'a'\nmixing_weights = [2, 1]\n": "must have one number a path, got 2 for 1",
@@ -163,7 +163,7 @@ def test_two_recipes_may_not_share_a_run_folder(
 ) -> None:
     same = {"run.dir": str(tmp_path / "same")}
     assert main(["train", str(recipe("a", same)), str(recipe("b", same))]) == 2
-    assert "also that of the recipe before it" in capsys.readouterr().err
+    assert "name each its own in the recipes, not by --run.dir" in capsys.readouterr().err
 
 
 def test_what_a_resumed_run_may_change(recipe: WriteRecipe) -> None:

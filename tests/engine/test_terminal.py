@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from redi.engine.cli import COMMANDS, main
+from redi.engine.console import Console
 
 WriteRecipe = Callable[..., Path]
 EVENTS = "loss", "positive_logp", "negative_logp", "grad_norm", "lr"
@@ -43,12 +44,33 @@ def test_off_a_terminal_progress_is_plain_lines_with_the_time_left(run: tuple[Pa
         assert text in last
 
 
+def test_the_time_left_is_that_of_the_steps_after_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("redi.engine.console.time.monotonic", lambda: now)
+    progress = Console().steps(total=12, done=2)
+    metrics = {"loss": 1.0, "positive_logp": -1.0, "negative_logp": None, "tokens_per_s": 9.0}
+    for step, seconds in ((3, 600.0), (4, 20.0), (5, 40.0)):
+        now += seconds
+        progress.step({"step": step, **metrics})
+    first, *later = capsys.readouterr().err.splitlines()
+    assert "left" not in first
+    assert [line.rpartition("left ")[2] for line in later] == ["02:40", "03:30"]
+
+
 def test_the_table_before_training_comes_before_the_first_step(run: tuple[Path, str]) -> None:
     text = run[1]
     assert text.index("pairs to train on") < text.index("rank efficiency") < text.index("step 1/4")
     overview = json.loads((run[0] / "manifest.json").read_text())["overview"]
     assert overview["steps"] == 4
     assert f"{overview['units']}" in text
+
+
+def test_held_out_traces_are_counted_before_they_are_evaluated(run: tuple[Path, str]) -> None:
+    overview = json.loads((run[0] / "manifest.json").read_text())["overview"]
+    said = f"held out: {2 * overview['units']} traces, evaluated before step 1, every 2 steps and"
+    assert 0 < run[1].find(said) < run[1].find("held out after step 0")
 
 
 def test_quiet_leaves_nothing_but_errors(
