@@ -34,6 +34,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.18"],
     "gguf": ["accelerate>=1.0", "gguf>=0.17"],
     "test": [
+        "accelerate>=1.1",  # transformers' Trainer, in docs/kernels.md
         "hypothesis>=6.100",
         "mypy>=1.15",
         "pytest>=8.3",

@@ -58,15 +58,15 @@ def test_a_good_run_is_left_alone(tmp_path: Path) -> None:
 def test_collapse_is_warned_of_and_then_ends_the_run(tmp_path: Path) -> None:
     (warning, end), good_before = judge_and_date(Guard(), lines("collapse"), tmp_path)
     assert warning.goes_on
-    assert "step 26: this looks like collapse: the log-prob of correct traces fell" in warning.text
+    assert "step 32: this looks like collapse: the log-prob of correct traces fell" in warning.text
     assert not end.goes_on
-    assert good_before == 26 - 8
+    assert good_before == 32 - 8
     (only,) = judge(Guard(collapse="warn"), lines("collapse"), tmp_path, 0)
     assert only.goes_on
     assert judge(Guard(collapse="off"), lines("collapse"), tmp_path, 0) == []
 
 
-@pytest.mark.parametrize("done", [10, 25, 26, 30])
+@pytest.mark.parametrize("done", [10, 31, 32, 36])
 def test_a_resumed_run_judges_as_one_that_was_never_stopped(done: int, tmp_path: Path) -> None:
     all_lines = lines("collapse")
     text = "".join(json.dumps(line) + "\n" for line in all_lines[:done])
