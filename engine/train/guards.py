@@ -30,9 +30,8 @@ from redi.engine.train.metrics import read_metrics
 WINDOW = 8
 """Steps whose median stands for now: single steps scatter."""
 FALL = 1.0
-"""A fall of the positives' mean log-prob by this share of its best value (good runs of the study of
-bench/learning, and of the quickstart, went down by up to 0.85 of it, those at too high a rate by 1.5),
-and ..."""
+"""A fall of the positives' mean log-prob by this share of its best value, and ... (Good runs of the
+quickstart and of bench/learning lost up to 0.85 of it, those at too high a rate 1.5 and more.)"""
 FALL_NATS = 0.2
 """... by so many nats a token at least, is no slow decline any more."""
 SURGE = 1.5

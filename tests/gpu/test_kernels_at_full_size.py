@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from kernel_cases import (
 )
 
 from redi.kernels import (
+    filtered_redi_loss,
     linear_logprobs,
     redi_loss,
     redi_value_and_grad,
@@ -102,6 +105,33 @@ def test_every_kind_of_logits_is_exact_for_a_real_vocabulary(
     )  # fmt: skip
     _, got = run(redi_loss, case, backend=backend)
     assert_exact(got, case, oracle(case)[1])
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_filter_is_exact_at_0_and_within_its_bound_beyond_at_full_size(size: int) -> None:
+    case = make_row(SCALE.tokens, SCALE.hidden[size])
+    index = case.valid_index
+    filtered = partial(
+        filtered_redi_loss, backend="triton-exp", valid_index=index, num_weighted=len(index)
+    )
+    _, exact = exact_in_chunks(case)
+    with syncs_forbidden():
+        out, whole = run(partial(filtered, epsilon=0.0), case)
+    assert not violations(whole, case, exact, plain_in_chunks(case))
+    assert not out.sequence_dropped.any()
+
+    with syncs_forbidden():
+        out, got = run(partial(filtered, epsilon=0.25), case)
+    assert out.sequence_dropped.sum() > 1e-3 * len(index)
+    assert (out.sequence_dropped <= out.sequence_lengths).all()
+    largest = case.weight.float().norm(dim=1).max()
+    bounds = case.cu_seqlens.tolist()
+    for s, (start, end) in enumerate(pairwise(bounds)):
+        part = slice(start, end)
+        missing = (got.dhidden[part].float() - whole.dhidden[part].float()).norm()
+        rounding = 2.0**-7 * whole.dhidden[part].float().norm()
+        weight = case.token_weights[part].abs().max()
+        assert missing <= weight * out.sequence_dropped[s] * largest + rounding
 
 
 def test_triton_and_torch_agree() -> None:
