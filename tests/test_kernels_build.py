@@ -64,7 +64,7 @@ def assert_nothing_spills(made: dict[tuple[str, str], dict[str, Any]]) -> None:
     for name, build in made.items():
         assert build["spills"] == build["stack_bytes"] == 0, name
         # A product keeps 128 sums a thread, and one program fills an SM.
-        product = name[1] in ("exp product", "exp repair product", "exp repair maxima")
+        product = re.search("product|maxima|filter", name[1])
         assert 0 < build["registers"] <= (255 if product else 128), name
 
 
@@ -139,6 +139,17 @@ def test_the_product_with_exponentials_is_made_of_hopper_s_instructions(
     assert build["shared_bytes"] <= 227 << 10
     found = Instructions.of(sass)
     assert found.count("LDG.E.128") == found.count("ATOM") + found.count("RED.") == 0
+
+
+@pytest.mark.parametrize("variant", ["filter dhidden", "filter dweight"])
+def test_products_over_live_tiles_keep_four_steps_under_way(
+    sm_90: dict[tuple[str, str], dict[str, Any]], variant: str
+) -> None:
+    """Where the operands lie is itself loaded, which costs stages: see `filter_triton.STAGES`."""
+    build = sm_90["sm_90", variant]
+    assert build["assembly"].count("HGMMA.64x256x16.F32.BF16") == 4
+    assert build["assembly"].count("UTMALDG.2D") >= 8  # three steps before the loop, one in it
+    assert 4 * (48 << 10) <= build["shared_bytes"] <= 227 << 10
 
 
 # Prints how Triton specialises the row kernel for rows of different numbers of sequences, and for
