@@ -121,7 +121,7 @@ class Guards:
         return Verdict("not_finite", f"{self._skips} steps in a row (from {first}) {what}", False)
 
     def _collapse(self, step: int) -> Verdict | None:
-        what = self._trend.collapse()
+        what = self._trend.collapse(going_on=self._warned is not None)
         if what is None:
             self._warned = None
         elif self._warned is None:
@@ -163,13 +163,18 @@ class Trend:
             self._best = max(self._best, median(self._logps))
             self._calmest = min(self._calmest, median(self._norms))
 
-    def collapse(self) -> str | None:
-        """What shows that a run collapses now, or None."""
+    def collapse(self, *, going_on: bool = False) -> str | None:
+        """What shows that a run collapses now, or None.
+
+        Once seen it goes on as long as the log-prob stays down: gradients calm in ruin too.
+        """
         if self._steps < 2 * WINDOW:
             return None
         logp, norm = median(self._logps), median(self._norms)
         fallen = self._best - logp
-        if fallen < max(FALL * abs(self._best), FALL_NATS) or norm < SURGE * self._calmest:
+        if fallen < max(FALL * abs(self._best), FALL_NATS):
+            return None
+        if norm < SURGE * self._calmest and not going_on:
             return None
         return (
             f"the log-prob of correct traces fell from {self._best:.3f} to {logp:.3f} a token, the "

@@ -84,6 +84,14 @@ def test_one_sign_alone_is_no_collapse() -> None:
     assert at_the_end(surging) is None
 
 
+def test_a_collapse_goes_on_though_the_gradient_has_calmed(tmp_path: Path) -> None:
+    all_lines = lines("collapse")
+    calm = [line | {"grad_norm": 2.0} for line in all_lines[33:]]
+    warning, end = judge(Guard(), [*all_lines[:33], *calm], tmp_path, 0)
+    assert warning.goes_on
+    assert not end.goes_on
+
+
 def at_the_end(all_lines: list[dict[str, Any]]) -> str | None:
     trend = Trend()
     for line in all_lines:
