@@ -287,8 +287,7 @@ USERS_MISTAKES = {
     "name = 'sft'\nalpha = 0.5": "objective.alpha has no meaning for sft",
     "name = 'simpo'\nbeta = 2.0\nmargin = inf": "objective.margin must be finite",
     "name = 'dpo'\nbeta = 1.0\nnormalisation = 'token'": "normalisation must be sequence for dpo",
-    "name = 'simpoo'": "objective.name: simpoo is unknown; did you mean simpo?",
-    "name = 'grpo'": "objective.name: grpo is unknown; there are sft, redi, signed,",
+    "name = 'simpoo'": "objective.name: simpoo is unknown; there are sft, redi, signed,",
     "name = 'dft'\nnormalisation = 'token'\nlength = 'original'": (
         'length = "original" has no meaning with objective.normalisation = "token"'
     ),
