@@ -69,7 +69,7 @@ class Method:
     ours: bool = False
     """Whether a failure or a wrong result of it fails the benchmark."""
     approximate: bool = False
-    """Whether its gradients are meant to be wrong a little: any error is right."""
+    """Whether its gradients are meant to be wrong a little."""
 
 
 # (hidden [n, D], weight [V, D], targets [n]) -> [n], or a scalar

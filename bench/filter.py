@@ -8,7 +8,7 @@ which tiles take part, the table has the share of tiles that do (which is what t
 the gradient then cost, at best), the probability left out and the errors of the gradients, against
 all of it in float32. The rules: "sum", a tile's share of a token's probability, is this project's;
 "largest", its largest probability, is what others take. `--states FILE` keeps hidden states and
-lm_head for `redi.bench.loss --inputs FILE`, which times the filter. The engine's dependencies are
+lm_head for `redi.bench.loss --states FILE`, which times the filter. The engine's dependencies are
 needed.
 """
 
@@ -92,7 +92,9 @@ def orders(states: States) -> dict[str, Tensor]:
     return {
         "none": torch.arange(vocab),
         "counts of the targets": counts.argsort(descending=True, stable=True),
-        "a sample's mean probability": vocabulary_order(states.hidden, states.weight),
+        "a sample's mean probability": vocabulary_order(
+            states.hidden, torch.arange(len(states.hidden)), states.weight
+        ),
         "all tokens' mean probability": everything.argsort(descending=True, stable=True),
     }
 

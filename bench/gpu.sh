@@ -63,7 +63,7 @@ for hidden in ${HIDDEN:-1536 3584}; do
     done
 done
 for hidden in ${HIDDEN:-1536 3584}; do
-    loss 100 25 "$hidden" trained peers --without redi-torch eager eager-float32
+    loss 100 25 "$hidden" trained peers --without redi-torch redi-filter eager eager-float32
 done
 
 echo "results are in $out:"

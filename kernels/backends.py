@@ -87,7 +87,7 @@ def choose_backend(
 
 
 def filtering_backend(backend: Backend, device: torch.device) -> Backend:
-    """The backend for a filter: "auto" is "triton-exp" where there is one, else "torch-exp".
+    """The backend for a filter: "auto" is "triton-exp" on a GPU, "torch-exp" on a CPU.
 
     Args:
         backend: what the user asked for.
@@ -98,8 +98,7 @@ def filtering_backend(backend: Backend, device: torch.device) -> Backend:
     """
     check_choice("backend", backend, ("auto", "triton-exp", "torch-exp"))
     if backend == "auto":
-        on_triton = device.type == "cuda" and TRITON_INSTALLED and _has_launches(device)
-        return "triton-exp" if on_triton else "torch-exp"
+        backend = "torch-exp" if device.type == "cpu" else "triton-exp"
     return choose_backend(backend, device, torch.bfloat16)
 
 

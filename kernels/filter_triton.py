@@ -5,8 +5,8 @@ over a list of live tiles of E. The lists are made on the device by sorting (liv
 the host learns nothing and waits for nothing. Operands come by tensor descriptors (TMA).
 
 The tiles of a result differ in work. Those of dW come in the vocabulary's order, that is with the
-busiest first, and those of dX are sorted so; programs take them in turn, and the last ones are
-short. Beyond the first columns a tile of dW has no live tile at all and is not touched.
+busiest first, and those of dX are sorted so; dealt out in turn, no program gets much more than
+another. Beyond the first columns a tile of dW has no live tile at all and is not touched.
 """
 
 import torch

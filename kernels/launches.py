@@ -20,7 +20,10 @@ TABLE = Path(__file__).with_name("launches.json")
 
 @dataclass(frozen=True)
 class Launch:
-    """Of the logits product with exponentials, `exponentials_triton.exponentials_kernel`."""
+    """Of the logits product with exponentials, `exponentials_triton.exponentials_kernel`.
+
+    A filter leaves out tiles of these rows and columns: with another launch it is another filter.
+    """
 
     rows: int
     """Of a tile."""

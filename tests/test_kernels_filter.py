@@ -35,14 +35,16 @@ def target(request: pytest.FixtureRequest) -> Target:
 
 
 def common_words(
-    tokens: int = 32, vocab: int = 1100, hidden: int = 40, device: str = "cpu"
+    tokens: int = 32, vocab: int | None = None, hidden: int = 40, device: str = "cpu"
 ) -> Case:
     """Sequences of one token each; some words, anywhere in the vocabulary, are likely at all.
 
+    Without `vocab` there are some ten tiles on a CPU, some thirty of a card's larger ones.
     Dimension BIAS of a hidden state is 1 and that of the lm_head a word's log-frequency, by Zipf's
     law. Dimension ONES is 0 and 1: so its gradient in dhidden is u times the sum of dlogits over
     the vocabulary, 0 if nothing was left out.
     """
+    vocab = vocab or (1100 if device == "cpu" else 8192)
     case = make_case(
         BF16,
         vocab=vocab,
@@ -123,8 +125,8 @@ def test_loss_and_log_probs_stay_exact(target: Target, logits: str) -> None:
 def test_the_target_is_never_left_out(target: Target) -> None:
     """Its logit would stay as it is, however wrong the model: here nobody expects the targets."""
     case = common_words(device=target.device)
-    rare = case.weight[:, BIAS].float().argsort()[: len(case.targets)]
-    case = replace(case, targets=rare)
+    rare = case.weight[:, BIAS].float().argsort()[:4]
+    case = replace(case, targets=rare.repeat(len(case.targets) // 4))
     _, got = run(partial(filtered_redi_loss, epsilon=1.0), case, backend=target.backend)
     exact = oracle(case)[1]
     assert worst_row(got.dweight[rare], exact.dweight[rare]) < 2.0**-6
@@ -143,7 +145,7 @@ def test_the_order_gathers_what_is_likely_in_few_tiles() -> None:
         live, _ = live_tiles(tiles, targets, torch.ones(len(p), dtype=torch.bool), 2.0**-6)
         return float(live.live.float().mean())
 
-    order = vocabulary_order(case.hidden, case.weight)
+    order = vocabulary_order(case.hidden, torch.arange(128), case.weight)
     assert torch.equal(order.sort().values, columns)
     assert live_share(order) < 0.7 * live_share(columns)
 
@@ -155,9 +157,9 @@ def test_what_is_left_out_is_not_written_and_what_takes_part_is() -> None:
     target = next((t for t in EXP_TARGETS if t.backend == "triton-exp"), None)
     if target is None:
         pytest.skip("Triton has neither a card nor its interpreter here")
-    case = common_words(vocab=2048, device=target.device)
+    case = common_words(vocab=2048 if target.device == "cpu" else 16_384, device=target.device)
     x, weight, targets = case.hidden, case.weight, case.targets
-    columns = vocabulary_order(x, weight)
+    columns = vocabulary_order(x, torch.arange(len(x), device=x.device), weight)
     weight, targets = weight[columns].contiguous(), columns.argsort()[targets]
     out = torch.empty(len(x), len(weight), dtype=BF16, device=target.device)
     tokens = torch.arange(len(x), device=target.device)
@@ -181,11 +183,17 @@ def test_what_is_left_out_is_not_written_and_what_takes_part_is() -> None:
 
 
 @pytest.mark.skipif(len(EXP_TARGETS) < 2, reason="Triton has neither a card nor its interpreter")
-def test_both_backends_leave_the_same_out() -> None:
+@pytest.mark.parametrize("repaired", [False, True])
+def test_both_backends_leave_the_same_out(repaired: bool) -> None:
     """On the interpreter their tiles are alike; a card's are larger, and it leaves out less."""
     got = []
     for target in EXP_TARGETS:
-        case = common_words(device=target.device)
+        case = common_words(vocab=1100, device=target.device)
+        if repaired:  # two tokens whose targets lie so far down that their rows are done again
+            other = case.weight[700].float() - case.weight[case.targets[3]].float()
+            hidden = case.hidden.clone()
+            hidden[[3, 20]] = (60 * other).to(BF16)
+            case = replace(case, hidden=hidden)
         out, grads = run(partial(filtered_redi_loss, epsilon=2.0**-6), case, backend=target.backend)
         got.append((out.sequence_dropped.cpu(), grads))
     (first, a), (second, b) = got

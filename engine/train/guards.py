@@ -176,10 +176,10 @@ class Trend:
             return None
         if norm < SURGE * self._calmest and not going_on:
             return None
-        return (
-            f"the log-prob of correct traces fell from {self._best:.3f} to {logp:.3f} a token, the "
-            f"gradient is {norm / self._calmest:.1f} times the smallest so far"
-        )
+        fall = f"the log-prob of correct traces fell from {self._best:.3f} to {logp:.3f} a token"
+        if going_on:
+            return fall
+        return f"{fall}, the gradient is {norm / self._calmest:.1f} times the smallest so far"
 
 
 def is_finite(line: dict[str, Any]) -> bool:

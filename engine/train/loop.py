@@ -67,7 +67,7 @@ from redi.engine.train.signals import StopRequest
 from redi.engine.train.trackers import check_trackers, open_trackers
 from redi.engine.train.validation import HeldOut, validate
 from redi.kernels import FilteredRediLoss
-from redi.kernels.backends import choose_backend
+from redi.kernels.backends import choose_backend, filtering_backend
 
 GO_ON = "the same command goes on from here"
 
@@ -114,7 +114,8 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         )
     choose_attention(recipe.model.attention, world.device, dtype)
     try:
-        choose_backend(recipe.objective.backend, world.device)
+        choose = filtering_backend if recipe.objective.filter_epsilon else choose_backend
+        choose(recipe.objective.backend, world.device)
     except ValueError as error:
         raise InputError(f"objective.backend: {error}") from None
 
@@ -133,7 +134,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         "model.max_position_embeddings",
     )
     if recipe.objective.filter_epsilon:
-        _check_unweighted(data)
+        _check_weights_are_one(data)
     cost = training_cost(config)
     overview = look_over(
         data.tokens,
@@ -209,7 +210,7 @@ def check_positions(
         )
 
 
-def _check_unweighted(data: PreparedData) -> None:
+def _check_weights_are_one(data: PreparedData) -> None:
     """A filter knows REDI's own weights alone."""
     used = np.unique(data.examples.units)
     weighted = used[data.tokens.weights[used] != 1]
