@@ -155,16 +155,22 @@ def add_live_rows_kernel(
         first_column = work % widths * WIDTH
         steps = tl.load(counts + tile) * STEPS
         if steps > 0:
-            word = part * ROWS + tl.arange(0, ROWS)
-            inside = word < vocab
-            row = tl.load(order + word, mask=inside, other=0)
-            column = first_column + tl.arange(0, WIDTH)
-            place = out + row[:, None] * out_stride + column[None, :]
-            mask = inside[:, None] & (column < width)[None, :]
-            sums = tl.load(place, mask=mask, other=0.0)
+            sums = tl.zeros([ROWS, WIDTH], tl.float32)
             for step in range(steps):
                 block = tl.load(found + tile * found_stride + step // STEPS)
                 first_row = block * BLOCK_ROWS + step % STEPS * DEPTH
                 e = matrix.load([first_row, part * ROWS])
                 sums = dot(e.T, x.load([first_row, first_column]), sums)
-            tl.store(place, sums, mask=mask)
+            word = part * ROWS + tl.arange(0, ROWS)
+            inside = word < vocab
+            row = tl.load(order + word, mask=inside, other=0)
+            # By quarters: the registers do not hold all places and old values beside the sums.
+            a, b = sums.reshape(ROWS, 2, WIDTH // 2).permute(0, 2, 1).split()
+            aa, ab = a.reshape(ROWS, 2, WIDTH // 4).permute(0, 2, 1).split()
+            ba, bb = b.reshape(ROWS, 2, WIDTH // 4).permute(0, 2, 1).split()
+            quarters = (aa, ab, ba, bb)
+            for n in tl.static_range(4):
+                column = first_column + n * (WIDTH // 4) + tl.arange(0, WIDTH // 4)
+                place = out + row[:, None] * out_stride + column[None, :]
+                mask = inside[:, None] & (column < width)[None, :]
+                tl.store(place, tl.load(place, mask=mask, other=0.0) + quarters[n], mask=mask)
