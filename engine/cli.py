@@ -98,7 +98,7 @@ def prepare(argv: Sequence[str]) -> None:
     for path, recipe in zip(arguments.recipes, recipes, strict=True):
         if not all(recipe.data.paths):
             raise InputError(f"{path}: data.path is missing")
-        _find_data(*recipe.data.paths, *recipe.eval.paths)
+        _find_data_of(recipe)
 
     from redi.engine.distributed import join_world
     from redi.engine.prepare import fill_cache
@@ -122,7 +122,7 @@ def train(argv: Sequence[str]) -> None:
                 recipes, quiet = _read_recipes(argv)
 
                 for recipe in recipes:  # before the first has trained for hours
-                    _find_data(*recipe.data.paths, *recipe.eval.paths)
+                    _find_data_of(recipe)
 
                 from redi.engine.console import Console
                 from redi.engine.distributed import join_world
@@ -257,6 +257,12 @@ def report(argv: Sequence[str]) -> None:
     from redi.engine.report import report
 
     print(report([Path(run) for run in args.runs]))
+
+
+def _find_data_of(recipe: Recipe) -> None:
+    _find_data(*recipe.data.paths)
+    if recipe.eval.paths:
+        _find_data(*recipe.eval.paths)
 
 
 def _find_data(*paths: str) -> None:

@@ -416,7 +416,13 @@ SECTIONS: dict[str, type] = {
 KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section))
 
 # What the help calls the arguments that argparse names by their variables.
-ARGUMENTS = {"recipes": "RECIPE.toml", "runs": "RUN", "model": "MODEL", "data": "--data FILE"}
+ARGUMENTS = {
+    "recipes": "RECIPE.toml",
+    "runs": "RUN",
+    "model": "MODEL",
+    "data": "--data FILE",
+    "out": "--out",
+}
 
 # What people coming from other trainers type.
 ALIASES = {

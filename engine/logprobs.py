@@ -45,6 +45,8 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
         raise InputError(f"--out: {out.parent} is no folder")
     if out.is_dir():
         raise InputError(f"--out: {out} is a folder; name a file in it")
+    if out.suffix != ".parquet":
+        raise InputError(f"--out: {out} is written as Parquet: name it {out.stem}.parquet")
     partial = out.with_name(f"{out.name}.partial")
     if world.is_main:
         try:

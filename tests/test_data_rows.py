@@ -119,6 +119,14 @@ def test_a_folder_gives_its_data_files_in_order_of_name(tmp_path):
     assert [t.completion for t in traces_of(str(tmp_path)) if t.sign > 0] == ["first", "second"]
 
 
+@pytest.mark.parametrize("again", ["one.jsonl", "./one.jsonl", "."])
+def test_a_file_named_twice_is_an_error(tmp_path, monkeypatch, again):
+    monkeypatch.chdir(tmp_path)
+    Path("one.jsonl").write_text('{"prompt": "1+1=", "completion": "2", "label": true}\n')
+    with pytest.raises(InputError, match=r"one\.jsonl: is named twice"):
+        list(read_rows(["one.jsonl", again], "auto"))
+
+
 def test_files_of_different_shapes_can_be_mixed(tmp_path):
     first = write_rows(tmp_path / "a.jsonl", [PAIR])
     second = write_rows(tmp_path / "b.jsonl", [{"messages": [USER, GOOD]}])

@@ -77,7 +77,10 @@ def read_rows(paths: Sequence[str], format: str) -> Iterator[Row]:
 
 
 def find_sources(paths: Sequence[str]) -> list[Source]:
-    """The files and hub data sets that `paths` name, in order; InputError for a missing one."""
+    """The files and hub data sets that `paths` name, in order.
+
+    InputError for one that is missing or named twice, as a folder and a file in it do.
+    """
     sources = []
     for name in paths:
         path = Path(name).expanduser()
@@ -97,6 +100,15 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
             raise InputError(f"{name}: no such file or folder, {NO_HUB_NAME}")
     if not sources:
         raise InputError("[data] path is empty: name at least one file, folder or hub data set")
+    seen = set()
+    for source in sources:
+        place = source.name if source.kind == "hub" else str(Path(source.name).resolve())
+        if place in seen:
+            raise InputError(
+                f"{source.name}: is named twice; name it once, and to draw it more often move it "
+                "out of its folder and set [data] mixing_weights"
+            )
+        seen.add(place)
     return sources
 
 

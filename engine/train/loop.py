@@ -134,6 +134,10 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         "model.max_position_embeddings",
     )
     if recipe.objective.filter_epsilon:
+        console.say(
+            f"objective.filter_epsilon = {recipe.objective.filter_epsilon:g}: the gradient is "
+            "approximate; positive_dropped and negative_dropped in the metrics tell by how much"
+        )
         _check_weights_are_one(data)
     cost = training_cost(config)
     overview = look_over(
@@ -531,7 +535,13 @@ def _give_up(
         checkpointer.wait()
     finally:
         good = [step for step in complete_checkpoints(run_dir) if step < good_before]
-        where = f"that of step {max(good)}" if good else "there is none (see run.save_every)"
+        if not good:
+            where = "there is none (see run.save_every)"
+        else:
+            where = (
+                f"that of step {max(good)}; to go on from it with other settings: redi export "
+                f"{run_dir} --step {max(good)}, and a run of its own from the folder that names"
+            )
         raise RunError(f"{verdict.text}; the last good checkpoint: {where}")
 
 

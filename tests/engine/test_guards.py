@@ -250,4 +250,6 @@ def test_on_the_quickstart_alpha_1_at_a_high_rate_stops_and_the_sound_run_does_n
     assert main(["train", str(recipe("high", common | high))]) == 1
     err = capsys.readouterr().err
     assert "this looks like collapse" in err
-    assert "the last good checkpoint: that of step" in err.splitlines()[-1]
+    last = err.splitlines()[-1]
+    assert "the last good checkpoint: that of step" in last
+    assert f"redi export {tmp_path / 'high'} --step " in last

@@ -126,6 +126,7 @@ def test_what_cannot_be_scored_or_written_is_told_before_the_pass(
             f"{long}:1: 73 tokens are more than the model's 64 positions",
         ),
         (world / "traces.jsonl", tmp_path, f"--out: {tmp_path} is a folder"),
+        (world / "traces.jsonl", tmp_path / "a.csv", f"--out: {tmp_path / 'a.csv'} is written as"),
         (
             world / "traces.jsonl",
             tmp_path / "none" / "a",
