@@ -96,9 +96,7 @@ def prepare(argv: Sequence[str]) -> None:
         raise InputError(f"ranks must be >= 1, got {arguments.ranks}")
     recipes = [load_recipe(parser, path, argv) for path in arguments.recipes]
     for path, recipe in zip(arguments.recipes, recipes, strict=True):
-        if not all(recipe.data.paths):
-            raise InputError(f"{path}: data.path is missing")
-        _find_data_of(recipe)
+        _find_data_of(path, recipe)
 
     from redi.engine.distributed import join_world
     from redi.engine.prepare import fill_cache
@@ -120,9 +118,6 @@ def train(argv: Sequence[str]) -> None:
         try:
             with stop.breaking_off():  # takes seconds
                 recipes, quiet = _read_recipes(argv)
-
-                for recipe in recipes:  # before the first has trained for hours
-                    _find_data_of(recipe)
 
                 from redi.engine.console import Console
                 from redi.engine.distributed import join_world
@@ -160,8 +155,7 @@ def _read_recipes(argv: Sequence[str]) -> tuple[list[Recipe], bool]:
                     "leave it out)"
                 )
             model = replace(model, path=str(Path(resolved[-1][1].run.dir or "") / "export"))
-        if not all(recipe.data.paths):
-            raise InputError(f"{path}: data.path is missing")
+        _find_data_of(path, recipe)  # before the first has trained for hours
         resolved.append((path, replace(recipe, model=model, run=replace(recipe.run, dir=folder))))
     return [recipe for _, recipe in resolved], arguments.quiet
 
@@ -259,7 +253,9 @@ def report(argv: Sequence[str]) -> None:
     print(report([Path(run) for run in args.runs]))
 
 
-def _find_data_of(recipe: Recipe) -> None:
+def _find_data_of(path: str, recipe: Recipe) -> None:
+    if not all(recipe.data.paths):
+        raise InputError(f"{path}: data.path is missing")
     _find_data(*recipe.data.paths)
     if recipe.eval.paths:
         _find_data(*recipe.eval.paths)

@@ -28,15 +28,7 @@ from redi.engine.data.breakdown import (
     share_rows,
 )
 from redi.engine.data.openr1 import select_traces
-from redi.engine.data.overview import (
-    LENGTH_COLUMNS,
-    MIXTURE_COLUMNS,
-    count_rows,
-    length_rows,
-    look_over,
-    mixture_rows,
-    warnings,
-)
+from redi.engine.data.overview import look_over, show, warnings
 from redi.engine.data.rows import find_sources, scan_source
 from redi.engine.data.text import load_tokenizer
 from redi.engine.distributed import World
@@ -216,11 +208,7 @@ def fill_cache(
         world_size=ranks,
         cost=training_cost(config),
     )
-    paths = ", ".join(recipe.data.paths)
-    console.table(f"{paths}: what is trained", LENGTH_COLUMNS, length_rows(overview))
-    console.table("", ("", ""), count_rows(overview))
-    if overview.mixture:
-        console.table("what an epoch draws", MIXTURE_COLUMNS, mixture_rows(overview))
+    show(overview, ", ".join(recipe.data.paths), console)
     found = break_down(data.tokens, data.examples, recipe.data.max_tokens)
     console.table("where the traces come from", ORIGIN_COLUMNS, origin_rows(found))
     console.table("", ("", ""), share_rows(found))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from redi.kernels.exponentials import CONFIDENT, LARGEST_SUM, SMALL_SHARE
 from redi.kernels.launches import Launch, launch_for
-from redi.kernels.rows import GradientRows, SequenceWeights, TileSums, TokenWeights
+from redi.kernels.rows import GradientRows, TileSums, TokenWeights
 from redi.kernels.triton_common import (
     aligned,
     apply_coefficient,
@@ -35,6 +35,7 @@ from redi.kernels.triton_common import (
     processors,
     round_to,
     token_weight,
+    weight_arguments,
 )
 
 # As Triton sees them: a kernel may use a module's constants only where they are constexpr.
@@ -81,17 +82,8 @@ def exponentials(
     totals = None if epsilon is None or weights is None else new(rows)
     multiply = partial(_multiply, hidden, weight, out, lifts, sums, launch)
 
-    rule = weights if isinstance(weights, SequenceWeights) else None
     where = tokens.contiguous(), targets.contiguous()
-    weighing = (
-        weights.contiguous() if isinstance(weights, Tensor) else None,
-        rule and rule.cu_seqlens.contiguous(),
-        rule and rule.signs.contiguous(),
-        rule and rule.lengths,
-        rule and len(rule.signs),
-        rule and rule.alpha,
-        rule and rule.factor,
-    )
+    weighing = weight_arguments(weights)
 
     def finalise(shifts: Tensor, redone: Tensor | None) -> None:
         finalise_kernel[(rows,)](

@@ -1,4 +1,4 @@
-"""`redi_loss` with an approximate gradient: the public function, and its `torch.library` op.
+"""`redi_loss` with an approximate gradient: the public function, and its custom op.
 
 What is left out, and how it is told, is in `filter.py`.
 """

@@ -15,8 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redi.kernels.rows import SequenceWeights, TokenWeights
-from redi.kernels.triton_common import apply_coefficient, log1p, round_to, token_weight
+from redi.kernels.rows import TokenWeights
+from redi.kernels.triton_common import (
+    apply_coefficient,
+    log1p,
+    round_to,
+    token_weight,
+    weight_arguments,
+)
 
 ROUNDED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -60,7 +66,6 @@ def softmax_rows(
         as_halves = dtype != logits.dtype and not torch.version.hip
         dlogits = logits.view(dtype)[:, :vocab] if as_halves else logits
     block, warps = launch_shape(vocab, 64 if torch.version.hip else 32)
-    rule = weights if isinstance(weights, SequenceWeights) else None
     with torch.cuda.device_of(logits):
         softmax_rows_kernel[(rows,)](
             logits,
@@ -74,13 +79,7 @@ def softmax_rows(
             dlogits,
             None if dlogits is None else dlogits.stride(0),
             None if dlogits is None else min(_room(logits), _room(dlogits)),
-            weights.contiguous() if isinstance(weights, Tensor) else None,
-            rule and rule.cu_seqlens.contiguous(),
-            rule and rule.signs.contiguous(),
-            rule and rule.lengths,
-            rule and len(rule.signs),
-            rule and rule.alpha,
-            rule and rule.factor,
+            *weight_arguments(weights),
             scale,
             ROUNDED=ROUNDED[dtype],
             COEFFICIENT=coefficient,

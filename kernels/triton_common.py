@@ -1,13 +1,15 @@
 """What Triton kernels of several families share: a token's weight, log1p, rounding, a dot, and
 what their host launchers do."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from redi.kernels.rows import MIN_ONE_MINUS_P
+from redi.kernels.rows import MIN_ONE_MINUS_P, SequenceWeights, TokenWeights
 
 # As Triton sees them: a kernel may use a module's constants only where they are constexpr.
 _MIN_ONE_MINUS_P = tl.constexpr(MIN_ONE_MINUS_P)
@@ -78,6 +80,21 @@ def dot(a, b, sums):
     if _INTERPRET:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, sums)
+
+
+def weight_arguments(weights: TokenWeights | None) -> tuple[Any, ...]:
+    """Those of `token_weight` behind the token, from `weights` to `factor`."""
+    if isinstance(weights, SequenceWeights):
+        return (
+            None,
+            weights.cu_seqlens.contiguous(),
+            weights.signs.contiguous(),
+            weights.lengths,
+            len(weights.signs),
+            weights.alpha,
+            weights.factor,
+        )
+    return (None if weights is None else weights.contiguous(), *(None,) * 6)
 
 
 def aligned(matrix: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from redi.engine.console import Console
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.packing import Cost, pack
 from redi.engine.data.schedule import Examples, Schedule
@@ -257,6 +258,14 @@ def count_rows(overview: Overview) -> list[tuple[str, str]]:
     if overview.rank_efficiency_bound < 0.995:
         rows.append(("- the longest trace allows", f"{overview.rank_efficiency_bound:.2f}"))
     return rows
+
+
+def show(overview: Overview, title: str, console: Console) -> None:
+    """The tables: `title` says whose they are."""
+    console.table(f"{title}: what is trained", LENGTH_COLUMNS, length_rows(overview))
+    console.table("", ("", ""), count_rows(overview))
+    if overview.mixture:
+        console.table("what an epoch draws", MIXTURE_COLUMNS, mixture_rows(overview))
 
 
 def warnings(overview: Overview) -> list[str]:

@@ -24,16 +24,7 @@ from redi.engine.console import Console
 from redi.engine.data.digests import model_digest
 from redi.engine.data.loader import StepBatches, StepLoader
 from redi.engine.data.mixing import mix
-from redi.engine.data.overview import (
-    LENGTH_COLUMNS,
-    MIXTURE_COLUMNS,
-    Overview,
-    count_rows,
-    length_rows,
-    look_over,
-    mixture_rows,
-    warnings,
-)
+from redi.engine.data.overview import look_over, show, warnings
 from redi.engine.data.packing import Cost
 from redi.engine.data.schedule import Examples, Needs, Schedule, select
 from redi.engine.data.text import load_tokenizer
@@ -148,7 +139,9 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         world_size=world.size,
         cost=cost,
     )
-    _show(overview, run_dir, console)
+    show(overview, str(run_dir), console)
+    for warning in warnings(overview):
+        console.warn(warning)
     if recipe.objective.name == "redi" and recipe.objective.alpha > 1:
         console.warn(
             f"objective.alpha = {recipe.objective.alpha}: incorrect traces weigh more than correct "
@@ -224,16 +217,6 @@ def _check_weights_are_one(data: PreparedData) -> None:
             f"{data.tokens.weights[weighted[0]]:g}, and objective.filter_epsilon is for traces of "
             f"weight 1 ({len(weighted)} of {len(used)} traces have another): leave it out"
         )
-
-
-def _show(overview: Overview, run_dir: Path, console: Console) -> None:
-    """The last look before training."""
-    console.table(f"{run_dir}: what is trained", LENGTH_COLUMNS, length_rows(overview))
-    console.table("", ("", ""), count_rows(overview))
-    if overview.mixture:
-        console.table("what an epoch draws", MIXTURE_COLUMNS, mixture_rows(overview))
-    for warning in warnings(overview):
-        console.warn(warning)
 
 
 @dataclass(frozen=True)
