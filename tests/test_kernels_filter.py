@@ -159,27 +159,36 @@ def test_what_is_left_out_is_not_written_and_what_takes_part_is() -> None:
         pytest.skip("Triton has neither a card nor its interpreter here")
     case = common_words(vocab=2048 if target.device == "cpu" else 16_384, device=target.device)
     x, weight, targets = case.hidden, case.weight, case.targets
-    columns = vocabulary_order(x, torch.arange(len(x), device=x.device), weight)
-    weight, targets = weight[columns].contiguous(), columns.argsort()[targets]
-    out = torch.empty(len(x), len(weight), dtype=BF16, device=target.device)
     tokens = torch.arange(len(x), device=target.device)
-    logps = torch.empty(len(x), device=target.device)
-    gradient = exponentials_triton.exponentials(
-        x,
-        weight,
-        tokens,
-        targets,
-        case.token_weights.float(),
-        coefficient="weight",
-        logps=logps,
-        out=out,
-        epsilon=2.0**-6,
-    )
-    tiles, _ = live_tiles(gradient.tiles, targets, tokens >= 0, 2.0**-6)
-    live = tiles.live.repeat_interleave(tiles.rows, 0)[: len(x)]
-    live = live.repeat_interleave(tiles.columns, 1)[:, : len(weight)]
+    columns = vocabulary_order(x, tokens, weight)
+    weight, targets = weight[columns].contiguous(), columns.argsort()[targets]
+
+    def written(epsilon: float) -> tuple[Tensor, Tensor, TileSums]:
+        """What was stored, poison elsewhere; which of it takes part; and what tiles hold."""
+        out = torch.empty(len(x), len(weight), dtype=BF16, device=target.device)
+        gradient = exponentials_triton.exponentials(
+            x,
+            weight,
+            tokens,
+            targets,
+            case.token_weights.float(),
+            coefficient="weight",
+            logps=torch.empty(len(x), device=target.device),
+            out=out,
+            epsilon=epsilon,
+        )
+        tiles, _ = live_tiles(gradient.tiles, targets, tokens >= 0, epsilon)
+        live = tiles.live.repeat_interleave(tiles.rows, 0)[: len(x)]
+        return out, live.repeat_interleave(tiles.columns, 1)[:, : len(weight)], gradient.tiles
+
+    out, live, tiles = written(2.0**-6)
     assert out[live].isfinite().all()
     assert out[~live].isnan().float().mean() > 0.5  # still the poison
+    shares = (tiles.sums / tiles.totals[:, None]).amax(0)
+    for tile in range(exponentials_triton.FIRST_TILES, len(shares), 4):
+        # The tile's largest share is just enough to take part.
+        out, live, _ = written(0.95 * float(shares[tile]))
+        assert out[live].isfinite().all()
 
 
 @pytest.mark.skipif(len(EXP_TARGETS) < 2, reason="Triton has neither a card nor its interpreter")
