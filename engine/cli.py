@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import faulthandler
 import os
 import sys
 import time
@@ -296,6 +297,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)  # a crash in native code should say where Python was
     if argv and argv[0] == "--version":
         print(f"redi-engine {version('redi-engine')}")
         return 0

@@ -302,7 +302,8 @@ class Shard:
     checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none, all but matrix products, all."""
     compile: bool = False
-    """torch.compile each transformer block."""
+    """torch.compile each transformer block; beside checkpointing only where a graph can hold its
+    attention, which SDPA document by document is not."""
 
     def __post_init__(self) -> None:
         _require(self.replicate >= 1, f"shard.replicate must be >= 1, got {self.replicate}")

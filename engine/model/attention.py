@@ -132,6 +132,7 @@ def _refuse(attention_mask: torch.Tensor | None, other: dict[str, Any]) -> None:
         assert other.get(name) is None, f"{name} is not supported in packed attention"
 
 
+@torch.compiler.disable  # would be compiled anew for each number of documents
 def _sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,

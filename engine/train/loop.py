@@ -103,7 +103,13 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         raise InputError(
             'objective.filter_epsilon needs bfloat16: set train.dtype = "bfloat16", or leave it out'
         )
-    choose_attention(recipe.model.attention, world.device, dtype)
+    kind, _ = choose_attention(recipe.model.attention, world.device, dtype)
+    if kind == "sdpa" and recipe.shard.compile and recipe.shard.checkpointing != "none":
+        raise InputError(
+            f'shard.compile: with shard.checkpointing = "{recipe.shard.checkpointing}" a block is '
+            "compiled whole or not at all, and attention document by document cannot be (see "
+            "model.attention); leave one of the two out"
+        )
     try:
         choose = filtering_backend if recipe.objective.filter_epsilon else choose_backend
         choose(recipe.objective.backend, world.device)

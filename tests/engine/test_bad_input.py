@@ -283,7 +283,13 @@ def test_what_cannot_run_here_is_said_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"run.dir": "/proc/none/run"}, {"model.attention": "flash"}], ids="-".join
+    "changes",
+    [
+        {"run.dir": "/proc/none/run"},
+        {"model.attention": "flash"},
+        {"shard.compile": True, "shard.checkpointing": "full"},
+    ],
+    ids="-".join,
 )
 def test_what_cannot_run_here_is_said_before_anything_is_tokenized(
     changes: dict[str, Any], recipe: WriteRecipe, tmp_path: Path

@@ -1,20 +1,24 @@
 """How the student is grouped, gathered and cast under FSDP2."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from redi.engine.config import Objective as ObjectiveSection
 from redi.engine.config import Shard
 from redi.engine.data.packing import PackedBatch
 from redi.engine.distributed import join_world
-from redi.engine.model.attention import register_attention
+from redi.engine.model.attention import NAME, register_attention
 from redi.engine.model.sharding import reshard, shard
 from redi.engine.model.student import Student
 from redi.engine.train.row_loss import Objective, StepTotals
@@ -29,32 +33,46 @@ def alone() -> Iterator[None]:
         yield
 
 
-def sharded(folder: Path, dtype: torch.dtype = torch.float32) -> Student:
+def sharded(folder: Path, dtype: torch.dtype = torch.float32, **section: Any) -> Student:
     model = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation=register_attention("sdpa")
     )
     student = Student(model, Objective(ObjectiveSection(name="redi")))
-    return shard(student, Shard(), dtype, CPU)
+    return shard(student, Shard(**section), dtype, CPU)
 
 
-def row() -> PackedBatch:
-    """A positive of 9 tokens and a negative of 7, a prompt of one token each."""
-    ids = torch.randint(3, 12, (16,), generator=torch.Generator().manual_seed(0))
+def masked_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **of: Any
+) -> tuple[Tensor, None]:
+    """Documents kept apart by a mask: one graph captures it, as it does a card's attention."""
+    positions = torch.arange(query.shape[2])
+    document = torch.searchsorted(of["cu_seq_lens_q"], positions, right=True)
+    mask = (document[:, None] == document) & (positions[:, None] >= positions)
+    out = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+def row(lengths: Sequence[int] = (9, 7)) -> PackedBatch:
+    """Traces of these lengths, a correct one first, then in turn; a prompt of one token each."""
+    boundaries = torch.tensor([0, *lengths]).cumsum(0)
+    ids = torch.randint(3, 12, (sum(lengths),), generator=torch.Generator().manual_seed(0))
     targets = ids.roll(-1)
-    targets[[8, 15]] = -100
+    targets[boundaries[1:] - 1] = -100
+    num_targets = boundaries.diff() - 1
+    signs = torch.tensor([1, -1]).repeat(len(lengths))[: len(lengths)]
     return PackedBatch(
         input_ids=ids,
-        position_ids=torch.cat([torch.arange(9), torch.arange(7)]),
-        cu_seqlens=torch.tensor([0, 9, 16], dtype=torch.int32),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=boundaries.int(),
         targets=targets,
-        signs=torch.tensor([1, -1]),
+        signs=signs,
         weights=None,
         valid_index=(targets >= 0).nonzero()[:, 0],
-        num_positive_targets=8,
-        num_targets=torch.tensor([8, 6]),
-        full_targets=torch.tensor([8, 6]),
-        sequence_ids=torch.tensor([0, 1]),
-        max_seqlen=9,
+        num_positive_targets=int(num_targets[signs > 0].sum()),
+        num_targets=num_targets,
+        full_targets=num_targets,
+        sequence_ids=torch.arange(len(lengths)),
+        max_seqlen=max(lengths),
         is_dummy=False,
     )
 
@@ -92,3 +110,33 @@ def test_reshard_leaves_nothing_gathered_after_scoring(world: Path) -> None:
     assert not all(isinstance(p, DTensor) for p in student.parameters())
     reshard(student)
     assert all(isinstance(p, DTensor) for p in student.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_compiled_blocks_compute_the_same(world: Path, checkpointing: str) -> None:
+    torch.compiler.reset()
+    counters.clear()
+    found = []
+    for compiles in (False, True):
+        student = sharded(world / "model", compile=compiles, checkpointing=checkpointing)
+        AttentionInterface.register(NAME, masked_attention)
+        out = student(row(), TOTALS)
+        out.loss.backward()
+        gradients = [p.grad.full_tensor() for p in student.parameters()]
+        found.append([out.loss.detach(), out.sequence_logps, *gradients])
+    assert counters["stats"]["unique_graphs"] == 1  # for all blocks, whole
+    assert not counters["graph_break"]
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_rows_of_any_lengths_share_what_is_compiled(world: Path) -> None:
+    student = sharded(world / "model", compile=True)
+    for lengths in ((9, 7), (12, 5), (20, 8, 9)):
+        student(row(lengths), TOTALS).loss.backward()
+    counters.clear()
+    for lengths in ((30, 4), (5, 6, 7, 8, 9), (44, 13), (3, 3)):
+        student(row(lengths), TOTALS).loss.backward()
+    assert counters["stats"]["unique_graphs"] == 0
