@@ -302,8 +302,8 @@ class Shard:
     checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none, all but matrix products, all."""
     compile: bool = False
-    """torch.compile each transformer block; beside checkpointing only where a graph can hold its
-    attention, which SDPA document by document is not."""
+    """torch.compile each transformer block; beside checkpointing only with an attention
+    that a graph can hold: not SDPA document by document, not flash-attn 4."""
 
     def __post_init__(self) -> None:
         _require(self.replicate >= 1, f"shard.replicate must be >= 1, got {self.replicate}")

@@ -43,6 +43,10 @@ FLASH = {
     "flash-2": Flash("flash-attn", "flash_attn", (8, 9, 10, 11, 12)),
 }
 
+# What no graph of torch.compile holds: the one reads the documents' lengths, the other is no op
+# that torch knows of.
+NOT_IN_GRAPHS = {"sdpa", "flash-4"}
+
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """Resolve `[model] attention` on this machine.

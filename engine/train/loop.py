@@ -32,7 +32,7 @@ from redi.engine.data.tokens import TokenizedTraces, TokenSettings, tokenize
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
 from redi.engine.estimate import training_cost
-from redi.engine.model.attention import choose_attention, register_attention
+from redi.engine.model.attention import NOT_IN_GRAPHS, choose_attention, register_attention
 from redi.engine.model.export import check_exportable, export
 from redi.engine.model.liger import apply_liger
 from redi.engine.model.load import model_to_train, read_config
@@ -104,11 +104,12 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
             'objective.filter_epsilon needs bfloat16: set train.dtype = "bfloat16", or leave it out'
         )
     kind, _ = choose_attention(recipe.model.attention, world.device, dtype)
-    if kind == "sdpa" and recipe.shard.compile and recipe.shard.checkpointing != "none":
+    recomputed = recipe.shard.checkpointing != "none"
+    if recipe.shard.compile and recomputed and kind in NOT_IN_GRAPHS:
         raise InputError(
-            f'shard.compile: with shard.checkpointing = "{recipe.shard.checkpointing}" a block is '
-            "compiled whole or not at all, and attention document by document cannot be (see "
-            "model.attention); leave one of the two out"
+            "shard.compile: beside shard.checkpointing a block is compiled whole or not at all, "
+            f'and attention "{kind}" cannot be; leave one of the two out, or set model.attention '
+            'to "varlen" on CUDA'
         )
     try:
         choose = filtering_backend if recipe.objective.filter_epsilon else choose_backend
