@@ -9,9 +9,10 @@ change the last bits of a logit. The same batches on the same machine give the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
@@ -82,7 +85,6 @@ def generate(
     *,
     samples: int = 1,
     batch_size: int = 64,
-    in_step: bool = False,
 ) -> list[list[Completion]]:
     """`samples` completions of each prompt, in the order of `prompts`.
 
@@ -91,7 +93,6 @@ def generate(
         tokenizer: the model's.
         prompts: texts as the model is to see them, chat template and all.
         batch_size: sequences that run side by side.
-        in_step: see `generate_batches`.
 
     Raises:
         ValueError: a prompt has no token.
@@ -102,10 +103,7 @@ def generate(
     done: list[Completion | None] = [None] * len(requests)
     places = iter(order)
     sorted_requests = [requests[place] for place in order]
-    batches = generate_batches(
-        model, tokenizer, sorted_requests, sampling, batch_size, in_step=in_step
-    )
-    for batch in batches:
+    for batch in generate_batches(model, tokenizer, sorted_requests, sampling, batch_size):
         for completion in batch:
             done[next(places)] = completion
     completions = [completion for completion in done if completion is not None]
@@ -143,6 +141,7 @@ def generate_batches(
     batch_size: int,
     *,
     in_step: bool = False,
+    break_off: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[Completion]]:
     """Yields the completions of `batch_size` requests at a time, in the order of `requests`.
 
@@ -152,6 +151,8 @@ def generate_batches(
     Args:
         in_step: every rank runs as many forwards of a batch as the slowest, because the model's
             blocks are sharded over them. Each must then have as many batches as the others.
+        break_off: asked for each token; True ends the batch's sequences there. The next batch
+            begins all the same, if it is asked for.
     """
     ends = end_tokens(model, tokenizer)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -170,10 +171,23 @@ def generate_batches(
                 attention_mask=mask.to(model.device),
                 generation_config=config,
                 logits_processor=_processors(batch, sampling),
+                stopping_criteria=StoppingCriteriaList([_BreakOff(break_off)]),
                 synced_gpus=in_step,
             )
         new_tokens = output[:, ids.shape[1] :].tolist()
         yield [_completion(tokenizer, tokens, set(ends)) for tokens in new_tokens]
+
+
+class _BreakOff(StoppingCriteria):
+    """Ends every sequence when asked to."""
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self._asked = asked
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.BoolTensor:
+        """Whether each sequence [batch] ends here."""
+        ends = torch.full(input_ids.shape[:1], self._asked(), device=input_ids.device)
+        return cast(torch.BoolTensor, ends)
 
 
 def vllm_batches(

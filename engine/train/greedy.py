@@ -16,8 +16,16 @@ from redi.engine.data.problems import read_problems
 from redi.engine.data.text import Encoder, TokenSettings
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
-from redi.engine.generate import Sampling, encode_prompts, generate
+from redi.engine.generate import (
+    Completion,
+    Request,
+    Sampling,
+    encode_prompts,
+    generate_batches,
+    longest_first,
+)
 from redi.engine.model.student import Student
+from redi.engine.train.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,9 @@ def held_out_problems(recipe: Recipe) -> HeldOutProblems | None:
     )
 
 
-def greedy_accuracy(student: Student, problems: HeldOutProblems, world: World) -> dict[str, float]:
+def greedy_accuracy(
+    student: Student, problems: HeldOutProblems, world: World, stop: StopRequest
+) -> dict[str, float] | None:
     """Share of the problems that the likeliest completion solves. Every rank must call it.
 
     Each rank takes its share of the problems; blocks are gathered forward by forward, as in
@@ -82,7 +92,8 @@ def greedy_accuracy(student: Student, problems: HeldOutProblems, world: World) -
     which is when FSDP learns that it, and not a block, is the root.
 
     Returns:
-        greedy_accuracy, and greedy_truncated: the share of completions that were cut off.
+        None when a request to stop broke it off, else greedy_accuracy and greedy_truncated: the
+        share of completions that were cut off.
     """
     assert isinstance(student, FSDPModule)
     mine = list(range(world.rank, len(problems.prompts), world.size))
@@ -90,26 +101,36 @@ def greedy_accuracy(student: Student, problems: HeldOutProblems, world: World) -
     share = -(-len(problems.prompts) // world.size)
     prompts = [problems.prompts[index] for index in mine]
     prompts += [problems.prompts[0]] * (share - len(mine))
+    requests = [Request(ids, sample=0) for ids in encode_prompts(problems.tokenizer, prompts)]
+    order = longest_first(requests)
     positions = getattr(student.model.config, "max_position_embeddings", None)
     room = problems.max_new_tokens if positions is None else positions - problems.longest_prompt
-    sampling = Sampling(max(1, min(problems.max_new_tokens, room)))
+    batches = generate_batches(
+        student.model,
+        problems.tokenizer,
+        [requests[place] for place in order],
+        Sampling(max(1, min(problems.max_new_tokens, room))),
+        problems.batch_size,
+        in_step=world.size > 1,
+        break_off=lambda: stop.asked,
+    )
+    completions: list[Completion] = []
     student.unshard()  # embeddings and norm; `generate` does not pass through the root
     try:
         # Compiled blocks have never seen a cache.
         with torch.compiler.set_stance("force_eager"):
-            completions = generate(
-                student.model,
-                problems.tokenizer,
-                prompts,
-                sampling,
-                batch_size=problems.batch_size,
-                in_step=world.size > 1,
-            )
+            for batch in batches:
+                if world.anywhere(stop.asked):
+                    return None
+                completions += batch
     finally:
         student.reshard()
     sums = torch.zeros(2, dtype=torch.float64)
     with open_checker(problems.checker, problems.answer_pattern) as check:
-        for index, (completion,) in zip(mine, completions, strict=False):
+        for place, completion in zip(order, completions, strict=True):
+            if place >= len(mine):
+                continue
+            index = mine[place]
             verdict = check(problems.prompts[index], completion.text, problems.answers[index])
             sums += torch.tensor([verdict.correct, not completion.ended])
     dist.all_reduce(sums)

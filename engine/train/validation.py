@@ -49,7 +49,7 @@ def validate(
 
     Args:
         row_tokens, cost: as in training; on a CPU rows are shorter (`scored_row_tokens`).
-        stop: a request on any rank breaks it off before the next row, or before `greedy_accuracy`.
+        stop: a request on any rank breaks it off before the next row, or at the next token.
 
     Returns:
         None when it was broken off, else positive_logp, and for pairs negative_logp and
@@ -82,6 +82,7 @@ def validate(
     if by_unit.shape[1] == 2:
         result["negative_logp"] = float(by_unit[:, 1].mean())
         result["margin_accuracy"] = float((by_unit[:, 0] > by_unit[:, 1]).mean())
-    if held_out.problems is not None:
-        result |= greedy_accuracy(student, held_out.problems, world)
-    return result
+    if held_out.problems is None:
+        return result
+    accuracy = greedy_accuracy(student, held_out.problems, world, stop)
+    return None if accuracy is None else result | accuracy

@@ -1,12 +1,15 @@
 """Greedy accuracy during training against plain forwards of the same weights."""
 
 import json
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import ranks
 
 from redi.engine.cli import main
 
@@ -95,6 +98,22 @@ def test_two_ranks_find_the_same_accuracy(
         for figure in ("greedy_accuracy", "greedy_truncated"):
             assert two[step][figure] == pytest.approx(one[step][figure])
     assert one[0]["greedy_accuracy"] == pytest.approx(7 / 21)
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_breaks_off_a_long_generation(
+    count: int, recipe: Callable[..., Path], held_out: Path, tmp_path: Path
+) -> None:
+    endless = {"eval.max_new_tokens": 1_000_000, "model.max_position_embeddings": 2_000_000}
+    path = recipe("run", changes(held_out) | endless)
+    runs = ranks(count, "train", path, log=tmp_path / "log")
+    runs[0].wait_for(lambda: "held out:" in runs[0].stderr)
+    time.sleep(2)  # by then it generates
+    for run in runs:
+        run.send(signal.SIGTERM)
+    for run in runs:
+        assert run.end(20) == 0, run.stderr
+    assert "stopped after step 0 of 2" in runs[0].stderr
 
 
 @pytest.mark.parametrize(
