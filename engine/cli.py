@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not faulthandler.is_enabled():
-        faulthandler.enable(sys.__stderr__)  # a crash in native code should say where Python was
+        faulthandler.enable(2)  # a crash in native code should say where Python was
     if argv and argv[0] == "--version":
         print(f"redi-engine {version('redi-engine')}")
         return 0
