@@ -13,7 +13,14 @@ from transformers import PreTrainedTokenizerFast
 
 from redi.engine import quickstart
 from redi.engine.console import Console
-from redi.engine.data.overview import Overview, count_rows, length_rows, look_over, warnings
+from redi.engine.data.overview import (
+    HeldOutOverlap,
+    Overview,
+    count_rows,
+    length_rows,
+    look_over,
+    warnings,
+)
 from redi.engine.data.packing import Cost
 from redi.engine.data.schedule import Schedule, select
 from redi.engine.data.tokens import TokenizedTraces, tokenize
@@ -22,14 +29,20 @@ from redi.engine.errors import InputError
 LIMITS: dict[str, Any] = {"max_tokens": 64, "overlong": "truncate", "row_tokens": 64}
 
 
-def overview(tokens: TokenizedTraces, needs: Any = "pairs", batch: int = 2) -> Overview:
+def overview(
+    tokens: TokenizedTraces,
+    needs: Any = "pairs",
+    batch: int = 2,
+    held_out: TokenizedTraces | None = None,
+) -> Overview:
     examples = select(tokens, objective_needs=needs, **LIMITS)
+    scored = held_out and (held_out, select(held_out, objective_needs="pairs", **LIMITS))
     schedule = Schedule(len(examples.units), batch=batch, epochs=1, max_steps=None, seed=0)
     cost = Cost(linear=1.0, quadratic=0.0)
-    return look_over(tokens, examples, schedule, row_tokens=64, world_size=1, cost=cost)
+    return look_over(tokens, examples, schedule, scored, row_tokens=64, world_size=1, cost=cost)
 
 
-def tokenized(folder: Path, rows: Sequence[dict[str, str]], tokenizer: str) -> TokenizedTraces:
+def tokenized(folder: Path, rows: Sequence[dict[str, Any]], tokenizer: str) -> TokenizedTraces:
     wanted = settings(write_rows(folder / "rows.jsonl", rows), tokenizer)
     return tokenize(wanted, folder / "cache", processes=1, console=Console(active=False))
 
@@ -57,6 +70,39 @@ def test_identical_repeated_and_contradictory_traces_are_counted(tmp_path: Path)
     text = " ".join(warnings(found))
     assert "1 of 7 pairs have the same tokens" in text
     assert f"(the first: {tmp_path / 'rows.jsonl'}:2)" in text
+
+
+def test_held_out_traces_and_problems_that_are_trained_are_counted_and_warned_of(
+    tmp_path: Path,
+) -> None:
+    tokenizer = save_tokenizer(tmp_path)
+    for name in ("train", "eval"):
+        (tmp_path / name).mkdir()
+    texts = {"a": ["yes", "no"], "b": ["one", "two"], "c": ["without a negative: not trained"]}
+    trained = [
+        {"prompt": prompt, "traces": [{"text": t, "correct": t == some[0]} for t in some]}
+        for prompt, some in texts.items()
+    ]
+    apart = [
+        pair("d", "yes", "no"),  # another prompt
+        {"id": "x", **pair("c", "up", "down")},
+    ]
+    both = [
+        {"id": "y", **pair("a", "yes", "never")},  # another id, an equal positive
+        {"id": "y", **pair("a", "no", "never")},  # equal, though it is trained as a negative
+        {"id": "z", **pair("b", "three", "four")},
+    ]
+    tokens = tokenized(tmp_path / "train", trained, tokenizer)
+    clean = overview(tokens, held_out=tokenized(tmp_path / "eval", apart, tokenizer))
+    assert clean.held_out == HeldOutOverlap(4, 0, 2, 0)
+    assert warnings(clean) == []
+    found = overview(tokens, held_out=tokenized(tmp_path / "eval", apart + both, tokenizer))
+    assert found.held_out == HeldOutOverlap(10, 2, 4, 2)
+    (warning,) = warnings(found)
+    assert "2 of its 4 problems have a prompt that is trained on, 2 of its 10 traces" in warning
+    rows = dict(count_rows(found))
+    assert rows["held-out problems that are trained"] == "2 of 4"
+    assert rows["held-out traces that are trained"] == "2 of 10"
 
 
 def test_text_that_the_tokenizer_does_not_know_is_counted_and_warned_of(tmp_path: Path) -> None:

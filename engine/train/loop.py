@@ -144,6 +144,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         data.tokens,
         data.examples,
         data.schedule,
+        (data.held_out.tokens, data.held_out.examples) if data.held_out else None,
         row_tokens=recipe.train.row_tokens,
         world_size=world.size,
         cost=cost,
