@@ -60,7 +60,8 @@ class Data:
     """Which traces it is trained on, and how they become tokens."""
 
     path: str | list[str] = ""
-    """JSONL, JSON, Parquet or CSV files (gzip too), folders of them, or hub names."""
+    """JSONL, JSON, Parquet or CSV files (gzip too), folders of them (sub-folders too), or hub
+    names."""
     mixing_weights: list[float] = field(default_factory=list)
     """One number a path: how often an epoch draws each of its pairs (SFT: sequences). 2: twice;
     0.5: another half each epoch; none given: once."""

@@ -66,8 +66,8 @@ def read_rows(paths: Sequence[str], format: str) -> Iterator[Row]:
     """Yields every row of `paths` in order.
 
     Args:
-        paths: files, folders (their data files, sorted by name) and hub names ("owner/name" or
-            "owner/name:split", split "train" by default).
+        paths: files, folders (the data files in them and in their sub-folders, sorted by path)
+            and hub names ("owner/name" or "owner/name:split", split "train" by default).
         format: a key of `FORMATS`, or "auto": told from the columns of each file's first row.
 
     Raises InputError for missing, empty, unreadable or broken files, naming file and row.
@@ -85,7 +85,7 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
     for name in paths:
         path = Path(name).expanduser()
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.is_file() and _file_kind(file))
+            files = sorted(_data_files(path))
             if not files:
                 raise InputError(f"{name}: no data file in this folder ({_kinds_text()})")
             sources += [Source(str(file), _file_kind(file)) for file in files]
@@ -312,6 +312,17 @@ def _first_byte(file: IO[bytes]) -> bytes:
 def _file_kind(path: Path) -> str:
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     return kind if kind in FILE_KINDS else ""
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    """At any depth; as in `datasets` names that begin with "." or "__" are passed over."""
+    for path in folder.iterdir():
+        if path.name.startswith((".", "__")):
+            continue
+        if path.is_dir():
+            yield from _data_files(path)
+        elif _file_kind(path):
+            yield path
 
 
 def _kinds_text() -> str:
