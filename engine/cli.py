@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from redi.engine.config import (
     Data,
@@ -25,6 +25,7 @@ from redi.engine.config import (
     load_recipe,
 )
 from redi.engine.errors import InputError, RunError
+from redi.engine.hub import is_asked_for
 from redi.engine.train.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def prepare(argv: Sequence[str]) -> None:
         from redi.engine.prepare_options import parse_options
 
         options = parse_options(argv[1:])
+        _tell_of_the_hub("model", options.tokenizer)
         _find_data(*options.data)
 
         from redi.engine.prepare import select_openr1
@@ -182,6 +184,7 @@ def evaluate(argv: Sequence[str]) -> None:
     from redi.engine.evaluate_options import parse_options
 
     options = parse_options(argv)
+    _tell_of_the_hub("model", options.model)
     _find_data(*options.data)
 
     from redi.engine import evaluate
@@ -211,6 +214,7 @@ def logprobs(argv: Sequence[str]) -> None:
         )
     except ValueError as error:
         raise InputError(str(error)) from None
+    _tell_of_the_hub("model", args.model)
     _find_data(*recipe.data.paths)
 
     from redi.engine.console import Console
@@ -256,6 +260,7 @@ def report(argv: Sequence[str]) -> None:
 def _find_data_of(path: str, recipe: Recipe) -> None:
     if not all(recipe.data.paths):
         raise InputError(f"{path}: data.path is missing")
+    _tell_of_the_hub("model", recipe.model.path, recipe.model.tokenizer)
     _find_data(*recipe.data.paths)
     if recipe.eval.paths:
         _find_data(*recipe.eval.paths)
@@ -265,7 +270,16 @@ def _find_data(*paths: str) -> None:
     """InputError for a file that is not there: before torch is imported, which takes seconds."""
     from redi.engine.data.rows import find_sources
 
-    find_sources(paths)
+    hub = [source.name for source in find_sources(paths) if source.kind == "hub"]
+    _tell_of_the_hub("dataset", *(name.partition(":")[0] for name in hub))
+
+
+def _tell_of_the_hub(kind: Literal["model", "dataset"], *names: str | None) -> None:
+    """A mistyped path may pass for a name on the hub: nobody should wait for it unknowing."""
+    for name in dict.fromkeys(names):
+        if name and _rank() == 0 and is_asked_for(name, kind):
+            notice = f"{name}: not on this machine, so it is looked for on the Hugging Face hub"
+            print(notice, file=sys.stderr, flush=True)
 
 
 def _parser(command: str, description: str, *examples: str) -> ArgumentParser:
