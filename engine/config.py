@@ -80,6 +80,9 @@ class Data:
     pairing: Literal["zip", "first", "all"] = "zip"
     """Problems with several traces: i-th correct with i-th incorrect; only the first of each
     (the paper); or every correct with every incorrect."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """drop: equal traces of a problem with one verdict are used once, and so are equal pairs
+    (SFT: traces) of several problems; equal is token for token, and the first stays."""
     max_tokens: int = 19800
     """Longest sequence (prompt and completion), in tokens."""
     max_prompt_tokens: int | None = None

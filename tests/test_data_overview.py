@@ -72,6 +72,39 @@ def test_identical_repeated_and_contradictory_traces_are_counted(tmp_path: Path)
     assert f"(the first: {tmp_path / 'rows.jsonl'}:2)" in text
 
 
+def dropping(tokens: TokenizedTraces, needs: Any) -> tuple[list[list[int]], dict[str, int]]:
+    found = select(tokens, objective_needs=needs, duplicates="drop", **LIMITS)
+    return found.units.tolist(), found.left_out
+
+
+def test_equal_traces_of_a_problem_are_used_once_on_request(tmp_path: Path) -> None:
+    texts = [("x", True), ("x", True), ("y", True), ("x", False), ("n", False)]
+    traces = [{"text": text, "correct": correct} for text, correct in texts]
+    tokens = tokenized(tmp_path, [{"prompt": "c", "traces": traces}], save_tokenizer(tmp_path))
+    kept = select(tokens, objective_needs="pairs", **LIMITS)
+    assert (kept.units.tolist(), kept.left_out) == ([[0, 3], [1, 4]], {"positives unpaired": 1})
+    assert dropping(tokens, "pairs") == ([[0, 3], [2, 4]], {"duplicates dropped": 1})
+
+
+def test_equal_units_of_several_problems_are_used_once_on_request(tmp_path: Path) -> None:
+    rows = [
+        pair("c", "one", "two"),
+        pair("c", "one", "three"),  # its own pair, though the positive is there
+        pair("c", "one", "two"),
+        pair("c", "two", "one"),  # other verdicts
+        pair("d", "one", "two"),  # another prompt
+    ]
+    tokens = tokenized(tmp_path, rows, save_tokenizer(tmp_path))
+    pairs = [[0, 1], [2, 3], [6, 7], [8, 9]]
+    assert dropping(tokens, "pairs") == (pairs, {"duplicates dropped": 2})
+    units, left_out = dropping(tokens, "positives")
+    assert units == [[0], [6], [8]]
+    assert left_out == {"duplicates dropped": 2, "negatives unused": 5}
+    units, left_out = dropping(tokens, "traces")
+    assert units == [[0], [1], [3], [6], [7], [8], [9]]
+    assert left_out == {"duplicates dropped": 3}
+
+
 def test_held_out_traces_and_problems_that_are_trained_are_counted_and_warned_of(
     tmp_path: Path,
 ) -> None:

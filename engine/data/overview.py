@@ -345,5 +345,8 @@ def warnings(overview: Overview) -> list[str]:
             f"{both.traces:,} traces are themselves trained on, token for token"
         )
     if overview.duplicates * 10 > trained:
-        found.append(f"{overview.duplicates:,} of {trained:,} traces repeat another one")
+        found.append(
+            f"{overview.duplicates:,} of {trained:,} traces repeat another one; [data] duplicates "
+            f'= "drop" uses equal {"pairs" if overview.paired else "sequences"} once'
+        )
     return found

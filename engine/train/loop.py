@@ -278,6 +278,7 @@ def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: Needs) -
         tokens,
         objective_needs=objective_needs,
         pairing=recipe.data.pairing,
+        duplicates=recipe.data.duplicates,
         max_tokens=recipe.data.max_tokens,
         max_prompt_tokens=recipe.data.max_prompt_tokens,
         max_completion_tokens=recipe.data.max_completion_tokens,
