@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import time
 from argparse import ArgumentError
@@ -23,13 +24,14 @@ from redi.engine.config import (
     explain,
     help_formatter,
     load_recipe,
+    unknown_option,
 )
 from redi.engine.errors import InputError, RunError
 from redi.engine.hub import is_asked_for
 from redi.engine.train.signals import StopRequest
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, Namespace
 
 RANK_0_SECONDS = 5.0
 """How long the other ranks leave rank 0 to say what is wrong."""
@@ -172,7 +174,7 @@ def export(argv: Sequence[str]) -> None:
     )
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--step", type=int | None, help="which checkpoint; left out: the newest")
-    args = parser.parse_args(list(argv))
+    args = _arguments(parser, argv)
 
     from redi.engine.model.export import export_run
 
@@ -205,7 +207,7 @@ def logprobs(argv: Sequence[str]) -> None:
     parser.add_argument("--template", default="chat", choices=["chat", "none"])
     parser.add_argument("--system-prompt", type=str | None, help="as data.system_prompt")
     parser.add_argument("--row-tokens", type=int, default=32768, help="as train.row_tokens")
-    args = parser.parse_args(list(argv))
+    args = _arguments(parser, argv)
     try:
         recipe = Recipe(
             model=Model(path=args.model),
@@ -229,11 +231,12 @@ def logprobs(argv: Sequence[str]) -> None:
 
 def doctor(argv: Sequence[str]) -> None:
     """`redi doctor`: versions, devices, what a run here will use, and a self-test."""
-    _parser(
+    parser = _parser(
         "doctor",
         "What this machine has, what a run here uses and why; tests the loss.",
         "redi doctor",
-    ).parse_args(list(argv))
+    )
+    _arguments(parser, argv)
 
     from redi.engine.doctor import examine
 
@@ -250,7 +253,7 @@ def report(argv: Sequence[str]) -> None:
         "redi report runs/redi-alpha-0.5 runs/redi-alpha-0.8      side by side",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    args = parser.parse_args(list(argv))
+    args = _arguments(parser, argv)
 
     from redi.engine.report import report
 
@@ -294,6 +297,17 @@ def _parser(command: str, description: str, *examples: str) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
+
+
+def _arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    """What a command line says; InputError for an option that its command does not have."""
+    try:
+        return parser.parse_args(list(argv))
+    except ArgumentError as error:
+        options = re.findall(r"--([\w-]+)", parser.format_usage())
+        if problem := unknown_option(str(error), options, parser.prog):
+            raise InputError(problem) from None
+        raise
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

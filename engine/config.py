@@ -12,7 +12,7 @@ import os
 import re
 import tomllib
 from argparse import SUPPRESS, ArgumentError, HelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -602,6 +602,23 @@ def explain(error: Exception) -> str:
         got = value[1].strip() if value else "another type"
         return f"{found[1]}: needs {expected}, got {got}"
     return " ".join(text.split())
+
+
+def unknown_option(error: str, options: Iterable[str], command: str) -> str | None:
+    """One clear line for an option that a command does not have; None for another error.
+
+    Args:
+        error: jsonargparse's message.
+        options: the command's, without their dashes.
+        command: the command line's beginning, "redi evaluate".
+    """
+    found = re.search(r"nrecognized arguments: (-*)([^\s=]+)", error)
+    if not found:
+        return None
+    dashes, name = found.groups()
+    near = difflib.get_close_matches(name, options, n=1) if dashes == "--" else []
+    hint = f"did you mean --{near[0]}?" if near else f"`{command} --help` lists all"
+    return f"unknown {'option' if dashes else 'argument'} {dashes}{name}; {hint}"
 
 
 def _expected(key: str) -> str:

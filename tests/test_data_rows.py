@@ -202,11 +202,18 @@ def test_an_empty_file_is_an_error(tmp_path, name, data):
     assert f"{path}: holds no rows" in error_of(str(path))
 
 
-@pytest.mark.parametrize("data", ["", "prompt,chosen,rejected\n", "prompt,chosen,rejected\n,,\n"])
+@pytest.mark.parametrize("data", ["prompt,chosen,rejected\n", "prompt,chosen,rejected\n,,\n"])
 def test_a_csv_of_a_header_alone_holds_no_rows(tmp_path, data):
     path = tmp_path / "a.csv"
     path.write_text(data)
     assert f"{path}: holds no rows below its header line" in error_of(str(path))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_csv_is_told_from_one_of_a_header_alone(tmp_path, content):
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    assert error_of(str(path)) == f"{path}: holds no rows, nor a header line"
 
 
 def test_an_empty_parquet_file_and_an_empty_folder_are_errors(tmp_path):

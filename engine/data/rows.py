@@ -212,6 +212,8 @@ def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
     delimiter = max(",;\t", key=first.count)  # spreadsheets of half the world write ";"
     reader = csv.reader(chain([""] * excel + [first], lines), delimiter=delimiter)
     header = [column.strip() for column in next(filter(None, reader), [])]
+    if not header:
+        raise InputError(f"{name}: holds no rows, nor a header line")
     if twice := [column for column in header if header.count(column) > 1]:
         raise InputError(f"{name}:1: column {twice[0]!r} is there {header.count(twice[0])} times")
     number = reader.line_num + 1
