@@ -120,19 +120,12 @@ def test_a_folder_gives_its_data_files_in_order_of_name(tmp_path):
 
 
 def test_a_folder_gives_those_of_its_sub_folders_too_but_nothing_hidden(tmp_path):
-    names = [
-        "b/2.jsonl",
-        "b/1/x.jsonl",
-        "a.jsonl",
-        ".hidden/x.jsonl",
-        "b/__old/x.jsonl",
-        "._a.json",
-    ]
-    for name in names:
+    hidden = [".hidden/x.jsonl", "b/__old/1/x.jsonl", "b/__old/x.jsonl", "._a.json"]
+    for name in ["b/2.jsonl", "b/1/x.jsonl", "b/1/__y.jsonl", "a.jsonl", *hidden]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write_rows(tmp_path / name, [{**PAIR, "chosen": name}])
     found = [t.completion for t in traces_of(str(tmp_path)) if t.sign > 0]
-    assert found == ["a.jsonl", "b/1/x.jsonl", "b/2.jsonl"]
+    assert found == ["a.jsonl", "b/1/__y.jsonl", "b/1/x.jsonl", "b/2.jsonl"]
 
 
 @pytest.mark.parametrize("again", ["one.jsonl", "./one.jsonl", "."])

@@ -317,12 +317,12 @@ def _file_kind(path: Path) -> str:
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
-    """At any depth; as in `datasets` names that begin with "." or "__" are passed over."""
+    """At any depth; as in `datasets` neither hidden ones nor those in folders like __pycache__."""
     for path in folder.iterdir():
-        if path.name.startswith((".", "__")):
+        if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from _data_files(path)
+            yield from () if path.name.startswith("__") else _data_files(path)
         elif _file_kind(path):
             yield path
 
