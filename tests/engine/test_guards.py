@@ -217,8 +217,16 @@ def test_too_many_in_a_row_end_the_run_which_may_go_on(
     overflowing: Path, recipe: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:
     """Its weights are as they were, and what made the steps so may lie outside of it."""
-    changes = {"data.path": str(overflowing), "train.batch": 30, "guard.max_skips": 2}
-    path = str(recipe("run", changes | {"run.save_every": 1}))
+    changes = {
+        "data.path": str(overflowing),
+        "data.pairing": "first",
+        "train.batch": 40,  # all of them
+        "train.max_steps": 3,
+        "train.row_tokens": 1024,
+        "guard.max_skips": 2,
+        "run.save_every": 1,
+    }
+    path = str(recipe("run", changes))
     assert main(["train", path]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "2 steps in a row (from " in last
@@ -237,8 +245,8 @@ def test_the_command_of_a_collapsed_run_does_not_train_its_ruined_weights_on(
         "optim.warmup": 0.0,
         "data.pairing": "first",
         "train.batch": 4,
-        "train.max_steps": 32,
-        "run.save_every": 4,
+        "train.max_steps": 25,
+        "run.save_every": 6,
         "run.keep": 1,
     }
     path = str(recipe("run", changes))
