@@ -53,6 +53,7 @@ def write(folder: Path, lengths: np.ndarray) -> None:
                 "origin": pa.nulls(len(some), pa.string()),
                 "row": number + 1,
                 "digest": number,
+                "prompt_digest": number // 2,
                 "group": number // 2,
             }
             arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import faulthandler
 import os
+import re
 import sys
 import time
 from argparse import ArgumentError
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from redi.engine.config import (
     Data,
@@ -24,12 +25,14 @@ from redi.engine.config import (
     explain,
     help_formatter,
     load_recipe,
+    unknown_option,
 )
 from redi.engine.errors import InputError, RunError
+from redi.engine.hub import is_asked_for
 from redi.engine.train.signals import StopRequest
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, Namespace
 
 RANK_0_SECONDS = 5.0
 """How long the other ranks leave rank 0 to say what is wrong."""
@@ -73,6 +76,7 @@ def prepare(argv: Sequence[str]) -> None:
         from redi.engine.prepare_options import parse_options
 
         options = parse_options(argv[1:])
+        _tell_of_the_hub("model", options.tokenizer)
         _find_data(*options.data)
 
         from redi.engine.prepare import select_openr1
@@ -171,7 +175,7 @@ def export(argv: Sequence[str]) -> None:
     )
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--step", type=int | None, help="which checkpoint; left out: the newest")
-    args = parser.parse_args(list(argv))
+    args = _arguments(parser, argv)
 
     from redi.engine.model.export import export_run
 
@@ -183,6 +187,7 @@ def evaluate(argv: Sequence[str]) -> None:
     from redi.engine.evaluate_options import parse_options
 
     options = parse_options(argv)
+    _tell_of_the_hub("model", options.model)
     _find_data(*options.data)
 
     from redi.engine import evaluate
@@ -203,7 +208,7 @@ def logprobs(argv: Sequence[str]) -> None:
     parser.add_argument("--template", default="chat", choices=["chat", "none"])
     parser.add_argument("--system-prompt", type=str | None, help="as data.system_prompt")
     parser.add_argument("--row-tokens", type=int, default=32768, help="as train.row_tokens")
-    args = parser.parse_args(list(argv))
+    args = _arguments(parser, argv)
     try:
         recipe = Recipe(
             model=Model(path=args.model),
@@ -212,6 +217,7 @@ def logprobs(argv: Sequence[str]) -> None:
         )
     except ValueError as error:
         raise InputError(str(error)) from None
+    _tell_of_the_hub("model", args.model)
     _find_data(*recipe.data.paths)
 
     from redi.engine.console import Console
@@ -226,11 +232,12 @@ def logprobs(argv: Sequence[str]) -> None:
 
 def doctor(argv: Sequence[str]) -> None:
     """`redi doctor`: versions, devices, what a run here will use, and a self-test."""
-    _parser(
+    parser = _parser(
         "doctor",
         "What this machine has, what a run here uses and why; tests the loss.",
         "redi doctor",
-    ).parse_args(list(argv))
+    )
+    _arguments(parser, argv)
 
     from redi.engine.doctor import examine
 
@@ -247,7 +254,7 @@ def report(argv: Sequence[str]) -> None:
         "redi report runs/redi-alpha-0.5 runs/redi-alpha-0.8      side by side",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    args = parser.parse_args(list(argv))
+    args = _arguments(parser, argv)
 
     from redi.engine.report import report
 
@@ -257,6 +264,7 @@ def report(argv: Sequence[str]) -> None:
 def _find_data_of(path: str, recipe: Recipe) -> None:
     if not all(recipe.data.paths):
         raise InputError(f"{path}: data.path is missing")
+    _tell_of_the_hub("model", recipe.model.path, recipe.model.tokenizer)
     _find_data(*recipe.data.paths)
     if recipe.eval.paths:
         _find_data(*recipe.eval.paths)
@@ -266,7 +274,16 @@ def _find_data(*paths: str) -> None:
     """InputError for a file that is not there: before torch is imported, which takes seconds."""
     from redi.engine.data.rows import find_sources
 
-    find_sources(paths)
+    hub = [source.name for source in find_sources(paths) if source.kind == "hub"]
+    _tell_of_the_hub("dataset", *(name.partition(":")[0] for name in hub))
+
+
+def _tell_of_the_hub(kind: Literal["model", "dataset"], *names: str | None) -> None:
+    """A mistyped path may pass for a name on the hub: nobody should wait for it unknowing."""
+    for name in dict.fromkeys(names):
+        if name and _rank() == 0 and is_asked_for(name, kind):
+            notice = f"{name}: not on this machine, so it is looked for on the Hugging Face hub"
+            print(notice, file=sys.stderr, flush=True)
 
 
 def _parser(command: str, description: str, *examples: str) -> ArgumentParser:
@@ -281,6 +298,17 @@ def _parser(command: str, description: str, *examples: str) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
+
+
+def _arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    """What a command line says; InputError for an option that its command does not have."""
+    try:
+        return parser.parse_args(list(argv))
+    except ArgumentError as error:
+        options = re.findall(r"--([\w-]+)", parser.format_usage())
+        if problem := unknown_option(str(error), options, parser.prog):
+            raise InputError(problem) from None
+        raise
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

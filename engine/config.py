@@ -12,7 +12,7 @@ import os
 import re
 import tomllib
 from argparse import SUPPRESS, ArgumentError, HelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,7 +60,8 @@ class Data:
     """Which traces it is trained on, and how they become tokens."""
 
     path: str | list[str] = ""
-    """JSONL, JSON, Parquet or CSV files (gzip too), folders of them, or hub names."""
+    """JSONL, JSON, Parquet or CSV files (gzip too), folders of them (sub-folders too), or hub
+    names."""
     mixing_weights: list[float] = field(default_factory=list)
     """One number a path: how often an epoch draws each of its pairs (SFT: sequences). 2: twice;
     0.5: another half each epoch; none given: once."""
@@ -79,6 +80,9 @@ class Data:
     pairing: Literal["zip", "first", "all"] = "zip"
     """Problems with several traces: i-th correct with i-th incorrect; only the first of each
     (the paper); or every correct with every incorrect."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """drop: equal traces of a problem with one verdict are used once, and so are equal pairs
+    (SFT: traces) of several problems; equal is token for token, and the first stays."""
     max_tokens: int = 19800
     """Longest sequence (prompt and completion), in tokens."""
     max_prompt_tokens: int | None = None
@@ -599,6 +603,23 @@ def explain(error: Exception) -> str:
         got = value[1].strip() if value else "another type"
         return f"{found[1]}: needs {expected}, got {got}"
     return " ".join(text.split())
+
+
+def unknown_option(error: str, options: Iterable[str], command: str) -> str | None:
+    """One clear line for an option that a command does not have; None for another error.
+
+    Args:
+        error: jsonargparse's message.
+        options: the command's, without their dashes.
+        command: the command line's beginning, "redi evaluate".
+    """
+    found = re.search(r"nrecognized arguments: (-*)([^\s=]+)", error)
+    if not found:
+        return None
+    dashes, name = found.groups()
+    near = difflib.get_close_matches(name, options, n=1) if dashes == "--" else []
+    hint = f"did you mean --{near[0]}?" if near else f"`{command} --help` lists all"
+    return f"unknown {'option' if dashes else 'argument'} {dashes}{name}; {hint}"
 
 
 def _expected(key: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from redi.engine.checkers import ExactChecker
-from redi.engine.config import help_formatter, plain_type
+from redi.engine.config import help_formatter, plain_type, unknown_option
 from redi.engine.errors import InputError
 
 EXAMPLES = """\
@@ -158,10 +157,8 @@ def explain_options(error: str, options: type, command: str) -> str | None:
         command: the command line's beginning, "redi evaluate".
     """
     types = {f.name: f.type for f in fields(options)}
-    if found := re.search(r"unrecognized arguments: --([\w.-]+)", error):
-        near = difflib.get_close_matches(found[1].replace("-", "_"), types, n=1)
-        hint = f"did you mean --{near[0]}?" if near else f"`{command} --help` lists all"
-        return f"unknown option --{found[1]}; {hint}"
+    if problem := unknown_option(error, types, command):
+        return problem
     if found := re.search(r'Parser key "(\w+)"', error):
         value = re.search(r"(?:Given value|Got value): (.*)", error)
         got = value[1].strip() if value else "another type"

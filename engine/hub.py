@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -17,6 +18,17 @@ def is_hub_name(name: str) -> bool:
     A mistyped path in such a folder would otherwise wait for the hub's answer.
     """
     return bool(_HUB_NAME.fullmatch(name)) and not Path(name).parent.is_dir()
+
+
+def is_asked_for(name: str, kind: Literal["model", "dataset"]) -> bool:
+    """Whether `name` lies neither on disk nor in the hub client's cache.
+
+    The client then asks the hub; without a network it tries for 23 s, which no setting shortens.
+    """
+    from huggingface_hub import constants  # imported late: local files need no hub
+
+    cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+    return is_hub_name(name) and not Path(name).exists() and not cached.is_dir()
 
 
 @contextmanager

@@ -204,6 +204,7 @@ def fill_cache(
         data.tokens,
         data.examples,
         data.schedule,
+        (data.held_out.tokens, data.held_out.examples) if data.held_out else None,
         row_tokens=recipe.train.row_tokens,
         world_size=ranks,
         cost=training_cost(config),

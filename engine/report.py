@@ -28,6 +28,8 @@ class Curves:
     """The step lines."""
     held_out: list[dict[str, Any]]
     """The lines of `[eval]`."""
+    verdicts: list[dict[str, Any]]
+    """The lines of `[guard]`."""
     finished: bool
 
 
@@ -48,7 +50,8 @@ def read_run(run_dir: Path) -> Curves:
         if not all(isinstance(line.get(key), float | int | None) for key in KEYS):
             raise InputError(f"{path}: step {line['step']} is damaged")
     held_out = [line for line in lines if line.get("event") == "eval"]
-    return Curves(run_dir.name, steps, held_out, (run_dir / "export").is_dir())
+    verdicts = [line for line in lines if line.get("event") in ("collapse", "not_finite")]
+    return Curves(run_dir.name, steps, held_out, verdicts, (run_dir / "export").is_dir())
 
 
 def report(run_dirs: Sequence[Path]) -> Path:
@@ -106,7 +109,15 @@ def _rows(runs: Sequence[Curves]) -> list[list[str]]:
 
 
 def _steps(run: Curves) -> str:
-    return f"{run.steps[-1]['step']:,}" + ("" if run.finished else ", unfinished")
+    """How many, and how the run ended where it did not finish in peace."""
+    count = f"{run.steps[-1]['step']:,}" + ("" if run.finished else ", unfinished")
+    if not run.verdicts:
+        return count
+    last = run.verdicts[-1]
+    if last.get("goes_on", True):
+        return f"{count}, collapse warned of at step {last['step']:,}"
+    what = "collapsed" if last["event"] == "collapse" else "ended as not finite"
+    return f"{run.steps[-1]['step']:,}, {what} at step {last['step']:,}"
 
 
 def _number(value: float) -> str:

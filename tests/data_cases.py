@@ -91,6 +91,7 @@ def make_tokens(
         "origin": [None] * n,
         "row": range(1, n + 1),
         "digest": range(n),
+        "prompt_digest": range(n),
         "unknown": [0] * n,
         "control": [0] * n,
         "source": [0] * n,

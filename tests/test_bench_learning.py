@@ -392,6 +392,18 @@ def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
+def test_ctrl_c_during_imports_is_one_line(tmp_path: Path) -> None:
+    running = start(tmp_path)
+    modules = Path(f"/proc/{running.pid}/maps")
+    while "libtorch" not in modules.read_text():  # in the midst of them
+        assert running.poll() is None
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=30)
+    assert (running.returncode, said) == (130, "stopped before it had begun\n")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_a_study_with_one_line_and_no_process_left(tmp_path: Path) -> None:
     running = start(tmp_path)

@@ -13,7 +13,14 @@ from transformers import PreTrainedTokenizerFast
 
 from redi.engine import quickstart
 from redi.engine.console import Console
-from redi.engine.data.overview import Overview, count_rows, length_rows, look_over, warnings
+from redi.engine.data.overview import (
+    HeldOutOverlap,
+    Overview,
+    count_rows,
+    length_rows,
+    look_over,
+    warnings,
+)
 from redi.engine.data.packing import Cost
 from redi.engine.data.schedule import Schedule, select
 from redi.engine.data.tokens import TokenizedTraces, tokenize
@@ -22,14 +29,20 @@ from redi.engine.errors import InputError
 LIMITS: dict[str, Any] = {"max_tokens": 64, "overlong": "truncate", "row_tokens": 64}
 
 
-def overview(tokens: TokenizedTraces, needs: Any = "pairs", batch: int = 2) -> Overview:
+def overview(
+    tokens: TokenizedTraces,
+    needs: Any = "pairs",
+    batch: int = 2,
+    held_out: TokenizedTraces | None = None,
+) -> Overview:
     examples = select(tokens, objective_needs=needs, **LIMITS)
+    scored = held_out and (held_out, select(held_out, objective_needs="pairs", **LIMITS))
     schedule = Schedule(len(examples.units), batch=batch, epochs=1, max_steps=None, seed=0)
     cost = Cost(linear=1.0, quadratic=0.0)
-    return look_over(tokens, examples, schedule, row_tokens=64, world_size=1, cost=cost)
+    return look_over(tokens, examples, schedule, scored, row_tokens=64, world_size=1, cost=cost)
 
 
-def tokenized(folder: Path, rows: Sequence[dict[str, str]], tokenizer: str) -> TokenizedTraces:
+def tokenized(folder: Path, rows: Sequence[dict[str, Any]], tokenizer: str) -> TokenizedTraces:
     wanted = settings(write_rows(folder / "rows.jsonl", rows), tokenizer)
     return tokenize(wanted, folder / "cache", processes=1, console=Console(active=False))
 
@@ -57,6 +70,72 @@ def test_identical_repeated_and_contradictory_traces_are_counted(tmp_path: Path)
     text = " ".join(warnings(found))
     assert "1 of 7 pairs have the same tokens" in text
     assert f"(the first: {tmp_path / 'rows.jsonl'}:2)" in text
+
+
+def dropping(tokens: TokenizedTraces, needs: Any) -> tuple[list[list[int]], dict[str, int]]:
+    found = select(tokens, objective_needs=needs, duplicates="drop", **LIMITS)
+    return found.units.tolist(), found.left_out
+
+
+def test_equal_traces_of_a_problem_are_used_once_on_request(tmp_path: Path) -> None:
+    texts = [("x", True), ("x", True), ("y", True), ("x", False), ("n", False)]
+    traces = [{"text": text, "correct": correct} for text, correct in texts]
+    tokens = tokenized(tmp_path, [{"prompt": "c", "traces": traces}], save_tokenizer(tmp_path))
+    kept = select(tokens, objective_needs="pairs", **LIMITS)
+    assert (kept.units.tolist(), kept.left_out) == ([[0, 3], [1, 4]], {"positives unpaired": 1})
+    assert dropping(tokens, "pairs") == ([[0, 3], [2, 4]], {"duplicates dropped": 1})
+
+
+def test_equal_units_of_several_problems_are_used_once_on_request(tmp_path: Path) -> None:
+    rows = [
+        pair("c", "one", "two"),
+        pair("c", "one", "three"),  # its own pair, though the positive is there
+        pair("c", "one", "two"),
+        pair("c", "two", "one"),  # other verdicts
+        pair("d", "one", "two"),  # another prompt
+    ]
+    tokens = tokenized(tmp_path, rows, save_tokenizer(tmp_path))
+    pairs = [[0, 1], [2, 3], [6, 7], [8, 9]]
+    assert dropping(tokens, "pairs") == (pairs, {"duplicates dropped": 2})
+    units, left_out = dropping(tokens, "positives")
+    assert units == [[0], [6], [8]]
+    assert left_out == {"duplicates dropped": 2, "negatives unused": 5}
+    units, left_out = dropping(tokens, "traces")
+    assert units == [[0], [1], [3], [6], [7], [8], [9]]
+    assert left_out == {"duplicates dropped": 3}
+
+
+def test_held_out_traces_and_problems_that_are_trained_are_counted_and_warned_of(
+    tmp_path: Path,
+) -> None:
+    tokenizer = save_tokenizer(tmp_path)
+    for name in ("train", "eval"):
+        (tmp_path / name).mkdir()
+    texts = {"a": ["yes", "no"], "b": ["one", "two"], "c": ["without a negative: not trained"]}
+    trained = [
+        {"prompt": prompt, "traces": [{"text": t, "correct": t == some[0]} for t in some]}
+        for prompt, some in texts.items()
+    ]
+    apart = [
+        pair("d", "yes", "no"),  # another prompt
+        {"id": "x", **pair("c", "up", "down")},
+    ]
+    both = [
+        {"id": "y", **pair("a", "yes", "never")},  # another id, an equal positive
+        {"id": "y", **pair("a", "no", "never")},  # equal, though it is trained as a negative
+        {"id": "z", **pair("b", "three", "four")},
+    ]
+    tokens = tokenized(tmp_path / "train", trained, tokenizer)
+    clean = overview(tokens, held_out=tokenized(tmp_path / "eval", apart, tokenizer))
+    assert clean.held_out == HeldOutOverlap(4, 0, 2, 0)
+    assert warnings(clean) == []
+    found = overview(tokens, held_out=tokenized(tmp_path / "eval", apart + both, tokenizer))
+    assert found.held_out == HeldOutOverlap(10, 2, 4, 2)
+    (warning,) = warnings(found)
+    assert "2 of its 4 problems have a prompt that is trained on, 2 of its 10 traces" in warning
+    rows = dict(count_rows(found))
+    assert rows["held-out problems that are trained"] == "2 of 4"
+    assert rows["held-out traces that are trained"] == "2 of 10"
 
 
 def test_text_that_the_tokenizer_does_not_know_is_counted_and_warned_of(tmp_path: Path) -> None:

@@ -119,6 +119,15 @@ def test_a_folder_gives_its_data_files_in_order_of_name(tmp_path):
     assert [t.completion for t in traces_of(str(tmp_path)) if t.sign > 0] == ["first", "second"]
 
 
+def test_a_folder_gives_those_of_its_sub_folders_too_but_nothing_hidden(tmp_path):
+    hidden = [".hidden/x.jsonl", "b/__old/1/x.jsonl", "b/__old/x.jsonl", "._a.json"]
+    for name in ["b/2.jsonl", "b/1/x.jsonl", "b/1/__y.jsonl", "a.jsonl", *hidden]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(tmp_path / name, [{**PAIR, "chosen": name}])
+    found = [t.completion for t in traces_of(str(tmp_path)) if t.sign > 0]
+    assert found == ["a.jsonl", "b/1/__y.jsonl", "b/1/x.jsonl", "b/2.jsonl"]
+
+
 @pytest.mark.parametrize("again", ["one.jsonl", "./one.jsonl", "."])
 def test_a_file_named_twice_is_an_error(tmp_path, monkeypatch, again):
     monkeypatch.chdir(tmp_path)
@@ -186,11 +195,18 @@ def test_an_empty_file_is_an_error(tmp_path, name, data):
     assert f"{path}: holds no rows" in error_of(str(path))
 
 
-@pytest.mark.parametrize("data", ["", "prompt,chosen,rejected\n", "prompt,chosen,rejected\n,,\n"])
+@pytest.mark.parametrize("data", ["prompt,chosen,rejected\n", "prompt,chosen,rejected\n,,\n"])
 def test_a_csv_of_a_header_alone_holds_no_rows(tmp_path, data):
     path = tmp_path / "a.csv"
     path.write_text(data)
     assert f"{path}: holds no rows below its header line" in error_of(str(path))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_csv_is_told_from_one_of_a_header_alone(tmp_path, content):
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    assert error_of(str(path)) == f"{path}: holds no rows, nor a header line"
 
 
 def test_an_empty_parquet_file_and_an_empty_folder_are_errors(tmp_path):

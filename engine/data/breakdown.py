@@ -10,7 +10,7 @@ import numpy as np
 
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.overview import PERCENTILES, Lengths, sum_up
-from redi.engine.data.schedule import Examples
+from redi.engine.data.schedule import Examples, repeats
 
 _PAIRS_COMPARED = 1000
 """Pairs whose tokens are read, evenly spaced."""
@@ -63,7 +63,7 @@ def break_down(tokens: TokenizedTraces, examples: Examples, max_tokens: int) -> 
     """
     used = np.zeros(len(tokens), dtype=bool)
     used[examples.units] = True
-    repeated = _repeated(tokens)
+    repeated = repeats(tokens.signs, tokens.digests)
     identical = np.zeros(len(tokens), dtype=np.int64)
     if examples.units.shape[1] == 2:
         first, second = examples.units.T
@@ -112,15 +112,6 @@ def _largest(numbers: np.ndarray, names: Sequence[str | None]) -> Iterator[tuple
     if len(names) > MOST_ORIGINS:
         others = np.flatnonzero(~np.isin(numbers, largest))
         yield f"{len(names) - MOST_ORIGINS:,} others", others
-
-
-def _repeated(tokens: TokenizedTraces) -> np.ndarray:
-    """Which traces repeat an earlier one of their sign, bool [n]."""
-    order = np.lexsort((tokens.signs, tokens.digests))
-    digests, signs = tokens.digests[order], tokens.signs[order]
-    again = np.zeros(len(tokens), dtype=bool)
-    again[order[1:]] = (digests[1:] == digests[:-1]) & (signs[1:] == signs[:-1])
-    return again
 
 
 def _overlap(tokens: TokenizedTraces, units: np.ndarray) -> float | None:

@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         ("origin", pa.string()),
         ("row", pa.int64()),
         ("digest", pa.uint64()),
+        ("prompt_digest", pa.uint64()),
         ("unknown", pa.int32()),
         ("control", pa.int32()),
         ("source", pa.int32()),
@@ -71,6 +72,7 @@ class TokenizedTraces:
         groups: int64 [n], problem numbers in order of first appearance in the file.
         weights: float32 [n].
         digests: uint64 [n], hash of prompt and completion; equal for equal tokens.
+        prompt_digests: uint64 [n], hash of the prompt's tokens.
         unknown: int32 [n], tokens that the tokenizer does not know.
         control: int32 [n], control tokens of the tokenizer that the trace's text spells.
         control_tokens: traces with such a token, by token.
@@ -112,6 +114,7 @@ class TokenizedTraces:
         self.groups = self._column("group")
         self.weights = self._column("weight")
         self.digests = self._column("digest")
+        self.prompt_digests = self._column("prompt_digest")
         self.unknown = self._column("unknown")
         self.control = self._column("control")
         self.source_numbers = self._column("source")

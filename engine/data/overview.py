@@ -43,6 +43,20 @@ class PathDraws:
 
 
 @dataclass(frozen=True)
+class HeldOutOverlap:
+    """What of `[eval]` is trained on as well."""
+
+    traces: int
+    """Held-out traces that are scored."""
+    trained_traces: int
+    """Of them, those that equal a used trace, prompt and completion, token for token."""
+    problems: int
+    """Their problems."""
+    trained_problems: int
+    """Of them, those whose prompt is that of a used trace, token for token."""
+
+
+@dataclass(frozen=True)
 class Overview:
     """What `[data]`, `[objective]` and `[train]` come to."""
 
@@ -80,6 +94,8 @@ class Overview:
     """Used traces whose text spells a control token of the tokenizer."""
     control_names: tuple[str, ...]
     """Which control tokens the data spells."""
+    held_out: HeldOutOverlap | None
+    """None without `[eval]`."""
     steps: int
     batch: int
     epochs: float
@@ -99,6 +115,7 @@ def look_over(
     tokens: TokenizedTraces,
     examples: Examples,
     schedule: Schedule,
+    held_out: tuple[TokenizedTraces, Examples] | None = None,
     *,
     row_tokens: int,
     world_size: int,
@@ -108,6 +125,7 @@ def look_over(
 
     Args:
         tokens, examples, schedule: what is trained, and when.
+        held_out: the traces of `[eval]` and which of them are scored, if there are any.
         row_tokens, world_size, cost: as `pack` takes them.
     """
     in_use = np.zeros(len(tokens), dtype=bool)
@@ -166,6 +184,7 @@ def look_over(
         unknown_tokens=int(np.sum(tokens.unknown[used] > 0)),
         control_tokens=int(np.sum(tokens.control[used] > 0)),
         control_names=tuple(tokens.control_tokens),
+        held_out=None if held_out is None else _in_both(*held_out, tokens, used),
         steps=schedule.total_steps,
         batch=schedule.batch,
         epochs=schedule.total_steps / schedule.steps_per_epoch,
@@ -174,6 +193,22 @@ def look_over(
         rank_efficiency=float(np.mean([packing.rank_efficiency for packing in packings])),
         rank_efficiency_bound=float(np.mean([packing.bound for packing in packings])),
         world_size=world_size,
+    )
+
+
+def _in_both(
+    held_out: TokenizedTraces, examples: Examples, tokens: TokenizedTraces, used: np.ndarray
+) -> HeldOutOverlap:
+    """What is in both sets; `used` are the indices of the traces that are trained."""
+    scored = np.unique(examples.units)
+    _, one_per_problem = np.unique(held_out.groups[scored], return_index=True)
+    prompts = held_out.prompt_digests[scored[one_per_problem]]
+    trained_prompts = _distinct(tokens.prompt_digests[used])
+    return HeldOutOverlap(
+        traces=len(scored),
+        trained_traces=int(np.isin(held_out.digests[scored], tokens.digests[used]).sum()),
+        problems=len(prompts),
+        trained_problems=int(np.isin(prompts, trained_prompts).sum()),
     )
 
 
@@ -247,6 +282,14 @@ def count_rows(overview: Overview) -> list[tuple[str, str]]:
             ("identical chosen and rejected", f"{overview.identical_pairs:,}"),
             ("both correct and incorrect", f"{overview.contradictions:,}"),
         ]
+    if both := overview.held_out:
+        rows += [
+            (
+                "held-out problems that are trained",
+                f"{both.trained_problems:,} of {both.problems:,}",
+            ),
+            ("held-out traces that are trained", f"{both.trained_traces:,} of {both.traces:,}"),
+        ]
     ranks = f"{overview.world_size} rank{'s' if overview.world_size > 1 else ''}"
     rows += [
         (f"steps of {overview.batch} {unit}", f"{overview.steps:,}"),
@@ -294,6 +337,16 @@ def warnings(overview: Overview) -> list[str]:
             f"tokenizer ({', '.join(overview.control_names)}), which train as structure, not as "
             'text: [data] control_tokens = "error" refuses them'
         )
+    both = overview.held_out
+    if both and (both.trained_traces or both.trained_problems):
+        found.append(
+            f"eval.path is not all held out: {both.trained_problems:,} of its {both.problems:,} "
+            f"problems have a prompt that is trained on, {both.trained_traces:,} of its "
+            f"{both.traces:,} traces are themselves trained on, token for token"
+        )
     if overview.duplicates * 10 > trained:
-        found.append(f"{overview.duplicates:,} of {trained:,} traces repeat another one")
+        found.append(
+            f"{overview.duplicates:,} of {trained:,} traces repeat another one; [data] duplicates "
+            f'= "drop" uses equal {"pairs" if overview.paired else "sequences"} once'
+        )
     return found

@@ -66,8 +66,8 @@ def read_rows(paths: Sequence[str], format: str) -> Iterator[Row]:
     """Yields every row of `paths` in order.
 
     Args:
-        paths: files, folders (their data files, sorted by name) and hub names ("owner/name" or
-            "owner/name:split", split "train" by default).
+        paths: files, folders (the data files in them and in their sub-folders, sorted by path)
+            and hub names ("owner/name" or "owner/name:split", split "train" by default).
         format: a key of `FORMATS`, or "auto": told from the columns of each file's first row.
 
     Raises InputError for missing, empty, unreadable or broken files, naming file and row.
@@ -85,7 +85,7 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
     for name in paths:
         path = Path(name).expanduser()
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.is_file() and _file_kind(file))
+            files = sorted(_data_files(path))
             if not files:
                 raise InputError(f"{name}: no data file in this folder ({_kinds_text()})")
             sources += [Source(str(file), _file_kind(file)) for file in files]
@@ -212,6 +212,8 @@ def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
     delimiter = max(",;\t", key=first.count)  # spreadsheets of half the world write ";"
     reader = csv.reader(chain([""] * excel + [first], lines), delimiter=delimiter)
     header = [column.strip() for column in next(filter(None, reader), [])]
+    if not header:
+        raise InputError(f"{name}: holds no rows, nor a header line")
     if twice := [column for column in header if header.count(column) > 1]:
         raise InputError(f"{name}:1: column {twice[0]!r} is there {header.count(twice[0])} times")
     number = reader.line_num + 1
@@ -312,6 +314,17 @@ def _first_byte(file: IO[bytes]) -> bytes:
 def _file_kind(path: Path) -> str:
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     return kind if kind in FILE_KINDS else ""
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    """At any depth; as in `datasets` neither hidden ones nor those in folders like __pycache__."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from () if path.name.startswith("__") else _data_files(path)
+        elif _file_kind(path):
+            yield path
 
 
 def _kinds_text() -> str:

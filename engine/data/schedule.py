@@ -15,6 +15,7 @@ Needs = Literal["positives", "traces", "pairs", "margins"]
 """What an objective's units are: single positives; single traces of either sign; pairs; or pairs
 that must lie in one row, because the loss depends on the difference of their log-probs."""
 Pairing = Literal["zip", "first", "all"]
+Duplicates = Literal["keep", "drop"]
 Overlong = Literal["error", "drop", "truncate"]
 
 
@@ -39,6 +40,7 @@ def select(
     *,
     objective_needs: Needs,
     pairing: Pairing = "zip",
+    duplicates: Duplicates = "keep",
     max_tokens: int,
     max_prompt_tokens: int | None = None,
     max_completion_tokens: int | None = None,
@@ -55,6 +57,8 @@ def select(
             second with the second, ...; "first" takes only the first of each; "all" takes every
             combination. For positives, "first" takes one a problem and the others all; for
             traces, "first" takes one of each sign.
+        duplicates: "drop" leaves out what repeats an earlier one, token for token: a problem's
+            traces of one sign (before pairing), and units of all problems.
         max_tokens: the longest sequence allowed, prompt and completion with its end.
         max_prompt_tokens, max_completion_tokens: limits on its parts; None: no further limit.
         overlong: what becomes of a longer one: "error"; "drop" leaves it out (before pairing);
@@ -74,6 +78,10 @@ def select(
     if objective_needs == "positives":
         usable = tokens.signs > 0
     left_out: Counter[str] = Counter()
+    if duplicates == "drop":
+        again = usable & repeats(tokens.groups, tokens.signs, tokens.digests)
+        left_out["duplicates dropped"] = int(again.sum())
+        usable = usable & ~again
     prompts = tokens.prompt_lengths
     limits = np.full(len(tokens), max_tokens)
     if max_completion_tokens is not None:
@@ -92,21 +100,27 @@ def select(
         lengths = np.minimum(lengths, limits)
 
     positives = _by_problem(tokens, usable, 1)
-    used = np.zeros(len(tokens), dtype=bool)
     if objective_needs in ("positives", "traces"):
         sides = [positives]
         if objective_needs == "traces":
             sides.append(_by_problem(tokens, usable, -1))
         units = _singles(sides, pairing).reshape(-1, 1)
-        used[units] = True
-        if objective_needs == "positives":
-            left_out["negatives unused"] = int(np.sum(tokens.signs < 0))
-            left_out["positives unused"] = int(usable.sum()) - len(units)
-        else:
-            left_out["traces unused"] = int(usable.sum()) - len(units)
     else:
         units = _pairs(positives, _by_problem(tokens, usable, -1), pairing)
-        used[units] = True
+    if duplicates == "drop":
+        formed = units
+        units = formed[~repeats(*tokens.digests[formed].T, tokens.signs[formed[:, 0]])]
+        gone = np.setdiff1d(formed, units)
+        left_out["duplicates dropped"] += len(gone)
+        usable[gone] = False
+    used = np.zeros(len(tokens), dtype=bool)
+    used[units] = True
+    if objective_needs == "positives":
+        left_out["negatives unused"] = int(np.sum(tokens.signs < 0))
+        left_out["positives unused"] = int(np.sum(usable & ~used))
+    elif objective_needs == "traces":
+        left_out["traces unused"] = int(np.sum(usable & ~used))
+    else:
         left_out["positives unpaired"] = int(np.sum(usable & ~used & (tokens.signs > 0)))
         left_out["negatives unpaired"] = int(np.sum(usable & ~used & (tokens.signs < 0)))
     _check_units(tokens, units, objective_needs, left_out)
@@ -129,6 +143,19 @@ def select(
         _check_pairs_fit(tokens, units, lengths, row_tokens)
     kept = {reason: count for reason, count in left_out.items() if count}
     return Examples(units, lengths, over & (overlong == "truncate"), kept, together)
+
+
+def repeats(*columns: np.ndarray) -> np.ndarray:
+    """Which places hold in every column what an earlier one holds, bool [n].
+
+    Args:
+        columns: [n] each.
+    """
+    order = np.lexsort(columns)
+    ordered = [column[order] for column in columns]
+    again = np.zeros(len(order), dtype=bool)
+    again[order[1:]] = np.logical_and.reduce([some[1:] == some[:-1] for some in ordered])
+    return again
 
 
 def _closed_by(tokens: TokenizedTraces, end: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from redi.engine.errors import InputError, faulty_rows
 
 __all__ = ["TokenSettings", "TokenizedTraces", "tokenize"]
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 """Raise it whenever the same input would give other tokens or another file layout."""
 _CHUNK_ROWS = 128
 # Starting worker processes takes seconds: a set of fewer chunks is done before they are up.
@@ -202,6 +202,7 @@ def _tokenize_chunk(rows: list[Row | InputError], encoder: Encoder, check_only: 
         [trace.origin for trace in traces],
         [row.number for row in rows_of],
         [_digest(one) for one in encoded],
+        [xxhash.xxh3_64_intdigest(one.ids[: one.prompt_length].tobytes()) for one in encoded],
         [one.unknown for one in encoded],
         [spelled.total() for spelled in control_tokens],
     ]

@@ -25,6 +25,8 @@ import torch.distributed as dist
 from redi.engine.config import Guard
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.distributed import World
+from redi.engine.errors import InputError
+from redi.engine.train.checkpoint import complete_checkpoints
 from redi.engine.train.metrics import read_metrics
 
 WINDOW = 8
@@ -180,6 +182,46 @@ class Trend:
         if going_on:
             return fall
         return f"{fall}, the gradient is {norm / self._calmest:.1f} times the smallest so far"
+
+
+def check_not_collapsed(section: Guard, run_dir: Path) -> None:
+    """A run that collapsed would only train its ruined weights on.
+
+    One that steps without a finite loss have ended may go on: they left its weights as they were.
+
+    Args:
+        section: what to do about collapse now; only "stop" refuses.
+        run_dir: with the metrics of an earlier attempt, or without.
+
+    Raises:
+        InputError: the guard ended that attempt; it says where the last good checkpoint is.
+    """
+    metrics = run_dir / "metrics.jsonl"
+    if section.collapse != "stop" or not metrics.is_file():
+        return
+    for line in read_metrics(metrics):
+        if line.get("event") == "collapse" and line.get("goes_on") is False:
+            raise InputError(
+                f"run.dir: {run_dir} collapsed and was ended at step {line['step']}; "
+                f"{last_good(run_dir, line['good_before'])}; to train these weights on all the "
+                'same, set guard.collapse = "warn" or "off"'
+            )
+
+
+def last_good(run_dir: Path, good_before: int) -> str:
+    """Where a run that went wrong can be taken up, for a message.
+
+    Args:
+        good_before: as `Guards` has it.
+    """
+    good = [step for step in complete_checkpoints(run_dir) if step < good_before]
+    if not good:
+        return "the last good checkpoint: there is none (see run.save_every)"
+    return (
+        f"the last good checkpoint: that of step {max(good)}; to go on from it with other "
+        f"settings: redi export {run_dir} --step {max(good)}, and a run of its own from the folder "
+        "that names"
+    )
 
 
 def is_finite(line: dict[str, Any]) -> bool:

@@ -39,9 +39,17 @@ from redi.engine.model.load import model_to_train, read_config
 from redi.engine.model.sharding import check_replicas, compute_dtype, shard
 from redi.engine.model.student import Student
 from redi.engine.model.weights import read_weights
-from redi.engine.train.checkpoint import Checkpointer, complete_checkpoints
+from redi.engine.train.checkpoint import Checkpointer
 from redi.engine.train.greedy import held_out_problems
-from redi.engine.train.guards import Guards, Row, Verdict, name_rows, skip_message
+from redi.engine.train.guards import (
+    Guards,
+    Row,
+    Verdict,
+    check_not_collapsed,
+    last_good,
+    name_rows,
+    skip_message,
+)
 from redi.engine.train.metrics import MetricsLog, peak_memory_gib
 from redi.engine.train.objectives import formula
 from redi.engine.train.optimizer import learning_rate, make_optimizer, squared_update, step_if
@@ -87,6 +95,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
     if (run_dir / "export").is_dir():
         console.say(f"{run_dir}: finished already; the model is in {run_dir / 'export'}")
         return True
+    check_not_collapsed(recipe.guard, run_dir)
     if world.is_main:
         check_writable(run_dir)
     if recipe.train.deterministic:
@@ -142,6 +151,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         data.tokens,
         data.examples,
         data.schedule,
+        (data.held_out.tokens, data.held_out.examples) if data.held_out else None,
         row_tokens=recipe.train.row_tokens,
         world_size=world.size,
         cost=cost,
@@ -275,6 +285,7 @@ def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: Needs) -
         tokens,
         objective_needs=objective_needs,
         pairing=recipe.data.pairing,
+        duplicates=recipe.data.duplicates,
         max_tokens=recipe.data.max_tokens,
         max_prompt_tokens=recipe.data.max_prompt_tokens,
         max_completion_tokens=recipe.data.max_completion_tokens,
@@ -443,10 +454,19 @@ def _train(
                 metrics.write(event)
                 console.warn(skip_message(event, loss, norm))
             if verdict := guards.after(line):
-                (console.warn if verdict.goes_on else console.say)(verdict.text)
-                metrics.write({"event": verdict.kind, "step": step})
+                good_before = guards.good_before
+                assert good_before is not None, "a verdict dates what was good"
+                metrics.write(
+                    {
+                        "event": verdict.kind,
+                        "step": step,
+                        "goes_on": verdict.goes_on,
+                        "good_before": good_before,
+                    }
+                )
                 if not verdict.goes_on:
-                    _give_up(verdict, guards.good_before or step, checkpointer, run_dir)
+                    _give_up(verdict, good_before, checkpointer, run_dir)
+                console.warn(verdict.text)
             progress.step(line)
             if failed:
                 checkpointer.wait()  # tells why
@@ -524,15 +544,7 @@ def _give_up(
     try:
         checkpointer.wait()
     finally:
-        good = [step for step in complete_checkpoints(run_dir) if step < good_before]
-        if not good:
-            where = "there is none (see run.save_every)"
-        else:
-            where = (
-                f"that of step {max(good)}; to go on from it with other settings: redi export "
-                f"{run_dir} --step {max(good)}, and a run of its own from the folder that names"
-            )
-        raise RunError(f"{verdict.text}; the last good checkpoint: {where}")
+        raise RunError(f"{verdict.text}; {last_good(run_dir, good_before)}")
 
 
 def _figures(values: dict[str, float]) -> str:

@@ -282,6 +282,24 @@ def test_what_cannot_run_here_is_said_in_one_line(
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_what_the_hub_is_asked_for_is_said_at_once(
+    recipe: WriteRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A mistyped path may look like a hub name; without a network the answer takes long."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--owner--known").mkdir()
+    changes = {"model.path": "mdoels/mine", "model.tokenizer": "owner/known"}
+    path = recipe("r", changes | {"data.path": "data/trces:test", "eval.path": "none.jsonl"})
+    assert main(["train", str(path)]) == 2
+    *notices, error = capsys.readouterr().err.splitlines()
+    assert "none.jsonl: no such file" in error  # told before anything is imported or asked for
+    said = "not on this machine, so it is looked for on the Hugging Face hub"
+    assert notices == [f"mdoels/mine: {said}", f"data/trces: {said}"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

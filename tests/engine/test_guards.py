@@ -213,15 +213,58 @@ def test_a_row_that_overflows_is_named_and_the_run_goes_on(
     assert "not finite at rank 0: " in err
 
 
-def test_too_many_in_a_row_end_the_run(
+def test_too_many_in_a_row_end_the_run_which_may_go_on(
     overflowing: Path, recipe: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:
-    changes = {"data.path": str(overflowing), "train.batch": 30, "guard.max_skips": 2}
-    assert main(["train", str(recipe("run", changes | {"run.save_every": 1}))]) == 1
+    """Its weights are as they were, and what made the steps so may lie outside of it."""
+    changes = {
+        "data.path": str(overflowing),
+        "data.pairing": "first",
+        "train.batch": 40,  # all of them
+        "train.max_steps": 3,
+        "train.row_tokens": 1024,
+        "guard.max_skips": 2,
+        "run.save_every": 1,
+    }
+    path = str(recipe("run", changes))
+    assert main(["train", path]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "2 steps in a row (from " in last
     assert "not finite; the last good checkpoint: " in last
     assert not (tmp_path / "run" / "export").exists()
+    assert main(["train", path, "--guard.max_skips", "9"]) == 0
+
+
+def test_the_command_of_a_collapsed_run_does_not_train_its_ruined_weights_on(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    changes = {
+        "objective.alpha": 3.0,
+        "optim.lr": 0.03,
+        "optim.schedule": "constant",
+        "optim.warmup": 0.0,
+        "data.pairing": "first",
+        "train.batch": 4,
+        "train.max_steps": 25,
+        "run.save_every": 6,
+        "run.keep": 1,
+    }
+    path = str(recipe("run", changes))
+    assert main(["train", path]) == 1
+    ended = capsys.readouterr().err.splitlines()[-1]
+    advice = ended[ended.index("the last good checkpoint: that of step") :]
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    last = json.loads(metrics.splitlines()[-1])
+    assert (last["event"], last["goes_on"]) == ("collapse", False)
+
+    assert main(["train", path]) == 2
+    refused = capsys.readouterr().err
+    assert refused.count("\n") == 1
+    assert f"{tmp_path / 'run'} collapsed and was ended at step {last['step']}; {advice}" in refused
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+
+    assert main(["train", path, "--guard.collapse", "warn"]) == 0
+    assert (tmp_path / "run" / "export").is_dir()
 
 
 @pytest.mark.slow

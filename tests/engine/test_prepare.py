@@ -216,3 +216,23 @@ def test_a_recipes_cache_is_filled_without_weights_and_found_by_training(
     assert not (tmp_path / "r").exists()
     assert main(["train", str(path), "--quiet"]) == 0
     assert arrow.stat().st_mtime_ns == made
+
+
+def test_a_set_given_twice_is_as_given_once_when_duplicates_are_dropped(
+    world: Path, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = tmp_path / "again.jsonl"
+    shutil.copy(world / "traces.jsonl", again)
+    found = []
+    for name, paths in (("once", []), ("twice", [str(again)])):
+        changes = {"data.path": [str(world / "traces.jsonl"), *paths], "data.duplicates": "drop"}
+        out = tmp_path / name
+        assert main(["prepare", str(recipe(name, changes)), "--report", str(out)]) == 0
+        found.append(json.loads((out / "report.json").read_text())["overview"])
+    once, twice = found
+    assert twice["traces"] == 2 * once["traces"]
+    assert (twice["units"], twice["lengths"]) == (once["units"], once["lengths"])
+    assert twice["duplicates"] == 0
+    dropped = twice["left_out"]["duplicates dropped"]
+    assert dropped == once["traces"] + once["left_out"].get("duplicates dropped", 0)
+    assert f"- duplicates dropped {dropped}" in " ".join(capsys.readouterr().err.split())

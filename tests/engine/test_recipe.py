@@ -140,6 +140,30 @@ def test_what_is_missing_is_named_as_the_help_names_it(
     assert MISSING[argv] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("report run --out x", "unknown option --out; `redi report --help` lists all"),
+        ("export run --stp=3", "unknown option --stp; did you mean --step?"),
+        ("export run -s 3", "unknown option -s; `redi export --help` lists all"),
+        ("doctor all", "unknown argument all; `redi doctor --help` lists all"),
+        (
+            "logprobs m --data d.jsonl --out o.parquet --row_tokens 9",
+            "unknown option --row_tokens; did you mean --row-tokens?",
+        ),
+        ("evaluate m --data d.jsonl --answer-pattern x", "did you mean --answer_pattern?"),
+        ("prepare openr1 d.jsonl --outt x", "unknown option --outt; did you mean --out?"),
+    ],
+)
+def test_an_unknown_option_is_answered_by_those_of_its_command(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.split()) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert said in err
+
+
 def test_ctrl_c_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

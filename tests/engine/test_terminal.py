@@ -104,6 +104,38 @@ def test_the_report_shows_the_greedy_accuracy_of_checked_answers(
     assert row.endswith("0.1250 to 0.2500")
 
 
+@pytest.mark.parametrize(
+    ("events", "finished", "said"),
+    [
+        ([], True, "4"),
+        ([], False, "4, unfinished"),
+        ([("collapse", 2, True)], True, "4, collapse warned of at step 2"),
+        ([("collapse", 2, True)], False, "4, unfinished, collapse warned of at step 2"),
+        ([("collapse", 2, True), ("collapse", 4, False)], False, "4, collapsed at step 4"),
+        ([("not_finite", 4, False)], False, "4, ended as not finite at step 4"),
+    ],
+)
+def test_the_report_says_what_became_of_a_run(
+    events: list[tuple[str, int, bool]],
+    finished: bool,
+    said: str,
+    run: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("redi.engine.report.draw", lambda *_: None)  # takes most of the time
+    lines = (run[0] / "metrics.jsonl").read_text()
+    for event, step, goes_on in events:
+        lines += json.dumps({"event": event, "step": step, "goes_on": goes_on}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    if finished:
+        (tmp_path / "export").mkdir()
+    assert main(["report", str(tmp_path)]) == 0
+    (row,) = [x.strip() for x in capsys.readouterr().out.splitlines() if " steps " in x]
+    assert row.removeprefix("steps").strip() == said
+
+
 def test_a_report_of_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
