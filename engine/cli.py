@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from redi.engine.cards import CARDS, MFU, Cluster
 from redi.engine.config import (
     Data,
     Model,
@@ -123,25 +124,25 @@ def plan(argv: Sequence[str]) -> None:
         PLAN_EXAMPLES,
     )
     parser.add_argument("--ranks", type=int, default=1, help="cards of the run")
-    parser.add_argument("--card", default="h100", help="a100 (80 GB), h100, h200 or b200")
+    parser.add_argument("--card", default="h100", help=", ".join(CARDS))
     parser.add_argument(
-        "--mfu", type=float, default=0.35, help="share of the card's bfloat16 peak: an assumption"
+        "--mfu", type=float, default=MFU, help="assumed share of the card's bfloat16 peak"
     )
     parser.add_argument("--json", type=Path | None, help="file for all figures")
     arguments = parser.parse_args(list(argv))
+    cluster = Cluster(arguments.ranks, arguments.card, arguments.mfu)
     recipes = _with_models(parser, arguments.recipes, argv, "its shape and tokenizer are needed")
     check_overrides([recipe for _, recipe in recipes], argv)
 
-    from redi.engine.plan import Cluster, plan_recipes
+    from redi.engine.plan import plan_recipes
 
-    cluster = Cluster(arguments.ranks, arguments.card, arguments.mfu)
     plan_recipes(recipes, cluster, Console(quiet=arguments.quiet), arguments.json)
 
 
 def _with_models(
     parser: ArgumentParser, paths: Sequence[str], argv: Sequence[str], why: str
 ) -> list[tuple[str, Recipe]]:
-    """Recipes whose data is there, by path; one without a model has that of the one before it.
+    """Recipes whose data is there, by path; one that trains the export of another has its model.
 
     Args:
         why: a model is needed, for messages.
@@ -149,13 +150,18 @@ def _with_models(
     recipes = [(path, load_recipe(parser, path, argv)) for path in paths]
     for path, recipe in recipes:
         _find_data_of(path, recipe)
-    resolved = []
-    model = None
+    resolved: list[tuple[str, Recipe]] = []
+    exports: dict[Path, Model] = {}  # of runs that need not have begun
     for path, recipe in recipes:
-        model = recipe.model if recipe.model.path else model
-        if model is None:
-            raise InputError(f"{path}: model.path is missing: {why}")
+        model = recipe.model
+        if model.path is None:
+            if not resolved:
+                raise InputError(f"{path}: model.path is missing: {why}")
+            model = resolved[-1][1].model
+        elif not Path(model.path).exists():
+            model = exports.get(Path(model.path), model)
         resolved.append((path, replace(recipe, model=model)))
+        exports[Path(recipe.run.dir or f"runs/{Path(path).stem}") / "export"] = model
     return resolved
 
 

@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from redi.engine.data.packing import Cost
-
-
-@dataclass(frozen=True)
-class Card:
-    """What an estimate must know of a GPU."""
-
-    peak_flops: float
-    """bfloat16 products a second, dense (NVIDIA's data sheets; theirs with sparsity are twice
-    that)."""
-    memory: int
-    """Bytes that torch finds on it (`total_memory`), a little less than the data sheet says."""
-    processors: int
-    """Streaming multiprocessors."""
-    architecture: str
-    """As `redi.kernels.launches.architecture_of` names it."""
-
-
-CARDS = {
-    "a100": Card(312e12, int(79.15 * 2**30), 108, "sm_80"),
-    "h100": Card(989e12, int(79.1 * 2**30), 132, "sm_90"),
-    "h200": Card(989e12, int(139.8 * 2**30), 132, "sm_90"),
-    "b200": Card(2250e12, int(178.35 * 2**30), 148, "sm_100"),
-}
-"""SXM versions; the A100 with 80 GB."""
 
 
 def training_cost(config: PretrainedConfig) -> Cost:

@@ -14,50 +14,25 @@ from typing import Any
 
 import numpy as np
 
+from redi.engine.cards import Cluster
 from redi.engine.config import Recipe
 from redi.engine.console import Console
 from redi.engine.data.overview import look_over, show, warnings
 from redi.engine.data.packing import Cost, PackedBatch, build_batch, pack
 from redi.engine.distributed import join_world
 from redi.engine.errors import InputError
-from redi.engine.estimate import CARDS, Card, run_cost, training_cost
-from redi.engine.memory import PARTS, RESERVE, StepMemory, step_memory
+from redi.engine.estimate import run_cost, training_cost
+from redi.engine.ledger import PARTS
+from redi.engine.memory import RESERVE, StepMemory, step_memory
 from redi.engine.model.load import read_config
 from redi.engine.model.sharding import check_replicas
 from redi.engine.train.loop import PreparedData, check_positions, prepare_data
 
-MFU = 0.35
-"""Share of the peak that is assumed: torchtitan's performance.md has 33-39 % for Llama 3.1 8B under
-FSDP2 on H100s with selective checkpointing (52-58 % on A100s, whose peak is a third)."""
-
 PACKED_STEPS = 500
 """Steps that are packed; of a longer run so many, evenly spread."""
 
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What the run is planned for."""
-
-    ranks: int
-    card: str
-    """A key of `CARDS`."""
-    mfu: float
-    """Share of the card's peak, of all flops that are run."""
-
-    def __post_init__(self) -> None:
-        if self.ranks < 1:
-            raise InputError(f"ranks must be >= 1, got {self.ranks}")
-        if self.card not in CARDS:
-            raise InputError(f"card: {self.card} is not known; there are {', '.join(CARDS)}")
-        if not 0 < self.mfu <= 1:
-            raise InputError(f"mfu, a share of the peak, must lie in (0, 1], got {self.mfu:g}")
-
-    @property
-    def figures(self) -> Card:
-        """Peak and memory of a card."""
-        return CARDS[self.card]
+LOW_EFFICIENCY = 0.8
+"""Below this rank efficiency a word on why ranks wait is due."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +164,11 @@ def make_plan(
         data: what it trains.
         cluster: what it would run on.
         console: shows the progress of packing.
+
+    Raises InputError for a model or a backend that cannot be planned.
     """
+    if recipe.objective.backend == "reference":
+        raise InputError('objective.backend: "reference" is no backend to plan for; use "auto"')
     packing, row = pack_run(recipe, config, data, cluster.ranks, console)
     # Two micro-steps tell of any number: the second finds what the first has left.
     rows = [row] * min(2, packing.most_micro_steps)
@@ -299,76 +278,83 @@ def _alternatives(
     if recipe.shard.checkpointing == "selective":
         recipe = replace(recipe, shard=replace(recipe.shard, checkpointing="full"))
         yield counted('shard.checkpointing = "full"')
-    lengths = data.examples.lengths
-    together = data.examples.units.shape[1] if data.examples.together > 1 else 1
-    units = data.examples.units if together > 1 else data.examples.units.reshape(-1, 1)
-    longest = units[np.argmax(lengths[units].sum(axis=1))]
-    tokens = int(lengths[longest].sum())
-    if tokens < len(rows[0].input_ids):
-        rows = [build_batch(data.tokens, longest, lengths[longest])] * 2
-        yield counted(f"train.row_tokens = {tokens}, the longest trace")
+    longest = _longest_row(data)
+    if longest.num_tokens < rows[0].num_tokens:
+        rows = [longest, longest]
+        change = f"train.row_tokens = {longest.num_tokens}, as the longest trace has"
+        if recipe.shard.reduce == "step":
+            recipe = replace(recipe, shard=replace(recipe.shard, reduce="micro_step"))
+            change += ', and shard.reduce = "micro_step"'
+        yield counted(change)
     for _ in range(4):
         ranks *= 2
         yield counted(f"{ranks} ranks")
 
 
+def _longest_row(data: PreparedData) -> PackedBatch:
+    """The longest trace alone, or the longest pair where pairs share a row."""
+    examples = data.examples
+    groups = examples.units if examples.together > 1 else examples.units.reshape(-1, 1)
+    longest = groups[np.argmax(examples.lengths[groups].sum(axis=1))]
+    return build_batch(data.tokens, longest, examples.lengths[longest])
+
+
 def show_plan(plan: Plan, title: str, console: Console) -> None:
     """Packing, memory and time as tables, and whether it fits."""
-    cluster = plan.cluster
-    name = f"{cluster.ranks} x {cluster.card}"
+    name = f"{plan.cluster.ranks} x {plan.cluster.card}"
     console.table(f"{title}: packing and time on {name}", ("", ""), _run_rows(plan))
+    unit, size = ("GiB", 2**30) if plan.memory.total >= 2**30 else ("MiB", 2**20)
     console.table(
-        f"{title}: memory of each card at its peak, which is in the {plan.memory.phase}",
-        ("", "GiB"),
-        _memory_rows(plan),
+        f"{title}: memory of each card at its peak, in the {plan.memory.phase}",
+        ("", unit),
+        [(what, f"{count / size:,.2f}") for what, count in _memory_rows(plan)],
     )
+    if plan.packing.rank_efficiency < LOW_EFFICIENCY:
+        console.warn(
+            f"{title}: ranks compute {plan.packing.rank_efficiency:.0%} of the time and wait for "
+            "the longest traces in the rest: take fewer ranks or a larger train.batch"
+        )
     if plan.fits:
         console.say(f"{title}: fits {name}")
         return
     console.warn(f"{title}: does not fit {name}")
-    if plan.alternatives:
-        console.table(
-            "changes, each with those above it",
-            ("", "GiB", ""),
-            [
-                (a.change, f"{a.peak / GIB:.2f}", "fits" if a.fits else "does not fit")
-                for a in plan.alternatives
-            ],
-        )
+    console.table(
+        "changes, each with those above it",
+        ("", unit, ""),
+        [
+            (found.change, f"{found.peak / size:,.2f}", "fits" if found.fits else "does not fit")
+            for found in plan.alternatives
+        ],
+    )
 
 
 def _run_rows(plan: Plan) -> list[tuple[str, str]]:
-    packing, cluster = plan.packing, plan.cluster
+    packing, worst = plan.packing, plan.packing.worst
     rows = [
         ("steps", f"{packing.steps:,}"),
         ("tokens", f"{packing.tokens:,}"),
         ("tokens of the fullest row", f"{packing.fullest_row:,}"),
-        ("micro-steps in a step", f"{packing.micro_steps:.2f}, at most {packing.most_micro_steps}"),
+        ("micro-steps in a step", f"{packing.micro_steps:.2f}"),
+        ("- at most", f"{packing.most_micro_steps}"),
         ("rank efficiency", f"{packing.rank_efficiency:.3f}"),
-        (
-            f"- of step {packing.worst.step}, the worst",
-            f"{packing.worst.rank_efficiency:.3f}; its longest trace allows "
-            f"{packing.worst.bound:.3f}",
-        ),
-        ("PFLOP in a step, with recomputed ones", f"{packing.flops / 1e15:.3g}"),
-        ("share of the peak", f"{cluster.mfu:.0%}, assumed, not measured (--mfu)"),
-        ("seconds a step", f"{plan.step_seconds:.3g}"),
+        (f"- of step {worst.step}, the worst", f"{worst.rank_efficiency:.3f}"),
+        ("- its longest trace allows", f"{worst.bound:.3f}"),
+        ("PFLOP in a step, with recomputed ones", f"{packing.flops / 1e15:,.3g}"),
+        ("share of the peak (assumed, not measured: --mfu)", f"{plan.cluster.mfu:g}"),
+        ("seconds a step", f"{plan.step_seconds:,.3g}"),
         ("tokens/s", f"{plan.tokens_per_s:,.0f}"),
-        ("hours", f"{plan.seconds / 3600:.3g}, without evaluation and checkpoints"),
-        ("card hours", f"{plan.seconds / 3600 * cluster.ranks:.3g}"),
+        ("hours, without evaluation and checkpoints", f"{plan.seconds / 3600:,.3g}"),
+        ("card hours", f"{plan.seconds / 3600 * plan.cluster.ranks:,.3g}"),
     ]
     if packing.packed_steps < packing.steps:
-        rows.insert(1, ("- packed for these figures, evenly spread", f"{packing.packed_steps:,}"))
+        rows.insert(3, ("steps packed here, evenly spread", f"{packing.packed_steps:,}"))
     return rows
 
 
-def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
-    parts = [(PARTS[name], size) for name, size in plan.memory.parts.items() if size]
+def _memory_rows(plan: Plan) -> list[tuple[str, int]]:
+    parts = plan.memory.parts.items()
     return [
-        *((what, f"{size / GIB:.2f}") for what, size in parts),
-        ("in all", f"{plan.memory.total / GIB:.2f}"),
-        (
-            f"the card has, less {RESERVE:.0%} for CUDA, NCCL and gaps (assumed)",
-            f"{plan.card_memory / GIB:.2f}",
-        ),
+        *((PARTS[name], size) for name, size in parts if size > plan.memory.total / 1000),
+        ("in all", plan.memory.total),
+        (f"of a card, less {RESERVE:.0%} for CUDA, NCCL and gaps (assumed)", plan.card_memory),
     ]
