@@ -147,13 +147,26 @@ class Ledger(TorchDispatchMode):
             if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):
                 self._record(tensor.untyped_storage(), part)
         if space == "redi" and name in _CHUNKED:
-            if name == "linear_logprobs" and not result[1].numel():
-                self._add("loss", self._kept)
-            self._add("loss", self._workspace)
-            self._add("loss", -self._workspace)
-            if name == "linear_logprobs_backward" and not args[1].numel():
-                self._add("loss", -self._kept)
+            self._add_unseen(name, args, result)
         return result
+
+    def _add_unseen(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        """What a loss op takes on a card, beside its results, and no fake of it shows."""
+        inside = self._workspace
+        forward, backward = name == "linear_logprobs", name == "linear_logprobs_backward"
+        kept = 0
+        if (forward and not result[1].numel()) or (backward and not args[1].numel()):
+            kept = self._kept  # which a card has room for, and this CPU had not
+        if backward:
+            inside = 0 if kept or args[1].numel() else inside
+            # The gradients in float32, before they are rounded.
+            inside += sum(4 * grad.numel() for grad in result if grad.itemsize < 4)
+        if forward:
+            self._add("loss", kept)
+        self._add("loss", inside)
+        self._add("loss", -inside)
+        if backward:
+            self._add("loss", -kept)
 
     def _part(self, space: str, name: str) -> str:
         if space == "redi":

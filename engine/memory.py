@@ -51,6 +51,19 @@ SHALLOW = 3
 
 
 @dataclass(frozen=True)
+class Load:
+    """What of a run's packing decides its memory."""
+
+    row: PackedBatch
+    """The fullest."""
+    targets: frozenset[int]
+    """Trained tokens of each row. The loss's chunk need not be largest for the fullest row, as it
+    is cut to fill the card's processors."""
+    micro_steps: int
+    """Of a step, at most."""
+
+
+@dataclass(frozen=True)
 class StepMemory:
     """The most that a rank holds at one time in a training step."""
 
@@ -65,9 +78,7 @@ class StepMemory:
         return sum(self.parts.values())
 
 
-def step_memory(
-    recipe: Recipe, config: Any, rows: list[PackedBatch], ranks: int, card: Card
-) -> StepMemory:
+def step_memory(recipe: Recipe, config: Any, load: Load, ranks: int, card: Card) -> StepMemory:
     """The peak of a rank's step.
 
     Counted are flash attention, transformers' own layers and blocks that are not compiled.
@@ -75,7 +86,7 @@ def step_memory(
     Args:
         recipe: resolved; `model.path` is set.
         config: the model's configuration; no weights are needed.
-        rows: of the step, one a micro-step.
+        load: the rows.
         ranks: of the run.
         card: decides the chunks of the loss.
 
@@ -84,10 +95,10 @@ def step_memory(
     """
     depth = config.num_hidden_layers
     if depth <= SHALLOW + 1:
-        peaks = list(phase_peaks(recipe, config, rows, ranks, card).items())
+        peaks = list(phase_peaks(recipe, config, load, ranks, card).items())
     else:
         few, more = (
-            phase_peaks(recipe, _of_depth(config, blocks), rows, ranks, card)
+            phase_peaks(recipe, _of_depth(config, blocks), load, ranks, card)
             for blocks in (SHALLOW, SHALLOW + 1)
         )
         peaks = list(_continued(few, more, depth - SHALLOW))
@@ -127,7 +138,7 @@ def _continued(
 
 
 def phase_peaks(
-    recipe: Recipe, config: Any, rows: list[PackedBatch], ranks: int, card: Card
+    recipe: Recipe, config: Any, load: Load, ranks: int, card: Card
 ) -> dict[Phase, Counter[str]]:
     """Bytes by part at the peak of each phase: (micro-step, name) or (micro-step, name, block)."""
     device = torch.device("cpu")  # stands for the card: FSDP2 asks a device for its streams
@@ -136,32 +147,19 @@ def phase_peaks(
     model.train()
     section = recipe.objective
     exponentials = _takes_exponentials(recipe, card, dtype, config.hidden_size)
-    student = Student(
-        model, Objective(replace(section, backend="torch-exp" if exponentials else "torch"))
-    )
-    vocab, hidden_size = student.head.weight.shape
-    tokens = max(len(row.valid_index) for row in rows)
-    kept = tokens * padded(vocab) * dtype.itemsize
+    objective = Objective(replace(section, backend="torch-exp" if exponentials else "torch"))
+    if formula(section).reference:
+        traces = int(load.row.sequence_ids.max()) + 1
+        objective = replace(objective, reference=torch.zeros(traces))
+    student = Student(model, objective)
+    # The second micro-step finds what the first has left, and so does any later one.
+    rows = [load.row] * min(load.micro_steps, 2)
     with _ranks(ranks):
         shard(student, replace(recipe.shard, compile=False), dtype, device)
-        ledger = Ledger(
-            workspace=gpu_workspace(
-                tokens,
-                vocab,
-                hidden_size,
-                dtype,
-                dtype if exponentials else accumulation_dtype(dtype),
-                card.memory,
-                card.processors,
-            ),
-            kept=kept if kept <= card.memory // GPU_KEEP_SHARE else 0,
-        )
+        ledger = _loss_ledger(load, student.head.weight.shape, dtype, exponentials, card)
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
             student.to_empty(device=device)
             ledger.settle("masters")
-            if formula(section).reference:
-                traces = 1 + max(int(row.sequence_ids.max()) for row in rows)
-                student.objective = replace(student.objective, reference=torch.zeros(traces))
             optimizer = make_optimizer(student, recipe.optim)
             for parameter in student.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -180,6 +178,21 @@ def phase_peaks(
             squared_update(optimizer, finite)
             del done
     return ledger.peaks
+
+
+def _loss_ledger(
+    load: Load, head: torch.Size, dtype: torch.dtype, exponentials: bool, card: Card
+) -> Ledger:
+    """A ledger that knows what the loss takes on the card, at the worst of all rows."""
+    vocab, hidden_size = head
+    buffer_dtype = dtype if exponentials else accumulation_dtype(dtype)
+    workspace = max(
+        gpu_workspace(tokens, vocab, hidden_size, dtype, buffer_dtype, card.memory, card.processors)
+        for tokens in load.targets
+    )
+    kept = [tokens * padded(vocab) * dtype.itemsize for tokens in load.targets]
+    budget = card.memory // GPU_KEEP_SHARE
+    return Ledger(workspace, max((size for size in kept if size <= budget), default=0))
 
 
 def _takes_exponentials(recipe: Recipe, card: Card, dtype: torch.dtype, hidden_size: int) -> bool:

@@ -18,12 +18,12 @@ from redi.engine.cards import Cluster
 from redi.engine.config import Recipe
 from redi.engine.console import Console
 from redi.engine.data.overview import look_over, show, warnings
-from redi.engine.data.packing import Cost, PackedBatch, build_batch, pack
+from redi.engine.data.packing import Cost, PackedBatch, Packing, build_batch, pack
 from redi.engine.distributed import join_world
 from redi.engine.errors import InputError
 from redi.engine.estimate import run_cost, training_cost
 from redi.engine.ledger import PARTS
-from redi.engine.memory import RESERVE, StepMemory, step_memory
+from redi.engine.memory import RESERVE, Load, StepMemory, step_memory
 from redi.engine.model.load import read_config
 from redi.engine.model.sharding import check_replicas
 from redi.engine.train.loop import PreparedData, check_positions, prepare_data
@@ -169,16 +169,14 @@ def make_plan(
     """
     if recipe.objective.backend == "reference":
         raise InputError('objective.backend: "reference" is no backend to plan for; use "auto"')
-    packing, row = pack_run(recipe, config, data, cluster.ranks, console)
-    # Two micro-steps tell of any number: the second finds what the first has left.
-    rows = [row] * min(2, packing.most_micro_steps)
+    packing, load = pack_run(recipe, config, data, cluster.ranks, console)
     card = cluster.figures
-    memory = step_memory(recipe, config, rows, cluster.ranks, card)
+    memory = step_memory(recipe, config, load, cluster.ranks, card)
     card_memory = int((1 - RESERVE) * card.memory)
     fits = memory.total <= card_memory
     alternatives = []
     if not fits:
-        for alternative in _alternatives(recipe, config, data, rows, cluster, card_memory):
+        for alternative in _alternatives(recipe, config, data, load, cluster, card_memory):
             alternatives.append(alternative)
             if alternative.fits:
                 break
@@ -197,79 +195,109 @@ def make_plan(
     )
 
 
+@dataclass(frozen=True)
+class _PackedStep:
+    """A step as training lays it out."""
+
+    step: int
+    packing: Packing
+    rows: list[np.ndarray]
+    """Indices of traces, of each row of each micro-step and rank."""
+    flops: np.ndarray
+    """float64 [micro-steps, ranks]."""
+
+
 def pack_run(
     recipe: Recipe, config: Any, data: PreparedData, ranks: int, console: Console
-) -> tuple[PackedRun, PackedBatch]:
-    """Pack the steps of a run as training will; also the fullest row."""
-    schedule, examples = data.schedule, data.examples
-    total = schedule.total_steps
-    balanced, run = training_cost(config), run_cost(config, recipe.shard.checkpointing)
+) -> tuple[PackedRun, Load]:
+    """Pack the steps of a run as training will.
+
+    Args:
+        recipe: resolved.
+        config: its model's configuration.
+        data: what it trains.
+        ranks: of the run.
+        console: shows the progress.
+    """
+    lengths, total = data.examples.lengths, data.schedule.total_steps
     chosen = np.unique(np.linspace(1, total, min(total, PACKED_STEPS)).round().astype(int))
-    micro_steps, efficiencies, bounds, flops, slowest = [], [], [], [], []
-    fullest = np.zeros(0, dtype=np.int64)
+    costs = training_cost(config), run_cost(config, recipe.shard.checkpointing)
     progress = console.count("packing", "steps", len(chosen))
+    steps = []
     for step in chosen.tolist():
-        sequences = examples.units[schedule.units(step)].reshape(-1)
-        packing = pack(
-            examples.lengths[sequences],
-            row_tokens=recipe.train.row_tokens,
-            world_size=ranks,
-            cost=balanced,
-            together=examples.together,
-        )
-        rows = [[sequences[row] for row in rows] for rows in packing.rows]
-        costs = np.array([[_flops(run, examples.lengths[row]) for row in step] for step in rows])
-        micro_steps.append(len(rows))
-        efficiencies.append(packing.rank_efficiency)
-        bounds.append(packing.bound)
-        flops.append(costs.sum())
-        slowest.append(costs.max(axis=1).sum())
-        candidates = [fullest, *(row for of_ranks in rows for row in of_ranks)]
-        fullest = max(candidates, key=lambda row: int(examples.lengths[row].sum()))
+        steps.append(_pack_step(step, data, recipe.train.row_tokens, ranks, *costs))
         progress.update(1)
     progress.close()
-    worst = int(np.argmin(efficiencies))
-    tokens = sum(
-        int(examples.lengths[examples.units[schedule.units(step)]].sum())
-        for step in range(1, total + 1)
-    )
-    return PackedRun(
+
+    worst = min(steps, key=lambda step: step.packing.rank_efficiency)
+    rows = [row for step in steps for row in step.rows if len(row)]
+    fullest = max(rows, key=lambda row: int(lengths[row].sum()))
+    trained = lengths - data.tokens.prompt_lengths
+    run = PackedRun(
         steps=total,
-        tokens=tokens,
-        packed_steps=len(chosen),
-        micro_steps=float(np.mean(micro_steps)),
-        most_micro_steps=max(micro_steps),
-        rank_efficiency=float(np.mean(efficiencies)),
-        worst=WorstStep(int(chosen[worst]), efficiencies[worst], bounds[worst]),
-        fullest_row=int(examples.lengths[fullest].sum()),
-        flops=float(np.mean(flops)),
-        slowest_flops=float(np.mean(slowest)),
-    ), build_batch(data.tokens, fullest, examples.lengths[fullest])
+        tokens=sum(int(lengths[_traces(step, data)].sum()) for step in range(1, total + 1)),
+        packed_steps=len(steps),
+        micro_steps=float(np.mean([len(step.flops) for step in steps])),
+        most_micro_steps=max(len(step.flops) for step in steps),
+        rank_efficiency=float(np.mean([step.packing.rank_efficiency for step in steps])),
+        worst=WorstStep(worst.step, worst.packing.rank_efficiency, worst.packing.bound),
+        fullest_row=int(lengths[fullest].sum()),
+        flops=float(np.mean([step.flops.sum() for step in steps])),
+        slowest_flops=float(np.mean([step.flops.max(axis=1).sum() for step in steps])),
+    )
+    return run, Load(
+        row=build_batch(data.tokens, fullest, lengths[fullest]),
+        targets=frozenset(int(trained[row].sum()) for row in rows),
+        micro_steps=run.most_micro_steps,
+    )
 
 
-def _flops(cost: Cost, lengths: np.ndarray) -> float:
-    return float(cost.of(lengths).sum())
+def _pack_step(
+    step: int, data: PreparedData, row_tokens: int, ranks: int, balanced: Cost, run: Cost
+) -> _PackedStep:
+    """Args: `balanced` is what training packs by, `run` what a row's flops are."""
+    traces = _traces(step, data)
+    lengths = data.examples.lengths[traces]
+    packing = pack(
+        lengths,
+        row_tokens=row_tokens,
+        world_size=ranks,
+        cost=balanced,
+        together=data.examples.together,
+    )
+    flops = run.of(lengths)
+    return _PackedStep(
+        step,
+        packing,
+        [traces[row] for rows in packing.rows for row in rows],
+        np.array([[flops[row].sum() for row in rows] for rows in packing.rows]),
+    )
+
+
+def _traces(step: int, data: PreparedData) -> np.ndarray:
+    """Indices of a step's traces."""
+    return data.examples.units[data.schedule.units(step)].reshape(-1)
 
 
 def _alternatives(
     recipe: Recipe,
     config: Any,
     data: PreparedData,
-    rows: list[PackedBatch],
+    load: Load,
     cluster: Cluster,
     card_memory: int,
 ) -> Iterator[Alternative]:
     """What may be changed, each on top of those before: what costs least time first."""
 
     def counted(change: str) -> Alternative:
-        peak = step_memory(recipe, config, rows, ranks, cluster.figures).total
+        peak = step_memory(recipe, config, load, ranks, cluster.figures).total
         return Alternative(change, peak, peak <= card_memory)
 
     ranks = cluster.ranks
     if recipe.shard.replicate > 1:
         recipe = replace(recipe, shard=replace(recipe.shard, replicate=1))
         yield counted("shard.replicate = 1")
-    if len(rows) > 1 and ranks > 1 and recipe.shard.reduce == "step":
+    if load.micro_steps > 1 and ranks > 1 and recipe.shard.reduce == "step":
         recipe = replace(recipe, shard=replace(recipe.shard, reduce="micro_step"))
         yield counted('shard.reduce = "micro_step"')
     if recipe.shard.checkpointing == "none":
@@ -279,8 +307,8 @@ def _alternatives(
         recipe = replace(recipe, shard=replace(recipe.shard, checkpointing="full"))
         yield counted('shard.checkpointing = "full"')
     longest = _longest_row(data)
-    if longest.num_tokens < rows[0].num_tokens:
-        rows = [longest, longest]
+    if longest.num_tokens < load.row.num_tokens:
+        load = Load(longest, frozenset([len(longest.valid_index)]), micro_steps=2)
         change = f"train.row_tokens = {longest.num_tokens}, as the longest trace has"
         if recipe.shard.reduce == "step":
             recipe = replace(recipe, shard=replace(recipe.shard, reduce="micro_step"))

@@ -19,7 +19,7 @@ from redi.engine.data.loader import StepBatches
 from redi.engine.data.packing import Cost, PackedBatch
 from redi.engine.distributed import join_world
 from redi.engine.estimate import run_cost, training_cost
-from redi.engine.memory import SHALLOW, phase_peaks, step_memory
+from redi.engine.memory import SHALLOW, Load, phase_peaks, step_memory
 from redi.engine.model.attention import register_attention
 from redi.engine.model.load import empty_model, model_to_train, read_config
 from redi.engine.model.sharding import shard
@@ -72,10 +72,13 @@ def row() -> PackedBatch:
     )
 
 
-def recipe_of(model: Path, section: Shard) -> Recipe:
+LOAD = Load(row(), frozenset([TOKENS - 2]), micro_steps=2)
+
+
+def recipe_of(model: Path, section: Shard, **objective: Any) -> Recipe:
     return Recipe(
         model=Model(path=str(model)),
-        objective=ObjectiveSection(name="redi"),
+        objective=ObjectiveSection(**{"name": "redi", **objective}),
         train=Train(dtype="float32"),
         shard=section,
     )
@@ -88,7 +91,8 @@ class Measured:
         config = read_config(recipe.model.path or "", weights=False)
         with join_world():
             model = model_to_train(recipe.model.path or "", config, register_attention("sdpa"))
-            student = Student(model.train(), Objective(recipe.objective))
+            objective = Objective(recipe.objective, reference=torch.zeros(2))
+            student = Student(model.train(), objective)
             shard(student, recipe.shard, torch.float32, CPU)
             student.to_empty(device=CPU)
             parameters = list(student.parameters())
@@ -127,25 +131,27 @@ class Measured:
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "reduce"),
+    ("checkpointing", "reduce", "objective"),
     [
-        ("full", "step"),
-        pytest.param("selective", "step", marks=pytest.mark.slow),
-        pytest.param("none", "step", marks=pytest.mark.slow),
-        pytest.param("none", "micro_step", marks=pytest.mark.slow),
+        ("full", "step", {}),
+        pytest.param("selective", "step", {}, marks=pytest.mark.slow),
+        pytest.param("none", "step", {}, marks=pytest.mark.slow),
+        pytest.param("none", "micro_step", {}, marks=pytest.mark.slow),
+        pytest.param("none", "step", {"name": "dpo", "beta": 0.1}, marks=pytest.mark.slow),
     ],
 )
 def test_the_planned_memory_is_what_a_real_step_allocates(
-    tmp_path: Path, checkpointing: Any, reduce: Any
+    tmp_path: Path, checkpointing: Any, reduce: Any, objective: dict[str, Any]
 ) -> None:
     """Weights, moments and gradients to a kilobyte; the allocator's peak to 4 %: attention on a
     CPU, document by document, joins its results by a copy."""
     recipe = recipe_of(
         small_model(tmp_path, layers=SHALLOW),
         Shard(checkpointing=checkpointing, reduce=reduce),
+        **objective,
     )
     config = read_config(str(tmp_path), weights=False)
-    planned = step_memory(recipe, config, [row(), row()], 1, CARDS["h100"])
+    planned = step_memory(recipe, config, LOAD, 1, CARDS["h100"])
     real = Measured(recipe)
     assert planned.parts["masters"] == pytest.approx(real.masters, abs=1024)
     assert planned.parts["moments"] == pytest.approx(real.moments, abs=1024)
@@ -166,9 +172,8 @@ def test_a_deep_models_memory_is_continued_from_shallow_ones(
     config = read_config(str(tmp_path), weights=False)
     config.tie_word_embeddings = tied
     recipe = recipe_of(tmp_path, Shard(checkpointing=checkpointing))
-    rows = [row(), row()]
-    found = step_memory(recipe, config, rows, 4, CARDS["h100"])
-    whole = phase_peaks(recipe, config, rows, 4, CARDS["h100"])
+    found = step_memory(recipe, config, LOAD, 4, CARDS["h100"])
+    whole = phase_peaks(recipe, config, LOAD, 4, CARDS["h100"])
     phase, parts = max(whole.items(), key=lambda peak: peak[1].total())
     assert found.phase == phase[1]
     assert found.total == pytest.approx(parts.total(), rel=1e-4)
@@ -180,11 +185,38 @@ def test_a_deep_models_memory_is_continued_from_shallow_ones(
 def test_gradients_lie_whole_on_each_rank_until_the_step_ends_or_sharded(tmp_path: Path) -> None:
     config = read_config(str(small_model(tmp_path, layers=SHALLOW)), weights=False)
     count = sum(parameter.numel() for parameter in empty_model(config).parameters())
-    for reduce, shards in (("step", 1), ("micro_step", 8)):
-        recipe = recipe_of(tmp_path, Shard(checkpointing="full", reduce=reduce))
-        peaks = phase_peaks(recipe, config, [row(), row()], 8, CARDS["h100"])
+    for section, shards in (
+        (Shard(checkpointing="full"), 1),
+        (Shard(checkpointing="full", reduce="micro_step"), 8),
+        (Shard(checkpointing="full", reduce="micro_step", replicate=2), 4),
+    ):
+        peaks = phase_peaks(recipe_of(tmp_path, section), config, LOAD, 8, CARDS["h100"])
         assert peaks[0, "loss"]["gradients"] < 1024  # only what a row reports
         assert peaks[1, "loss"]["gradients"] == pytest.approx(4 * count / shards, abs=1024)
+
+
+@pytest.mark.slow
+def test_the_loss_is_counted_as_a_card_runs_it(tmp_path: Path) -> None:
+    """In bfloat16: gradients and a chunk of logits in float32; p - onehot kept where it fits."""
+    width, tokens = 64, TOKENS - 2
+    config = read_config(str(small_model(tmp_path, layers=1)), weights=False)
+    simpo = {"name": "simpo", "beta": 2.0}
+    for objective, vocab, rows, keeps in (
+        ({}, 150_000, 1024, False),
+        (simpo, 1_000_000, 1024, True),  # 2 GB, of a card's 10
+        (simpo, 6_000_000, 512, False),  # 12 GB
+    ):
+        config.vocab_size = vocab
+        recipe = replace(recipe_of(tmp_path, Shard(), **objective), train=Train(dtype="bfloat16"))
+        chunk = 4 * rows * vocab  # of float32 logits, in rows by 512
+        gradients = 4 * (TOKENS + vocab) * width
+        if keeps:
+            expected = chunk + 2 * tokens * vocab
+        else:
+            rounded = gradients // 2 if objective else 0  # at once, where backward computes
+            expected = chunk + gradients + rounded
+        found = phase_peaks(recipe, config, LOAD, 1, CARDS["h100"])[1, "loss"]["loss"]
+        assert found == pytest.approx(expected, rel=0.01), (objective, vocab)
 
 
 def test_recomputation_costs_the_blocks_forward_once_more(tmp_path: Path) -> None:
