@@ -19,7 +19,7 @@ PARTS = {
     "moments": "AdamW's moments",
     "gradients": "gradients",
     "gathered": "gathered parameters, gradients being reduced",
-    "activations": "activations",
+    "activations": "activations, of transformers' own layers",
     "loss": "loss: dX, dW, a chunk of the vocabulary",
     "update": "clipping and update",
 }

@@ -310,7 +310,7 @@ def _alternatives(
     if longest.num_tokens < load.row.num_tokens:
         load = Load(longest, frozenset([len(longest.valid_index)]), micro_steps=2)
         change = f"train.row_tokens = {longest.num_tokens}, as the longest trace has"
-        if recipe.shard.reduce == "step":
+        if ranks > 1 and recipe.shard.reduce == "step":
             recipe = replace(recipe, shard=replace(recipe.shard, reduce="micro_step"))
             change += ', and shard.reduce = "micro_step"'
         yield counted(change)

@@ -216,3 +216,14 @@ def test_a_recipes_cache_is_filled_without_weights_and_found_by_training(
     assert not (tmp_path / "r").exists()
     assert main(["train", str(path), "--quiet"]) == 0
     assert arrow.stat().st_mtime_ns == made
+
+
+def test_a_recipe_that_trains_anothers_export_is_looked_at_with_its_model(
+    recipe: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sft = recipe("sft", {"objective.name": "sft"})
+    redi = recipe("redi", {"model.path": str(tmp_path / "sft" / "export")})
+    assert main(["prepare", str(sft), str(redi)]) == 0
+    assert "pairs to train on" in capfd.readouterr().err
+    assert main(["prepare", str(redi)]) == 2
+    assert "no such folder" in capfd.readouterr().err
