@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from redi.engine.cards import CARDS, MFU, Cluster
 from redi.engine.config import (
     Data,
     Model,
@@ -45,6 +46,7 @@ Train language models on correct and incorrect reasoning traces: SFT, then REDI.
 commands:
   prepare openr1 DATA [MORE ...] --out FOLDER               OpenR1-Math-Raw to the paper's sets
   prepare RECIPE.toml [MORE.toml ...]                       tokenize, show what would be trained
+  plan RECIPE.toml [MORE.toml ...] [--ranks N --card NAME]  packing, steps, memory, time; no card
   train RECIPE.toml [MORE.toml ...] [--section.key value]   train; the same line again resumes
   evaluate MODEL --data FILE [FILE ...]                     sample, check answers, pass@k
   logprobs MODEL --data FILE [FILE ...] --out FILE.parquet  what a model says of each trace
@@ -65,6 +67,12 @@ PREPARE_EXAMPLES = """\
 examples:
   redi prepare redi.toml --ranks 8           fill the cache, show what would be trained
   redi prepare openr1 open-r1/OpenR1-Math-Raw --out data --tokenizer Qwen/Qwen2.5-Math-1.5B
+"""
+
+PLAN_EXAMPLES = """\
+examples:
+  redi plan sft.toml redi.toml --ranks 8
+  redi plan redi.toml --ranks 64 --card h200 --shard.checkpointing full --json plan.json
 """
 
 
@@ -99,22 +107,67 @@ def prepare(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(list(argv))
     if arguments.ranks < 1:
         raise InputError(f"ranks must be >= 1, got {arguments.ranks}")
-    recipes = [load_recipe(parser, path, argv) for path in arguments.recipes]
-    for path, recipe in zip(arguments.recipes, recipes, strict=True):
-        _find_data_of(path, recipe)
+    recipes = _with_models(parser, arguments.recipes, argv, "its tokenizer is needed")
 
     from redi.engine.distributed import join_world
     from redi.engine.prepare import fill_cache
 
     console = Console(quiet=arguments.quiet)
-    model = None
     with join_world() as world:
-        for path, recipe in zip(arguments.recipes, recipes, strict=True):
-            model = recipe.model if recipe.model.path else model
-            if model is None:
-                raise InputError(f"{path}: model.path is missing: its tokenizer is needed")
-            wanted = replace(recipe, model=model)
-            fill_cache(wanted, world, console, arguments.ranks, arguments.report)
+        for _, recipe in recipes:
+            fill_cache(recipe, world, console, arguments.ranks, arguments.report)
+
+
+def plan(argv: Sequence[str]) -> None:
+    """`redi plan`: how recipes would pack, fit and last on cards that are not there."""
+    from redi.engine.console import Console
+
+    parser = build_parser(
+        "redi plan",
+        "Packing, steps, memory and time of recipes on a number of cards; trains nothing. Needs "
+        "neither a card nor weights: a folder with config.json and tokenizer will do.",
+        PLAN_EXAMPLES,
+    )
+    parser.add_argument("--ranks", type=int, default=1, help="cards of the run")
+    parser.add_argument("--card", default="h100", help=", ".join(CARDS))
+    parser.add_argument(
+        "--mfu", type=float, default=MFU, help="assumed share of the card's bfloat16 peak"
+    )
+    parser.add_argument("--json", type=Path | None, help="file for all figures")
+    arguments = parser.parse_args(list(argv))
+    cluster = Cluster(arguments.ranks, arguments.card, arguments.mfu)
+    recipes = _with_models(parser, arguments.recipes, argv, "its shape and tokenizer are needed")
+    check_overrides([recipe for _, recipe in recipes], argv)
+
+    from redi.engine.plan import plan_recipes
+
+    plan_recipes(recipes, cluster, Console(quiet=arguments.quiet), arguments.json)
+
+
+def _with_models(
+    parser: ArgumentParser, paths: Sequence[str], argv: Sequence[str], why: str
+) -> list[tuple[str, Recipe]]:
+    """Recipes whose data is there, by path; one that trains the export of another has its model.
+
+    Args:
+        why: a model is needed, for messages.
+    """
+    recipes = [(path, load_recipe(parser, path, argv)) for path in paths]
+    for path, recipe in recipes:
+        _find_data_of(path, recipe)
+    resolved: list[tuple[str, Recipe]] = []
+    exports: dict[Path, Model] = {}  # of runs that need not have begun
+    for path, recipe in recipes:
+        model = recipe.model
+        if model.path is None:
+            if not resolved:
+                raise InputError(f"{path}: model.path is missing: {why}")
+            model = resolved[-1][1].model
+        elif not Path(model.path).exists():
+            model = exports.get(Path(model.path), model)
+        resolved.append((path, replace(recipe, model=model)))
+        exports[Path(recipe.run.dir or f"runs/{Path(path).stem}") / "export"] = model
+    return resolved
 
 
 def train(argv: Sequence[str]) -> None:
@@ -313,6 +366,7 @@ def _arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare": prepare,
+    "plan": plan,
     "train": train,
     "evaluate": evaluate,
     "export": export,

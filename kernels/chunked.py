@@ -354,8 +354,47 @@ def default_chunk_tokens(tokens: int, weight: Tensor, dtype: torch.dtype = torch
         return CPU_CHUNK_TOKENS
     vocab, hidden_size = weight.shape
     card = torch.cuda.get_device_properties(weight.device)
-    most = max(TILE_ROWS, card.total_memory // GPU_CHUNK_SHARE // (dtype.itemsize * vocab))
-    return fill_waves(tokens, hidden_size, card.multi_processor_count, most)
+    return gpu_chunk_tokens(
+        tokens, vocab, hidden_size, dtype, card.total_memory, card.multi_processor_count
+    )
+
+
+def gpu_chunk_tokens(
+    tokens: int, vocab: int, hidden_size: int, dtype: torch.dtype, memory: int, processors: int
+) -> int:
+    """Rows of a chunk on a GPU of so many bytes of memory and so many processors."""
+    most = max(TILE_ROWS, memory // GPU_CHUNK_SHARE // (dtype.itemsize * vocab))
+    return fill_waves(tokens, hidden_size, processors, most)
+
+
+def gpu_workspace(
+    tokens: int,
+    vocab: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    buffer_dtype: torch.dtype,
+    memory: int,
+    processors: int,
+) -> int:
+    """Bytes that a loss takes on a GPU while it runs, beside its results.
+
+    A chunk's [C, V] (`chunk_buffer`), its hidden states and their gradient.
+
+    Args:
+        tokens: N, unmasked ones.
+        dtype: of the operands.
+        buffer_dtype: of [C, V]: float32 logits, or `dtype` for exponentials.
+        memory, processors: of the GPU.
+    """
+    most = gpu_chunk_tokens(tokens, vocab, hidden_size, buffer_dtype, memory, processors)
+    rows = max((end - start for start, end in split(0, tokens, most)), default=0)
+    in_buffer = -(-rows // GPU_BUFFER_ROWS) * GPU_BUFFER_ROWS * padded(vocab)
+    states = rows * hidden_size
+    return (
+        in_buffer * buffer_dtype.itemsize
+        + states * dtype.itemsize
+        + states * accumulation_dtype(dtype).itemsize
+    )
 
 
 def fill_waves(tokens: int, hidden_size: int, processors: int, most: int) -> int:

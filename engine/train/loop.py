@@ -414,8 +414,8 @@ def _train(
             torch.manual_seed((recipe.train.seed * total + step) * world.size + world.rank)
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
-            done_rows = _forward_backward(student, batches, world.device, recipe.shard.reduce)
-            grad_norm = _clip(student, recipe.optim.max_grad_norm)
+            done_rows = forward_backward(student, batches, world.device, recipe.shard.reduce)
+            grad_norm = clip(student, recipe.optim.max_grad_norm)
             sums = _step_sums(done_rows, stop.asked, checkpointer.failed, world.device)
             # Decided and done on the device: the host asks for nothing until all is under way.
             finite = sums[0].isfinite() & grad_norm.isfinite()
@@ -482,7 +482,7 @@ def _train(
     return True
 
 
-def _forward_backward(
+def forward_backward(
     student: Student, batches: StepBatches, device: torch.device, reduce: str
 ) -> list[Row]:
     """Accumulate the step's gradient; return what each of this rank's rows came to."""
@@ -526,7 +526,7 @@ def _step_sums(
     return sums
 
 
-def _clip(student: Student, max_norm: float) -> torch.Tensor:
+def clip(student: Student, max_norm: float) -> torch.Tensor:
     """Clip the whole gradient to `max_norm` (0: leave it). Returns its l2 norm before."""
     parameters = [p for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -236,3 +236,14 @@ def test_a_set_given_twice_is_as_given_once_when_duplicates_are_dropped(
     dropped = twice["left_out"]["duplicates dropped"]
     assert dropped == once["traces"] + once["left_out"].get("duplicates dropped", 0)
     assert f"- duplicates dropped {dropped}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_recipe_that_trains_anothers_export_is_looked_at_with_its_model(
+    recipe: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sft = recipe("sft", {"objective.name": "sft"})
+    redi = recipe("redi", {"model.path": str(tmp_path / "sft" / "export")})
+    assert main(["prepare", str(sft), str(redi)]) == 0
+    assert "pairs to train on" in capfd.readouterr().err
+    assert main(["prepare", str(redi)]) == 2
+    assert "no such folder" in capfd.readouterr().err

@@ -1,0 +1,388 @@
+"""`redi plan`: what a recipe will take of time and memory on cards that are not there yet.
+
+The packing is that of training, step by step; memory is counted (`memory.py`); time follows from
+the flops of the packed rows and from an assumption, the share of a card's peak that is reached.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from redi.engine.cards import Cluster
+from redi.engine.config import Recipe
+from redi.engine.console import Console
+from redi.engine.data.overview import look_over, show, warnings
+from redi.engine.data.packing import Cost, PackedBatch, Packing, build_batch, pack
+from redi.engine.distributed import join_world
+from redi.engine.errors import InputError
+from redi.engine.estimate import run_cost, training_cost
+from redi.engine.ledger import PARTS
+from redi.engine.memory import RESERVE, Load, StepMemory, step_memory
+from redi.engine.model.load import read_config
+from redi.engine.model.sharding import check_replicas
+from redi.engine.train.loop import PreparedData, check_positions, prepare_data
+
+PACKED_STEPS = 500
+"""Steps that are packed; of a longer run so many, evenly spread."""
+
+LOW_EFFICIENCY = 0.8
+"""Below this rank efficiency a word on why ranks wait is due."""
+
+
+@dataclass(frozen=True)
+class WorstStep:
+    """The step that keeps ranks waiting most."""
+
+    step: int
+    rank_efficiency: float
+    bound: float
+    """What its longest sequence allows, by any packing."""
+
+
+@dataclass(frozen=True)
+class PackedRun:
+    """How the steps of a run pack."""
+
+    steps: int
+    tokens: int
+    """All tokens of all steps, as `tokens` in metrics.jsonl."""
+    packed_steps: int
+    """How many steps the figures below are of."""
+    micro_steps: float
+    """Mean."""
+    most_micro_steps: int
+    rank_efficiency: float
+    """Mean; see `Packing`."""
+    worst: WorstStep
+    fullest_row: int
+    """Tokens of the fullest row, which decides the memory."""
+    flops: float
+    """Of a step, over all ranks, recomputed ones included; mean."""
+    slowest_flops: float
+    """Of a step, the slowest rank of each micro-step; mean."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A change that may make a run fit."""
+
+    change: str
+    peak: int
+    """Bytes."""
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe comes to on a cluster."""
+
+    cluster: Cluster
+    packing: PackedRun
+    memory: StepMemory
+    card_memory: int
+    """Bytes of a card that training can have: all but a reserve."""
+    fits: bool
+    alternatives: list[Alternative]
+    """Where it does not fit: changes, each on top of those before it, up to the first that does."""
+    step_seconds: float
+    seconds: float
+    """Of all steps: no evaluation, no checkpoints, no start."""
+    tokens_per_s: float
+
+
+def plan_recipes(
+    recipes: list[tuple[str, Recipe]], cluster: Cluster, console: Console, target: Path | None
+) -> list[Plan]:
+    """Plan recipes and show the tables.
+
+    Args:
+        recipes: path and resolved recipe; `model.path` is set.
+        cluster: what they would run on.
+        console: where the tables go.
+        target: JSON file; None: none is written.
+
+    Raises InputError for anything wrong with a recipe, its data, its model or the target.
+    """
+    if target is not None and not target.absolute().parent.is_dir():
+        raise InputError(f"json: {target.parent}: no such folder")  # before minutes of work
+    plans = []
+    content = []
+    for path, recipe in recipes:
+        config = read_config(
+            recipe.model.path or "",
+            recipe.model.rope_theta,
+            recipe.model.max_position_embeddings,
+            weights=False,
+        )
+        check_replicas(recipe.shard, cluster.ranks)
+        with join_world() as world:
+            data = prepare_data(recipe, world, console)
+        check_positions(
+            data.tokens,
+            data.examples.lengths,
+            data.examples.units,
+            config,
+            "lower data.max_tokens to {}, or raise model.max_position_embeddings",
+        )
+        overview = look_over(
+            data.tokens,
+            data.examples,
+            data.schedule,
+            row_tokens=recipe.train.row_tokens,
+            world_size=cluster.ranks,
+            cost=training_cost(config),
+        )
+        show(overview, path, console)
+        for warning in warnings(overview):
+            console.warn(warning)
+        plan = make_plan(recipe, config, data, cluster, console)
+        show_plan(plan, path, console)
+        plans.append(plan)
+        content.append({"recipe": path, "overview": asdict(overview)} | asdict(plan))
+    if target is not None:
+        try:
+            target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"json: {target} cannot be written: {error.strerror}") from None
+    return plans
+
+
+def make_plan(
+    recipe: Recipe, config: Any, data: PreparedData, cluster: Cluster, console: Console
+) -> Plan:
+    """Packing, memory and time of a recipe.
+
+    Args:
+        recipe: resolved.
+        config: its model's configuration.
+        data: what it trains.
+        cluster: what it would run on.
+        console: shows the progress of packing.
+
+    Raises InputError for a model or a backend that cannot be planned.
+    """
+    if recipe.objective.backend == "reference":
+        raise InputError('objective.backend: "reference" is no backend to plan for; use "auto"')
+    packing, load = pack_run(recipe, config, data, cluster.ranks, console)
+    card = cluster.figures
+    memory = step_memory(recipe, config, load, cluster.ranks, card)
+    card_memory = int((1 - RESERVE) * card.memory)
+    fits = memory.total <= card_memory
+    alternatives = []
+    if not fits:
+        for alternative in _alternatives(recipe, config, data, load, cluster, card_memory):
+            alternatives.append(alternative)
+            if alternative.fits:
+                break
+    step_seconds = packing.slowest_flops / (cluster.mfu * card.peak_flops)
+    seconds = step_seconds * packing.steps
+    return Plan(
+        cluster=cluster,
+        packing=packing,
+        memory=memory,
+        card_memory=card_memory,
+        fits=fits,
+        alternatives=alternatives,
+        step_seconds=step_seconds,
+        seconds=seconds,
+        tokens_per_s=packing.tokens / seconds,
+    )
+
+
+@dataclass(frozen=True)
+class _PackedStep:
+    """A step as training lays it out."""
+
+    step: int
+    packing: Packing
+    rows: list[np.ndarray]
+    """Indices of traces, of each row of each micro-step and rank."""
+    flops: np.ndarray
+    """float64 [micro-steps, ranks]."""
+
+
+def pack_run(
+    recipe: Recipe, config: Any, data: PreparedData, ranks: int, console: Console
+) -> tuple[PackedRun, Load]:
+    """Pack the steps of a run as training will.
+
+    Args:
+        recipe: resolved.
+        config: its model's configuration.
+        data: what it trains.
+        ranks: of the run.
+        console: shows the progress.
+    """
+    lengths, total = data.examples.lengths, data.schedule.total_steps
+    chosen = np.unique(np.linspace(1, total, min(total, PACKED_STEPS)).round().astype(int))
+    costs = training_cost(config), run_cost(config, recipe.shard.checkpointing)
+    progress = console.count("packing", "steps", len(chosen))
+    steps = []
+    for step in chosen.tolist():
+        steps.append(_pack_step(step, data, recipe.train.row_tokens, ranks, *costs))
+        progress.update(1)
+    progress.close()
+
+    worst = min(steps, key=lambda step: step.packing.rank_efficiency)
+    rows = [row for step in steps for row in step.rows if len(row)]
+    fullest = max(rows, key=lambda row: int(lengths[row].sum()))
+    trained = lengths - data.tokens.prompt_lengths
+    run = PackedRun(
+        steps=total,
+        tokens=sum(int(lengths[_traces(step, data)].sum()) for step in range(1, total + 1)),
+        packed_steps=len(steps),
+        micro_steps=float(np.mean([len(step.flops) for step in steps])),
+        most_micro_steps=max(len(step.flops) for step in steps),
+        rank_efficiency=float(np.mean([step.packing.rank_efficiency for step in steps])),
+        worst=WorstStep(worst.step, worst.packing.rank_efficiency, worst.packing.bound),
+        fullest_row=int(lengths[fullest].sum()),
+        flops=float(np.mean([step.flops.sum() for step in steps])),
+        slowest_flops=float(np.mean([step.flops.max(axis=1).sum() for step in steps])),
+    )
+    return run, Load(
+        row=build_batch(data.tokens, fullest, lengths[fullest]),
+        targets=frozenset(int(trained[row].sum()) for row in rows),
+        micro_steps=run.most_micro_steps,
+    )
+
+
+def _pack_step(
+    step: int, data: PreparedData, row_tokens: int, ranks: int, balanced: Cost, run: Cost
+) -> _PackedStep:
+    """Args: `balanced` is what training packs by, `run` what a row's flops are."""
+    traces = _traces(step, data)
+    lengths = data.examples.lengths[traces]
+    packing = pack(
+        lengths,
+        row_tokens=row_tokens,
+        world_size=ranks,
+        cost=balanced,
+        together=data.examples.together,
+    )
+    flops = run.of(lengths)
+    return _PackedStep(
+        step,
+        packing,
+        [traces[row] for rows in packing.rows for row in rows],
+        np.array([[flops[row].sum() for row in rows] for rows in packing.rows]),
+    )
+
+
+def _traces(step: int, data: PreparedData) -> np.ndarray:
+    """Indices of a step's traces."""
+    return data.examples.units[data.schedule.units(step)].reshape(-1)
+
+
+def _alternatives(
+    recipe: Recipe,
+    config: Any,
+    data: PreparedData,
+    load: Load,
+    cluster: Cluster,
+    card_memory: int,
+) -> Iterator[Alternative]:
+    """What may be changed, each on top of those before: what costs least time first."""
+
+    def counted(change: str) -> Alternative:
+        peak = step_memory(recipe, config, load, ranks, cluster.figures).total
+        return Alternative(change, peak, peak <= card_memory)
+
+    ranks = cluster.ranks
+    if recipe.shard.replicate > 1:
+        recipe = replace(recipe, shard=replace(recipe.shard, replicate=1))
+        yield counted("shard.replicate = 1")
+    if load.micro_steps > 1 and ranks > 1 and recipe.shard.reduce == "step":
+        recipe = replace(recipe, shard=replace(recipe.shard, reduce="micro_step"))
+        yield counted('shard.reduce = "micro_step"')
+    if recipe.shard.checkpointing == "none":
+        recipe = replace(recipe, shard=replace(recipe.shard, checkpointing="selective"))
+        yield counted('shard.checkpointing = "selective"')
+    if recipe.shard.checkpointing == "selective":
+        recipe = replace(recipe, shard=replace(recipe.shard, checkpointing="full"))
+        yield counted('shard.checkpointing = "full"')
+    longest = _longest_row(data)
+    if longest.num_tokens < load.row.num_tokens:
+        load = Load(longest, frozenset([len(longest.valid_index)]), micro_steps=2)
+        change = f"train.row_tokens = {longest.num_tokens}, as the longest trace has"
+        if ranks > 1 and recipe.shard.reduce == "step":
+            recipe = replace(recipe, shard=replace(recipe.shard, reduce="micro_step"))
+            change += ', and shard.reduce = "micro_step"'
+        yield counted(change)
+    for _ in range(4):
+        ranks *= 2
+        yield counted(f"{ranks} ranks")
+
+
+def _longest_row(data: PreparedData) -> PackedBatch:
+    """The longest trace alone, or the longest pair where pairs share a row."""
+    examples = data.examples
+    groups = examples.units if examples.together > 1 else examples.units.reshape(-1, 1)
+    longest = groups[np.argmax(examples.lengths[groups].sum(axis=1))]
+    return build_batch(data.tokens, longest, examples.lengths[longest])
+
+
+def show_plan(plan: Plan, title: str, console: Console) -> None:
+    """Packing, memory and time as tables, and whether it fits."""
+    name = f"{plan.cluster.ranks} x {plan.cluster.card}"
+    console.table(f"{title}: packing and time on {name}", ("", ""), _run_rows(plan))
+    unit, size = ("GiB", 2**30) if plan.memory.total >= 2**30 else ("MiB", 2**20)
+    console.table(
+        f"{title}: memory of each card at its peak, in the {plan.memory.phase}",
+        ("", unit),
+        [(what, f"{count / size:,.2f}") for what, count in _memory_rows(plan)],
+    )
+    if plan.packing.rank_efficiency < LOW_EFFICIENCY:
+        console.warn(
+            f"{title}: ranks compute {plan.packing.rank_efficiency:.0%} of the time and wait for "
+            "the longest traces in the rest: take fewer ranks or a larger train.batch"
+        )
+    if plan.fits:
+        console.say(f"{title}: fits {name}")
+        return
+    console.warn(f"{title}: does not fit {name}")
+    console.table(
+        "changes, each with those above it",
+        ("", unit, ""),
+        [
+            (found.change, f"{found.peak / size:,.2f}", "fits" if found.fits else "does not fit")
+            for found in plan.alternatives
+        ],
+    )
+
+
+def _run_rows(plan: Plan) -> list[tuple[str, str]]:
+    packing, worst = plan.packing, plan.packing.worst
+    rows = [
+        ("steps", f"{packing.steps:,}"),
+        ("tokens", f"{packing.tokens:,}"),
+        ("tokens of the fullest row", f"{packing.fullest_row:,}"),
+        ("micro-steps in a step", f"{packing.micro_steps:.2f}"),
+        ("- at most", f"{packing.most_micro_steps}"),
+        ("rank efficiency", f"{packing.rank_efficiency:.3f}"),
+        (f"- of step {worst.step}, the worst", f"{worst.rank_efficiency:.3f}"),
+        ("- its longest trace allows", f"{worst.bound:.3f}"),
+        ("PFLOP in a step, with recomputed ones", f"{packing.flops / 1e15:,.3g}"),
+        ("share of the peak (assumed, not measured: --mfu)", f"{plan.cluster.mfu:g}"),
+        ("seconds a step", f"{plan.step_seconds:,.3g}"),
+        ("tokens/s", f"{plan.tokens_per_s:,.0f}"),
+        ("hours, without evaluation and checkpoints", f"{plan.seconds / 3600:,.3g}"),
+        ("card hours", f"{plan.seconds / 3600 * plan.cluster.ranks:,.3g}"),
+    ]
+    if packing.packed_steps < packing.steps:
+        rows.insert(3, ("steps packed here, evenly spread", f"{packing.packed_steps:,}"))
+    return rows
+
+
+def _memory_rows(plan: Plan) -> list[tuple[str, int]]:
+    parts = plan.memory.parts.items()
+    return [
+        *((PARTS[name], size) for name, size in parts if size > plan.memory.total / 1000),
+        ("in all", plan.memory.total),
+        (f"of a card, less {RESERVE:.0%} for CUDA, NCCL and gaps (assumed)", plan.card_memory),
+    ]
