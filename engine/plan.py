@@ -17,7 +17,7 @@ import numpy as np
 from redi.engine.cards import Cluster
 from redi.engine.config import Recipe
 from redi.engine.console import Console
-from redi.engine.data.overview import look_over, show, warnings
+from redi.engine.data.overview import show, warnings
 from redi.engine.data.packing import Cost, PackedBatch, Packing, build_batch, pack
 from redi.engine.distributed import join_world
 from redi.engine.errors import InputError
@@ -130,14 +130,7 @@ def plan_recipes(
             config,
             "lower data.max_tokens to {}, or raise model.max_position_embeddings",
         )
-        overview = look_over(
-            data.tokens,
-            data.examples,
-            data.schedule,
-            row_tokens=recipe.train.row_tokens,
-            world_size=cluster.ranks,
-            cost=training_cost(config),
-        )
+        overview = data.look_over(recipe.train.row_tokens, cluster.ranks, training_cost(config))
         show(overview, path, console)
         for warning in warnings(overview):
             console.warn(warning)

@@ -28,7 +28,7 @@ from redi.engine.data.breakdown import (
     share_rows,
 )
 from redi.engine.data.openr1 import select_traces
-from redi.engine.data.overview import look_over, show, warnings
+from redi.engine.data.overview import show, warnings
 from redi.engine.data.rows import find_sources, scan_source
 from redi.engine.data.text import load_tokenizer
 from redi.engine.distributed import World
@@ -200,15 +200,7 @@ def fill_cache(
     """
     config = read_config(recipe.model.path or "", weights=False)
     data = prepare_data(recipe, world, console)
-    overview = look_over(
-        data.tokens,
-        data.examples,
-        data.schedule,
-        (data.held_out.tokens, data.held_out.examples) if data.held_out else None,
-        row_tokens=recipe.train.row_tokens,
-        world_size=ranks,
-        cost=training_cost(config),
-    )
+    overview = data.look_over(recipe.train.row_tokens, ranks, training_cost(config))
     show(overview, ", ".join(recipe.data.paths), console)
     found = break_down(data.tokens, data.examples, recipe.data.max_tokens)
     console.table("where the traces come from", ORIGIN_COLUMNS, origin_rows(found))

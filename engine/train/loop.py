@@ -24,7 +24,7 @@ from redi.engine.console import Console
 from redi.engine.data.digests import model_digest
 from redi.engine.data.loader import StepBatches, StepLoader
 from redi.engine.data.mixing import mix
-from redi.engine.data.overview import look_over, show, warnings
+from redi.engine.data.overview import Overview, look_over, show, warnings
 from redi.engine.data.packing import Cost
 from redi.engine.data.schedule import Examples, Needs, Schedule, select
 from redi.engine.data.text import load_tokenizer
@@ -147,15 +147,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         )
         _check_weights_are_one(data)
     cost = training_cost(config)
-    overview = look_over(
-        data.tokens,
-        data.examples,
-        data.schedule,
-        (data.held_out.tokens, data.held_out.examples) if data.held_out else None,
-        row_tokens=recipe.train.row_tokens,
-        world_size=world.size,
-        cost=cost,
-    )
+    overview = data.look_over(recipe.train.row_tokens, world.size, cost)
     show(overview, str(run_dir), console)
     for warning in warnings(overview):
         console.warn(warning)
@@ -250,6 +242,19 @@ class PreparedData:
         """Hashes of the tokenized sets, by section of the recipe."""
         held_out = self.held_out.tokens.key if self.held_out else None
         return {"data": self.tokens.key, "eval": held_out}
+
+    def look_over(self, row_tokens: int, ranks: int, cost: Cost) -> Overview:
+        """What a run on so many ranks would train; see `look_over`."""
+        held_out = self.held_out
+        return look_over(
+            self.tokens,
+            self.examples,
+            self.schedule,
+            (held_out.tokens, held_out.examples) if held_out else None,
+            row_tokens=row_tokens,
+            world_size=ranks,
+            cost=cost,
+        )
 
 
 def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData:
