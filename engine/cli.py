@@ -162,12 +162,24 @@ def _with_models(
         if model.path is None:
             if not resolved:
                 raise InputError(f"{path}: model.path is missing: {why}")
-            model = resolved[-1][1].model
-        elif not Path(model.path).exists():
-            model = exports.get(Path(model.path), model)
+            model = _as_exported(resolved[-1][1].model, model)
+        elif not Path(model.path).exists() and Path(model.path) in exports:
+            model = _as_exported(exports[Path(model.path)], model)
         resolved.append((path, replace(recipe, model=model)))
         exports[Path(recipe.run.dir or f"runs/{Path(path).stem}") / "export"] = model
     return resolved
+
+
+def _as_exported(trained: Model, wanted: Model) -> Model:
+    """What `wanted` will be of the export of a run of `trained`: that has what `trained` changed,
+    and `wanted` may change it again."""
+    return replace(
+        wanted,
+        path=trained.path,
+        tokenizer=wanted.tokenizer or trained.tokenizer,
+        rope_theta=wanted.rope_theta or trained.rope_theta,
+        max_position_embeddings=(wanted.max_position_embeddings or trained.max_position_embeddings),
+    )
 
 
 def train(argv: Sequence[str]) -> None:

@@ -38,6 +38,20 @@ _CHUNKED = {
 """Ops that run through the vocabulary in chunks."""
 
 
+@dataclass(frozen=True)
+class LossMemory:
+    """Bytes that loss ops take on a card beside their results, each at the worst of all rows."""
+
+    workspace: int
+    """While an op runs that makes the gradient at once."""
+    forward: int
+    """While `linear_logprobs` runs, with what it keeps."""
+    kept: int
+    """For its backward."""
+    backward: int
+    """While that runs, with what was kept."""
+
+
 @dataclass
 class _Entry:
     """A storage that is alive."""
@@ -59,17 +73,15 @@ class Ledger(TorchDispatchMode):
     """Counts the bytes of all storages that are made while it is on, by part, until they end.
 
     Args:
-        workspace: bytes that a loss op takes while it runs, which only a card allocates.
-        kept: bytes that `linear_logprobs` keeps for its backward on the card.
+        loss: what only a card allocates.
 
     Attributes:
         held: bytes by part, now.
     """
 
-    def __init__(self, workspace: int = 0, kept: int = 0) -> None:
+    def __init__(self, loss: LossMemory) -> None:
         super().__init__()
-        self._workspace = workspace
-        self._kept = kept
+        self._loss = loss
         self._entries: dict[int, _Entry] = {}
         self._unsettled: dict[int, _Entry] = {}
         self._phase: Phase = ()
@@ -152,20 +164,20 @@ class Ledger(TorchDispatchMode):
 
     def _add_unseen(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         """What a loss op takes on a card, beside its results, and no fake of it shows."""
-        inside = self._workspace
-        forward, backward = name == "linear_logprobs", name == "linear_logprobs_backward"
-        kept = 0
-        if (forward and not result[1].numel()) or (backward and not args[1].numel()):
-            kept = self._kept  # which a card has room for, and this CPU had not
-        if backward:
-            inside = 0 if kept or args[1].numel() else inside
-            # The gradients in float32, before they are rounded.
-            inside += sum(4 * grad.numel() for grad in result if grad.itemsize < 4)
-        if forward:
+        loss = self._loss
+        kept, inside = 0, loss.workspace
+        if name == "linear_logprobs":
+            kept = loss.kept - result[1].nbytes  # what this CPU had no room for
+            inside = loss.forward - loss.kept
             self._add("loss", kept)
+        elif name == "linear_logprobs_backward":
+            kept = loss.kept - args[1].nbytes
+            # The gradients in float32, before they are rounded.
+            inside = loss.backward - loss.kept
+            inside += sum(4 * grad.numel() for grad in result if grad.itemsize < 4)
         self._add("loss", inside)
         self._add("loss", -inside)
-        if backward:
+        if name == "linear_logprobs_backward":
             self._add("loss", -kept)
 
     def _part(self, space: str, name: str) -> str:

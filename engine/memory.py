@@ -15,7 +15,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from redi.engine.cards import Card
 from redi.engine.config import Recipe
 from redi.engine.data.loader import StepBatches
 from redi.engine.data.packing import PackedBatch
-from redi.engine.ledger import PARTS, Ledger, Phase
+from redi.engine.ledger import PARTS, Ledger, LossMemory, Phase
 from redi.engine.model.attention import register_attention
 from redi.engine.model.load import model_to_train
 from redi.engine.model.sharding import compute_dtype, shard
@@ -147,6 +147,7 @@ def phase_peaks(
     model.train()
     section = recipe.objective
     exponentials = _takes_exponentials(recipe, card, dtype, config.hidden_size)
+    filters = section.filter_epsilon > 0
     objective = Objective(replace(section, backend="torch-exp" if exponentials else "torch"))
     if formula(section).reference:
         traces = int(load.row.sequence_ids.max()) + 1
@@ -156,7 +157,9 @@ def phase_peaks(
     rows = [load.row] * min(load.micro_steps, 2)
     with _ranks(ranks):
         shard(student, replace(recipe.shard, compile=False), dtype, device)
-        ledger = _loss_ledger(load, student.head.weight.shape, dtype, exponentials, card)
+        ledger = Ledger(
+            _loss_memory(load, student.head.weight.shape, dtype, exponentials, filters, card)
+        )
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
             student.to_empty(device=device)
             ledger.settle("masters")
@@ -180,19 +183,32 @@ def phase_peaks(
     return ledger.peaks
 
 
-def _loss_ledger(
-    load: Load, head: torch.Size, dtype: torch.dtype, exponentials: bool, card: Card
-) -> Ledger:
-    """A ledger that knows what the loss takes on the card, at the worst of all rows."""
+def _loss_memory(
+    load: Load,
+    head: torch.Size,
+    dtype: torch.dtype,
+    exponentials: bool,
+    filters: bool,
+    card: Card,
+) -> LossMemory:
     vocab, hidden_size = head
     buffer_dtype = dtype if exponentials else accumulation_dtype(dtype)
-    workspace = max(
-        gpu_workspace(tokens, vocab, hidden_size, dtype, buffer_dtype, card.memory, card.processors)
-        for tokens in load.targets
-    )
-    kept = [tokens * padded(vocab) * dtype.itemsize for tokens in load.targets]
-    budget = card.memory // GPU_KEEP_SHARE
-    return Ledger(workspace, max((size for size in kept if size <= budget), default=0))
+    in_place = exponentials or dtype == accumulation_dtype(dtype)  # as `keep_chunks` has it
+    worst = LossMemory(0, 0, 0, 0)
+    for tokens in load.targets:
+        workspace = gpu_workspace(
+            tokens, vocab, hidden_size, dtype, buffer_dtype, card.memory, card.processors
+        )
+        if filters:
+            workspace += vocab * hidden_size * dtype.itemsize  # the weight in the filter's order
+        kept = 0
+        if tokens * vocab * dtype.itemsize <= card.memory // GPU_KEEP_SHARE:
+            kept = tokens * padded(vocab) * dtype.itemsize
+        forward = kept if kept and in_place else kept + workspace
+        found = LossMemory(workspace, forward, kept, kept or workspace)
+        pairs = zip(astuple(worst), astuple(found), strict=True)
+        worst = LossMemory(*(max(pair) for pair in pairs))
+    return worst
 
 
 def _takes_exponentials(recipe: Recipe, card: Card, dtype: torch.dtype, hidden_size: int) -> bool:

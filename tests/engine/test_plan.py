@@ -219,6 +219,20 @@ def test_the_loss_is_counted_as_a_card_runs_it(tmp_path: Path) -> None:
         assert found == pytest.approx(expected, rel=0.01), (objective, vocab)
 
 
+@pytest.mark.slow
+def test_a_row_too_large_to_be_kept_is_counted_beside_one_that_is_not(tmp_path: Path) -> None:
+    config = read_config(str(small_model(tmp_path, layers=1)), weights=False)
+    config.vocab_size = 6_000_000
+    recipe = recipe_of(tmp_path, Shard(), name="simpo", beta=2.0)
+    recipe = replace(recipe, train=Train(dtype="bfloat16"))
+    found = []
+    for targets in ({TOKENS - 2}, {TOKENS - 2, 10}):
+        load = replace(LOAD, targets=frozenset(targets))
+        peaks = phase_peaks(recipe, config, load, 1, CARDS["h100"])
+        found.append(peaks[1, "loss"]["loss"])
+    assert found[1] >= found[0]
+
+
 def test_recomputation_costs_the_blocks_forward_once_more(tmp_path: Path) -> None:
     config = read_config(str(small_model(tmp_path, layers=2)), weights=False)
     blocks = 2 * (4 * 64 * 64 + 3 * 64 + 3 * 64 * 192 + 2 * 64) + 64
@@ -326,6 +340,15 @@ def test_wrong_input_is_one_line(
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
     assert words in lines[0]
+
+
+def test_a_recipe_may_change_the_model_that_it_has_of_the_one_before(
+    recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    short = {"data.max_tokens": 30, "data.overlong": "drop", "model.max_position_embeddings": 30}
+    sft = recipe("sft", {"objective.name": "sft", "train.batch": 4, **short})
+    redi = recipe("redi", {"model.path": None, "model.max_position_embeddings": 512})
+    assert len(planned(sft, redi, tmp_path / "plan.json")) == 2
 
 
 def test_no_recipe_and_a_recipe_without_a_model_are_one_line(
