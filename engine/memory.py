@@ -34,6 +34,7 @@ from redi.engine.model.attention import register_attention
 from redi.engine.model.load import model_to_train
 from redi.engine.model.sharding import compute_dtype, shard
 from redi.engine.model.student import Student
+from redi.engine.train.greedy import HeldOutProblems
 from redi.engine.train.loop import clip, forward_backward
 from redi.engine.train.objectives import formula
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
@@ -104,6 +105,18 @@ def step_memory(recipe: Recipe, config: Any, load: Load, ranks: int, card: Card)
         peaks = list(_continued(few, more, depth - SHALLOW))
     phase, parts = max(peaks, key=lambda peak: peak[1].total())
     return StepMemory({name: parts[name] for name in PARTS}, phase[1])
+
+
+def cache_memory(recipe: Recipe, config: Any, problems: HeldOutProblems) -> int:
+    """Bytes of the keys and values of a batch of `problems` with the longest completions."""
+    dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    tokens = problems.longest_prompt + problems.new_tokens(config)
+    a_token = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+    return a_token * tokens * min(problems.batch_size, len(problems.prompts))
 
 
 def _of_depth(config: Any, blocks: int) -> Any:

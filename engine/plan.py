@@ -23,7 +23,7 @@ from redi.engine.distributed import join_world
 from redi.engine.errors import InputError
 from redi.engine.estimate import run_cost, training_cost
 from redi.engine.ledger import PARTS
-from redi.engine.memory import RESERVE, Load, StepMemory, step_memory
+from redi.engine.memory import RESERVE, Load, StepMemory, cache_memory, step_memory
 from redi.engine.model.load import read_config
 from redi.engine.model.sharding import check_replicas
 from redi.engine.train.loop import PreparedData, check_positions, prepare_data
@@ -85,9 +85,13 @@ class Plan:
     cluster: Cluster
     packing: PackedRun
     memory: StepMemory
+    generating: int | None
+    """Bytes while completions are generated for `[eval] checker`: weights, moments, keys and
+    values; None without one."""
     card_memory: int
     """Bytes of a card that training can have: all but a reserve."""
     fits: bool
+    """Both."""
     alternatives: list[Alternative]
     """Where it does not fit: changes, each on top of those before it, up to the first that does."""
     step_seconds: float
@@ -166,9 +170,12 @@ def make_plan(
     card = cluster.figures
     memory = step_memory(recipe, config, load, cluster.ranks, card)
     card_memory = int((1 - RESERVE) * card.memory)
-    fits = memory.total <= card_memory
+    generating = None
+    if data.held_out is not None and data.held_out.problems is not None:
+        generating = memory.parts["masters"] + memory.parts["moments"]
+        generating += cache_memory(recipe, config, data.held_out.problems)
     alternatives = []
-    if not fits:
+    if memory.total > card_memory:
         for alternative in _alternatives(recipe, config, data, load, cluster, card_memory):
             alternatives.append(alternative)
             if alternative.fits:
@@ -179,8 +186,9 @@ def make_plan(
         cluster=cluster,
         packing=packing,
         memory=memory,
+        generating=generating,
         card_memory=card_memory,
-        fits=fits,
+        fits=max(memory.total, generating or 0) <= card_memory,
         alternatives=alternatives,
         step_seconds=step_seconds,
         seconds=seconds,
@@ -339,6 +347,10 @@ def show_plan(plan: Plan, title: str, console: Console) -> None:
         console.say(f"{title}: fits {name}")
         return
     console.warn(f"{title}: does not fit {name}")
+    if plan.generating is not None and plan.generating > plan.card_memory:
+        console.warn(f"{title}: generating for eval.checker: lower eval.batch_size")
+    if not plan.alternatives:
+        return
     console.table(
         "changes, each with those above it",
         ("", unit, ""),
@@ -374,8 +386,11 @@ def _run_rows(plan: Plan) -> list[tuple[str, str]]:
 
 def _memory_rows(plan: Plan) -> list[tuple[str, int]]:
     parts = plan.memory.parts.items()
-    return [
+    rows = [
         *((PARTS[name], size) for name, size in parts if size > plan.memory.total / 1000),
         ("in all", plan.memory.total),
-        (f"of a card, less {RESERVE:.0%} for CUDA, NCCL and gaps (assumed)", plan.card_memory),
     ]
+    if plan.generating is not None:
+        rows.append(("while generating for eval.checker", plan.generating))
+    card = f"of a card, less {RESERVE:.0%} for CUDA, NCCL and gaps (assumed)"
+    return [*rows, (card, plan.card_memory)]

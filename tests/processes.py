@@ -66,7 +66,9 @@ class Run:
     def end(self, seconds: float = 600) -> int:
         """Its exit code, which it must have within `seconds`."""
         self._process.join(seconds)
-        assert not self._process.is_alive(), f"still running after {seconds} s\n{self.stderr}"
+        if self._process.is_alive():
+            self.kill()  # pytest waits for its children
+            raise AssertionError(f"still running after {seconds} s\n{self.stderr}")
         assert self._process.exitcode is not None
         return self._process.exitcode
 

@@ -124,6 +124,8 @@ def test_a_folder_gives_those_of_its_sub_folders_too_but_nothing_hidden(tmp_path
     for name in ["b/2.jsonl", "b/1/x.jsonl", "b/1/__y.jsonl", "a.jsonl", *hidden]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write_rows(tmp_path / name, [{**PAIR, "chosen": name}])
+    (tmp_path / "b" / "around").symlink_to(tmp_path)
+    (tmp_path / "c").symlink_to(tmp_path / "b")
     found = [t.completion for t in traces_of(str(tmp_path)) if t.sign > 0]
     assert found == ["a.jsonl", "b/1/__y.jsonl", "b/1/x.jsonl", "b/2.jsonl"]
 

@@ -85,7 +85,10 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
     for name in paths:
         path = Path(name).expanduser()
         if path.is_dir():
-            files = sorted(_data_files(path))
+            try:
+                files = sorted(_data_files(path, set()))
+            except OSError as error:
+                raise InputError(f"{error.filename} cannot be read: {error.strerror}") from None
             if not files:
                 raise InputError(f"{name}: no data file in this folder ({_kinds_text()})")
             sources += [Source(str(file), _file_kind(file)) for file in files]
@@ -316,13 +319,20 @@ def _file_kind(path: Path) -> str:
     return kind if kind in FILE_KINDS else ""
 
 
-def _data_files(folder: Path) -> Iterator[Path]:
-    """At any depth; as in `datasets` neither hidden ones nor those in folders like __pycache__."""
-    for path in folder.iterdir():
+def _data_files(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """At any depth; as in `datasets` neither hidden ones nor those in folders like __pycache__.
+
+    Args:
+        seen: folders that were gone through; links may lead to one again.
+    """
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from () if path.name.startswith("__") else _data_files(path)
+            yield from () if path.name.startswith("__") else _data_files(path, seen)
         elif _file_kind(path):
             yield path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,13 @@ class HeldOutProblems:
     max_new_tokens: int
     batch_size: int
     """Completions that a rank runs side by side."""
+
+    def new_tokens(self, config: Any) -> int:
+        """Tokens of a completion at most, for a model of this configuration: it has positions for
+        no more."""
+        positions = getattr(config, "max_position_embeddings", None)
+        room = self.max_new_tokens if positions is None else positions - self.longest_prompt
+        return max(1, min(self.max_new_tokens, room))
 
 
 def held_out_problems(recipe: Recipe) -> HeldOutProblems | None:
@@ -103,13 +111,11 @@ def greedy_accuracy(
     prompts += [problems.prompts[0]] * (share - len(mine))
     requests = [Request(ids, sample=0) for ids in encode_prompts(problems.tokenizer, prompts)]
     order = longest_first(requests)
-    positions = getattr(student.model.config, "max_position_embeddings", None)
-    room = problems.max_new_tokens if positions is None else positions - problems.longest_prompt
     batches = generate_batches(
         student.model,
         problems.tokenizer,
         [requests[place] for place in order],
-        Sampling(max(1, min(problems.max_new_tokens, room))),
+        Sampling(problems.new_tokens(student.model.config)),
         problems.batch_size,
         in_step=world.size > 1,
         break_off=lambda: stop.asked,

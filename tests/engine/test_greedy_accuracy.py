@@ -1,6 +1,7 @@
 """Greedy accuracy during training against plain forwards of the same weights."""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 from processes import ranks
 
+from redi.engine import generate
 from redi.engine.cli import main
 
 PROBLEMS = 21  # odd: two ranks have unequal shares
@@ -100,19 +102,44 @@ def test_two_ranks_find_the_same_accuracy(
     assert one[0]["greedy_accuracy"] == pytest.approx(7 / 21)
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_signal_breaks_off_a_long_generation(
-    count: int, recipe: Callable[..., Path], held_out: Path, tmp_path: Path
+ENDLESS = {"eval.max_new_tokens": 1_000_000, "model.max_position_embeddings": 2_000_000}
+
+
+def test_a_signal_breaks_off_a_long_generation_at_the_next_token(
+    recipe: Callable[..., Path],
+    held_out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    endless = {"eval.max_new_tokens": 1_000_000, "model.max_position_embeddings": 2_000_000}
-    path = recipe("run", changes(held_out) | endless)
-    runs = ranks(count, "train", path, log=tmp_path / "log")
+    asked = generate._BreakOff.__call__
+    tokens = 0
+
+    def count(*args: Any, **kwargs: Any) -> torch.BoolTensor:
+        nonlocal tokens
+        tokens += 1
+        if tokens == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert tokens <= 4
+        return asked(*args, **kwargs)
+
+    monkeypatch.setattr(generate._BreakOff, "__call__", count)
+    assert main(["train", str(recipe("run", changes(held_out) | ENDLESS))]) == 0
+    assert tokens in (3, 4)
+    assert "stopped after step 0 of 2" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_ranks_of_which_one_has_the_signal_end_together(
+    recipe: Callable[..., Path], held_out: Path, tmp_path: Path
+) -> None:
+    some = {"eval.max_new_tokens": 400, "model.max_position_embeddings": 500}
+    path = recipe("run", changes(held_out) | some)
+    runs = ranks(2, "train", path, log=tmp_path / "log")
     runs[0].wait_for(lambda: "held out:" in runs[0].stderr)
-    time.sleep(2)  # by then it generates
+    time.sleep(2)  # wherever it is by then
+    runs[1].send(signal.SIGTERM)
     for run in runs:
-        run.send(signal.SIGTERM)
-    for run in runs:
-        assert run.end(20) == 0, run.stderr
+        assert run.end(120) == 0, run.stderr
     assert "stopped after step 0 of 2" in runs[0].stderr
 
 

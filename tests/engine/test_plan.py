@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from redi.engine.cards import CARDS
 from redi.engine.cli import main
@@ -19,11 +19,12 @@ from redi.engine.data.loader import StepBatches
 from redi.engine.data.packing import Cost, PackedBatch
 from redi.engine.distributed import join_world
 from redi.engine.estimate import run_cost, training_cost
-from redi.engine.memory import SHALLOW, Load, phase_peaks, step_memory
+from redi.engine.memory import SHALLOW, Load, cache_memory, phase_peaks, step_memory
 from redi.engine.model.attention import register_attention
 from redi.engine.model.load import empty_model, model_to_train, read_config
 from redi.engine.model.sharding import shard
 from redi.engine.model.student import Student
+from redi.engine.train.greedy import HeldOutProblems
 from redi.engine.train.loop import clip, forward_backward
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
 from redi.engine.train.row_loss import Objective
@@ -231,6 +232,27 @@ def test_a_row_too_large_to_be_kept_is_counted_beside_one_that_is_not(tmp_path: 
         peaks = phase_peaks(recipe, config, load, 1, CARDS["h100"])
         found.append(peaks[1, "loss"]["loss"])
     assert found[1] >= found[0]
+
+
+def test_keys_and_values_are_what_generation_keeps(tmp_path: Path) -> None:
+    config = read_config(str(small_model(tmp_path, layers=2)), weights=False)
+    config.num_key_value_heads = 2
+    problems = HeldOutProblems(
+        prompts=["12="] * 3,
+        longest_prompt=5,
+        answers=["3"] * 3,
+        tokenizer=None,
+        checker="exact",
+        answer_pattern=None,
+        max_new_tokens=7,
+        batch_size=64,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    cache = model(torch.zeros(3, 12, dtype=torch.long), use_cache=True).past_key_values
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cache_memory(recipe_of(tmp_path, Shard()), config, problems) == kept
+    endless = replace(problems, max_new_tokens=10 * TOKENS)
+    assert cache_memory(recipe_of(tmp_path, Shard()), config, endless) == kept * TOKENS // 12
 
 
 def test_recomputation_costs_the_blocks_forward_once_more(tmp_path: Path) -> None:
