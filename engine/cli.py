@@ -23,6 +23,7 @@ from redi.engine.config import (
     Train,
     build_parser,
     check_overrides,
+    check_replicas,
     explain,
     help_formatter,
     load_recipe,
@@ -136,8 +137,15 @@ def plan(argv: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path | None, help="file for all figures")
     arguments = parser.parse_args(list(argv))
     cluster = Cluster(arguments.ranks, arguments.card, arguments.mfu)
+    if target := arguments.json:  # before minutes of work
+        if not target.absolute().parent.is_dir():
+            raise InputError(f"json: {target.parent}: no such folder")
+        if target.is_dir():
+            raise InputError(f"json: {target} is a folder; name a file")
     recipes = _with_models(parser, arguments.recipes, argv, "its shape and tokenizer are needed")
     check_overrides([recipe for _, recipe in recipes], argv)
+    for _, recipe in recipes:
+        check_replicas(recipe.shard, cluster.ranks)
 
     from redi.engine.plan import plan_recipes
 
@@ -242,9 +250,13 @@ def export(argv: Sequence[str]) -> None:
     parser.add_argument("--step", type=int | None, help="which checkpoint; left out: the newest")
     args = _arguments(parser, argv)
 
+    from redi.engine.console import Console
     from redi.engine.model.export import export_run
+    from redi.engine.train.guards import collapse_of
 
     print(export_run(Path(args.run), args.step))
+    if args.step is None and (collapsed := collapse_of(Path(args.run))):
+        Console().warn(collapsed)
 
 
 def evaluate(argv: Sequence[str]) -> None:

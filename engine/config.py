@@ -678,6 +678,15 @@ def dump_recipe(recipe: Recipe) -> str:
     return tomli_w.dumps(content)
 
 
+def check_replicas(section: Shard, world_size: int) -> None:
+    """InputError unless the copies of the model divide the ranks evenly."""
+    if world_size % section.replicate:
+        raise InputError(
+            f"shard.replicate = {section.replicate} does not divide the {world_size} ranks of "
+            "this run"
+        )
+
+
 def changed_keys(old: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Keys that differ from a resolved recipe read back from a run folder and may not.
 

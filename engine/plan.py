@@ -7,14 +7,15 @@ the flops of the packed rows and from an assumption, the share of a card's peak 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from redi.engine.cards import Cluster
+from redi.engine.cards import Card, Cluster
 from redi.engine.config import Recipe
 from redi.engine.console import Console
 from redi.engine.data.overview import show, warnings
@@ -25,8 +26,12 @@ from redi.engine.estimate import run_cost, training_cost
 from redi.engine.ledger import PARTS
 from redi.engine.memory import RESERVE, Load, StepMemory, cache_memory, step_memory
 from redi.engine.model.load import read_config
-from redi.engine.model.sharding import check_replicas
-from redi.engine.train.loop import PreparedData, check_positions, prepare_data
+from redi.engine.train.loop import (
+    PreparedData,
+    check_positions,
+    check_vocabulary,
+    prepare_data,
+)
 
 PACKED_STEPS = 500
 """Steps that are packed; of a longer run so many, evenly spread."""
@@ -93,7 +98,8 @@ class Plan:
     fits: bool
     """Both."""
     alternatives: list[Alternative]
-    """Where it does not fit: changes, each on top of those before it, up to the first that does."""
+    """Where it does not fit: changes that take less, each on top of those before it, up to the
+    first that fits; no more ranks than a step has sequences."""
     step_seconds: float
     seconds: float
     """Of all steps: no evaluation, no checkpoints, no start."""
@@ -113,8 +119,6 @@ def plan_recipes(
 
     Raises InputError for anything wrong with a recipe, its data, its model or the target.
     """
-    if target is not None and not target.absolute().parent.is_dir():
-        raise InputError(f"json: {target.parent}: no such folder")  # before minutes of work
     plans = []
     content = []
     for path, recipe in recipes:
@@ -124,7 +128,7 @@ def plan_recipes(
             recipe.model.max_position_embeddings,
             weights=False,
         )
-        check_replicas(recipe.shard, cluster.ranks)
+        check_vocabulary(recipe, config)
         with join_world() as world:
             data = prepare_data(recipe, world, console)
         check_positions(
@@ -176,10 +180,8 @@ def make_plan(
         generating += cache_memory(recipe, config, data.held_out.problems)
     alternatives = []
     if memory.total > card_memory:
-        for alternative in _alternatives(recipe, config, data, load, cluster, card_memory):
-            alternatives.append(alternative)
-            if alternative.fits:
-                break
+        trial = _Trial(recipe, load, cluster.ranks)
+        alternatives = _alternatives(trial, config, data, card, memory.total, card_memory)
     step_seconds = packing.slowest_flops / (cluster.mfu * card.peak_flops)
     seconds = step_seconds * packing.steps
     return Plan(
@@ -280,44 +282,73 @@ def _traces(step: int, data: PreparedData) -> np.ndarray:
     return data.examples.units[data.schedule.units(step)].reshape(-1)
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """What a change is tried on."""
+
+    recipe: Recipe
+    load: Load
+    ranks: int
+
+    def with_shard(self, **changes: Any) -> _Trial:
+        return replace(
+            self, recipe=replace(self.recipe, shard=replace(self.recipe.shard, **changes))
+        )
+
+
 def _alternatives(
-    recipe: Recipe,
-    config: Any,
-    data: PreparedData,
-    load: Load,
-    cluster: Cluster,
-    card_memory: int,
-) -> Iterator[Alternative]:
-    """What may be changed, each on top of those before: what costs least time first."""
+    trial: _Trial, config: Any, data: PreparedData, card: Card, peak: int, card_memory: int
+) -> list[Alternative]:
+    """What may be changed, what costs least time first, up to what fits; see `Plan`."""
+    found = []
+    for change, tried in _changes(trial, data):
+        changed = tried(trial)
+        if changed is None:
+            continue
+        lower = step_memory(changed.recipe, config, changed.load, changed.ranks, card).total
+        if lower >= peak:
+            continue
+        trial, peak = changed, lower
+        found.append(Alternative(change, peak, peak <= card_memory))
+        if peak <= card_memory:
+            break
+    return found
 
-    def counted(change: str) -> Alternative:
-        peak = step_memory(recipe, config, load, ranks, cluster.figures).total
-        return Alternative(change, peak, peak <= card_memory)
 
-    ranks = cluster.ranks
-    if recipe.shard.replicate > 1:
-        recipe = replace(recipe, shard=replace(recipe.shard, replicate=1))
-        yield counted("shard.replicate = 1")
-    if load.micro_steps > 1 and ranks > 1 and recipe.shard.reduce == "step":
-        recipe = replace(recipe, shard=replace(recipe.shard, reduce="micro_step"))
-        yield counted('shard.reduce = "micro_step"')
-    if recipe.shard.checkpointing == "none":
-        recipe = replace(recipe, shard=replace(recipe.shard, checkpointing="selective"))
-        yield counted('shard.checkpointing = "selective"')
-    if recipe.shard.checkpointing == "selective":
-        recipe = replace(recipe, shard=replace(recipe.shard, checkpointing="full"))
-        yield counted('shard.checkpointing = "full"')
-    longest = _longest_row(data)
-    if longest.num_tokens < load.row.num_tokens:
+def _changes(
+    trial: _Trial, data: PreparedData
+) -> Iterator[tuple[str, Callable[[_Trial], _Trial | None]]]:
+    """Changes by name; each gives None where there is nothing to change."""
+
+    def reduce(trial: _Trial) -> _Trial | None:
+        accumulates = trial.load.micro_steps > 1 and trial.recipe.shard.reduce == "step"
+        return trial.with_shard(reduce="micro_step") if accumulates and trial.ranks > 1 else None
+
+    def shorter(trial: _Trial) -> _Trial | None:
+        if longest.num_tokens >= trial.load.row.num_tokens:
+            return None
         load = Load(longest, frozenset([len(longest.valid_index)]), micro_steps=2)
-        change = f"train.row_tokens = {longest.num_tokens}, as the longest trace has"
-        if ranks > 1 and recipe.shard.reduce == "step":
-            recipe = replace(recipe, shard=replace(recipe.shard, reduce="micro_step"))
-            change += ', and shard.reduce = "micro_step"'
-        yield counted(change)
-    for _ in range(4):
+        trial = replace(trial, load=load)
+        return reduce(trial) or trial
+
+    shard, longest = trial.recipe.shard, _longest_row(data)
+    if shard.replicate > 1:
+        yield "shard.replicate = 1", partial(_Trial.with_shard, replicate=1)
+    yield 'shard.reduce = "micro_step"', reduce
+    if shard.checkpointing == "none":
+        change = partial(_Trial.with_shard, checkpointing="selective")
+        yield 'shard.checkpointing = "selective"', change
+    if shard.checkpointing != "full":
+        yield 'shard.checkpointing = "full"', partial(_Trial.with_shard, checkpointing="full")
+    rows = f"train.row_tokens = {longest.num_tokens}, as the longest trace has"
+    if trial.ranks > 1 and shard.reduce == "step":
+        rows += ', and shard.reduce = "micro_step"'
+    yield rows, shorter
+    ranks = 2 * trial.ranks
+    while ranks <= trial.recipe.train.batch * data.examples.units.shape[1]:
+        yield f"{ranks} ranks", partial(replace, ranks=ranks)
+        yield 'shard.reduce = "micro_step"', reduce
         ranks *= 2
-        yield counted(f"{ranks} ranks")
 
 
 def _longest_row(data: PreparedData) -> PackedBatch:
@@ -349,7 +380,7 @@ def show_plan(plan: Plan, title: str, console: Console) -> None:
     console.warn(f"{title}: does not fit {name}")
     if plan.generating is not None and plan.generating > plan.card_memory:
         console.warn(f"{title}: generating for eval.checker: lower eval.batch_size")
-    if not plan.alternatives:
+    if plan.memory.total <= plan.card_memory:
         return
     console.table(
         "changes, each with those above it",
@@ -359,6 +390,11 @@ def show_plan(plan: Plan, title: str, console: Console) -> None:
             for found in plan.alternatives
         ],
     )
+    if not any(found.fits for found in plan.alternatives):
+        console.warn(
+            f"{title}: none of these is enough: take a larger card, shorter traces, or more ranks "
+            "with a larger train.batch to keep them busy"
+        )
 
 
 def _run_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -84,8 +84,12 @@ def _rows(runs: Sequence[Curves]) -> list[list[str]]:
 
     def held_out(key: str) -> Callable[[Curves], str]:
         def show(run: Curves) -> str:
-            values = [line[key] for line in run.held_out if line.get(key) is not None]
-            return f"{_number(values[0])} to {_number(values[-1])}" if values else "-"
+            seen = [line for line in run.held_out if line.get(key) is not None]
+            if not seen:
+                return "-"
+            if len(seen) == 1:
+                return f"{_number(seen[0][key])}, only after step {seen[0]['step']}"
+            return f"{_number(seen[0][key])} to {_number(seen[-1][key])}"
 
         return show
 

@@ -166,4 +166,6 @@ def generation_config(path: str) -> GenerationConfig | None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    """And the one behind it, where the first only announces it."""
+    first, *others = [line.strip() for line in str(error).strip().split("\n")]
+    return f"{first} {others[0]}" if first.endswith(":") and others else first

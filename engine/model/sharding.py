@@ -18,7 +18,6 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import PreTrainedModel
 
 from redi.engine.config import Shard
-from redi.engine.errors import InputError
 from redi.engine.model.student import Student
 
 # Results that selective checkpointing keeps: products and attention cost far more to recompute
@@ -44,15 +43,6 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32
-
-
-def check_replicas(section: Shard, world_size: int) -> None:
-    """InputError unless the copies of the model divide the ranks evenly."""
-    if world_size % section.replicate:
-        raise InputError(
-            f"shard.replicate = {section.replicate} does not divide the {world_size} ranks of "
-            "this run"
-        )
 
 
 def shard(student: Student, section: Shard, dtype: torch.dtype, device: torch.device) -> Student:

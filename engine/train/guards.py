@@ -88,6 +88,7 @@ class Guards:
         self._section = section
         self._skips = 0
         self._trend = Trend()
+        self._fallen: int | None = None
         self._warned: int | None = None
         history: list[Any] = [None]
         if world.is_main and done:
@@ -123,13 +124,18 @@ class Guards:
         return Verdict("not_finite", f"{self._skips} steps in a row (from {first}) {what}", False)
 
     def _collapse(self, step: int) -> Verdict | None:
+        if not self._trend.fallen:
+            self._fallen = None
+        elif self._fallen is None:
+            self._fallen = step
         what = self._trend.collapse(going_on=self._warned is not None)
         if what is None:
             self._warned = None
         elif self._warned is None:
             self._warned = step
-        # A window of steps goes by before a fall shows in its median.
-        self.good_before = (self._warned or step) - WINDOW
+        # A window of steps goes by before a fall shows in its median. The gradient may surge much
+        # later than the log-prob falls: what was saved between is as ruined.
+        self.good_before = (self._fallen or step) - WINDOW
         if what is None or self._warned is None:
             return None
         advice = "lower optim.lr, or the weight of incorrect traces"
@@ -165,17 +171,21 @@ class Trend:
             self._best = max(self._best, median(self._logps))
             self._calmest = min(self._calmest, median(self._norms))
 
+    @property
+    def fallen(self) -> bool:
+        """Whether the log-prob is as far below its best as in collapse."""
+        if self._steps < WINDOW:
+            return False
+        return self._best - median(self._logps) >= max(FALL * abs(self._best), FALL_NATS)
+
     def collapse(self, *, going_on: bool = False) -> str | None:
         """What shows that a run collapses now, or None.
 
         Once seen it goes on as long as the log-prob stays down: gradients calm in ruin too.
         """
-        if self._steps < 2 * WINDOW:
+        if self._steps < 2 * WINDOW or not self.fallen:
             return None
         logp, norm = median(self._logps), median(self._norms)
-        fallen = self._best - logp
-        if fallen < max(FALL * abs(self._best), FALL_NATS):
-            return None
         if norm < SURGE * self._calmest and not going_on:
             return None
         fall = f"the log-prob of correct traces fell from {self._best:.3f} to {logp:.3f} a token"
@@ -196,16 +206,24 @@ def check_not_collapsed(section: Guard, run_dir: Path) -> None:
     Raises:
         InputError: the guard ended that attempt; it says where the last good checkpoint is.
     """
+    collapsed = collapse_of(run_dir) if section.collapse == "stop" else None
+    if collapsed:
+        raise InputError(
+            f"run.dir: {collapsed}; to train these weights on all the same, set guard.collapse = "
+            '"warn" or "off"'
+        )
+
+
+def collapse_of(run_dir: Path) -> str | None:
+    """That a guard ended a run which collapsed, when, and where the last good checkpoint is."""
     metrics = run_dir / "metrics.jsonl"
-    if section.collapse != "stop" or not metrics.is_file():
-        return
-    for line in read_metrics(metrics):
+    for line in read_metrics(metrics) if metrics.is_file() else ():
         if line.get("event") == "collapse" and line.get("goes_on") is False:
-            raise InputError(
-                f"run.dir: {run_dir} collapsed and was ended at step {line['step']}; "
-                f"{last_good(run_dir, line['good_before'])}; to train these weights on all the "
-                'same, set guard.collapse = "warn" or "off"'
+            return (
+                f"{run_dir} collapsed and was ended at step {line['step']}; "
+                f"{last_good(run_dir, line['good_before'])}"
             )
+    return None
 
 
 def last_good(run_dir: Path, good_before: int) -> str:
@@ -216,11 +234,14 @@ def last_good(run_dir: Path, good_before: int) -> str:
     """
     good = [step for step in complete_checkpoints(run_dir) if step < good_before]
     if not good:
-        return "the last good checkpoint: there is none (see run.save_every)"
+        return (
+            "the last good checkpoint: there is none (see run.save_every); start again with other "
+            "settings in another run.dir"
+        )
     return (
         f"the last good checkpoint: that of step {max(good)}; to go on from it with other "
-        f"settings: redi export {run_dir} --step {max(good)}, and a run of its own from the folder "
-        "that names"
+        f"settings: redi export {run_dir} --step {max(good)}, then a run of its own whose "
+        "model.path is the folder that this prints"
     )
 
 

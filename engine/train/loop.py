@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from redi.engine.config import Recipe
+from redi.engine.config import Recipe, check_replicas
 from redi.engine.console import Console
 from redi.engine.data.digests import model_digest
 from redi.engine.data.loader import StepBatches, StepLoader
@@ -36,7 +36,7 @@ from redi.engine.model.attention import NOT_IN_GRAPHS, choose_attention, registe
 from redi.engine.model.export import check_exportable, export
 from redi.engine.model.liger import apply_liger
 from redi.engine.model.load import model_to_train, read_config
-from redi.engine.model.sharding import check_replicas, compute_dtype, shard
+from redi.engine.model.sharding import compute_dtype, shard
 from redi.engine.model.student import Student
 from redi.engine.model.weights import read_weights
 from redi.engine.train.checkpoint import Checkpointer
@@ -216,6 +216,17 @@ def check_positions(
         )
 
 
+def check_vocabulary(recipe: Recipe, config: Any) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer; InputError where it has more tokens than the model knows."""
+    tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.path or "")
+    known = config.get_text_config().vocab_size
+    if len(tokenizer) > known:
+        raise InputError(
+            f"model.tokenizer: it has {len(tokenizer)} tokens, the model's vocabulary only {known}"
+        )
+    return tokenizer
+
+
 def _check_weights_are_one(data: PreparedData) -> None:
     """A filter knows REDI's own weights alone."""
     used = np.unique(data.examples.units)
@@ -331,12 +342,7 @@ def build_student(
     kind, reason = choose_attention(recipe.model.attention, world.device, dtype)
     console.say(f"attention: {kind} ({reason}); compute dtype {str(dtype).removeprefix('torch.')}")
     model = model_to_train(path, model_config(recipe), register_attention(kind))
-    tokenizer = load_tokenizer(recipe.model.tokenizer or path)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise InputError(
-            f"model.tokenizer: it has {len(tokenizer)} tokens, the model's vocabulary only "
-            f"{model.get_input_embeddings().num_embeddings}"
-        )
+    tokenizer = check_vocabulary(recipe, model.config)
     if world.is_main:
         with tempfile.TemporaryDirectory() as folder:
             check_exportable(model, tokenizer, Path(folder) / "export")

@@ -99,6 +99,20 @@ def at_the_end(all_lines: list[dict[str, Any]]) -> str | None:
     return trend.collapse()
 
 
+def test_what_was_saved_after_the_fall_is_not_good_though_the_gradient_surges_later(
+    tmp_path: Path,
+) -> None:
+    curve = [(-1.0, 1.0)] * 12 + [(-3.0, 1.0)] * 20 + [(-3.0, 3.0)] * 20
+    all_lines = [
+        {"step": step, "loss": 1.0, "positive_logp": logp, "grad_norm": norm}
+        for step, (logp, norm) in enumerate(curve, 1)
+    ]
+    said, good_before = judge_and_date(Guard(), all_lines, tmp_path)
+    assert not said[-1].goes_on
+    assert good_before is not None
+    assert 12 - WINDOW < good_before <= 13
+
+
 def test_steps_left_out_do_not_spoil_the_checkpoints_between_them(tmp_path: Path) -> None:
     """Their weights are those of the last step that was taken."""
     good = lines("sound")[:10]
@@ -252,7 +266,7 @@ def test_the_command_of_a_collapsed_run_does_not_train_its_ruined_weights_on(
     path = str(recipe("run", changes))
     assert main(["train", path]) == 1
     ended = capsys.readouterr().err.splitlines()[-1]
-    advice = ended[ended.index("the last good checkpoint: that of step") :]
+    advice = ended[ended.index("the last good checkpoint:") :]
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     last = json.loads(metrics.splitlines()[-1])
     assert (last["event"], last["goes_on"]) == ("collapse", False)
@@ -262,6 +276,9 @@ def test_the_command_of_a_collapsed_run_does_not_train_its_ruined_weights_on(
     assert refused.count("\n") == 1
     assert f"{tmp_path / 'run'} collapsed and was ended at step {last['step']}; {advice}" in refused
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+
+    assert main(["export", str(tmp_path / "run")]) == 0
+    assert f"warning: {tmp_path / 'run'} collapsed" in capsys.readouterr().err
 
     assert main(["train", path, "--guard.collapse", "warn"]) == 0
     assert (tmp_path / "run" / "export").is_dir()

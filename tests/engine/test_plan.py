@@ -1,6 +1,7 @@
 """`redi plan`: its packing is training's, its memory what a real step allocates."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -338,6 +339,35 @@ def test_what_does_not_fit_comes_with_a_change_that_does(
     assert last["fits"]
     assert last["peak"] <= plan["card_memory"]
     assert not any(other["fits"] for other in others)
+    peaks = [peak, *(change["peak"] for change in plan["alternatives"])]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+@pytest.mark.slow
+def test_no_more_ranks_are_proposed_than_a_step_has_sequences(
+    recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(CARDS, "h100", replace(CARDS["h100"], memory=2**10))
+    (plan,) = planned(recipe("run", {"train.batch": 2}), tmp_path / "plan.json")
+    changes = " ".join(change["change"] for change in plan["alternatives"])
+    assert "4 ranks" in changes
+    assert "8 ranks" not in changes
+    assert "none of these is enough" in capfd.readouterr().err
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_one_line(
+    recipe: Callable[..., Path], world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world / "model", tmp_path / "small")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 4}))
+    path = recipe("run", {"model.path": str(tmp_path / "small")})
+    for command in ("plan", "prepare"):
+        assert main([command, str(path)]) == 2
+        assert "tokens, the model's vocabulary only 4" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -350,6 +380,7 @@ def test_what_does_not_fit_comes_with_a_change_that_does(
         (["--ranks", "4", "--shard.replicate", "3"], "shard.replicate = 3 does not divide"),
         (["--model.path", "./nowhere"], "model.path: ./nowhere: no such folder"),
         (["--json", "no/such/plan.json"], "json: no/such: no such folder"),
+        (["--json", "."], "json: . is a folder; name a file"),
     ],
 )
 def test_wrong_input_is_one_line(
