@@ -136,7 +136,7 @@ def plan(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--json", type=Path | None, help="file for all figures")
     arguments = parser.parse_args(list(argv))
-    cluster = Cluster(arguments.ranks, arguments.card, arguments.mfu)
+    cluster = Cluster(arguments.ranks, arguments.card.lower(), arguments.mfu)
     if target := arguments.json:  # before minutes of work
         if not target.absolute().parent.is_dir():
             raise InputError(f"json: {target.parent}: no such folder")

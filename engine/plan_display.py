@@ -68,12 +68,19 @@ def _run_rows(plan: Plan) -> list[tuple[str, str]]:
         ("share of the peak (assumed, not measured: --mfu)", f"{plan.cluster.mfu:g}"),
         ("seconds a step", f"{plan.step_seconds:,.3g}"),
         ("tokens/s", f"{plan.tokens_per_s:,.0f}"),
-        ("hours, without evaluation and checkpoints", f"{plan.seconds / 3600:,.3g}"),
+        ("time, without evaluation and checkpoints", _duration(plan.seconds)),
         ("card hours", f"{plan.seconds / 3600 * plan.cluster.ranks:,.3g}"),
     ]
     if packing.packed_steps < packing.steps:
         rows.insert(3, ("steps packed here, evenly spread", f"{packing.packed_steps:,}"))
     return rows
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} seconds"
 
 
 def _memory_rows(plan: Plan) -> list[tuple[str, int]]:
