@@ -152,8 +152,10 @@ def test_ctrl_c_in_code_made_from_text_ends_with_the_exit_code_that_is_documente
 ) -> None:
     """Imports are full of such code, and CPython takes the interrupt for unhandled under -m."""
     (tmp_path / "interrupted.py").write_text(
-        "import sys\n"
+        "import signal, sys\n"
         "from redi.engine import cli\n"
+        # Else ignored in what a shell has started in the background, this test too.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def interrupt(*_):\n"
         "    exec('import os, signal; os.kill(os.getpid(), signal.SIGINT)')\n"
         "cli._read_recipes = cli.COMMANDS['doctor'] = interrupt\n"
