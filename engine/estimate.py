@@ -41,9 +41,11 @@ def _products(config: PretrainedConfig) -> tuple[int, int]:
     return trunk, model.get_output_embeddings().weight.numel()
 
 
+def head_dim(config: Any) -> int:
+    """Numbers of a head's query, key or value."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _attention(config: Any) -> int:
     """Layers * width."""
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    return int(config.num_hidden_layers * config.num_attention_heads * head_dim)
+    return int(config.num_hidden_layers * config.num_attention_heads * head_dim(config))

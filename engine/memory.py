@@ -29,6 +29,7 @@ from redi.engine.cards import Card
 from redi.engine.config import Recipe
 from redi.engine.data.loader import StepBatches
 from redi.engine.data.packing import PackedBatch
+from redi.engine.estimate import head_dim
 from redi.engine.ledger import PARTS, Ledger, LossMemory, Phase
 from redi.engine.model.attention import register_attention
 from redi.engine.model.load import model_to_train
@@ -111,11 +112,8 @@ def cache_memory(recipe: Recipe, config: Any, problems: HeldOutProblems) -> int:
     """Bytes of the keys and values of a batch of `problems` with the longest completions."""
     dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
     tokens = problems.longest_prompt + problems.new_tokens(config)
-    a_token = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+    a_token = 2 * config.num_hidden_layers * heads * head_dim(config) * dtype.itemsize
     return a_token * tokens * min(problems.batch_size, len(problems.prompts))
 
 

@@ -93,7 +93,7 @@ class Plan:
     card_memory: int
     """Bytes of a card that training can have: all but a reserve."""
     fits: bool
-    """Both."""
+    """Whether a card holds a step, and what generating takes."""
     alternatives: list[Alternative]
     """Where it does not fit: changes that take less, each on top of those before it, up to the
     first that fits; no more ranks than a step has sequences."""

@@ -388,7 +388,7 @@ def gpu_workspace(
     """
     most = gpu_chunk_tokens(tokens, vocab, hidden_size, buffer_dtype, memory, processors)
     rows = max((end - start for start, end in split(0, tokens, most)), default=0)
-    in_buffer = -(-rows // GPU_BUFFER_ROWS) * GPU_BUFFER_ROWS * padded(vocab)
+    in_buffer = buffer_rows(rows, torch.device("cuda")) * padded(vocab)
     states = rows * hidden_size
     return (
         in_buffer * buffer_dtype.itemsize

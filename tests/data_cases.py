@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
+from redi.engine.data.packing import PackedBatch
 from redi.engine.data.tokens import TokenSettings
 
 CHATML = (
@@ -121,4 +123,34 @@ def make_pairs(
         [1, -1] * count,
         np.repeat(np.arange(count), 2),
         rng.uniform(0.5, 2, 2 * count) if weighted else None,
+    )
+
+
+def packed_row(lengths: Sequence[int], first_id: int, end_id: int) -> PackedBatch:
+    """Traces of these lengths, a correct one first, then in turn; a prompt of one token each.
+
+    Token ids are drawn from [first_id, end_id).
+    """
+    boundaries = torch.tensor([0, *lengths]).cumsum(0)
+    ids = torch.randint(
+        first_id, end_id, (sum(lengths),), generator=torch.Generator().manual_seed(0)
+    )
+    targets = ids.roll(-1)
+    targets[boundaries[1:] - 1] = -100
+    num_targets = boundaries.diff() - 1
+    signs = torch.tensor([1, -1]).repeat(len(lengths))[: len(lengths)]
+    return PackedBatch(
+        input_ids=ids,
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=boundaries.int(),
+        targets=targets,
+        signs=signs,
+        weights=None,
+        valid_index=(targets >= 0).nonzero()[:, 0],
+        num_positive_targets=int(num_targets[signs > 0].sum()),
+        num_targets=num_targets,
+        full_targets=num_targets,
+        sequence_ids=torch.arange(len(lengths)),
+        max_seqlen=max(lengths),
+        is_dummy=False,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_cases import packed_row
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -53,25 +54,7 @@ def small_model(folder: Path, layers: int, **changes: Any) -> Path:
 
 def row() -> PackedBatch:
     """A positive and a negative of 512 tokens each."""
-    half = TOKENS // 2
-    ids = torch.randint(64, (TOKENS,), generator=torch.Generator().manual_seed(0))
-    targets = ids.roll(-1)
-    targets[[half - 1, -1]] = -100
-    return PackedBatch(
-        input_ids=ids,
-        position_ids=torch.arange(half).repeat(2),
-        cu_seqlens=torch.tensor([0, half, TOKENS], dtype=torch.int32),
-        targets=targets,
-        signs=torch.tensor([1, -1]),
-        weights=None,
-        valid_index=(targets >= 0).nonzero()[:, 0],
-        num_positive_targets=half - 1,
-        num_targets=torch.tensor([half - 1, half - 1]),
-        full_targets=torch.tensor([half - 1, half - 1]),
-        sequence_ids=torch.tensor([0, 1]),
-        max_seqlen=half,
-        is_dummy=False,
-    )
+    return packed_row((TOKENS // 2, TOKENS // 2), 0, 64)
 
 
 LOAD = Load(row(), frozenset([TOKENS - 2]), micro_steps=2)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from data_cases import packed_row
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
@@ -53,28 +54,8 @@ def masked_attention(
 
 
 def row(lengths: Sequence[int] = (9, 7)) -> PackedBatch:
-    """Traces of these lengths, a correct one first, then in turn; a prompt of one token each."""
-    boundaries = torch.tensor([0, *lengths]).cumsum(0)
-    ids = torch.randint(3, 12, (sum(lengths),), generator=torch.Generator().manual_seed(0))
-    targets = ids.roll(-1)
-    targets[boundaries[1:] - 1] = -100
-    num_targets = boundaries.diff() - 1
-    signs = torch.tensor([1, -1]).repeat(len(lengths))[: len(lengths)]
-    return PackedBatch(
-        input_ids=ids,
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=boundaries.int(),
-        targets=targets,
-        signs=signs,
-        weights=None,
-        valid_index=(targets >= 0).nonzero()[:, 0],
-        num_positive_targets=int(num_targets[signs > 0].sum()),
-        num_targets=num_targets,
-        full_targets=num_targets,
-        sequence_ids=torch.arange(len(lengths)),
-        max_seqlen=max(lengths),
-        is_dummy=False,
-    )
+    """In token ids of the small world."""
+    return packed_row(lengths, 3, 12)
 
 
 @pytest.mark.parametrize("tied", [False, True])
