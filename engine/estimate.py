@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from redi.engine.data.packing import Cost
+from redi.engine.model.load import empty_model
 
 
 def training_cost(config: PretrainedConfig) -> Cost:
@@ -34,8 +34,7 @@ def run_cost(config: PretrainedConfig, checkpointing: str) -> Cost:
 
 def _products(config: PretrainedConfig) -> tuple[int, int]:
     """Parameters of the blocks (with the norms) and of lm_head."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config)
     embeddings = model.get_input_embeddings().weight.numel()
     trunk = sum(p.numel() for p in model.base_model.parameters()) - embeddings
     return trunk, model.get_output_embeddings().weight.numel()

@@ -16,9 +16,14 @@ from redi.engine.data.digests import model_digest
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
 from redi.engine.estimate import training_cost
-from redi.engine.model.load import read_config
 from redi.engine.model.sharding import compute_dtype
-from redi.engine.train.loop import build_student, check_positions, tokenized
+from redi.engine.train.loop import (
+    build_student,
+    check_positions,
+    model_config,
+    say_what_ran,
+    tokenized,
+)
 from redi.engine.train.run_folder import model_path
 from redi.engine.train.sequence_scores import model_key, score_traces
 
@@ -55,7 +60,7 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
         except OSError as error:
             raise InputError(f"--out: {out} cannot be written: {error.strerror}") from None
     transformers_logging.disable_progress_bar()
-    config = read_config(recipe.model.path or "")
+    config = model_config(recipe)
     tokens = tokenized(recipe, recipe.data.paths, world, console)
     lengths = tokens.lengths
     longest = int(np.argmax(lengths))
@@ -87,6 +92,8 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
         world=world,
         console=console,
     )
+    if student.ran is not None:  # None: every score was cached
+        say_what_ran(student, None, world, console)
     if not world.is_main:
         return
     scored = lengths - tokens.prompt_lengths

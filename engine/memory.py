@@ -31,12 +31,10 @@ from redi.engine.data.loader import StepBatches
 from redi.engine.data.packing import PackedBatch
 from redi.engine.estimate import head_dim
 from redi.engine.ledger import PARTS, Ledger, LossMemory, Phase
-from redi.engine.model.attention import register_attention
-from redi.engine.model.load import model_to_train
 from redi.engine.model.sharding import compute_dtype, shard
 from redi.engine.model.student import Student
 from redi.engine.train.greedy import HeldOutProblems
-from redi.engine.train.loop import clip, forward_backward
+from redi.engine.train.loop import build_model, clip, forward_backward
 from redi.engine.train.objectives import formula
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
 from redi.engine.train.row_loss import Objective
@@ -154,7 +152,7 @@ def phase_peaks(
     """Bytes by part at the peak of each phase: (micro-step, name) or (micro-step, name, block)."""
     device = torch.device("cpu")  # stands for the card: FSDP2 asks a device for its streams
     dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))
-    model = model_to_train(recipe.model.path or "", config, register_attention("varlen"))
+    model = build_model(recipe.model.path or "", config, "varlen")
     model.train()
     section = recipe.objective
     exponentials = _takes_exponentials(recipe, card, dtype, config.hidden_size)

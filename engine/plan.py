@@ -24,12 +24,12 @@ from redi.engine.distributed import join_world
 from redi.engine.errors import InputError
 from redi.engine.estimate import run_cost, training_cost
 from redi.engine.memory import RESERVE, Load, StepMemory, cache_memory, step_memory
-from redi.engine.model.load import read_config
 from redi.engine.plan_display import show_plan
 from redi.engine.train.loop import (
     PreparedData,
     check_positions,
     check_vocabulary,
+    model_config,
     prepare_data,
 )
 
@@ -119,12 +119,7 @@ def plan_recipes(
     plans = []
     content = []
     for path, recipe in recipes:
-        config = read_config(
-            recipe.model.path or "",
-            recipe.model.rope_theta,
-            recipe.model.max_position_embeddings,
-            weights=False,
-        )
+        config = model_config(recipe, weights=False)
         check_vocabulary(recipe, config)
         with join_world() as world:
             data = prepare_data(recipe, world, console)

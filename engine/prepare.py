@@ -34,9 +34,8 @@ from redi.engine.data.text import load_tokenizer
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError, faulty_rows
 from redi.engine.estimate import training_cost
-from redi.engine.model.load import read_config
 from redi.engine.prepare_options import PrepareOptions
-from redi.engine.train.loop import check_vocabulary, prepare_data
+from redi.engine.train.loop import check_vocabulary, model_config, prepare_data
 
 _PAIRS_TOGETHER = 64
 """Pairs whose tokens are counted in one call."""
@@ -198,7 +197,7 @@ def fill_cache(
 
     Raises InputError for anything wrong with the recipe, the data, the tokenizer or the folder.
     """
-    config = read_config(recipe.model.path or "", weights=False)
+    config = model_config(recipe, weights=False)
     check_vocabulary(recipe, config)
     data = prepare_data(recipe, world, console)
     overview = data.look_over(recipe.train.row_tokens, ranks, training_cost(config))

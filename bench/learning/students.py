@@ -66,8 +66,11 @@ RATES = (2e-5, 1e-4, 5e-4, 2.5e-3)
 class PaddedStudent(Student):
     """A student that runs a row's traces as one padded batch.
 
-    Padding comes last, where causal attention keeps it from what is before.
+    Padding comes last, where causal attention keeps it from what is before: there is no packed
+    attention whose calls `Student.forward` could count.
     """
+
+    forward = Student.score_or_loss
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Last hidden states [T, D] of a packed row, each document on its own."""

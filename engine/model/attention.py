@@ -9,7 +9,8 @@ never trusted to keep documents apart.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from transformers import AttentionInterface
 from redi.engine.errors import InputError
 
 NAME = "redi_packed"
+PROBE = "redi_probe"
 FLASH_FUNCTION = "flash_attn_varlen_func"
 
 
@@ -41,6 +43,17 @@ FLASH = {
     "flash-3": Flash("flash-attn-3", "flash_attn_interface", (9,)),
     "flash-4": Flash("flash-attn-4", "flash_attn.cute", (9, 10, 11)),
     "flash-2": Flash("flash-attn", "flash_attn", (8, 9, 10, 11, 12)),
+}
+
+# Those that have dropout on the attention probabilities.
+WITH_DROPOUT = {"sdpa", "flash-2"}
+
+# Arguments that change the result, and what a model that passes one has.
+REFUSED_ARGUMENTS = {
+    "sliding_window": "a sliding window",
+    "softcap": "soft-capped scores",
+    "s_aux": "sinks",
+    "position_bias": "position biases",
 }
 
 # What no graph of torch.compile holds: the one reads the documents' lengths, the other is no op
@@ -107,9 +120,32 @@ def register_attention(kind: str) -> str:
     if kind == "sdpa":
         AttentionInterface.register(NAME, _sdpa)
     else:
-        varlen = _torch_varlen() if kind == "varlen" else _flash_varlen(FLASH[kind].module)
-        AttentionInterface.register(NAME, _whole_row(varlen))
+        varlen = _torch_varlen() if kind == "varlen" else _flash_varlen(kind)
+        AttentionInterface.register(NAME, _whole_row(varlen, kind))
     return NAME
+
+
+def register_probe() -> str:
+    """Register attention that computes nothing and refuses what packed attention refuses.
+
+    Runs on the meta device. Returns the name to build a model with.
+    """
+    AttentionInterface.register(PROBE, _probe)
+    return PROBE
+
+
+_calls: list[str] | None = None
+
+
+@contextmanager
+def recording_calls() -> Iterator[list[str]]:
+    """Within the context, each call of packed attention appends its kind to the list."""
+    global _calls
+    _calls = []
+    try:
+        yield _calls
+    finally:
+        _calls = None
 
 
 def document_kwargs(cu_seqlens: torch.Tensor, max_seqlen: int) -> dict[str, Any]:
@@ -129,11 +165,39 @@ def document_kwargs(cu_seqlens: torch.Tensor, max_seqlen: int) -> dict[str, Any]
     }
 
 
-def _refuse(attention_mask: torch.Tensor | None, other: dict[str, Any]) -> None:
-    """What would change the result must not be swallowed; `read_config` turns such models away."""
-    assert attention_mask is None, "packed rows carry boundaries, not masks"
-    for name in ("sliding_window", "softcap", "s_aux"):
-        assert other.get(name) is None, f"{name} is not supported in packed attention"
+def _enter(
+    kind: str,
+    cu_seqlens: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    other: dict[str, Any],
+) -> None:
+    """Record a call; InputError for what would change the result if it were ignored."""
+    if cu_seqlens is None:
+        raise InputError("the model does not pass document boundaries to its attention")
+    if attention_mask is not None:
+        raise InputError("the model passes a mask of its own to its attention")
+    for name, meaning in REFUSED_ARGUMENTS.items():
+        if other.get(name) is not None:
+            raise InputError(f"the model's attention has {meaning} ({name})")
+    if other.get("dropout") and kind not in WITH_DROPOUT:
+        raise InputError(f'attention_dropout is not available with attention "{kind}"')
+    if _calls is not None:
+        _calls.append(kind)
+
+
+def _probe(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **other: Any,
+) -> tuple[torch.Tensor, None]:
+    _enter("sdpa", cu_seq_lens_q, attention_mask, other)
+    batch, heads, tokens, _ = query.shape
+    return value.new_empty(batch, tokens, heads, value.shape[-1]), None
 
 
 @torch.compiler.disable  # would be compiled anew for each number of documents
@@ -144,18 +208,20 @@ def _sdpa(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    cu_seq_lens_q: torch.Tensor,
+    cu_seq_lens_q: torch.Tensor | None = None,
     scaling: float | None = None,
+    dropout: float = 0.0,
     **other: Any,
 ) -> tuple[torch.Tensor, None]:
     """One causal SDPA per document. query [1, heads, T, d], key and value [1, kv_heads, T, d]."""
-    _refuse(attention_mask, other)
+    _enter("sdpa", cu_seq_lens_q, attention_mask, other)
+    assert cu_seq_lens_q is not None
     groups = query.shape[1] // key.shape[1]
     # Expanded by hand: enable_gqa would fall back to the O(T^2) memory path on a CPU.
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     lengths = cu_seq_lens_q.diff().tolist()
     documents = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout)
         for q, k, v in zip(
             query.split(lengths, dim=2),
             key.split(lengths, dim=2),
@@ -166,11 +232,14 @@ def _sdpa(
     return torch.cat(documents, dim=2).transpose(1, 2), None
 
 
-Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, Any], torch.Tensor]
-"""query, key, value [T, heads, d], cu_seqlens, longest document, scale -> [T, heads, d]; causal."""
+Varlen = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, Any, float], torch.Tensor
+]
+"""query, key, value [T, heads, d], cu_seqlens, longest document, scale, dropout ->
+[T, heads, d]; causal."""
 
 
-def _whole_row(varlen: Varlen) -> Callable[..., tuple[torch.Tensor, None]]:
+def _whole_row(varlen: Varlen, kind: str) -> Callable[..., tuple[torch.Tensor, None]]:
     """A varlen function of all documents at once, as transformers calls attention. CUDA only."""
 
     def attend(
@@ -180,14 +249,17 @@ def _whole_row(varlen: Varlen) -> Callable[..., tuple[torch.Tensor, None]]:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         *,
-        cu_seq_lens_q: torch.Tensor,
-        max_length_q: int,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        max_length_q: int = 0,
         scaling: float | None = None,
+        dropout: float = 0.0,
         **other: Any,
     ) -> tuple[torch.Tensor, None]:
-        _refuse(attention_mask, other)
+        _enter(kind, cu_seq_lens_q, attention_mask, {**other, "dropout": dropout})
+        assert cu_seq_lens_q is not None
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        return varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling).unsqueeze(0), None
+        out = varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout)
+        return out.unsqueeze(0), None
 
     return attend
 
@@ -206,6 +278,7 @@ def _torch_varlen() -> Varlen:
         cu_seqlens: torch.Tensor,
         longest: int,
         scale: float | None,
+        dropout: float,
     ) -> torch.Tensor:
         grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if asks else {}
         boundaries = (cu_seqlens, cu_seqlens, longest, longest)
@@ -218,9 +291,9 @@ def _torch_varlen() -> Varlen:
     return run
 
 
-def _flash_varlen(module: str) -> Varlen:
+def _flash_varlen(kind: str) -> Varlen:
     """That of a flash-attn."""
-    function = getattr(import_module(module), FLASH_FUNCTION)
+    function = getattr(import_module(FLASH[kind].module), FLASH_FUNCTION)
 
     def run(
         query: torch.Tensor,
@@ -229,7 +302,9 @@ def _flash_varlen(module: str) -> Varlen:
         cu_seqlens: torch.Tensor,
         longest: int,
         scale: float | None,
+        dropout: float,
     ) -> torch.Tensor:
+        options = {"dropout_p": dropout} if kind in WITH_DROPOUT else {}
         out = function(
             query,
             key,
@@ -241,6 +316,7 @@ def _flash_varlen(module: str) -> Varlen:
             softmax_scale=scale,
             causal=True,
             deterministic=torch.are_deterministic_algorithms_enabled(),
+            **options,
         )
         # 4, and early versions of 3, give the log-sum-exp too.
         return out[0] if isinstance(out, tuple) else out

@@ -241,7 +241,7 @@ def check_exportable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """
     shutil.rmtree(at, ignore_errors=True)
     try:
-        empty_model(model.config).config.save_pretrained(at)
+        deepcopy(model.config).save_pretrained(at)
         tokenizer.save_pretrained(at)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(at)

@@ -6,6 +6,7 @@ rank reads what it holds: it is never whole on a host.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from redi.engine.errors import InputError
 from redi.engine.hub import NO_HUB_NAME, asking_the_hub, is_hub_name
-
-# Features that change logits or attention in ways the fused loss and packed attention do not
-# reproduce. A model that has one is refused, not trained wrongly.
-UNSUPPORTED = {
-    "final_logit_softcapping": "soft-capped logits",
-    "attn_logit_softcapping": "soft-capped attention",
-    "logit_scale": "scaled logits",
-    "logits_scaling": "scaled logits",
-}
 
 
 def find_config(path: str, name: str, weights: bool = True) -> Any:
@@ -52,7 +44,7 @@ def find_config(path: str, name: str, weights: bool = True) -> Any:
             return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a wrong field raises errors of many types
         here = "" if folder.is_dir() else "no such folder here; the hub: "
-        raise InputError(f"{name}: {path}: {here}{_first_line(error)}") from None
+        raise InputError(f"{name}: {path}: {here}{first_line(error)}") from None
 
 
 def read_config(
@@ -61,28 +53,17 @@ def read_config(
     max_position_embeddings: int | None = None,
     weights: bool = True,
 ) -> Any:
-    """The configuration of a model to train, checked before any weight is read.
+    """The configuration of a model, with what replaces its own values (`check_architecture` tells
+    whether it can be trained).
 
     Args:
         rope_theta, max_position_embeddings: take the place of the model's own.
         weights: whether they are needed too.
 
     Raises:
-        InputError: as `find_config`, or an unsupported architecture.
+        InputError: as `find_config`, or there is no rope_theta to replace.
     """
     config = find_config(path, "model.path", weights)
-    for name, meaning in UNSUPPORTED.items():
-        value = getattr(config, name, None)
-        if value is not None and value != 1.0:
-            raise InputError(f"model.path: {path} uses {meaning} ({name}), which is not supported")
-    layers = getattr(config, "layer_types", None)
-    if layers is None and getattr(config, "sliding_window", None) is not None:
-        layers = ["sliding_attention"]
-    if other := set(layers or ()) - {"full_attention"}:
-        raise InputError(
-            f"model.path: {path} has layers of type {', '.join(sorted(other))}; packed rows need "
-            "full attention in every layer"
-        )
     if rope_theta is not None:
         if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
             raise InputError(f"model.rope_theta: {path} has no rope_theta to replace")
@@ -115,7 +96,7 @@ def load_weights(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{name}: {path}: {_first_line(error)}") from None
+        raise InputError(f"{name}: {path}: {first_line(error)}") from None
     for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:
             names = ", ".join(sorted(map(str, info[problem]))[:3])
@@ -126,35 +107,15 @@ def load_weights(
 def empty_model(
     config: Any, dtype: torch.dtype = torch.float32, attention: str | None = None
 ) -> PreTrainedModel:
-    """The architecture on the meta device, without memory for weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    """The architecture on the meta device, without memory for weights.
 
-
-def model_to_train(path: str, config: Any, attention: str) -> PreTrainedModel:
-    """A model without its weights (`read_weights`), checked to be one that can be trained.
-
-    Args:
-        path: folder or hub name.
-        config: from `read_config`.
-        attention: the name that `register_attention` returned.
-
-    Raises:
-        InputError: it is not built as packed rows and the fused loss need.
+    The model gets a copy of `config`: transformers writes the attention into the one that it is
+    given, and one that another model lives by would change that model's attention too.
     """
-    model = empty_model(config, attention=attention)
-    blocks = getattr(model.base_model, "layers", ())
-    if not blocks or not all(hasattr(block, "self_attn") for block in blocks):
-        raise InputError(
-            f"model.path: {path}: {type(model).__name__} is not built of attention blocks, which "
-            "packed rows need"
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            deepcopy(config), dtype=dtype, attn_implementation=attention
         )
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        raise InputError(f"model.path: {path} has no plain lm_head (a bias is not supported)")
-    if (generation := generation_config(path)) is not None:
-        model.generation_config = generation
-    return model
 
 
 def generation_config(path: str) -> GenerationConfig | None:
@@ -165,7 +126,7 @@ def generation_config(path: str) -> GenerationConfig | None:
         return None
 
 
-def _first_line(error: Exception) -> str:
-    """And the one behind it, where the first only announces it."""
+def first_line(error: Exception) -> str:
+    """Of its message; with the second where the first only announces it."""
     first, *others = [line.strip() for line in str(error).strip().split("\n")]
     return f"{first} {others[0]}" if first.endswith(":") and others else first

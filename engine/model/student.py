@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from redi.engine.data.packing import PackedBatch
-from redi.engine.model.attention import document_kwargs
+from redi.engine.model.attention import NAME, document_kwargs
+from redi.engine.model.first_forward import Ran, watching
 from redi.engine.train.row_loss import Objective, StepTotals
 from redi.kernels import FilteredRediLoss, RediLoss, segment_sum, signed_cross_entropy
 
@@ -63,6 +64,8 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
+        self._ran: list[Ran] = []
+        self._trained = False
         model.set_output_embeddings(Head(model.get_output_embeddings().weight))
 
     @property
@@ -87,7 +90,27 @@ class Student(nn.Module):
 
         Returns:
             What the objective makes of the row, or Scores without `totals`.
+
+        Raises:
+            InputError: the first forward ran another attention than the packed one.
         """
+        training = totals is not None
+        if self._ran and (self._trained or not training):
+            return self.score_or_loss(batch, totals)
+        with watching(self.model, self._ran):
+            out = self.score_or_loss(batch, totals)
+        self._trained = training
+        return out
+
+    @property
+    def ran(self) -> Ran | None:
+        """What this process ran: of the first training forward, else of the first one."""
+        return self._ran[-1] if self._ran else None
+
+    def score_or_loss(
+        self, batch: PackedBatch, totals: StepTotals | None
+    ) -> RediLoss | FilteredRediLoss | Scores:
+        """`forward` without counting what ran."""
         hidden = self.hidden_states(batch)
         if totals is None:
             return self.head(hidden.detach(), partial(self._score, batch=batch))
@@ -110,6 +133,7 @@ class Student(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Last hidden states [T, D] of a packed row, each document on its own."""
+        assert self.model.config._attn_implementation == NAME, "another attention was set"
         output = self.model.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from redi.engine.config import Recipe, check_replicas
@@ -32,10 +32,17 @@ from redi.engine.data.tokens import TokenizedTraces, TokenSettings, tokenize
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
 from redi.engine.estimate import training_cost
+from redi.engine.model.architecture import (
+    check_architecture,
+    check_dropout,
+    model_problem,
+    per_document_rope,
+    router_loss,
+)
 from redi.engine.model.attention import NOT_IN_GRAPHS, choose_attention, register_attention
 from redi.engine.model.export import check_exportable, export
 from redi.engine.model.liger import apply_liger
-from redi.engine.model.load import model_to_train, read_config
+from redi.engine.model.load import empty_model, generation_config, read_config
 from redi.engine.model.sharding import compute_dtype, shard
 from redi.engine.model.student import Student
 from redi.engine.model.weights import read_weights
@@ -55,6 +62,7 @@ from redi.engine.train.objectives import formula
 from redi.engine.train.optimizer import learning_rate, make_optimizer, squared_update, step_if
 from redi.engine.train.row_loss import Objective, StepTotals
 from redi.engine.train.run_folder import (
+    add_to_manifest,
     check_same_data,
     check_same_model,
     check_same_recipe,
@@ -113,6 +121,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
             'objective.filter_epsilon needs bfloat16: set train.dtype = "bfloat16", or leave it out'
         )
     kind, _ = choose_attention(recipe.model.attention, world.device, dtype)
+    check_dropout(recipe.model.path or "", config, kind)
     recomputed = recipe.shard.checkpointing != "none"
     if recipe.shard.compile and recomputed and kind in NOT_IN_GRAPHS:
         raise InputError(
@@ -151,6 +160,8 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
     show(overview, str(run_dir), console)
     for warning in warnings(overview):
         console.warn(warning)
+    if router := router_loss(config):
+        console.warn(router)
     if recipe.objective.name == "redi" and recipe.objective.alpha > 1:
         console.warn(
             f"objective.alpha = {recipe.objective.alpha}: incorrect traces weigh more than correct "
@@ -328,10 +339,40 @@ def tokenized(
     return world.main_first(lambda: tokenize(settings, cache, processes=processes, console=console))
 
 
-def model_config(recipe: Recipe) -> Any:
-    """The configuration of the recipe's model, with what the recipe replaces in it."""
+def model_config(recipe: Recipe, weights: bool = True) -> Any:
+    """The configuration of the recipe's model, with what the recipe replaces in it.
+
+    Args:
+        weights: whether they are needed too.
+
+    Raises:
+        InputError: no such model, or one that cannot be trained.
+    """
     model = recipe.model
-    return read_config(model.path or "", model.rope_theta, model.max_position_embeddings)
+    path = model.path or ""
+    config = read_config(path, model.rope_theta, model.max_position_embeddings, weights)
+    check_architecture(path, config)
+    return config
+
+
+def build_model(path: str, config: Any, attention: str) -> PreTrainedModel:
+    """A model to train, on the meta device, with packed attention and without its weights.
+
+    Args:
+        path: folder or hub name.
+        config: the model's configuration.
+        attention: as `choose_attention` names it.
+
+    Raises:
+        InputError: it is not built as packed rows and the fused loss need.
+    """
+    model = empty_model(config, attention=register_attention(attention))
+    if problem := model_problem(model):
+        raise InputError(f"model.path: {path}: {problem}")
+    per_document_rope(model, config)
+    if (generation := generation_config(path)) is not None:
+        model.generation_config = generation
+    return model
 
 
 def build_student(
@@ -340,8 +381,9 @@ def build_student(
     """Build the model, check that it can be exported, shard it, read its weights."""
     path = recipe.model.path or ""
     kind, reason = choose_attention(recipe.model.attention, world.device, dtype)
-    console.say(f"attention: {kind} ({reason}); compute dtype {str(dtype).removeprefix('torch.')}")
-    model = model_to_train(path, model_config(recipe), register_attention(kind))
+    precision = str(dtype).removeprefix("torch.")
+    console.say(f"attention: {kind} ({reason}) is to be used; compute dtype {precision}")
+    model = build_model(path, model_config(recipe), kind)
     tokenizer = check_vocabulary(recipe, model.config)
     if world.is_main:
         with tempfile.TemporaryDirectory() as folder:
@@ -426,6 +468,8 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
             done_rows = forward_backward(student, batches, world.device, recipe.shard.reduce)
+            if step == done + 1:
+                say_what_ran(student, run_dir, world, console)
             grad_norm = clip(student, recipe.optim.max_grad_norm)
             sums = _step_sums(done_rows, stop.asked, checkpointer.failed, world.device)
             # Decided and done on the device: the host asks for nothing until all is under way.
@@ -491,6 +535,19 @@ def _train(
             began = time.perf_counter()
         checkpointer.wait()
     return True
+
+
+def say_what_ran(student: Student, run_dir: Path | None, world: World, console: Console) -> None:
+    """Log what each rank's first forward ran, and write it into the manifest of `run_dir`."""
+    assert student.ran is not None
+    everywhere: list[Any] = [None] * world.size
+    dist.all_gather_object(everywhere, student.ran)
+    for ran in dict.fromkeys(map(repr, everywhere)):
+        ranks = [rank for rank, other in enumerate(everywhere) if repr(other) == ran]
+        on = f" on ranks {', '.join(map(str, ranks))}" if len(ranks) < world.size else ""
+        console.say(f"ran{on}: {everywhere[ranks[0]].text()}")
+    if world.is_main and run_dir is not None:
+        add_to_manifest(run_dir, ran=[other.facts() for other in everywhere])
 
 
 def forward_backward(

@@ -151,6 +151,14 @@ def write_run_dir(
         os.replace(folder, run_dir)
 
 
+def add_to_manifest(run_dir: Path, **facts: Any) -> None:
+    """Add facts to a run's manifest, or replace those that it has; it is never half written."""
+    content = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8")) | facts
+    partial = run_dir / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    os.replace(partial, run_dir / MANIFEST)
+
+
 def manifest(world_size: int, device: torch.device, **facts: Any) -> dict[str, Any]:
     """What a run was made with: versions, commit, machine, and the hashes given as `facts`."""
     packages = (

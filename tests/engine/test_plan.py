@@ -23,12 +23,11 @@ from redi.engine.data.packing import Cost, PackedBatch
 from redi.engine.distributed import join_world
 from redi.engine.estimate import run_cost, training_cost
 from redi.engine.memory import SHALLOW, Load, cache_memory, phase_peaks, step_memory
-from redi.engine.model.attention import register_attention
-from redi.engine.model.load import empty_model, model_to_train, read_config
+from redi.engine.model.load import empty_model, read_config
 from redi.engine.model.sharding import shard
 from redi.engine.model.student import Student
 from redi.engine.train.greedy import HeldOutProblems
-from redi.engine.train.loop import clip, forward_backward
+from redi.engine.train.loop import build_model, clip, forward_backward
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
 from redi.engine.train.row_loss import Objective
 
@@ -76,7 +75,7 @@ class Measured:
     def __init__(self, recipe: Recipe) -> None:
         config = read_config(recipe.model.path or "", weights=False)
         with join_world():
-            model = model_to_train(recipe.model.path or "", config, register_attention("sdpa"))
+            model = build_model(recipe.model.path or "", config, "sdpa")
             objective = Objective(recipe.objective, reference=torch.zeros(2))
             student = Student(model.train(), objective)
             shard(student, recipe.shard, torch.float32, CPU)

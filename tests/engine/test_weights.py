@@ -24,11 +24,10 @@ from redi.engine.cli import main
 from redi.engine.config import Objective as ObjectiveSection
 from redi.engine.config import Shard
 from redi.engine.distributed import join_world
-from redi.engine.model.attention import register_attention
-from redi.engine.model.load import model_to_train
 from redi.engine.model.sharding import shard
 from redi.engine.model.student import Student
 from redi.engine.model.weights import read_weights
+from redi.engine.train.loop import build_model
 from redi.engine.train.row_loss import Objective
 
 SIZES = {
@@ -62,7 +61,7 @@ def read(folder: Path, **changes: Any) -> Student:
     config = AutoConfig.from_pretrained(folder)
     for name, value in changes.items():
         config.rope_parameters[name] = value
-    model = model_to_train(str(folder), config, register_attention("sdpa"))
+    model = build_model(str(folder), config, "sdpa")
     student = Student(model, Objective(ObjectiveSection()))
     shard(student, Shard(), torch.float32, CPU)
     assert all(p.is_meta for p in student.parameters())
