@@ -349,7 +349,7 @@ def _find_data_of(path: str, recipe: Recipe) -> None:
 
 def _find_data(*paths: str) -> None:
     """InputError for a file that is not there: before torch is imported, which takes seconds."""
-    from redi.engine.data.rows import find_sources
+    from redi.engine.data.sources import find_sources
 
     hub = [source.name for source in find_sources(paths) if source.kind == "hub"]
     _tell_of_the_hub("dataset", *(name.partition(":")[0] for name in hub))

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from redi.engine.checkers import Checker, open_checker
 from redi.engine.console import Console
+from redi.engine.data.sources import unread_splits
 from redi.engine.errors import InputError, RunError
 from redi.engine.evaluate_display import EvaluateProgress, print_scores
 from redi.engine.evaluate_options import EvaluateOptions
@@ -46,6 +47,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()
     console = Console(quiet=options.quiet)
     task = prepare(options)
+    for line in unread_splits(options.data):
+        console.warn(line)
     folder = task.folder
     _check_same(folder, task.settings)
     samples = folder / "samples.jsonl"

@@ -7,24 +7,19 @@ the row (a JSON array excepted: it can only be parsed whole). Errors name the fi
 import csv
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from redi.engine.data.formats import COLUMNS, FORMATS, resolve_format
+from redi.engine.data.sources import Source, find_sources, hub_dataset, saved_dataset
 from redi.engine.errors import InputError
-from redi.engine.hub import NO_HUB_NAME, asking_the_hub, is_hub_name
 
-FILE_KINDS = ("jsonl", "json", "parquet", "csv")
-_SPLIT = re.compile(r":[\w.\[\]%-]+$")
 # A CSV cell is text; in these columns the text is JSON.
 _CSV_JSON_COLUMNS = ("messages", "traces", "generations", "correctness")
 _CSV_OPTIONAL_COLUMNS = ("id", "teacher", "weight", "source")
@@ -52,67 +47,17 @@ class Row:
         return f"{self.source}:{self.number}"
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One file, or one split of a hub data set."""
-
-    name: str
-    """The path, or "owner/name:split"."""
-    kind: str
-    """One of FILE_KINDS, or "hub"."""
-
-
 def read_rows(paths: Sequence[str], format: str) -> Iterator[Row]:
     """Yields every row of `paths` in order.
 
     Args:
-        paths: files, folders (the data files in them and in their sub-folders, sorted by path)
-            and hub names ("owner/name" or "owner/name:split", split "train" by default).
+        paths: files, folders and hub names, as `find_sources` takes them.
         format: a key of `FORMATS`, or "auto": told from the columns of each file's first row.
 
     Raises InputError for missing, empty, unreadable or broken files, naming file and row.
     """
     for source in find_sources(paths):
         yield from read_source(source, format)
-
-
-def find_sources(paths: Sequence[str]) -> list[Source]:
-    """The files and hub data sets that `paths` name, in order.
-
-    InputError for one that is missing or named twice, as a folder and a file in it do.
-    """
-    sources = []
-    for name in paths:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            try:
-                files = sorted(_data_files(path, set()))
-            except OSError as error:
-                raise InputError(f"{error.filename} cannot be read: {error.strerror}") from None
-            if not files:
-                raise InputError(f"{name}: no data file in this folder ({_kinds_text()})")
-            sources += [Source(str(file), _file_kind(file)) for file in files]
-        elif path.exists():
-            kind = _file_kind(path)
-            if not kind:
-                raise InputError(f"{name}: not a kind of file read here ({_kinds_text()})")
-            sources.append(Source(str(path), kind))
-        elif is_hub_name(_SPLIT.sub("", name)) and not _file_kind(path):
-            sources.append(Source(name if ":" in name else f"{name}:train", "hub"))
-        else:
-            raise InputError(f"{name}: no such file or folder, {NO_HUB_NAME}")
-    if not sources:
-        raise InputError("[data] path is empty: name at least one file, folder or hub data set")
-    seen = set()
-    for source in sources:
-        place = source.name if source.kind == "hub" else str(Path(source.name).resolve())
-        if place in seen:
-            raise InputError(
-                f"{source.name}: is named twice; name it once, and to draw it more often move it "
-                "out of its folder and set [data] mixing_weights"
-            )
-        seen.add(place)
-    return sources
 
 
 def read_source(source: Source, format: str) -> Iterator[Row]:
@@ -166,8 +111,8 @@ def scan_source(source: Source, format: str) -> Iterator[Row | InputError]:
 
 def _numbered_values(source: Source, format: str) -> Iterator[tuple[int, Any]]:
     """Rows as parsed, counted from 1; an InputError for one that cannot be."""
-    if source.kind == "hub":
-        dataset = hub_dataset(source.name)
+    if source.kind in ("hub", "saved"):
+        dataset = (hub_dataset if source.kind == "hub" else saved_dataset)(source.name)
         columns = _wanted_columns(dataset.column_names, format, source.name)
         yield from enumerate(dataset.select_columns(columns), start=1)
         return
@@ -314,48 +259,5 @@ def _first_byte(file: IO[bytes]) -> bytes:
     return start
 
 
-def _file_kind(path: Path) -> str:
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    return kind if kind in FILE_KINDS else ""
-
-
-def _data_files(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """At any depth; as in `datasets` neither hidden ones nor those in folders like __pycache__.
-
-    Args:
-        seen: folders that were gone through; links may lead to one again.
-    """
-    if folder.resolve() in seen:
-        return
-    seen.add(folder.resolve())
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from () if path.name.startswith("__") else _data_files(path, seen)
-        elif _file_kind(path):
-            yield path
-
-
-def _kinds_text() -> str:
-    return ", ".join(f".{kind}" for kind in FILE_KINDS) + ", or one of these with .gz"
-
-
 def _kind_name(value: object) -> str:
     return "null" if value is None else type(value).__name__
-
-
-@lru_cache(maxsize=8)
-def hub_dataset(name: str) -> Any:
-    """The `datasets.Dataset` of "owner/name:split"."""
-    import datasets  # imported late: slow, and local files do not need it
-
-    repository, _, split = name.partition(":")
-    try:
-        with asking_the_hub():
-            return datasets.load_dataset(repository, split=split)
-    except Exception as error:  # the hub client raises a great many types
-        problem = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{name}: neither a local file nor a data set that the hub gives: {problem}"
-        ) from error

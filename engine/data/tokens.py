@@ -22,14 +22,15 @@ from tqdm import tqdm
 from redi.engine.console import Console
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
 from redi.engine.data.digests import source_digest, tokenizer_digest
-from redi.engine.data.rows import Row, Source, find_sources, scan_source
+from redi.engine.data.rows import Row, scan_source
+from redi.engine.data.sources import Source, find_sources, unread_splits
 from redi.engine.data.text import Encoded, Encoder, TokenSettings
 from redi.engine.data.traces import Trace, normalise
 from redi.engine.errors import InputError, faulty_rows
 
 __all__ = ["TokenSettings", "TokenizedTraces", "tokenize"]
 
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 """Raise it whenever the same input would give other tokens or another file layout."""
 _CHUNK_ROWS = 128
 # Starting worker processes takes seconds: a set of fewer chunks is done before they are up.
@@ -75,6 +76,8 @@ def tokenize(
     the cache cannot be written.
     """
     sources = find_sources(settings.paths)
+    for line in unread_splits(settings.paths):
+        console.warn(line)
     names = [source.name for source in sources]
     # Loading the tokenizer takes longer than all the rest, where the cache has what is needed.
     encoder = cache(lambda: Encoder(settings))
