@@ -90,14 +90,19 @@ def tokenize(
 
     dropped: Counter[str] = Counter()
     control_tokens: Counter[str] = Counter()
-    rows = chain.from_iterable(scan_source(source, settings.format) for source in sources)
+    unread: list[set[str]] = [set() for _ in sources]
+    rows = chain.from_iterable(
+        scan_source(source, settings.format, columns)
+        for source, columns in zip(sources, unread, strict=True)
+    )
     chunks = _tokenized_chunks(rows, settings, encoder(), processes)
 
     def describe(size: int, count: int) -> Meta:
         if count == 0:
             reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
             raise InputError(f"{', '.join(names)}: no trace is left; dropped: {reasons}")
-        return Meta(key, size, count, tuple(names), dict(dropped), dict(control_tokens))
+        columns = tuple(tuple(sorted(found)) for found in unread)
+        return Meta(key, size, count, tuple(names), dict(dropped), dict(control_tokens), columns)
 
     with console.bar("tokenizing", "traces") as bar:
         batches = _numbered_batches(chunks, names, dropped, control_tokens, bar)
