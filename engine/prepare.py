@@ -55,8 +55,8 @@ def select_openr1(options: PrepareOptions, console: Console) -> dict[str, int]:
     Raises InputError naming the faulty rows, RunError if OUT cannot be written.
     """
     sources = find_sources(options.data)
-    for line in unread_splits(options.data):
-        console.warn(line)
+    for notice in unread_splits(options.data):
+        console.warn(notice)
     limits = _Limits(options)
     counts: Counter[str] = Counter()
     faults: list[str] = []

@@ -147,7 +147,8 @@ class _Grades:
         """Look at one row."""
         for column in SCORE_COLUMNS:
             grade = value.get(column)
-            if grade is None or column in self._scores:
+            # Missing in a CSV file, and in one that pandas wrote.
+            if grade is None or grade in ("", "nan") or grade != grade or column in self._scores:
                 continue
             try:
                 figure = float(grade)

@@ -336,12 +336,12 @@ def _label(row: Row) -> int:
     for column in (*VERDICT_COLUMNS, *SCORE_COLUMNS):
         value = row.value.get(column)
         verdict = _WORDS.get(str(value).strip().lower())
-        if value is None or value == "":
+        if value is None or value == "" or (column in SCORE_COLUMNS and _is_number(value)):
             continue
         if label is not None:
             if verdict is not None and verdict != label:
                 raise _error(row, column, f"is {value!r} and contradicts label: remove one of them")
-        elif column in VERDICT_COLUMNS or (verdict is not None and not _is_number(value)):
+        elif column in VERDICT_COLUMNS or verdict is not None:
             raise _error(
                 row,
                 column,
@@ -358,11 +358,12 @@ _WORDS = {
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a grade that may be a score; numbers are told by the whole file."""
+    """Whether it may be a score; `scan_source` finds verdicts written as numbers."""
     try:
-        return not isinstance(value, bool) and math.isfinite(float(value))  # type: ignore[arg-type]
+        float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return False
+    return not isinstance(value, bool)
 
 
 def _sign(row: Row, column: str, value: object) -> int:

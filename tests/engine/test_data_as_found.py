@@ -113,6 +113,23 @@ def test_a_verdict_that_contradicts_the_label_is_refused(
     assert said in capsys.readouterr().err
 
 
+def test_a_score_beside_a_label_is_no_verdict(recipe: WriteRecipe, tmp_path: Path) -> None:
+    rows = [{**row, "label": n % 2 == 0} for n, row in enumerate(graded("score", [0, 1, 4]))]
+    data = write(tmp_path / "data.jsonl", rows)
+    changes = {"data.path": data, "data.cache": str(tmp_path / "cache"), "objective.name": "sft"}
+    assert main(["prepare", str(recipe("r", changes))]) == 0
+
+
+def test_a_missing_grade_does_not_hide_the_verdicts_of_a_csv(
+    recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.csv"
+    data.write_text("prompt,completion,reward\n1=,2,1\n2=,4,\n3=,7,0\n")
+    changes = {"data.path": str(data), "objective.name": "sft", "train.batch": 1}
+    assert main(["prepare", str(recipe("r", changes))]) == 2
+    assert "data.csv:4: column 'reward' has a verdict" in capsys.readouterr().err
+
+
 def test_scores_that_are_no_verdicts_are_warned_of(
     recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
