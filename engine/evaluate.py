@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from redi.engine.checkers import Checker, open_checker
 from redi.engine.console import Console
 from redi.engine.data.sources import unread_splits
-from redi.engine.errors import InputError, RunError
+from redi.engine.errors import InputError, RunError, Stopped
 from redi.engine.evaluate_display import EvaluateProgress, print_scores
 from redi.engine.evaluate_options import EvaluateOptions
 from redi.engine.evaluate_task import Task, prepare
@@ -151,7 +151,7 @@ def _sample(task: Task, path: Path, done: int, console: Console) -> None:
                 file.flush()
                 progress.batch(lines)
     except KeyboardInterrupt:
-        raise RunError(
+        raise Stopped(
             f"interrupted: {path} holds the samples so far; the same command goes on from there"
         ) from None
     except torch.OutOfMemoryError:
