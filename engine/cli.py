@@ -1,4 +1,5 @@
-"""The command `redi`. Exit codes: 0 done, 1 the run failed, 2 the input is wrong."""
+"""The command `redi`. Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped by a
+signal: the same command resumes."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import difflib
 import faulthandler
 import os
 import re
+import signal
 import sys
 import time
 from argparse import ArgumentError
@@ -29,12 +31,15 @@ from redi.engine.config import (
     load_recipe,
     unknown_option,
 )
-from redi.engine.errors import InputError, RunError
+from redi.engine.errors import InputError, RunError, Stopped
 from redi.engine.hub import is_asked_for
 from redi.engine.train.signals import StopRequest
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+
+STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: try again."""
 
 RANK_0_SECONDS = 5.0
 """How long the other ranks leave rank 0 to say what is wrong."""
@@ -60,8 +65,8 @@ examples:
   redi train redi.toml --objective.alpha 0.5     one value changed
   torchrun --nproc-per-node 8 -m redi.engine.cli train redi.toml
 
-`redi COMMAND --help` lists every option, `redi --version` says which this is. Exit codes: 0 done
-(also training that a signal stopped: what was done is saved), 1 the run failed, 2 wrong input.
+`redi COMMAND --help` lists every option, `redi --version` says which this is. Exit codes: 0 done,
+1 the run failed, 2 wrong input, 75 stopped by a signal (the same command resumes).
 """
 
 PREPARE_EXAMPLES = """\
@@ -191,7 +196,12 @@ def _as_exported(trained: Model, wanted: Model) -> Model:
 
 
 def train(argv: Sequence[str]) -> None:
-    """`redi train`: run recipes in order, each from the export of the one before."""
+    """`redi train`: run recipes in order, each from the export of the one before.
+
+    Raises:
+        Stopped: a signal ended it early.
+    """
+    finished = True
     with StopRequest(speaks=_rank() == 0) as stop:
         try:
             with stop.breaking_off():  # takes seconds
@@ -203,11 +213,14 @@ def train(argv: Sequence[str]) -> None:
             with join_world() as world:
                 console = Console(active=world.is_main, quiet=quiet)
                 for recipe in recipes:
-                    if not run_recipe(recipe, world, console, stop):
+                    finished = run_recipe(recipe, world, console, stop)
+                    if not finished:
                         break  # the next would start from an unfinished run
         except KeyboardInterrupt:
-            if _rank() == 0:
-                print("stopped before training began; the same command goes on", file=sys.stderr)
+            text = "stopped before training began; the same command goes on"
+            raise Stopped(text if _rank() == 0 else "") from None
+    if not finished:  # raised only now: leaving the world, ranks wait for each other
+        raise Stopped
 
 
 def _read_recipes(argv: Sequence[str]) -> tuple[list[Recipe], bool]:
@@ -349,7 +362,7 @@ def _find_data_of(path: str, recipe: Recipe) -> None:
 
 def _find_data(*paths: str) -> None:
     """InputError for a file that is not there: before torch is imported, which takes seconds."""
-    from redi.engine.data.rows import find_sources
+    from redi.engine.data.sources import find_sources
 
     hub = [source.name for source in find_sources(paths) if source.kind == "hub"]
     _tell_of_the_hub("dataset", *(name.partition(":")[0] for name in hub))
@@ -411,6 +424,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
+    # As Ctrl-C; `redi train` has handlers of its own, which finish the step.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if argv[0] not in COMMANDS:
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
@@ -423,14 +438,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except RunError as error:
         return _fail(str(error), 1)
+    except Stopped as stopped:
+        if str(stopped):
+            print(stopped, file=sys.stderr, flush=True)
+        return STOPPED
     except KeyboardInterrupt:
-        return _fail("interrupted", 1)
+        return _fail("interrupted", STOPPED)
     except BrokenPipeError:  # `redi doctor | head`: whoever read stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except SystemExit as request:  # --help of a command
         return int(request.code or 0)
     finally:
+        signal.signal(signal.SIGTERM, before)
         # Where a KeyboardInterrupt has left code made from text (dataclasses, on import), CPython
         # ends `python -m` by SIGINT although it was caught; running other text undoes that.
         exec("")

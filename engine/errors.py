@@ -1,4 +1,4 @@
-"""The two ways a command ends badly, each with its own exit code."""
+"""The ways a command ends before its work is done, each with its own exit code."""
 
 from collections.abc import Sequence
 
@@ -16,6 +16,14 @@ class InputError(Exception):
 
 class RunError(Exception):
     """The input was right but the run failed: exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal stopped the command: exit code 75 (EX_TEMPFAIL). The same command resumes.
+
+    Not 0: in `redi train a.toml && redi export runs/a` the second must not run on half a run. A
+    message, if there is one, is shown as a line.
+    """
 
 
 def faulty_rows(faults: Sequence[str]) -> InputError:

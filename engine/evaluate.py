@@ -21,7 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from redi.engine.checkers import Checker, open_checker
 from redi.engine.console import Console
-from redi.engine.errors import InputError, RunError
+from redi.engine.data.sources import unread_splits
+from redi.engine.errors import InputError, RunError, Stopped
 from redi.engine.evaluate_display import EvaluateProgress, print_scores
 from redi.engine.evaluate_options import EvaluateOptions
 from redi.engine.evaluate_task import Task, prepare
@@ -46,6 +47,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()
     console = Console(quiet=options.quiet)
     task = prepare(options)
+    for line in unread_splits(options.data):
+        console.warn(line)
     folder = task.folder
     _check_same(folder, task.settings)
     samples = folder / "samples.jsonl"
@@ -93,11 +96,25 @@ def _cut_to_batches(path: Path, batch_size: int, total: int) -> int:
         ends = [0]
         for line in file:
             if line.endswith(b"\n"):
+                if len(ends) == 1:
+                    _check_columns(path, line)
                 ends.append(ends[-1] + len(line))
     lines = len(ends) - 1
     kept = total if lines == total else lines - lines % batch_size
     os.truncate(path, ends[kept])
     return kept
+
+
+def _check_columns(path: Path, line: bytes) -> None:
+    """Samples of an older version have other columns, and one file must not hold both."""
+    try:
+        is_current = "traces" in json.loads(line)
+    except (ValueError, TypeError):
+        raise InputError(f"{path}:1: not valid JSON; name another out") from None
+    if not is_current:
+        raise InputError(
+            f"{path}: has the columns of an older version of redi (no traces); name another out"
+        )
 
 
 def _begin(task: Task) -> None:
@@ -134,7 +151,7 @@ def _sample(task: Task, path: Path, done: int, console: Console) -> None:
                 file.flush()
                 progress.batch(lines)
     except KeyboardInterrupt:
-        raise RunError(
+        raise Stopped(
             f"interrupted: {path} holds the samples so far; the same command goes on from there"
         ) from None
     except torch.OutOfMemoryError:
@@ -152,15 +169,24 @@ def _line(
     """A completion with its verdict, as samples.jsonl has it."""
     problem, prompt = task.problems[problem_index], task.prompts[problem_index]
     verdict = check(prompt, completion.text, problem.answer)
+    plain = problem.prompt
     return {
         "problem": problem_index,
         "id": problem.id,
         "sample": sample,
-        "prompt": prompt,
-        "completion": completion.text,
+        # The columns of the row shape `traces`: samples can be trained on as they are.
+        "prompt": plain if isinstance(plain, str) else [asdict(message) for message in plain],
+        "traces": [
+            {
+                "text": completion.text,
+                "correct": verdict.correct,
+                "teacher": task.options.model,
+                "finished": completion.ended,
+            }
+        ],
+        "rendered_prompt": prompt,
         "extracted": verdict.extracted,
         "answer": problem.answer,
-        "correct": verdict.correct,
         "ended": completion.ended,
         "tokens": completion.tokens,
     }
@@ -182,7 +208,7 @@ def _benchmarks(task: Task, path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         for line in map(json.loads, file):
             place = line["problem"], line["sample"]
-            correct[place], ended[place] = line["correct"], line["ended"]
+            correct[place], ended[place] = line["traces"][0]["correct"], line["ended"]
             tokens[place] = line["tokens"]
     sources = np.array([problem.source for problem in task.problems])
     names = list(dict.fromkeys(sources.tolist()))

@@ -33,7 +33,7 @@ class EvaluateProgress:
     def batch(self, lines: Sequence[dict[str, Any]]) -> None:
         """Show a batch of lines of samples.jsonl. Accuracy is that of this attempt so far."""
         self._done += len(lines)
-        self._correct += sum(line["correct"] for line in lines)
+        self._correct += sum(line["traces"][0]["correct"] for line in lines)
         self._tokens += sum(line["tokens"] for line in lines)
         now = time.monotonic()
         made, seconds = self._done - self._first, max(now - self._began, 1e-9)

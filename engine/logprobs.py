@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from redi.engine.config import Recipe
 from redi.engine.console import Console
 from redi.engine.data.digests import model_digest
+from redi.engine.data.overview import unread_warnings
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
 from redi.engine.estimate import training_cost
@@ -62,6 +63,8 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
     transformers_logging.disable_progress_bar()
     config = model_config(recipe)
     tokens = tokenized(recipe, recipe.data.paths, world, console)
+    for line in unread_warnings(tokens.unread):
+        console.warn(line)
     lengths = tokens.lengths
     longest = int(np.argmax(lengths))
     if lengths[longest] > recipe.train.row_tokens:

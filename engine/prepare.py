@@ -29,7 +29,8 @@ from redi.engine.data.breakdown import (
 )
 from redi.engine.data.openr1 import select_traces
 from redi.engine.data.overview import show, warnings
-from redi.engine.data.rows import find_sources, scan_source
+from redi.engine.data.rows import scan_source
+from redi.engine.data.sources import find_sources, unread_splits
 from redi.engine.data.text import load_tokenizer
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError, faulty_rows
@@ -53,6 +54,8 @@ def select_openr1(options: PrepareOptions, console: Console) -> dict[str, int]:
     Raises InputError naming the faulty rows, RunError if OUT cannot be written.
     """
     sources = find_sources(options.data)
+    for notice in unread_splits(options.data):
+        console.warn(notice)
     limits = _Limits(options)
     counts: Counter[str] = Counter()
     faults: list[str] = []

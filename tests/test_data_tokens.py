@@ -22,7 +22,8 @@ from redi.engine.data import digests
 from redi.engine.data import tokens as tokens_module
 from redi.engine.data.cache import open_cache
 from redi.engine.data.packing import IGNORE, build_batch
-from redi.engine.data.rows import Source, read_rows
+from redi.engine.data.rows import read_rows
+from redi.engine.data.sources import Source
 from redi.engine.data.tokens import TokenizedTraces, TokenSettings, tokenize
 from redi.engine.errors import InputError
 

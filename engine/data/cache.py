@@ -59,6 +59,8 @@ class Meta:
     """Rows and traces that normalising left out, by reason."""
     control_tokens: dict[str, int] = field(default_factory=dict)
     """Traces whose text spells a control token of the tokenizer, by token."""
+    unread: tuple[tuple[str, ...], ...] = ()
+    """Of each source, the columns that are filled and mean something, but are not read."""
 
 
 class TokenizedTraces:
@@ -77,6 +79,7 @@ class TokenizedTraces:
         control: int32 [n], control tokens of the tokenizer that the trace's text spells.
         control_tokens: traces with such a token, by token.
         dropped: rows and traces that normalising left out, by reason.
+        unread: columns of each source that mean something but are not read, by its name.
         sources: names of the input files.
         source_numbers: int32 [n], positions in `sources`.
     """
@@ -95,6 +98,8 @@ class TokenizedTraces:
         self.dropped = meta.dropped
         self.control_tokens = meta.control_tokens
         self.sources = tuple(sources)
+        found = zip(self.sources, meta.unread, strict=False)
+        self.unread = {name: tuple(columns) for name, columns in found if columns}
         self._meta = meta
         self._teachers = tuple(teachers)
         self._teacher_weights = dict(teacher_weights or {})

@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from redi.engine.data.rows import Source, hub_dataset
+from redi.engine.data.sources import Source, hub_dataset, saved_files
 from redi.engine.errors import InputError
 
 WORTH_REMEMBERING = 1 << 26
@@ -33,8 +33,12 @@ def source_digest(source: Source, cache_dir: Path) -> str:
         fingerprint = hub_dataset(source.name)._fingerprint
         return xxhash.xxh3_128_hexdigest(f"{source.kind}{fingerprint}".encode())
     path = Path(source.name).resolve()
+
+    def files() -> list[Path]:
+        return saved_files(path) if source.kind == "saved" else [path]
+
     try:
-        return _content_digest(str(path), lambda: [path], source.kind, cache_dir)
+        return _content_digest(str(path), files, source.kind, cache_dir)
     except OSError as error:
         raise InputError(f"{source.name}: cannot be read: {error.strerror}") from error
 

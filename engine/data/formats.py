@@ -36,6 +36,34 @@ FORMATS: dict[str, Format] = {
     "problem": Format((), (*PROMPT_COLUMNS, *ANSWER_COLUMNS, *ID_COLUMNS)),
 }
 
+VERDICT_COLUMNS = ("correct", "is_correct", "correctness", "verdict", "passed", "is_passed")
+"""Names under which other programs write a row's verdict; here it is `label`."""
+SCORE_COLUMNS = ("score", "reward", "accuracy", "acc", "success", "grade")
+"""Names of a grade, which is a verdict where it is a truth value, or 0 and 1 in a whole file."""
+
+# They shape what a model would learn from a row, and no shape reads them yet.
+UNREAD_COLUMNS = frozenset(
+    {
+        *("tools", "functions", "tool_calls", "documents", "images", "image", "videos", "audio"),
+        *("system", "system_prompt", "chat_template", "chat_template_kwargs"),
+        *("reasoning", "reasoning_content", "thinking", "thoughts"),
+        *("mask", "loss_mask", "completion_mask", "assistant_masks", "token_weights"),
+        *("loss_weights", "sample_weight", "weights", "label", "labels", "margin"),
+        *("step_rewards", "step_labels", "step_scores", "process_rewards", "rewards", "scores"),
+        *("target_logprobs", "teacher_logprobs", "logprobs", "token_logprobs"),
+        *("ref_chosen_logps", "ref_rejected_logps", "score_chosen", "score_rejected"),
+        *("chosen", "rejected", "completions", "traces"),
+        *VERDICT_COLUMNS,
+        *SCORE_COLUMNS,
+    }
+)
+UNREAD_MESSAGE_KEYS = frozenset(
+    {
+        *("weight", "mask", "loss", "loss_mask", "train", "trainable", "token_weights"),
+        *("logprobs", "name", "tool_call_id", "tools", "refusal", "images", "audio", "prefix"),
+    }
+)
+
 COLUMNS = frozenset(name for shape in FORMATS.values() for name in shape.required + shape.optional)
 """Every column that some shape reads."""
 

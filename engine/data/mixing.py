@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from redi.engine.data.cache import TokenizedTraces
-from redi.engine.data.rows import find_sources
+from redi.engine.data.sources import find_sources
 from redi.engine.errors import InputError
 
 MOST_DRAWS = 1 << 30

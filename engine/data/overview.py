@@ -94,6 +94,8 @@ class Overview:
     """Used traces whose text spells a control token of the tokenizer."""
     control_names: tuple[str, ...]
     """Which control tokens the data spells."""
+    unread: dict[str, tuple[str, ...]]
+    """Columns that mean something but are not read, by file, held-out ones too."""
     held_out: HeldOutOverlap | None
     """None without `[eval]`."""
     steps: int
@@ -184,6 +186,7 @@ def look_over(
         unknown_tokens=int(np.sum(tokens.unknown[used] > 0)),
         control_tokens=int(np.sum(tokens.control[used] > 0)),
         control_names=tuple(tokens.control_tokens),
+        unread=tokens.unread | (held_out[0].unread if held_out else {}),
         held_out=None if held_out is None else _in_both(*held_out, tokens, used),
         steps=schedule.total_steps,
         batch=schedule.batch,
@@ -311,9 +314,18 @@ def show(overview: Overview, title: str, console: Console) -> None:
         console.table("what an epoch draws", MIXTURE_COLUMNS, mixture_rows(overview))
 
 
+def unread_warnings(unread: dict[str, tuple[str, ...]]) -> list[str]:
+    """One line for each file with columns that mean something but are not read."""
+    return [
+        f"{name}: {', '.join(columns)} {'is' if len(columns) == 1 else 'are'} not read, and the "
+        "traces are used without; see docs/data.md for the columns that are read"
+        for name, columns in unread.items()
+    ]
+
+
 def warnings(overview: Overview) -> list[str]:
     """What in the data is likely to be a mistake, one line each."""
-    found = []
+    found = unread_warnings(overview.unread)
     if overview.identical_pairs:
         found.append(
             f"{overview.identical_pairs:,} of {overview.units:,} pairs have the same tokens as "

@@ -7,24 +7,27 @@ the row (a JSON array excepted: it can only be parsed whole). Errors name the fi
 import csv
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from redi.engine.data.formats import COLUMNS, FORMATS, resolve_format
+from redi.engine.data.formats import (
+    COLUMNS,
+    FORMATS,
+    SCORE_COLUMNS,
+    UNREAD_COLUMNS,
+    UNREAD_MESSAGE_KEYS,
+    VERDICT_COLUMNS,
+    resolve_format,
+)
+from redi.engine.data.sources import Source, find_sources, hub_dataset, saved_dataset
 from redi.engine.errors import InputError
-from redi.engine.hub import NO_HUB_NAME, asking_the_hub, is_hub_name
 
-FILE_KINDS = ("jsonl", "json", "parquet", "csv")
-_SPLIT = re.compile(r":[\w.\[\]%-]+$")
 # A CSV cell is text; in these columns the text is JSON.
 _CSV_JSON_COLUMNS = ("messages", "traces", "generations", "correctness")
 _CSV_OPTIONAL_COLUMNS = ("id", "teacher", "weight", "source")
@@ -52,67 +55,17 @@ class Row:
         return f"{self.source}:{self.number}"
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One file, or one split of a hub data set."""
-
-    name: str
-    """The path, or "owner/name:split"."""
-    kind: str
-    """One of FILE_KINDS, or "hub"."""
-
-
 def read_rows(paths: Sequence[str], format: str) -> Iterator[Row]:
     """Yields every row of `paths` in order.
 
     Args:
-        paths: files, folders (the data files in them and in their sub-folders, sorted by path)
-            and hub names ("owner/name" or "owner/name:split", split "train" by default).
+        paths: files, folders and hub names, as `find_sources` takes them.
         format: a key of `FORMATS`, or "auto": told from the columns of each file's first row.
 
     Raises InputError for missing, empty, unreadable or broken files, naming file and row.
     """
     for source in find_sources(paths):
         yield from read_source(source, format)
-
-
-def find_sources(paths: Sequence[str]) -> list[Source]:
-    """The files and hub data sets that `paths` name, in order.
-
-    InputError for one that is missing or named twice, as a folder and a file in it do.
-    """
-    sources = []
-    for name in paths:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            try:
-                files = sorted(_data_files(path, set()))
-            except OSError as error:
-                raise InputError(f"{error.filename} cannot be read: {error.strerror}") from None
-            if not files:
-                raise InputError(f"{name}: no data file in this folder ({_kinds_text()})")
-            sources += [Source(str(file), _file_kind(file)) for file in files]
-        elif path.exists():
-            kind = _file_kind(path)
-            if not kind:
-                raise InputError(f"{name}: not a kind of file read here ({_kinds_text()})")
-            sources.append(Source(str(path), kind))
-        elif is_hub_name(_SPLIT.sub("", name)) and not _file_kind(path):
-            sources.append(Source(name if ":" in name else f"{name}:train", "hub"))
-        else:
-            raise InputError(f"{name}: no such file or folder, {NO_HUB_NAME}")
-    if not sources:
-        raise InputError("[data] path is empty: name at least one file, folder or hub data set")
-    seen = set()
-    for source in sources:
-        place = source.name if source.kind == "hub" else str(Path(source.name).resolve())
-        if place in seen:
-            raise InputError(
-                f"{source.name}: is named twice; name it once, and to draw it more often move it "
-                "out of its folder and set [data] mixing_weights"
-            )
-        seen.add(place)
-    return sources
 
 
 def read_source(source: Source, format: str) -> Iterator[Row]:
@@ -123,16 +76,26 @@ def read_source(source: Source, format: str) -> Iterator[Row]:
         yield row
 
 
-def scan_source(source: Source, format: str) -> Iterator[Row | InputError]:
+def scan_source(
+    source: Source, format: str, unread: set[str] | None = None
+) -> Iterator[Row | InputError]:
     """Yields the rows of one source, and in the place of a broken one what is wrong with it.
 
     A file that cannot be read on ends with its error; nothing is raised.
+
+    Args:
+        source: where the rows are.
+        format: as `read_rows` takes it.
+        unread: gets the names of columns and keys that are filled and mean something, and that
+            the shape does not read ("tools", "traces[].mask", "messages[].weight").
     """
     number = 0
     shape = ""
     labelled = False
+    unread = set() if unread is None else unread
+    grades = _Grades()
     try:
-        for number, value in _numbered_values(source, format):
+        for number, value in _numbered_values(source, format, unread):
             where = f"{source.name}:{number}"
             if isinstance(value, InputError):
                 yield value
@@ -152,6 +115,9 @@ def scan_source(source: Source, format: str) -> Iterator[Row | InputError]:
                     f"the first row has {'it' if labelled else 'none'}"
                 )
                 continue
+            if "label" in FORMATS[shape].optional and not labelled:
+                grades.add(number, value)
+            unread |= _unread_names(value, shape)
             yield Row(value, source.name, number, shape)
     except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException) as error:
         problem = " ".join(str(error).split())
@@ -162,18 +128,80 @@ def scan_source(source: Source, format: str) -> Iterator[Row | InputError]:
         if not number:
             below = " below its header line" if source.kind == "csv" else ""
             yield InputError(f"{source.name}: holds no rows{below}")
+        for column, row in grades.verdicts().items():
+            yield InputError(
+                f"{source.name}:{row}: column {column!r} has a verdict (only 0 and 1, or -1, in "
+                "the whole file), and the verdict is read from 'label': rename it to label "
+                "(1: correct, 0: incorrect), or remove it"
+            )
 
 
-def _numbered_values(source: Source, format: str) -> Iterator[tuple[int, Any]]:
+class _Grades:
+    """Tells a file's columns of verdicts, written as 0 and 1 (or -1 and 1), from its scores."""
+
+    def __init__(self) -> None:
+        self._low: dict[str, int] = {}
+        self._scores: set[str] = set()
+
+    def add(self, number: int, value: dict[str, Any]) -> None:
+        """Look at one row."""
+        for column in SCORE_COLUMNS:
+            grade = value.get(column)
+            # Missing in a CSV file, and in one that pandas wrote.
+            if grade is None or grade in ("", "nan") or grade != grade or column in self._scores:
+                continue
+            try:
+                figure = float(grade)
+            except (TypeError, ValueError, OverflowError):
+                figure = 0.5
+            if figure not in (-1, 0, 1):
+                self._scores.add(column)
+            elif figure < 1:
+                self._low.setdefault(column, number)
+
+    def verdicts(self) -> dict[str, int]:
+        """The columns that hold verdicts, and for each the first row that is graded incorrect."""
+        return {column: row for column, row in self._low.items() if column not in self._scores}
+
+
+def _unread_names(value: dict[str, Any], shape: str) -> set[str]:
+    """Names of what is filled in a row, means something, and is not read."""
+    form = FORMATS[shape]
+    found = {
+        name
+        for name in UNREAD_COLUMNS & value.keys()
+        if _is_filled(value[name]) and name not in form.required and name not in form.optional
+    }
+    for column in form.required + form.optional:
+        entries = value.get(column)
+        if not isinstance(entries, list):
+            continue
+        # Entries of `traces` have their verdict in `correct`.
+        names = UNREAD_COLUMNS - {"correct"} if column == "traces" else UNREAD_MESSAGE_KEYS
+        for entry in entries:
+            if isinstance(entry, dict):
+                filled = (name for name in names & entry.keys() if _is_filled(entry[name]))
+                found.update(f"{column}[].{name}" for name in filled)
+    return found
+
+
+def _is_filled(value: object) -> bool:
+    return value is not None and value not in ("", [], {})
+
+
+def _numbered_values(source: Source, format: str, unread: set[str]) -> Iterator[tuple[int, Any]]:
     """Rows as parsed, counted from 1; an InputError for one that cannot be."""
-    if source.kind == "hub":
-        dataset = hub_dataset(source.name)
+    if source.kind in ("hub", "saved"):
+        dataset = (hub_dataset if source.kind == "hub" else saved_dataset)(source.name)
         columns = _wanted_columns(dataset.column_names, format, source.name)
+        for name in _unread_columns(dataset.column_names, columns):
+            if dataset.data.column(name).null_count < len(dataset.data):
+                unread.add(name)
         yield from enumerate(dataset.select_columns(columns), start=1)
         return
     with _open(source.name) as file:
         if source.kind == "parquet":
-            yield from _parquet_values(file, source.name, format)
+            yield from _parquet_values(file, source.name, format, unread)
         elif source.kind == "csv":
             yield from _csv_values(file, source.name)
         elif source.kind == "json" and _first_byte(file) == b"[":
@@ -188,12 +216,17 @@ def _open(name: str) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(name)) if name.endswith(".gz") else open(name, "rb")
 
 
-def _parquet_values(file: IO[bytes], name: str, format: str) -> Iterator[tuple[int, Any]]:
+def _parquet_values(
+    file: IO[bytes], name: str, format: str, unread: set[str]
+) -> Iterator[tuple[int, Any]]:
     number = 0
     parquet = pq.ParquetFile(file)
     columns = _wanted_columns(parquet.schema_arrow.names, format, name)
-    for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-        for value in batch.to_pylist():
+    others = _unread_columns(parquet.schema_arrow.names, columns)
+    for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=[*columns, *others]):
+        # What is not read is not made into Python's objects either.
+        unread |= {name for name in others if batch[name].null_count < len(batch)}
+        for value in batch.select(columns).to_pylist():
             number += 1
             yield number, value
 
@@ -201,7 +234,14 @@ def _parquet_values(file: IO[bytes], name: str, format: str) -> Iterator[tuple[i
 def _wanted_columns(columns: list[str], format: str, where: str) -> list[str]:
     """Those of `columns` that the format reads: a column store can leave the others alone."""
     shape = FORMATS[resolve_format(format, columns, where)]
-    return [name for name in columns if name in shape.required or name in shape.optional]
+    wanted = {*shape.required, *shape.optional}
+    if "label" in shape.optional:
+        wanted.update(VERDICT_COLUMNS, SCORE_COLUMNS)
+    return [name for name in columns if name in wanted]
+
+
+def _unread_columns(columns: Collection[str], wanted: Collection[str]) -> list[str]:
+    return [name for name in columns if name in UNREAD_COLUMNS and name not in wanted]
 
 
 def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
@@ -314,48 +354,5 @@ def _first_byte(file: IO[bytes]) -> bytes:
     return start
 
 
-def _file_kind(path: Path) -> str:
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    return kind if kind in FILE_KINDS else ""
-
-
-def _data_files(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """At any depth; as in `datasets` neither hidden ones nor those in folders like __pycache__.
-
-    Args:
-        seen: folders that were gone through; links may lead to one again.
-    """
-    if folder.resolve() in seen:
-        return
-    seen.add(folder.resolve())
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from () if path.name.startswith("__") else _data_files(path, seen)
-        elif _file_kind(path):
-            yield path
-
-
-def _kinds_text() -> str:
-    return ", ".join(f".{kind}" for kind in FILE_KINDS) + ", or one of these with .gz"
-
-
 def _kind_name(value: object) -> str:
     return "null" if value is None else type(value).__name__
-
-
-@lru_cache(maxsize=8)
-def hub_dataset(name: str) -> Any:
-    """The `datasets.Dataset` of "owner/name:split"."""
-    import datasets  # imported late: slow, and local files do not need it
-
-    repository, _, split = name.partition(":")
-    try:
-        with asking_the_hub():
-            return datasets.load_dataset(repository, split=split)
-    except Exception as error:  # the hub client raises a great many types
-        problem = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{name}: neither a local file nor a data set that the hub gives: {problem}"
-        ) from error

@@ -22,14 +22,15 @@ from tqdm import tqdm
 from redi.engine.console import Console
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
 from redi.engine.data.digests import source_digest, tokenizer_digest
-from redi.engine.data.rows import Row, Source, find_sources, scan_source
+from redi.engine.data.rows import Row, scan_source
+from redi.engine.data.sources import Source, find_sources, unread_splits
 from redi.engine.data.text import Encoded, Encoder, TokenSettings
 from redi.engine.data.traces import Trace, normalise
 from redi.engine.errors import InputError, faulty_rows
 
 __all__ = ["TokenSettings", "TokenizedTraces", "tokenize"]
 
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 """Raise it whenever the same input would give other tokens or another file layout."""
 _CHUNK_ROWS = 128
 # Starting worker processes takes seconds: a set of fewer chunks is done before they are up.
@@ -75,6 +76,8 @@ def tokenize(
     the cache cannot be written.
     """
     sources = find_sources(settings.paths)
+    for line in unread_splits(settings.paths):
+        console.warn(line)
     names = [source.name for source in sources]
     # Loading the tokenizer takes longer than all the rest, where the cache has what is needed.
     encoder = cache(lambda: Encoder(settings))
@@ -87,14 +90,19 @@ def tokenize(
 
     dropped: Counter[str] = Counter()
     control_tokens: Counter[str] = Counter()
-    rows = chain.from_iterable(scan_source(source, settings.format) for source in sources)
+    unread: list[set[str]] = [set() for _ in sources]
+    rows = chain.from_iterable(
+        scan_source(source, settings.format, columns)
+        for source, columns in zip(sources, unread, strict=True)
+    )
     chunks = _tokenized_chunks(rows, settings, encoder(), processes)
 
     def describe(size: int, count: int) -> Meta:
         if count == 0:
             reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
             raise InputError(f"{', '.join(names)}: no trace is left; dropped: {reasons}")
-        return Meta(key, size, count, tuple(names), dict(dropped), dict(control_tokens))
+        columns = tuple(tuple(sorted(found)) for found in unread)
+        return Meta(key, size, count, tuple(names), dict(dropped), dict(control_tokens), columns)
 
     with console.bar("tokenizing", "traces") as bar:
         batches = _numbered_batches(chunks, names, dropped, control_tokens, bar)

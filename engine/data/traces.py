@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from redi.engine.data.formats import FORMATS, resolve_format
+from redi.engine.data.formats import FORMATS, SCORE_COLUMNS, VERDICT_COLUMNS, resolve_format
 from redi.engine.data.rows import Row
 from redi.engine.errors import InputError
 
@@ -153,7 +153,7 @@ def _conversation(row: Row, _: Counter[str]) -> list[Trace]:
     return [_trace(row, prompt, text, _label(row), _group(row, "id", prompt))]
 
 
-def _graded_traces(row: Row, _: Counter[str]) -> list[Trace]:
+def _graded_traces(row: Row, dropped: Counter[str]) -> list[Trace]:
     prompt = read_prompt(row, "prompt")
     group = _group(row, "id", prompt)
     entries = row.value["traces"]
@@ -164,8 +164,12 @@ def _graded_traces(row: Row, _: Counter[str]) -> list[Trace]:
         column = f"traces[{index}]"
         if not isinstance(entry, dict) or not {"text", "correct"} <= entry.keys():
             raise _error(row, column, "must be an object with text and correct")
-        text = read_text(row, f"{column}.text", entry["text"])
         sign = _sign(row, f"{column}.correct", entry["correct"])
+        # A model that ends at once answers wrongly, and leaves nothing to train.
+        if sign < 0 and isinstance(entry["text"], str) and _is_blank(entry["text"]):
+            dropped["empty incorrect trace"] += 1
+            continue
+        text = read_text(row, f"{column}.text", entry["text"])
         traces.append(_trace(row, prompt, text, sign, group, entry))
     return traces
 
@@ -327,7 +331,39 @@ def _is_blank(text: str) -> bool:
 
 
 def _label(row: Row) -> int:
-    return _sign(row, "label", row.value["label"]) if "label" in row.value else 1
+    """The row's verdict; a row without any is correct."""
+    label = _sign(row, "label", row.value["label"]) if "label" in row.value else None
+    for column in (*VERDICT_COLUMNS, *SCORE_COLUMNS):
+        value = row.value.get(column)
+        verdict = _WORDS.get(str(value).strip().lower())
+        if value is None or value == "" or (column in SCORE_COLUMNS and _is_number(value)):
+            continue
+        if label is not None:
+            if verdict is not None and verdict != label:
+                raise _error(row, column, f"is {value!r} and contradicts label: remove one of them")
+        elif column in VERDICT_COLUMNS or verdict is not None:
+            raise _error(
+                row,
+                column,
+                "has a verdict, which is read from 'label': rename it to label (true: correct), "
+                "or remove it",
+            )
+    return 1 if label is None else label
+
+
+_WORDS = {
+    **dict.fromkeys(("true", "correct", "yes", "right", "pass", "passed", "1", "1.0"), 1),
+    **dict.fromkeys(("false", "incorrect", "no", "wrong", "fail", "failed", "0", "0.0"), -1),
+}
+
+
+def _is_number(value: object) -> bool:
+    """Whether it may be a score; `scan_source` finds verdicts written as numbers."""
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return not isinstance(value, bool)
 
 
 def _sign(row: Row, column: str, value: object) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from redi.engine.cli import main
+from redi.engine.data.cache import open_cache
 from redi.engine.quickstart import make_problems, solve
 from redi.engine.scoring import pass_at_k
 
@@ -66,10 +69,82 @@ def test_every_sample_is_written_with_its_verdict(finished: Path, problems: Path
             row["prompt"],
             row["answer"],
         )
-        assert each["extracted"] == (each["completion"][-1:] or None)
-        assert each["correct"] == (each["extracted"] == row["answer"])
-        assert each["tokens"] == len(each["completion"]) + each["ended"]
-    assert 0 < sum(each["correct"] for each in found) < len(found)
+        (trace,) = each["traces"]
+        assert each["extracted"] == (trace["text"][-1:] or None)
+        assert trace["correct"] == (each["extracted"] == row["answer"])
+        assert trace["finished"] == each["ended"]
+        assert each["tokens"] == len(trace["text"]) + each["ended"]
+    assert 0 < sum(each["traces"][0]["correct"] for each in found) < len(found)
+
+
+def test_samples_are_trained_with_their_verdicts_and_the_prompt_templated_once(
+    world: Path,
+    tmp_path: Path,
+    recipe: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(world / "model", model)
+    # The tiny vocabulary has characters alone: a template that doubles the prompt shows itself.
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ '*' + m.content + '*' }}{% endfor %}"
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    (model / "chat_template.jinja").write_text(template)
+    data = tmp_path / "problems.jsonl"
+    prompts = [f"{number}=" for number in range(10, 30)]
+    data.write_text(
+        "".join(json.dumps({"prompt": text, "answer": text[0]}) + "\n" for text in prompts)
+    )
+    out = tmp_path / "evaluation"
+    argv = ["evaluate", str(model), "--data", str(data), "--out", str(out), *OPTIONS]
+    assert main([*argv, "--temperature", "1.0"]) == 0
+    # An empty completion, which is always incorrect, is counted and left out.
+    found = [each for each in samples(out) if each["traces"][0]["text"]]
+    assert len(found) < len(samples(out))
+    verdicts = [each["traces"][0]["correct"] for each in found]
+    assert 0 < sum(verdicts) < len(verdicts)
+    assert {each["rendered_prompt"] for each in found} == {f"*{text}*" for text in prompts}
+    cache = tmp_path / "cache"
+    changes = {
+        "model.path": str(model),
+        "data.path": str(out / "samples.jsonl"),
+        "data.cache": str(cache),
+        "objective.name": "signed",
+        "objective.alpha": 0.5,
+        "train.max_steps": 1,
+    }
+    capsys.readouterr()
+    assert main(["train", str(recipe("r", changes))]) == 0
+    err = capsys.readouterr().err
+    assert "not read" not in err
+    assert re.search(rf"empty incorrect trace +{len(samples(out)) - len(found)}\s", err)
+    tokens = open_cache(next(path.parent for path in cache.glob("*/meta.json")))
+    assert tokens is not None
+    assert (tokens.signs > 0).tolist() == verdicts
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for index, each in enumerate(found):
+        prompt = tokens.ids(index)[: tokens.prompt_lengths[index]]
+        assert tokenizer.decode(prompt) == f"*{each['prompt']}*"
+        assert tokens.teacher(index) == str(model)
+
+
+def test_samples_of_an_older_version_are_refused_in_one_line(
+    finished: Path,
+    world: Path,
+    problems: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "old"
+    shutil.copytree(finished, out)
+    lines = [{**each, "completion": "", "correct": True} for each in samples(out)]
+    for each in lines:
+        del each["traces"]
+    (out / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    before = (out / "samples.jsonl").read_bytes()
+    assert main(line(world, problems, out)) == 2
+    assert "older version of redi (no traces); name another out" in capsys.readouterr().err
+    assert (out / "samples.jsonl").read_bytes() == before
 
 
 def test_the_summary_is_what_the_samples_say(finished: Path) -> None:
@@ -78,7 +153,7 @@ def test_the_summary_is_what_the_samples_say(finished: Path) -> None:
     found = samples(finished)
     correct = np.zeros((PROBLEMS, 4), dtype=bool)
     for each in found:
-        correct[each["problem"], each["sample"]] = each["correct"]
+        correct[each["problem"], each["sample"]] = each["traces"][0]["correct"]
     assert scores["pass_at_1"] == pytest.approx(correct.mean())
     assert scores["sem_over_samples"] == pytest.approx(correct.mean(axis=0).std(ddof=1) / 2)
     for k in (1, 2, 4):

@@ -171,7 +171,7 @@ def test_ctrl_c_is_one_line(
         raise KeyboardInterrupt
 
     monkeypatch.setitem(COMMANDS, "doctor", interrupt)
-    assert main(["doctor"]) == 1
+    assert main(["doctor"]) == 75
     assert capsys.readouterr().err == "redi: interrupted\n"
 
 

@@ -175,14 +175,14 @@ def test_two_ranks_stopped_and_started_again_end_the_same(
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_and_exits_0_and_says_how_to_go_on(
+def test_a_signal_saves_and_exits_75_and_says_how_to_go_on(
     number: signal.Signals, recipe: WriteRecipe, same: Callable[[Path], None], tmp_path: Path
 ) -> None:
     path, run_dir = recipe("run", SETTINGS), tmp_path / "run"
     run = Run("train", path, log=tmp_path / "log")
     run.wait_for(lambda: has_steps(run_dir, 4))
     run.send(number, number)  # twice within moments is one request
-    assert run.end(SOON) == 0, run.stderr
+    assert run.end(SOON) == 75, run.stderr
     assert run.stderr.count("stopping: this step is finished and saved first") == 1
     assert ("Ctrl-C again leaves at once" in run.stderr) == (number == signal.SIGINT)
     assert "the same command goes on from here" in run.stderr
