@@ -162,7 +162,7 @@ def write_folder(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        model.config.save_pretrained(partial)
+        _save_config(model.config, partial)
         _save_tokenizer(tokenizer, partial)
         if generation is not None:
             generation.save_pretrained(partial)
@@ -180,6 +180,28 @@ def write_folder(
         shutil.copymode(partial / "config.json", file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def _save_config(config: Any, folder: Path) -> None:
+    """Write config.json for transformers 5 and 4.
+
+    4 takes `rope_theta` from the top level (10000 where it is absent), scaling from `rope_scaling`
+    and the dtype from `torch_dtype`; 5 writes them as `rope_parameters` and `dtype`. 5 reads
+    `rope_scaling`, where there is one, in place of `rope_parameters`, so that it is written whole.
+    """
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    content = json.loads(path.read_text("utf-8"))
+    if "dtype" in content:
+        content["torch_dtype"] = content["dtype"]
+    rope = dict(content.get("rope_parameters") or {})
+    if "rope_type" in rope:  # else one dict a layer type, which 4 had no common form for
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if key in rope:
+                content[key] = rope.pop(key)
+        if rope["rope_type"] != "default":
+            content["rope_scaling"] = rope
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -241,7 +263,7 @@ def check_exportable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """
     shutil.rmtree(at, ignore_errors=True)
     try:
-        deepcopy(model.config).save_pretrained(at)
+        _save_config(deepcopy(model.config), at)
         tokenizer.save_pretrained(at)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(at)
