@@ -59,6 +59,10 @@ class Meta:
     """Rows and traces that normalising left out, by reason."""
     control_tokens: dict[str, int] = field(default_factory=dict)
     """Traces whose text spells a control token of the tokenizer, by token."""
+    unfinished: int = 0
+    """Traces that were cut off before the data was made: their end is not trained."""
+    document_start: str = ""
+    """The tokens that begin each document and are no text of the row; "" if there are none."""
 
 
 class TokenizedTraces:
@@ -77,6 +81,8 @@ class TokenizedTraces:
         control: int32 [n], control tokens of the tokenizer that the trace's text spells.
         control_tokens: traces with such a token, by token.
         dropped: rows and traces that normalising left out, by reason.
+        unfinished: traces of the whole set that have no end to train.
+        document_start: the tokens that begin each document and are no text of the row.
         sources: names of the input files.
         source_numbers: int32 [n], positions in `sources`.
     """
@@ -94,6 +100,8 @@ class TokenizedTraces:
         self.key = meta.key
         self.dropped = meta.dropped
         self.control_tokens = meta.control_tokens
+        self.unfinished = meta.unfinished
+        self.document_start = meta.document_start
         self.sources = tuple(sources)
         self._meta = meta
         self._teachers = tuple(teachers)
