@@ -66,7 +66,7 @@ def prepare(options: EvaluateOptions) -> Task:
     encoder = Encoder(TokenSettings((), "auto", options.template, options.system_prompt, path))
     prompts = [encoder.prompt_text(problem.prompt, problem.where) for problem in problems]
     try:
-        ids = encode_prompts(encoder.tokenizer, prompts)
+        ids = [encoder.with_start(one) for one in encode_prompts(encoder.tokenizer, prompts)]
     except ValueError as error:
         raise InputError(f"data: {error}") from None
     max_new_tokens = _room(options.max_new_tokens, problems, ids, config)
@@ -85,6 +85,7 @@ def prepare(options: EvaluateOptions) -> Task:
         "model": model_digest(path, Data().cache_dir) or path,
         "data": xxhash.xxh3_128_hexdigest(repr([(p.prompt, p.answer) for p in problems]).encode()),
         "tokenizer": encoder.digest(),
+        "rendered probe": encoder.rendering(),
     }
     return Task(
         options=options,

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
@@ -34,19 +34,40 @@ def shared_data() -> Path:
     return folder
 
 
-def save_tokenizer(folder: Path, *, template: str | None = CHATML, eos: str = "<|end|>") -> str:
-    """Trains and saves a byte-level tokenizer that can spell any text."""
+def save_tokenizer(
+    folder: Path,
+    *,
+    template: str | None = CHATML,
+    eos: str = "<|end|>",
+    document: str | None = None,
+) -> str:
+    """Trains and saves a byte-level tokenizer that can spell any text.
+
+    Args:
+        document: what it puts around any text, "<|bos|> $A" for a BOS before it; None: nothing.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=["<|im_start|>", "<|im_end|>", "<|end|>"],
+        special_tokens=[
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|end|>",
+            *(["<|bos|>"] if document else []),
+        ],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(["What is 2 + 2? It is 4, so the answer is 4."], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
+    if document:
+        special = [(token, tokenizer.token_to_id(token)) for token in ("<|bos|>", "<|end|>")]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=document, special_tokens=special
+        )
+    bos = {"bos_token": "<|bos|>"} if document else {}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, **bos)
     fast.chat_template = template
     fast.save_pretrained(folder)
     return str(folder)

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from datetime import date
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 import xxhash
 from data_cases import CHATML, save_tokenizer, settings, shared_data, write_rows
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, tokenization_utils_base
+from transformers.utils import chat_template_utils
 
 from redi.engine.console import Console
 from redi.engine.data import digests
@@ -176,6 +178,13 @@ ADDING = CHATML.replace(
     "{{ m.content }}",
     "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
 )
+# A header of the answer that the generation prompt leaves to the model: structure, no thought.
+CHANNEL = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' %}<|im_start|>final\n{% endif %}{{ m.content }}",
+)
+CLOSED = CHATML.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
+END = "<|im_end|>\n<|end|>"
 
 
 @pytest.mark.parametrize(
@@ -186,8 +195,12 @@ ADDING = CHATML.replace(
         (OPENING, "<think>\nwhy</think>4", "<think>\n", "why</think>4<|im_end|>\n<|end|>"),
         (OPENING, "<think>why</think>4", "<think>\n", "why</think>4<|im_end|>\n<|end|>"),
         (OPENING, "why</think>4", "<think>\n", "why</think>4<|im_end|>\n<|end|>"),
-        (TRIMMING, "\n4 ", "", "4<|im_end|>\n<|end|>"),
-        (ADDING, "4", "", "<think>\n\n</think>\n\n4<|im_end|>\n<|end|>"),
+        (OPENING, "\n<think>\nnever ends", "<think>\n", "never ends"),
+        (TRIMMING, "\n4 ", "", "\n4 <|im_end|>\n<|end|>"),
+        (ADDING, "4", "", "4<|im_end|>\n<|end|>"),
+        (ADDING, "<think>\nnever ends", "", "<think>\nnever ends"),
+        (ADDING, "<think>\nwhy\n</think>\n\n4", "", "<think>\nwhy\n</think>\n\n4" + END),
+        (CHANNEL, "4", "", "<|im_start|>final\n4" + END),
         (CHATML.replace("<|im_end|>\n{% endfor", "<|end|>\n{% endfor"), "4", "", "4<|end|>\n"),
     ],
 )
@@ -199,6 +212,92 @@ def test_a_trace_is_trained_whole_whatever_the_template_does(
     prompt, text = prompt_and_trained(tokens, 0, tokenizer)
     assert prompt.endswith("<|im_start|>assistant\n" + opened)
     assert text == trained
+
+
+def test_a_thought_after_one_that_the_template_has_closed_is_refused(make, tmp_path):
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", template=CLOSED)
+    row = {"prompt": PROMPT, "completion": "<think>\nwhy\n</think>\n4"}
+    with pytest.raises(InputError, match=r"rows.jsonl:1: the trace begins with <think>, but"):
+        make([row], tokenizer)
+    tokens = make([{**row, "completion": "4"}], tokenizer)
+    prompt, trained = prompt_and_trained(tokens, 0, tokenizer)
+    assert prompt.endswith("assistant\n<think>\n\n</think>\n\n")
+    assert trained == "4" + END
+
+
+@pytest.mark.parametrize("template", ["chat", "none"])
+def test_the_end_of_an_unfinished_trace_is_not_trained(make, tiny, template):
+    end = END if template == "chat" else "<|end|>"
+    rows = [
+        {"prompt": PROMPT, "traces": [{"text": "It is", "correct": True, "finished": False}]},
+        {"prompt": PROMPT, "traces": [{"text": "It is", "correct": True}], "finished": 0},
+        {"prompt": PROMPT, "traces": [{"text": "<think>It", "correct": True}]},
+        {"prompt": PROMPT, "traces": [{"text": "<think>It", "correct": True, "finished": True}]},
+        {"prompt": PROMPT, "traces": [{"text": "It <think>", "correct": True, "finished": None}]},
+    ]
+    tokens = make(rows, tiny, template=template)
+    trained = [prompt_and_trained(tokens, index, tiny)[1] for index in range(len(rows))]
+    assert trained == ["It is", "It is", "<think>It", "<think>It" + end, "It <think>" + end]
+    assert tokens.unfinished == 3
+    with pytest.raises(InputError, match=r"rows.jsonl:1: column 'finished' must be true or false"):
+        make([{**PAIR, "finished": "no end"}], tiny)
+
+
+WITH_BOS = "{{ bos_token }}" + CHATML
+
+
+@pytest.mark.parametrize("document", ["<|bos|> $A", "<|bos|> $A <|end|>"])
+def test_without_template_a_document_begins_as_the_tokenizer_begins_it(make, tmp_path, document):
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", document=document)
+    own = loaded(tokenizer)
+    rows = [PAIR, {**PAIR, "prompt": "<|bos|>" + PROMPT}]
+    tokens = make(rows, tokenizer, template="none")
+    for index, text in enumerate([POSITIVE, NEGATIVE] * 2):
+        expected = "<|bos|>" + PROMPT, text + "<|end|>"
+        assert prompt_and_trained(tokens, index, tokenizer) == expected
+        start = tokens.ids(index)[: tokens.prompt_lengths[index]].tolist()
+        end = [own.eos_token_id] if document.endswith("<|end|>") else []
+        assert start + end == own(PROMPT)["input_ids"]
+    assert tokens.document_start == "<|bos|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "start", "told"),
+    [
+        (WITH_BOS, "<|bos|>", "<|bos|>"),
+        (CHATML, "", "no <|bos|>: the chat template writes none"),
+    ],
+)
+def test_with_a_chat_template_the_template_alone_decides_on_bos(
+    make, tmp_path, template, start, told
+):
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", template=template, document="<|bos|> $A")
+    tokens = make([PAIR], tokenizer)
+    head = f"{start}<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt_and_trained(tokens, 0, tokenizer)[0] == head
+    assert tokens.document_start == told
+
+
+def test_the_date_that_a_template_prints_is_part_of_the_key(tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "_CLOCK_TICK", 0)  # the digest is remembered at once
+    dated = save_tokenizer(tmp_path / "dated", template="{{ strftime_now('%d %b') }}" + CHATML)
+    wanted = settings(write_rows(tmp_path / "rows.jsonl", [PAIR]), dated)
+    plain = settings(wanted.paths, dated, template="none")
+    render = chat_template_utils.render_jinja_template
+
+    def made_on(day: str, wanted: TokenSettings) -> TokenizedTraces:
+        def rendered(*args: Any, **options: Any) -> Any:
+            texts, spans = render(*args, **options)
+            return [text.replace(date.today().strftime("%d %b"), day) for text in texts], spans
+
+        monkeypatch.setattr(tokenization_utils_base, "render_jinja_template", rendered)
+        return tokenize(wanted, tmp_path / "cache", processes=1, console=QUIET)
+
+    first, again, later = (made_on(day, wanted) for day in ("1 Feb", "1 Feb", "2 Feb"))
+    assert first.key == again.key != later.key
+    for tokens, day in ((first, "1 Feb"), (later, "2 Feb")):
+        assert prompt_and_trained(tokens, 0, dated)[0].startswith(day)
+    assert made_on("1 Feb", plain).key == made_on("2 Feb", plain).key
 
 
 def test_what_cannot_be_tokenized_is_the_users_error(make, tmp_path, tiny):

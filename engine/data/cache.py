@@ -61,6 +61,10 @@ class Meta:
     """Traces whose text spells a control token of the tokenizer, by token."""
     unread: tuple[tuple[str, ...], ...] = ()
     """Of each source, the columns that are filled and mean something, but are not read."""
+    unfinished: int = 0
+    """Traces that were cut off before the data was made: their end is not trained."""
+    document_start: str = ""
+    """The tokens that begin each document and are no text of the row; "" if there are none."""
 
 
 class TokenizedTraces:
@@ -80,6 +84,8 @@ class TokenizedTraces:
         control_tokens: traces with such a token, by token.
         dropped: rows and traces that normalising left out, by reason.
         unread: columns of each source that mean something but are not read, by its name.
+        unfinished: traces of the whole set that have no end to train.
+        document_start: the tokens that begin each document and are no text of the row.
         sources: names of the input files.
         source_numbers: int32 [n], positions in `sources`.
     """
@@ -97,6 +103,8 @@ class TokenizedTraces:
         self.key = meta.key
         self.dropped = meta.dropped
         self.control_tokens = meta.control_tokens
+        self.unfinished = meta.unfinished
+        self.document_start = meta.document_start
         self.sources = tuple(sources)
         found = zip(self.sources, meta.unread, strict=False)
         self.unread = {name: tuple(columns) for name, columns in found if columns}

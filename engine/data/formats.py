@@ -15,7 +15,7 @@ class Format:
     optional: tuple[str, ...]
 
 
-_COMMON = ("id", "teacher", "weight", "source")
+_COMMON = ("id", "teacher", "weight", "source", "finished")
 
 # Of a problem to evaluate on, for which benchmarks have several names: the first found counts.
 PROMPT_COLUMNS = ("prompt", "problem", "question")

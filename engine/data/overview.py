@@ -96,6 +96,10 @@ class Overview:
     """Which control tokens the data spells."""
     unread: dict[str, tuple[str, ...]]
     """Columns that mean something but are not read, by file, held-out ones too."""
+    unfinished: int
+    """Traces read that were cut off before the data was made: their end is not trained."""
+    document_start: str
+    """The tokens that begin each document and are no text of the row; "" if there are none."""
     held_out: HeldOutOverlap | None
     """None without `[eval]`."""
     steps: int
@@ -187,6 +191,8 @@ def look_over(
         control_tokens=int(np.sum(tokens.control[used] > 0)),
         control_names=tuple(tokens.control_tokens),
         unread=tokens.unread | (held_out[0].unread if held_out else {}),
+        unfinished=tokens.unfinished,
+        document_start=tokens.document_start,
         held_out=None if held_out is None else _in_both(*held_out, tokens, used),
         steps=schedule.total_steps,
         batch=schedule.batch,
@@ -272,6 +278,10 @@ def count_rows(overview: Overview) -> list[tuple[str, str]]:
             rows.append((f"- with {what} traces alone", f"{count:,}"))
     rows.append(("traces read", f"{overview.traces:,}"))
     rows += [(f"- {reason}", f"{count:,}") for reason, count in overview.left_out.items()]
+    if overview.unfinished:
+        rows.append(("- unfinished, trained without an end", f"{overview.unfinished:,}"))
+    if overview.document_start:
+        rows.append(("each document begins with", overview.document_start))
     rows += [
         (f"{unit} to train on", f"{overview.units:,}"),
         *([("- drawn in an epoch", f"{overview.draws:,}")] if overview.mixture else []),

@@ -30,7 +30,7 @@ from redi.engine.errors import InputError
 
 # A CSV cell is text; in these columns the text is JSON.
 _CSV_JSON_COLUMNS = ("messages", "traces", "generations", "correctness")
-_CSV_OPTIONAL_COLUMNS = ("id", "teacher", "weight", "source")
+_CSV_OPTIONAL_COLUMNS = ("id", "teacher", "weight", "source", "finished")
 _PARQUET_ROWS = 64
 _CR_ALONE = "lines end in CR alone, as on old Macs; save it with LF"
 _ZERO_BYTES = "holds zero bytes; it looks like UTF-16; save it as UTF-8"

@@ -24,6 +24,17 @@ _PROBE = "redi probe message"
 # What a vocabulary of bytes spells, and one of a few characters or words does not.
 _ANY_TEXT = "aZ09 +-=*/(){}<>\\$%é≠中☃\U0001f600"
 _OPENED_TAG = re.compile(r"<[^<>/|｜\s]+>\s*$")
+_EMPTY_BLOCK = re.compile(r"<([^<>/|｜\s]+)>\s*</\1>\s*$")
+_THOUGHT = re.compile(r"\s*<(think|thinking|thought|reasoning)>")
+# Templates that show a date or draw words render otherwise from one call to the next.
+_VOLATILE = re.compile(r"\b(?:strftime_now|random|lipsum)\b")
+_VOLATILE_MARK = "-volatile"
+_PROBE_TURNS = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\n4"},
+    {"role": "user", "content": "And 3 + 3?"},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +97,64 @@ class Encoder:
         self._control = re.compile(control or "(?!)")  # without any: matches nowhere
         self._template = settings.template
         self._system_prompt = settings.system_prompt
+        self._start = [] if settings.template == "chat" else _document_start(self.tokenizer)
 
     def digest(self) -> str:
-        """Hash of the tokenizer and its template."""
+        """Hash of the tokenizer and its template; see `is_volatile` for what it may end with."""
         parts = (
             self.tokenizer.backend_tokenizer.to_str(),
             self.tokenizer.chat_template,
             self._eos,
         )
-        return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+        digest = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+        volatile = _VOLATILE.search(json.dumps(self.tokenizer.chat_template or ""))
+        return f"{digest}{_VOLATILE_MARK}" if volatile else digest
+
+    def rendering(self) -> str:
+        """What the chat template makes of two fixed conversations now; "" without a template.
+
+        It holds what the template's text does not show: the date that it prints, or what another
+        version of the renderer makes of it.
+        """
+        if self._template == "none":
+            return ""
+        rendered = []
+        for turns in (_PROBE_TURNS[1:2], _PROBE_TURNS):
+            try:
+                rendered.append(self._render(list(turns), "", add_generation_prompt=True))
+            except InputError as error:  # some templates refuse system messages
+                rendered.append(str(error))
+        return "\n".join(rendered)
+
+    def document_start(self) -> str:
+        """The tokens that begin each document and are no text of the row, as text; "" if none.
+
+        Without a template these are what the tokenizer puts before any text; a chat template
+        writes its own.
+        """
+        if self._template == "none":
+            return "".join(self.tokenizer.convert_ids_to_tokens(self._start))
+        start = _document_start(self.tokenizer)
+        try:
+            first = self._render(list(_PROBE_TURNS[1:2]), "", add_generation_prompt=True)
+        except InputError:  # the rows will show whether it refuses them too
+            return ""
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and self._ids([first])[0][:1] == [bos]:
+            return self.tokenizer.bos_token
+        if not start:
+            return ""
+        missing = "".join(self.tokenizer.convert_ids_to_tokens(start))
+        return f"no {missing}: the chat template writes none"
+
+    def with_start(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """The ids of a prompt after those that the tokenizer begins a document with, given once.
+
+        With a chat template they are as they were: the template writes the start itself.
+        """
+        if tuple(ids[: len(self._start)]) == tuple(self._start):
+            return tuple(ids)
+        return (*self._start, *ids)
 
     def encode(self, traces: Sequence[Trace], texts: Sequence[tuple[str, str]]) -> list[Encoded]:
         """Token ids of each trace.
@@ -117,13 +177,14 @@ class Encoder:
                 what = "completion" if start else "prompt"
                 faults.append(f"{trace.where}: the {what} has no token in this vocabulary")
                 continue
-            if not completion.rstrip().endswith(self._eos):
+            if is_finished(trace) and not completion.rstrip().endswith(self._eos):
                 end = [*end, self._eos_id]
-            ids = np.array([*start, *end], dtype=np.int32)
-            unknown = 0 if self._unknown_id is None else int(np.sum(ids == self._unknown_id))
+            unknown = 0 if self._unknown_id is None else [*start, *end].count(self._unknown_id)
             if not self._spells_all:
-                unknown += self._lost(prompt + completion, ids)
-            encoded.append(Encoded(ids, len(start), unknown))
+                unknown += self._lost(prompt + completion, [*start, *end])
+            whole = self.with_start(start)
+            ids = np.array([*whole, *end], dtype=np.int32)
+            encoded.append(Encoded(ids, len(whole), unknown))
         if faults:
             raise InputError("\n".join(dict.fromkeys(faults)))
         return encoded
@@ -156,7 +217,14 @@ class Encoder:
         rendered = {prompt: self.prompt_text(prompt, where) for prompt, where in prompts.items()}
         if self._template == "none":
             return [(rendered[trace.prompt], trace.completion) for trace in traces]
-        return [self._chat_texts(rendered[trace.prompt], trace) for trace in traces]
+        frames = {
+            prompt: self._frame(prompt, rendered[prompt], where)
+            for prompt, where in prompts.items()
+        }
+        return [
+            self._chat_texts(rendered[trace.prompt], frames[trace.prompt], trace)
+            for trace in traces
+        ]
 
     def prompt_text(self, prompt: tuple[Message, ...] | str, where: str) -> str:
         """What a model sees before it answers: the prompt, and the template's opened answer.
@@ -168,26 +236,38 @@ class Encoder:
             return _plain_prompt(prompt, where)
         return self._render(self._messages(prompt), where, add_generation_prompt=True)
 
-    def _chat_texts(self, prompt: str, trace: Trace) -> tuple[str, str]:
-        """Prompt with the generation prompt; then what the full conversation adds to it.
+    def _frame(
+        self, prompt: tuple[Message, ...] | str, rendered: str, where: str
+    ) -> tuple[str, str]:
+        """What the template writes around any answer: after the generation prompt, and at the end.
 
-        Some templates rewrite the answer (they cut reasoning out, up to `</think>`), or have a
-        generation prompt that the full conversation lacks. The trace is what is to be learned:
-        it then goes in as it is, with the end of turn that the template gives any message.
+        An opened or empty thought that the template puts before the answer is left out: it is not
+        in the trace.
         """
-        where = trace.where
-        messages = self._messages(trace.prompt)
-        completion = _without_opened_tag(prompt, trace.completion)
-        full = self._render(_answered(messages, trace.completion), where)
-        added = full.removeprefix(prompt) if full.startswith(prompt) else ""
-        # Stripped: many templates trim the white space around a message.
-        if completion.strip() in added:
-            return prompt, added
-        probe = self._render(_answered(messages, _PROBE), where)
-        _, found, end_of_turn = probe.rpartition(_PROBE)
+        probe = self._render(_answered(self._messages(prompt), _PROBE), where)
+        before, found, end_of_turn = probe.rpartition(_PROBE)
         if not found:
             raise InputError(f"{where}: the chat template does not show the assistant's message")
-        return prompt, completion + end_of_turn
+        # Some generation prompts have what the full conversation lacks.
+        header = before.removeprefix(rendered) if before.startswith(rendered) else ""
+        return _OPENED_TAG.sub("", _EMPTY_BLOCK.sub("", header)), end_of_turn
+
+    def _chat_texts(self, prompt: str, frame: tuple[str, str], trace: Trace) -> tuple[str, str]:
+        """The generation prompt; then the trace as it is, between what `_frame` gives.
+
+        Templates rewrite answers: they cut reasoning out, add an empty thought, trim. The trace is
+        what is to be learned, so it never passes through the template.
+        """
+        header, end_of_turn = frame
+        closed = _EMPTY_BLOCK.search(prompt)
+        if closed and trace.completion.lstrip().startswith(f"<{closed[1]}>"):
+            raise InputError(
+                f"{trace.where}: the trace begins with <{closed[1]}>, but the chat template's "
+                f"generation prompt has already closed it ({closed[0].strip()!r}): use a template "
+                "that leaves the thought to the answer, or remove the thought from the trace"
+            )
+        completion = _without_opened_tag(prompt, trace.completion)
+        return prompt, header + completion + (end_of_turn if is_finished(trace) else "")
 
     def _render(self, messages: list[dict[str, str]], where: str, **options: bool) -> str:
         try:
@@ -232,6 +312,35 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
+def is_volatile(digest: str) -> bool:
+    """True if the chat template of the tokenizer with this `Encoder.digest` may render the same
+    conversation differently from one day to the next."""
+    return digest.endswith(_VOLATILE_MARK)
+
+
+def is_finished(trace: Trace) -> bool:
+    """True if the trace has an end that is to be learned.
+
+    False where its row says so, and where it begins with a thought that it never closes, unless
+    its row says `finished: true`.
+    """
+    if trace.finished is not None:
+        return trace.finished
+    thought = _THOUGHT.match(trace.completion)
+    return thought is None or f"</{thought[1]}>" in trace.completion
+
+
+def _document_start(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer puts before any text, BOS for most that have one."""
+    # Text of every kind: a vocabulary of digits alone has no token for words.
+    bare = tokenizer(_ANY_TEXT, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(_ANY_TEXT, add_special_tokens=True)["input_ids"]
+    for place in range(len(whole) - len(bare) + 1):
+        if whole[place : place + len(bare)] == bare:
+            return list(whole[:place])
+    return []
+
+
 def _control_tokens(tokenizer: Any) -> list[str]:
     """The tokenizer's special tokens, longest first; reasoning tags are text to most."""
     added = tokenizer.added_tokens_decoder.values()
@@ -248,11 +357,11 @@ def _without_opened_tag(prompt: str, completion: str) -> str:
     Reasoning models' templates end with "<think>" and a newline; teachers' traces begin so.
     """
     opened = _OPENED_TAG.search(prompt)
-    if not opened:
+    tag = opened.group() if opened else ""
+    written = completion.lstrip()
+    if not opened or not written.startswith(tag.rstrip()):
         return completion
-    if completion.startswith(opened.group()):
-        return completion.removeprefix(opened.group())
-    return completion.removeprefix(opened.group().rstrip())
+    return written.removeprefix(tag if written.startswith(tag) else tag.rstrip())
 
 
 def _plain_prompt(prompt: tuple[Message, ...] | str, where: str) -> str:

@@ -24,13 +24,19 @@ from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, wr
 from redi.engine.data.digests import source_digest, tokenizer_digest
 from redi.engine.data.rows import Row, scan_source
 from redi.engine.data.sources import Source, find_sources, unread_splits
-from redi.engine.data.text import Encoded, Encoder, TokenSettings
+from redi.engine.data.text import (
+    Encoded,
+    Encoder,
+    TokenSettings,
+    is_finished,
+    is_volatile,
+)
 from redi.engine.data.traces import Trace, normalise
 from redi.engine.errors import InputError, faulty_rows
 
 __all__ = ["TokenSettings", "TokenizedTraces", "tokenize"]
 
-CACHE_VERSION = 6
+CACHE_VERSION = 7
 """Raise it whenever the same input would give other tokens or another file layout."""
 _CHUNK_ROWS = 128
 # Starting worker processes takes seconds: a set of fewer chunks is done before they are up.
@@ -54,6 +60,8 @@ class _Chunk:
     dropped: Counter[str]
     control_tokens: Counter[str]
     """Traces whose text holds a control token, by token."""
+    unfinished: int
+    """Traces without an end to train."""
     faults: list[str]
     """What is wrong with rows; if anything is, the chunk holds no trace."""
 
@@ -82,6 +90,9 @@ def tokenize(
     # Loading the tokenizer takes longer than all the rest, where the cache has what is needed.
     encoder = cache(lambda: Encoder(settings))
     tokenizer = tokenizer_digest(settings.tokenizer_path, cache_dir, lambda: encoder().digest())
+    if settings.template == "chat" and is_volatile(tokenizer):
+        # What the template prints today is not what it printed when its digest was remembered.
+        tokenizer += encoder().rendering()
     key = _cache_key(sources, settings, tokenizer, cache_dir)
     folder = cache_dir / key
     cached = open_cache(folder, names)
@@ -91,6 +102,7 @@ def tokenize(
     dropped: Counter[str] = Counter()
     control_tokens: Counter[str] = Counter()
     unread: list[set[str]] = [set() for _ in sources]
+    unfinished: Counter[str] = Counter()
     rows = chain.from_iterable(
         scan_source(source, settings.format, columns)
         for source, columns in zip(sources, unread, strict=True)
@@ -101,11 +113,20 @@ def tokenize(
         if count == 0:
             reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
             raise InputError(f"{', '.join(names)}: no trace is left; dropped: {reasons}")
-        columns = tuple(tuple(sorted(found)) for found in unread)
-        return Meta(key, size, count, tuple(names), dict(dropped), dict(control_tokens), columns)
+        return Meta(
+            key,
+            size,
+            count,
+            tuple(names),
+            dict(dropped),
+            dict(control_tokens),
+            unread=tuple(tuple(sorted(found)) for found in unread),
+            unfinished=unfinished.total(),
+            document_start=encoder().document_start(),
+        )
 
     with console.bar("tokenizing", "traces") as bar:
-        batches = _numbered_batches(chunks, names, dropped, control_tokens, bar)
+        batches = _numbered_batches(chunks, names, dropped, control_tokens, unfinished, bar)
         write_cache(folder, batches, describe)
     made = open_cache(folder, names)
     assert made is not None, f"the cache just written to {folder} is not whole"
@@ -197,7 +218,7 @@ def _tokenize_chunk(rows: list[Row | InputError], encoder: Encoder, check_only: 
             faults += str(error).splitlines()
     if check_only or faults:
         nothing = _record_batch([[]] * len(_CHUNK_SCHEMA), _CHUNK_SCHEMA)
-        return _Chunk(nothing, [], [], Counter(), Counter(), faults)
+        return _Chunk(nothing, [], [], Counter(), Counter(), 0, faults)
     control_tokens = [encoder.control_tokens(trace) for trace in traces]
     offsets = np.cumsum([0, *(len(one.ids) for one in encoded)], dtype=np.int32)
     values = np.concatenate([np.zeros(0, np.int32), *(one.ids for one in encoded)])
@@ -220,6 +241,7 @@ def _tokenize_chunk(rows: list[Row | InputError], encoder: Encoder, check_only: 
         [trace.group for trace in traces],
         dropped,
         Counter(token for spelled in control_tokens for token in spelled),
+        sum(not is_finished(trace) for trace in traces),
         [],
     )
 
@@ -234,9 +256,10 @@ def _numbered_batches(
     names: list[str],
     dropped: Counter[str],
     control_tokens: Counter[str],
+    unfinished: Counter[str],
     bar: tqdm,
 ) -> Iterator[pa.RecordBatch]:
-    """Batches with sources and problems numbered; counts into the two counters on the way."""
+    """Batches with sources and problems numbered; counts into the counters on the way."""
     faults: list[str] = []
     source_numbers = {name: number for number, name in enumerate(names)}
     group_numbers: dict[str, int] = {}
@@ -244,6 +267,7 @@ def _numbered_batches(
     for chunk in chunks:
         dropped.update(chunk.dropped)
         control_tokens.update(chunk.control_tokens)
+        unfinished["traces"] += chunk.unfinished
         faults += chunk.faults
         if chunk.batch.num_rows == 0:
             continue

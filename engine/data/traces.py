@@ -46,6 +46,8 @@ class Trace:
     """What the row's column source says, if that is text: the collection the problem is from."""
     where: str
     """The row that it came from, for messages: "file.jsonl:12"."""
+    finished: bool | None = None
+    """False: it was cut off, so its end is not trained. None: the row does not say."""
 
 
 def normalise(row: Row, format: str = "auto", dropped: Counter[str] | None = None) -> list[Trace]:
@@ -266,7 +268,10 @@ def _trace(
     origin = row.value.get("source")
     # Other people's rows keep many things under this name.
     origin = read_text(row, "source", origin, empty=True) if isinstance(origin, str) else None
-    return Trace(prompt, completion, sign, group, weight, teacher, origin, row.where)
+    finished = entry.get("finished", row.value.get("finished"))
+    if finished is not None:
+        finished = _sign(row, "finished", finished) > 0
+    return Trace(prompt, completion, sign, group, weight, teacher, origin, row.where, finished)
 
 
 def read_prompt(row: Row, column: str) -> tuple[Message, ...] | str:

@@ -35,8 +35,8 @@ class HeldOutProblems:
 
     prompts: Sequence[str]
     """As the model sees them."""
-    longest_prompt: int
-    """In tokens."""
+    prompt_ids: Sequence[tuple[int, ...]]
+    """Their tokens, the start of a document included."""
     answers: Sequence[str]
     tokenizer: PreTrainedTokenizerBase
     checker: str
@@ -45,6 +45,11 @@ class HeldOutProblems:
     max_new_tokens: int
     batch_size: int
     """Completions that a rank runs side by side."""
+
+    @property
+    def longest_prompt(self) -> int:
+        """In tokens."""
+        return max(map(len, self.prompt_ids))
 
     def new_tokens(self, config: Any) -> int:
         """Tokens of a completion at most, for a model of this configuration: it has positions for
@@ -75,12 +80,12 @@ def held_out_problems(recipe: Recipe) -> HeldOutProblems | None:
     )
     prompts = [encoder.prompt_text(problem.prompt, problem.where) for problem in problems]
     try:
-        ids = encode_prompts(encoder.tokenizer, prompts)
+        ids = [encoder.with_start(one) for one in encode_prompts(encoder.tokenizer, prompts)]
     except ValueError as error:
         raise InputError(f"eval.path: {error}") from None
     return HeldOutProblems(
         prompts=prompts,
-        longest_prompt=max(map(len, ids)),
+        prompt_ids=ids,
         answers=[problem.answer for problem in problems],
         tokenizer=encoder.tokenizer,
         checker=section.checker,
@@ -107,9 +112,9 @@ def greedy_accuracy(
     mine = list(range(world.rank, len(problems.prompts), world.size))
     # Every rank must run as many batches: what is added is not counted.
     share = -(-len(problems.prompts) // world.size)
-    prompts = [problems.prompts[index] for index in mine]
-    prompts += [problems.prompts[0]] * (share - len(mine))
-    requests = [Request(ids, sample=0) for ids in encode_prompts(problems.tokenizer, prompts)]
+    prompts = [problems.prompt_ids[index] for index in mine]
+    prompts += [problems.prompt_ids[0]] * (share - len(mine))
+    requests = [Request(ids, sample=0) for ids in prompts]
     order = longest_first(requests)
     batches = generate_batches(
         student.model,

@@ -223,7 +223,7 @@ def test_keys_and_values_are_what_generation_keeps(tmp_path: Path) -> None:
     config.num_key_value_heads = 2
     problems = HeldOutProblems(
         prompts=["12="] * 3,
-        longest_prompt=5,
+        prompt_ids=[(1, 2, 3, 4, 5)] * 3,
         answers=["3"] * 3,
         tokenizer=None,
         checker="exact",
