@@ -295,14 +295,21 @@ def logprobs(argv: Sequence[str]) -> None:
     parser.add_argument("model", help="run folder, model folder or hub name")
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="as data.path")
     parser.add_argument("--out", required=True, metavar="FILE.parquet", help="what is written")
-    parser.add_argument("--template", default="chat", choices=["chat", "none"])
-    parser.add_argument("--system-prompt", type=str | None, help="as data.system_prompt")
-    parser.add_argument("--row-tokens", type=int, default=32768, help="as train.row_tokens")
+    parser.add_argument(
+        "--template", choices=["chat", "none"], help="left out: the run's, else chat"
+    )
+    parser.add_argument("--system_prompt", type=str | None, help="left out: the run's")
+    parser.add_argument("--row_tokens", type=int, default=32768, help="as train.row_tokens")
     args = _arguments(parser, argv)
+
+    from redi.engine.train.run_folder import trained_prompts
+
+    asked = (args.template, args.system_prompt)
+    template, system_prompt, warning = trained_prompts(args.model, *asked)
     try:
         recipe = Recipe(
             model=Model(path=args.model),
-            data=Data(path=args.data, template=args.template, system_prompt=args.system_prompt),
+            data=Data(path=args.data, template=template, system_prompt=system_prompt),
             train=Train(row_tokens=args.row_tokens),
         )
     except ValueError as error:
@@ -315,7 +322,10 @@ def logprobs(argv: Sequence[str]) -> None:
     from redi.engine.logprobs import write_logprobs
 
     with join_world() as world:
-        write_logprobs(recipe, Path(args.out), world, Console(active=world.is_main))
+        console = Console(active=world.is_main)
+        if warning:
+            console.warn(warning)
+        write_logprobs(recipe, Path(args.out), world, console)
     if _rank() == 0:
         print(args.out)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from redi.engine.evaluate_task import Task, prepare
 from redi.engine.generate import Completion, generate_batches, vllm_batches
 from redi.engine.model.load import load_weights
 from redi.engine.scoring import score
-from redi.engine.train.run_folder import manifest
+from redi.engine.train.run_folder import manifest, trained_prompts
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -46,7 +46,12 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         raise InputError("redi evaluate is one process: start it without torchrun")
     transformers_logging.disable_progress_bar()
     console = Console(quiet=options.quiet)
-    task = prepare(options)
+    template, system_prompt, warning = trained_prompts(
+        options.model, options.template, options.system_prompt
+    )
+    if warning:
+        console.warn(warning)
+    task = prepare(replace(options, template=template, system_prompt=system_prompt))
     for line in unread_splits(options.data):
         console.warn(line)
     folder = task.folder

@@ -49,10 +49,11 @@ class EvaluateOptions:
     answer_pattern: str | None = None
     """For exact: a regular expression whose one group holds the answer; its last match counts.
     Left out: the last boxed answer, else what follows the last ####, else the last line."""
-    template: Literal["chat", "none"] = "chat"
-    """chat: the tokenizer's chat template; none: the prompt as it is."""
+    template: Literal["chat", "none"] | None = None
+    """chat: the tokenizer's chat template; none: the prompt as it is; left out: the run's, else
+    chat."""
     system_prompt: str | None = None
-    """System message of conversations that have none."""
+    """System message of conversations that have none; left out: the run's, if MODEL is one."""
     limit: int | None = None
     """Problems of each file at most."""
     seed: int = 0

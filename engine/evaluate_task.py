@@ -63,7 +63,8 @@ def prepare(options: EvaluateOptions) -> Task:
     problems = read_problems(options.data, options.limit)
     path = model_path(options.model, "MODEL")
     config = find_config(path, "MODEL")
-    encoder = Encoder(TokenSettings((), "auto", options.template, options.system_prompt, path))
+    template = options.template or "chat"
+    encoder = Encoder(TokenSettings((), "auto", template, options.system_prompt, path))
     prompts = [encoder.prompt_text(problem.prompt, problem.where) for problem in problems]
     try:
         ids = [encoder.with_start(one) for one in encode_prompts(encoder.tokenizer, prompts)]

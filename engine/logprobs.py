@@ -69,7 +69,7 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
     longest = int(np.argmax(lengths))
     if lengths[longest] > recipe.train.row_tokens:
         raise InputError(
-            f"{tokens.where(longest)}: {lengths[longest]} tokens are more than --row-tokens = "
+            f"{tokens.where(longest)}: {lengths[longest]} tokens are more than --row_tokens = "
             f"{recipe.train.row_tokens}: raise it"
         )
     check_positions(

@@ -48,6 +48,38 @@ def model_path(path: str, name: str) -> str:
     return str(export)
 
 
+def trained_prompts(
+    path: str, template: str | None, system_prompt: str | None
+) -> tuple[str, str | None, str | None]:
+    """The template and system prompt to ask a model with: those it was trained with.
+
+    Args:
+        path: a run folder, an export in one, a model folder or hub name.
+        template, system_prompt: what the user asked for; None: the run's, else "chat" and none.
+
+    Returns:
+        Both, and a warning where the user asked for another than the run's.
+    """
+    data: dict[str, Any] = {}
+    for folder in (Path(path), Path(path).parent):
+        if (folder / RECIPE).is_file():
+            text = (folder / RECIPE).read_text(encoding="utf-8")
+            data = tomllib.loads(text).get("data", {})
+            break
+    trained = {"template": data.get("template"), "system_prompt": data.get("system_prompt")}
+    asked = {"template": template, "system_prompt": system_prompt}
+    other = [
+        f"{name} {asked[name]!r} is not that of the run, {trained[name]!r}"
+        for name in asked
+        if data and asked[name] is not None and asked[name] != trained[name]
+    ]
+    found = {name: trained[name] if asked[name] is None else asked[name] for name in asked}
+    if found["template"] == "none" and system_prompt is None:
+        found["system_prompt"] = None  # the run's has no place without a template
+    warning = f"{path}: {'; '.join(other)}: the model was not trained so" if other else None
+    return found["template"] or "chat", found["system_prompt"], warning
+
+
 def check_writable(run_dir: Path) -> None:
     """What could not be written is said before hours of tokenizing; leaves no trace.
 

@@ -388,3 +388,27 @@ def test_a_folder_that_holds_no_evaluation_is_left_alone(
     assert main(line(world, problems, tmp_path)) == 2
     assert "holds no evaluation" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_is_asked_with_the_system_prompt_that_it_was_trained_with(
+    recipe: Callable[..., Path], problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"data.system_prompt": "12", "train.max_steps": 1}
+    assert main(["train", str(recipe("run", changes))]) == 0
+    run = tmp_path / "run"
+    options = ["--samples", "1", "--max_new_tokens", "2", "--checker", "exact", "--limit", "2"]
+
+    def prompts(model: Path, out: str, *more: str) -> list[str]:
+        line = ["evaluate", str(model), "--data", str(problems), "--out", str(tmp_path / out)]
+        assert main([*line, *options, *more]) == 0
+        samples = (tmp_path / out / "samples.jsonl").read_text().splitlines()
+        return [json.loads(sample)["rendered_prompt"] for sample in samples]
+
+    capsys.readouterr()
+    trained = prompts(run, "as-trained")
+    assert trained == prompts(run / "export", "export")
+    assert "not that of the run" not in capsys.readouterr().err
+    other = prompts(run, "other", "--system_prompt", "34")
+    assert "system_prompt '34' is not that of the run, '12'" in capsys.readouterr().err
+    assert [prompt.replace("34", "12", 1) for prompt in other] == trained
+    assert all("12" in prompt for prompt in trained)

@@ -36,7 +36,7 @@ def test_the_table_of_a_run_is_plain_transformers_in_float64_on_its_export(
     shutil.copytree(world / "model", run / "export")
     (run / "recipe.toml").touch()
     line = ["logprobs", run, "--data", world / "traces.jsonl", "--out", out]
-    assert main([*map(str, line), "--row-tokens", "128"]) == 0
+    assert main([*map(str, line), "--row_tokens", "128"]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     table = pq.read_table(out).to_pylist()
     (folder,) = [path for path in small_blocks.iterdir() if path.is_dir()]

@@ -148,8 +148,8 @@ def test_what_is_missing_is_named_as_the_help_names_it(
         ("export run -s 3", "unknown option -s; `redi export --help` lists all"),
         ("doctor all", "unknown argument all; `redi doctor --help` lists all"),
         (
-            "logprobs m --data d.jsonl --out o.parquet --row_tokens 9",
-            "unknown option --row_tokens; did you mean --row-tokens?",
+            "logprobs m --data d.jsonl --out o.parquet --row-tokens 9",
+            "unknown option --row-tokens; did you mean --row_tokens?",
         ),
         ("evaluate m --data d.jsonl --answer-pattern x", "did you mean --answer_pattern?"),
         ("prepare openr1 d.jsonl --outt x", "unknown option --outt; did you mean --out?"),
