@@ -110,6 +110,7 @@ class _InMemory:
 
     def __init__(self, traces: list[np.ndarray]) -> None:
         self._traces = traces
+        self.lengths = np.array([len(trace) for trace in traces])
         self.prompt_lengths = np.full(len(traces), PROMPT_TOKENS)
         self.signs = np.where(np.arange(len(traces)) % 2, -1, 1)
         self.weights = np.ones(len(traces), np.float32)
