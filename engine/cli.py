@@ -301,6 +301,8 @@ def logprobs(argv: Sequence[str]) -> None:
     parser.add_argument("--system_prompt", type=str | None, help="left out: the run's")
     parser.add_argument("--row_tokens", type=int, default=32768, help="as train.row_tokens")
     args = _arguments(parser, argv)
+    _tell_of_the_hub("model", args.model)
+    _find_data(*args.data)
 
     from redi.engine.train.run_folder import trained_prompts
 
@@ -314,8 +316,6 @@ def logprobs(argv: Sequence[str]) -> None:
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-    _tell_of_the_hub("model", args.model)
-    _find_data(*recipe.data.paths)
 
     from redi.engine.console import Console
     from redi.engine.distributed import join_world

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -50,7 +50,7 @@ def model_path(path: str, name: str) -> str:
 
 def trained_prompts(
     path: str, template: str | None, system_prompt: str | None
-) -> tuple[str, str | None, str | None]:
+) -> tuple[Literal["chat", "none"], str | None, str | None]:
     """The template and system prompt to ask a model with: those it was trained with.
 
     Args:
@@ -77,7 +77,8 @@ def trained_prompts(
     if found["template"] == "none" and system_prompt is None:
         found["system_prompt"] = None  # the run's has no place without a template
     warning = f"{path}: {'; '.join(other)}: the model was not trained so" if other else None
-    return found["template"] or "chat", found["system_prompt"], warning
+    kind: Literal["chat", "none"] = "none" if found["template"] == "none" else "chat"
+    return kind, found["system_prompt"], warning
 
 
 def check_writable(run_dir: Path) -> None:
