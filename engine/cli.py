@@ -217,8 +217,9 @@ def train(argv: Sequence[str]) -> None:
                     if not finished:
                         break  # the next would start from an unfinished run
         except KeyboardInterrupt:
-            text = "stopped before training began; the same command goes on"
-            raise Stopped(text if _rank() == 0 else "") from None
+            if _rank() == 0:
+                print("stopped before training began; the same command goes on", file=sys.stderr)
+            raise Stopped from None
     if not finished:  # raised only now: leaving the world, ranks wait for each other
         raise Stopped
 

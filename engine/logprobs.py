@@ -83,7 +83,7 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
     if world.is_main:
         digest = model_digest(recipe.model.path or "", recipe.data.cache_dir)
     dtype = compute_dtype(recipe.train.dtype, world.device)
-    student, _ = build_student(recipe, dtype, world, console)
+    student, _ = build_student(recipe, config, dtype, world, console)
     scores = score_traces(
         student,
         tokens,

@@ -7,6 +7,7 @@ tokenized: a model that would be trained wrongly is refused, in one line.
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -196,25 +197,20 @@ def per_document_rope(model: nn.Module, config: Any) -> None:
         return
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "rotary_emb":
-            module.forward = _ByDocument(module.forward)
+            module.forward = partial(_by_document, module.forward)
 
 
-class _ByDocument:
-    """A rotary embedding's forward, run for each document of a row."""
-
-    def __init__(self, forward: Any) -> None:
-        self._forward = forward
-
-    def __call__(
-        self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        starts = (position_ids[0] == 0).nonzero().flatten().tolist()
-        if position_ids.shape[0] != 1 or starts[:1] != [0]:  # generation: a batch, not a packed row
-            return self._forward(x, position_ids, *args, **kwargs)
-        ends = [*starts[1:], position_ids.shape[1]]
-        parts = [
-            self._forward(x[:, a:b], position_ids[:, a:b], *args, **kwargs)
-            for a, b in zip(starts, ends, strict=True)
-        ]
-        cos, sin = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        return cos, sin
+def _by_document(
+    forward: Any, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rotary embedding's `forward`, run for each document of a row."""
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    if position_ids.shape[0] != 1 or starts[:1] != [0]:  # generation: a batch, not a packed row
+        return forward(x, position_ids, *args, **kwargs)
+    ends = [*starts[1:], position_ids.shape[1]]
+    parts = [
+        forward(x[:, a:b], position_ids[:, a:b], *args, **kwargs)
+        for a, b in zip(starts, ends, strict=True)
+    ]
+    cos, sin = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return cos, sin

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +18,8 @@ from transformers import PreTrainedModel
 
 from redi.engine.errors import InputError
 from redi.engine.model.attention import recording_calls
+
+Out = TypeVar("Out")
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,10 @@ class Ran:
     """Kind of the packed attention, as `choose_attention` names it."""
     attention_calls: int
     """How often it was called: once a layer."""
-    loss: dict[str, list[str]] = field(default_factory=dict)
+    loss: dict[str, list[str]]
     """Backends by loss op."""
-    liger: dict[str, int] = field(default_factory=dict)
+    liger: dict[str, int]
     """Modules that run liger-kernel's forward, by class; "rope" where its RoPE is used."""
-
-    def facts(self) -> dict[str, Any]:
-        """For the manifest."""
-        return asdict(self)
 
     def text(self) -> str:
         """For the log."""
@@ -69,9 +66,8 @@ class _LossOps(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
-def watching(model: PreTrainedModel, done: list[Ran]) -> Iterator[None]:
-    """Count what a forward within the context runs; the result is appended to `done`.
+def watch(model: PreTrainedModel, forward: Callable[[], Out]) -> tuple[Out, Ran]:
+    """Call a student's `forward`, and count what it runs.
 
     Compiled blocks run uncompiled meanwhile: a graph would not show its calls.
 
@@ -80,7 +76,7 @@ def watching(model: PreTrainedModel, done: list[Ran]) -> Iterator[None]:
     """
     ops = _LossOps()
     with recording_calls() as calls, torch.compiler.set_stance("force_eager"), ops:
-        yield
+        out = forward()
     layers = model.base_model.layers
     if len(calls) != len(layers) or len(set(calls)) != 1:
         others = Counter(_attention_name(layer) for layer in layers)
@@ -91,7 +87,7 @@ def watching(model: PreTrainedModel, done: list[Ran]) -> Iterator[None]:
         )
     # The plain reference is no op.
     loss = ops.backends or {"plain PyTorch": ["reference"]}
-    done.append(Ran(calls[0], len(calls), loss, liger_layers(model)))
+    return out, Ran(calls[0], len(calls), loss, liger_layers(model))
 
 
 def liger_layers(model: PreTrainedModel) -> dict[str, int]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from redi.engine.data.packing import PackedBatch
 from redi.engine.model.attention import NAME, document_kwargs
-from redi.engine.model.first_forward import Ran, watching
+from redi.engine.model.first_forward import Ran, watch
 from redi.engine.train.row_loss import Objective, StepTotals
 from redi.kernels import FilteredRediLoss, RediLoss, segment_sum, signed_cross_entropy
 
@@ -64,7 +64,8 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
-        self._ran: list[Ran] = []
+        self.ran: Ran | None = None
+        """What this process ran: of the first training forward, else of the first one."""
         self._trained = False
         model.set_output_embeddings(Head(model.get_output_embeddings().weight))
 
@@ -95,17 +96,11 @@ class Student(nn.Module):
             InputError: the first forward ran another attention than the packed one.
         """
         training = totals is not None
-        if self._ran and (self._trained or not training):
+        if self.ran and (self._trained or not training):
             return self.score_or_loss(batch, totals)
-        with watching(self.model, self._ran):
-            out = self.score_or_loss(batch, totals)
+        out, self.ran = watch(self.model, partial(self.score_or_loss, batch, totals))
         self._trained = training
         return out
-
-    @property
-    def ran(self) -> Ran | None:
-        """What this process ran: of the first training forward, else of the first one."""
-        return self._ran[-1] if self._ran else None
 
     def score_or_loss(
         self, batch: PackedBatch, totals: StepTotals | None

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -172,7 +172,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         if world.is_main:
             weights = model_digest(recipe.model.path or "", recipe.data.cache_dir)
             check_same_model(weights, run_dir)
-        student, tokenizer = build_student(recipe, dtype, world, console)
+        student, tokenizer = build_student(recipe, config, dtype, world, console)
         if formula(recipe.objective).reference:
             set_reference(
                 student,
@@ -369,21 +369,21 @@ def build_model(path: str, config: Any, attention: str) -> PreTrainedModel:
     model = empty_model(config, attention=register_attention(attention))
     if problem := model_problem(model):
         raise InputError(f"model.path: {path}: {problem}")
-    per_document_rope(model, config)
     if (generation := generation_config(path)) is not None:
         model.generation_config = generation
     return model
 
 
 def build_student(
-    recipe: Recipe, dtype: torch.dtype, world: World, console: Console
+    recipe: Recipe, config: Any, dtype: torch.dtype, world: World, console: Console
 ) -> tuple[Student, PreTrainedTokenizerBase]:
     """Build the model, check that it can be exported, shard it, read its weights."""
     path = recipe.model.path or ""
     kind, reason = choose_attention(recipe.model.attention, world.device, dtype)
     precision = str(dtype).removeprefix("torch.")
     console.say(f"attention: {kind} ({reason}) is to be used; compute dtype {precision}")
-    model = build_model(path, model_config(recipe), kind)
+    model = build_model(path, config, kind)
+    per_document_rope(model, config)  # not in a plan: where documents end is no shape
     tokenizer = check_vocabulary(recipe, model.config)
     if world.is_main:
         with tempfile.TemporaryDirectory() as folder:
@@ -547,7 +547,7 @@ def say_what_ran(student: Student, run_dir: Path | None, world: World, console: 
         on = f" on ranks {', '.join(map(str, ranks))}" if len(ranks) < world.size else ""
         console.say(f"ran{on}: {everywhere[ranks[0]].text()}")
     if world.is_main and run_dir is not None:
-        add_to_manifest(run_dir, ran=[other.facts() for other in everywhere])
+        add_to_manifest(run_dir, ran=[asdict(other) for other in everywhere])
 
 
 def forward_backward(

@@ -19,7 +19,7 @@ from redi.engine.config import Model, Recipe
 from redi.engine.console import Console
 from redi.engine.distributed import join_world
 from redi.engine.model import export
-from redi.engine.train.loop import build_student
+from redi.engine.train.loop import build_student, model_config
 
 def memory(field):
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -31,7 +31,8 @@ export.FILE_BYTES = 100_000_000
 with join_world() as world:
     before = memory("VmRSS")
     recipe = Recipe(model=Model(path=path))
-    student, tokenizer = build_student(recipe, torch.float32, world, Console(active=False))
+    config = model_config(recipe)
+    student, tokenizer = build_student(recipe, config, torch.float32, world, Console(active=False))
     loading = memory("VmHWM") - before
     after = memory("VmRSS") - before
     export.export(student, tokenizer, Path(out) / "export", torch.bfloat16, world)

@@ -14,7 +14,6 @@ import pytest
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 REDI = f"{shlex.quote(sys.executable)} -m redi.engine.cli"
-# Started in the background by a shell a process may inherit an ignored SIGINT; SIGTERM is not.
 
 
 def stop(process: subprocess.Popen[str], when: Callable[[], bool]) -> str:

@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, Phi3Config, Phi3ForCausalLM
+from transformers import AutoConfig, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
 from redi.engine.config import Objective as ObjectiveSection
 from redi.engine.data.packing import PackedBatch, build_batch
 from redi.engine.errors import InputError
-from redi.engine.model.architecture import check_architecture, check_dropout, router_loss
+from redi.engine.model.architecture import (
+    check_architecture,
+    check_dropout,
+    per_document_rope,
+    router_loss,
+)
 from redi.engine.model.load import empty_model
 from redi.engine.model.student import Student
 from redi.engine.train.loop import build_model
@@ -24,7 +29,6 @@ from redi.engine.train.row_loss import Objective
 
 Redi = Callable[..., subprocess.CompletedProcess[str]]
 TINY = {
-    "vocab_size": 19,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
@@ -177,17 +181,50 @@ def test_dropout_on_attention_is_applied_or_refused(world: Path) -> None:
         check_dropout("model", config, "varlen")
 
 
-def test_with_longrope_a_document_does_not_depend_on_its_neighbours(world: Path) -> None:
+def longrope(vocabulary: int, short: int) -> Phi3Config:
+    """A small Phi-3 whose documents of more than `short` tokens have other rotary factors."""
     factors = {"long_factor": [8.0] * 4, "short_factor": [1.0] * 4}
-    config = Phi3Config(
+    return Phi3Config(
         **TINY,
+        vocab_size=vocabulary,
+        initializer_range=0.3,  # else rotary factors hardly show
         max_position_embeddings=64,
-        original_max_position_embeddings=8,
+        original_max_position_embeddings=short,
         rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors},
     )
+
+
+def test_a_run_with_longrope_does_not_depend_on_what_is_packed_together(
+    world: Path,
+    recipe: Callable[..., Path],
+    redi: Redi,
+    steps: Callable[[Path], list[dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(longrope(len(tokenizer), short=32))
+    model.save_pretrained(tmp_path / "phi")
+    tokenizer.save_pretrained(tmp_path / "phi")
+    first = []
+    for tokens in (64, 2048):
+        changes = {"model.path": str(tmp_path / "phi"), "train.row_tokens": tokens}
+        path = recipe(f"rows-{tokens}", changes | {"train.max_steps": 1})
+        for name in ("plan", "train"):
+            done = redi(name, path)
+            assert done.returncode == 0, done.stderr
+        first.append(steps(tmp_path / f"rows-{tokens}")[0])
+    assert first[0]["micro_steps"] > first[1]["micro_steps"] == 1
+    for figure in ("loss", "positive_logp", "negative_logp"):
+        assert first[0][figure] == pytest.approx(first[1][figure], rel=1e-6)
+
+
+def test_with_longrope_a_document_does_not_depend_on_its_neighbours(world: Path) -> None:
+    config = longrope(19, short=8)
     torch.manual_seed(0)
     plain = Phi3ForCausalLM._from_config(config, attn_implementation="eager").eval()
     model = build_model(str(world / "model"), config, "sdpa").to_empty(device="cpu")
+    per_document_rope(model, config)
     model.load_state_dict(plain.state_dict())
     for name, buffer in plain.named_buffers():
         owner, _, last = name.rpartition(".")
