@@ -154,21 +154,20 @@ def _update(model: torch.nn.Module) -> Callable[[], None]:
 def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
     from torch.distributed.fsdp import FSDPModule
 
-    from redi.engine.config import Objective as ObjectiveSection
-    from redi.engine.config import Shard
+    from redi.engine.config.sections import ObjectiveConfig, ShardConfig
     from redi.engine.data.packing import build_batch, pack
-    from redi.engine.estimate import training_cost
+    from redi.engine.loss.packed_loss import PackedLoss, StepTotals
     from redi.engine.model.attention import choose_attention, register_attention
+    from redi.engine.model.flops import training_cost
     from redi.engine.model.sharding import compute_dtype, shard
     from redi.engine.model.student import Student
-    from redi.engine.train.row_loss import Objective, StepTotals
 
     device = torch.device(_device())
     dtype = compute_dtype("auto", device)
     attention = register_attention(choose_attention("auto", device, dtype)[0])
-    objective = Objective(ObjectiveSection(name="redi", alpha=ALPHA))
+    objective = PackedLoss(ObjectiveConfig(name="redi", alpha=ALPHA))
     student = Student(_model(args, attention), objective)
-    shard(student, Shard(), dtype, device)
+    shard(student, ShardConfig(), dtype, device)
     update = _update(student)
     traces = _traces(args)
     lengths = np.array([len(trace) for trace in traces])

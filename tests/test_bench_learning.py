@@ -42,12 +42,11 @@ from redi.bench.learning.tasks import (
     distances,
 )
 from redi.bench.learning.trial import open_trial, read_pairs, write_trial
-from redi.engine import quickstart
 from redi.engine.cli import main
-from redi.engine.config import Objective as ObjectiveSection
-from redi.engine.config import Optim
-from redi.engine.scoring import mean_and_error, paired_difference
-from redi.engine.train.row_loss import Objective
+from redi.engine.config.sections import ObjectiveConfig, OptimConfig
+from redi.engine.generation.scoring import mean_and_error, paired_difference
+from redi.engine.loss.packed_loss import PackedLoss
+from redi.engine.quickstart import task as quickstart
 from redi.kernels import redi_loss
 
 
@@ -297,9 +296,9 @@ def test_the_study_trains_as_the_product_does(tmp_path: Path) -> None:
     folder = tmp_path / "habit-1"
     write_trial(HABIT, 1, TINY, folder)
     trial = open_trial(HABIT, 1, TINY, folder, torch.device("cpu"))
-    objective = Objective(ObjectiveSection("redi", alpha=0.8))
+    objective = PackedLoss(ObjectiveConfig("redi", alpha=0.8))
     model = load_student(trial, folder / "model")
-    optim = Optim(lr=1e-3, weight_decay=0.0)
+    optim = OptimConfig(lr=1e-3, weight_decay=0.0)
     ours = list(train(trial, model, objective, optim, steps=3, batch=4, log_every=1))
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(

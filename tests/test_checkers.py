@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from redi.engine.checkers import ExactChecker, MathChecker, final_answer, open_checker
+from redi.engine.generation.checkers import ExactChecker, MathChecker, final_answer, open_checker
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,13 @@ import pytest
 from data_cases import make_tokens, save_tokenizer, settings, write_rows
 
 from redi.engine.console import Console
-from redi.engine.data.breakdown import ORIGIN_COLUMNS, break_down, origin_rows, share_rows
 from redi.engine.data.schedule import select
+from redi.engine.data.summary_by_source import (
+    ORIGIN_COLUMNS,
+    origin_rows,
+    share_rows,
+    summarize_by_source,
+)
 from redi.engine.data.tokens import TokenizedTraces, tokenize
 from redi.engine.errors import InputError
 
@@ -27,7 +32,7 @@ def test_overlap_is_the_shared_part_of_a_pairs_token_frequencies(tmp_path: Path)
         path = write_rows(tmp_path / f"{number}.jsonl", [row])
         wanted = settings(path, tokenizer, template="none")
         tokens = tokenize(wanted, tmp_path / "cache", processes=1, console=Console(active=False))
-        found = break_down(tokens, select(tokens, objective_needs="pairs", **LIMITS), 100)
+        found = summarize_by_source(tokens, select(tokens, objective_needs="pairs", **LIMITS), 100)
         assert found.overlap == pytest.approx(expected)
 
 
@@ -56,7 +61,7 @@ def test_traces_are_counted_by_teacher_source_and_file(tmp_path: Path) -> None:
         graded("3", ("qwq", True, "z"), ("r1", False, "z"), source=["not", "text"]),
     ]
     tokens = tokenized(tmp_path, first, [{"prompt": "4", "completion": "yes", "source": "own"}])
-    found = break_down(tokens, select(tokens, objective_needs="pairs", **LIMITS), 100)
+    found = summarize_by_source(tokens, select(tokens, objective_needs="pairs", **LIMITS), 100)
     rows = [dict(zip(ORIGIN_COLUMNS[8:], row[8:], strict=True)) for row in origin_rows(found)]
     assert [(*row[:3], row[5]) for row in origin_rows(found)] == [
         ("teacher", "r1", "2", "2"),
@@ -80,7 +85,7 @@ def test_traces_are_counted_by_teacher_source_and_file(tmp_path: Path) -> None:
 def test_of_many_origins_the_largest_are_named_and_the_others_summed_up(tmp_path: Path) -> None:
     rows = [graded(f"{n}", *[(f"t{n}", True, f"{i}") for i in range(1 + n % 2)]) for n in range(50)]
     tokens = tokenized(tmp_path, rows)
-    found = break_down(tokens, select(tokens, objective_needs="positives", **LIMITS), 100)
+    found = summarize_by_source(tokens, select(tokens, objective_needs="positives", **LIMITS), 100)
     *named, others = [one for one in found.origins if one.kind == "teacher"]
     assert [one.name for one in named] == [f"t{n}" for n in range(1, 40, 2)]  # two traces each
     assert (others.name, others.positive.count) == ("30 others", 75 - 40)
@@ -119,7 +124,7 @@ def test_teachers_are_chosen_and_weighted_whatever_the_rows_shape(tmp_path: Path
 def test_shares_over_the_limit_are_of_all_traces_of_a_sign(tmp_path: Path) -> None:
     signs, groups = [1, -1, 1, 1, 1], [0, 0, 1, 2, 3]
     tokens = make_tokens(tmp_path / "m", [5] * 5, [95, 96, 96, 10, 10], signs, groups)
-    found = break_down(tokens, select(tokens, objective_needs="positives", **LIMITS), 100)
+    found = summarize_by_source(tokens, select(tokens, objective_needs="positives", **LIMITS), 100)
     assert found.over_limit == {"positive": 0.25, "negative": 1.0}
     assert found.overlap is None
     assert dict(share_rows(found)) == {

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from redi.engine.console import Console
 from redi.engine.data.loader import StepBatches, StepLoader
 from redi.engine.data.mixing import MixedPath, epoch_draws, mix
-from redi.engine.data.overview import MIXTURE_COLUMNS, count_rows, look_over, mixture_rows
 from redi.engine.data.packing import Cost
 from redi.engine.data.schedule import Schedule, select
+from redi.engine.data.summary import MIXTURE_COLUMNS, count_rows, mixture_rows, summarize
 from redi.engine.data.tokens import TokenizedTraces, tokenize
 from redi.engine.errors import InputError
 
@@ -242,7 +242,7 @@ def test_the_table_shows_what_an_epoch_draws_of_each_path(tokens):
     _, mixture = mixture_of(tokens, "positives", [3.0, 0.5, 1.0])
     schedule = scheduled(mixture, batch=5, epochs=2)
     examples = select(tokens, objective_needs="positives", **LIMITS)
-    found = look_over(tokens, examples, schedule, row_tokens=200, world_size=1, cost=COST)
+    found = summarize(tokens, examples, schedule, row_tokens=200, world_size=1, cost=COST)
     rows = [dict(zip(MIXTURE_COLUMNS, row, strict=True)) for row in mixture_rows(found)]
     assert [Path(row.pop("path")).name for row in rows] == ["a", "b.jsonl", "c.jsonl"]
     assert [list(row.values()) for row in rows] == [

@@ -11,20 +11,20 @@ from data_cases import make_tokens, save_tokenizer, settings, write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from redi.engine import quickstart
 from redi.engine.console import Console
-from redi.engine.data.overview import (
-    HeldOutOverlap,
-    Overview,
-    count_rows,
-    length_rows,
-    look_over,
-    warnings,
-)
 from redi.engine.data.packing import Cost
 from redi.engine.data.schedule import Schedule, select
+from redi.engine.data.summary import (
+    HeldOutOverlap,
+    Summary,
+    count_rows,
+    length_rows,
+    summarize,
+    warnings,
+)
 from redi.engine.data.tokens import TokenizedTraces, tokenize
 from redi.engine.errors import InputError
+from redi.engine.quickstart import task as quickstart
 
 LIMITS: dict[str, Any] = {"max_tokens": 64, "overlong": "truncate", "row_tokens": 64}
 
@@ -34,12 +34,12 @@ def overview(
     needs: Any = "pairs",
     batch: int = 2,
     held_out: TokenizedTraces | None = None,
-) -> Overview:
+) -> Summary:
     examples = select(tokens, objective_needs=needs, **LIMITS)
     scored = held_out and (held_out, select(held_out, objective_needs="pairs", **LIMITS))
     schedule = Schedule(len(examples.units), batch=batch, epochs=1, max_steps=None, seed=0)
     cost = Cost(linear=1.0, quadratic=0.0)
-    return look_over(tokens, examples, schedule, scored, row_tokens=64, world_size=1, cost=cost)
+    return summarize(tokens, examples, schedule, scored, row_tokens=64, world_size=1, cost=cost)
 
 
 def tokenized(folder: Path, rows: Sequence[dict[str, Any]], tokenizer: str) -> TokenizedTraces:
@@ -210,7 +210,7 @@ def test_the_longest_trace_bounds_what_any_packing_can_reach(tmp_path: Path) -> 
     examples = select(tokens, objective_needs="pairs", **LIMITS)
     schedule = Schedule(2, batch=2, epochs=1, max_steps=None, seed=0)
     cost = Cost(linear=1.0, quadratic=0.0)
-    found = look_over(tokens, examples, schedule, row_tokens=64, world_size=4, cost=cost)
+    found = summarize(tokens, examples, schedule, row_tokens=64, world_size=4, cost=cost)
     assert found.rank_efficiency_bound == found.rank_efficiency == 90 / (4 * 60)
     assert ("- the longest trace allows", "0.38") in count_rows(found)
     assert overview(tokens).rank_efficiency_bound == 1

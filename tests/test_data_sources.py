@@ -13,7 +13,7 @@ from data_cases import save_tokenizer, settings, write_rows
 
 from redi.engine.console import Console
 from redi.engine.data.cache import TokenizedTraces
-from redi.engine.data.digests import source_digest
+from redi.engine.data.fingerprints import source_fingerprint
 from redi.engine.data.rows import read_rows
 from redi.engine.data.sources import find_sources, unread_splits
 from redi.engine.data.tokens import tokenize
@@ -176,7 +176,7 @@ def test_a_saved_data_set_has_the_digest_of_its_content(tmp_path: Path) -> None:
         datasets.Dataset.from_list(rows(name)).save_to_disk(tmp_path / name)
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
     digests = {
-        name: source_digest(find_sources([str(tmp_path / name)])[0], tmp_path / "cache")
+        name: source_fingerprint(find_sources([str(tmp_path / name)])[0], tmp_path / "cache")
         for name in ("a", "b", "copy")
     }
     assert digests["a"] == digests["copy"] != digests["b"]

@@ -402,7 +402,7 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeyp
     monkeypatch.setattr(digests, "_hashed", lambda *a: hashed.append(a) or really(*a))
 
     def digest() -> str:
-        return digests.source_digest(Source(str(path), "jsonl"), cache)
+        return digests.source_fingerprint(Source(str(path), "jsonl"), cache)
 
     first = digest()
     assert digest() == first
@@ -431,23 +431,23 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeyp
 def test_weights_are_hashed_once_and_again_when_one_file_changes(tmp_path, monkeypatch):
     folder, cache = tmp_path / "model", tmp_path / "cache"
     folder.mkdir()
-    assert digests.model_digest(str(folder), cache) is None
+    assert digests.model_fingerprint(str(folder), cache) is None
     monkeypatch.setattr(digests, "_CLOCK_TICK", 0)
     monkeypatch.setattr(digests, "WORTH_REMEMBERING", 6)
     (folder / "model-2.safetensors").write_bytes(b"cd")
     (folder / "model-1.safetensors").write_bytes(b"ab")
-    small = digests.model_digest(str(folder), cache)
+    small = digests.model_fingerprint(str(folder), cache)
     assert small == xxhash.xxh3_128_hexdigest(b"abcd")
     assert not cache.exists()
     (folder / "model-3.safetensors").write_bytes(b"ef")
-    large = digests.model_digest(str(folder), cache)
+    large = digests.model_fingerprint(str(folder), cache)
     assert large == xxhash.xxh3_128_hexdigest(b"abcdef")
     really = digests._hashed
     monkeypatch.setattr(digests, "_hashed", None)  # would fail if called
-    assert digests.model_digest(str(folder), cache) == large
+    assert digests.model_fingerprint(str(folder), cache) == large
     monkeypatch.setattr(digests, "_hashed", really)
     (folder / "model-2.safetensors").write_bytes(b"CD")
-    assert digests.model_digest(str(folder), cache) == xxhash.xxh3_128_hexdigest(b"abCDef")
+    assert digests.model_fingerprint(str(folder), cache) == xxhash.xxh3_128_hexdigest(b"abCDef")
 
 
 def test_a_set_found_again_loads_no_tokenizer_whose_files_are_as_they_were(tmp_path, monkeypatch):

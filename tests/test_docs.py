@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from redi.engine import quickstart
+from redi.engine.quickstart import task as quickstart
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -117,7 +117,7 @@ def follow(block: Block, folder: Path, output: str | None) -> str | None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_recipe_in_a_page_is_a_recipe(page: Path, tmp_path: Path) -> None:
-    from redi.engine.config import build_parser, load_recipe
+    from redi.engine.config.parse import build_parser, load_recipe
 
     recipes = [block for block in blocks_of(page) if block.language == "toml"]
     for block in recipes:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redi.engine.scoring import pass_at_k, score
+from redi.engine.generation.scoring import pass_at_k, score
 
 
 @given(st.integers(1, 40), st.data())

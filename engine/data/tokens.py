@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from redi.engine.console import Console
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
-from redi.engine.data.digests import source_digest, tokenizer_digest
+from redi.engine.data.fingerprints import source_fingerprint, tokenizer_fingerprint
 from redi.engine.data.rows import Row, scan_source
 from redi.engine.data.sources import Source, find_sources, unread_splits
 from redi.engine.data.text import (
@@ -89,7 +89,9 @@ def tokenize(
     names = [source.name for source in sources]
     # Loading the tokenizer takes longer than all the rest, where the cache has what is needed.
     encoder = cache(lambda: Encoder(settings))
-    tokenizer = tokenizer_digest(settings.tokenizer_path, cache_dir, lambda: encoder().digest())
+    tokenizer = tokenizer_fingerprint(
+        settings.tokenizer_path, cache_dir, lambda: encoder().digest()
+    )
     if settings.template == "chat" and is_volatile(tokenizer):
         # What the template prints today is not what it printed when its digest was remembered.
         tokenizer += encoder().rendering()
@@ -152,7 +154,7 @@ def _cache_key(
     """Hash of everything that shapes the tokens; file names do not."""
     applied = json.dumps([settings.format, settings.template, settings.system_prompt])
     parts = [str(CACHE_VERSION), applied, tokenizer]
-    parts += [source_digest(source, cache_dir) for source in sources]
+    parts += [source_fingerprint(source, cache_dir) for source in sources]
     return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
 
 

@@ -17,11 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
-from redi.engine.config import Recipe, changed_keys, dump_recipe
-from redi.engine.data.overview import Overview
+from redi.engine.config.parse import dump_recipe
+from redi.engine.config.resume import changed_keys
+from redi.engine.config.sections import Recipe
+from redi.engine.console import Console
+from redi.engine.data.summary import Summary
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
+from redi.engine.model.first_forward import Ran
 
 RECIPE = "recipe.toml"
 MANIFEST = "manifest.json"
@@ -153,7 +158,7 @@ def check_same_model(digest: str | None, run_dir: Path) -> None:
 def write_run_dir(
     recipe: Recipe,
     keys: Mapping[str, str | None],
-    overview: Overview,
+    overview: Summary,
     dtype: torch.dtype,
     run_dir: Path,
     world: World,
@@ -190,6 +195,22 @@ def add_to_manifest(run_dir: Path, **facts: Any) -> None:
     partial = run_dir / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     os.replace(partial, run_dir / MANIFEST)
+
+
+def report_what_ran(ran: Ran | None, run_dir: Path | None, world: World, console: Console) -> None:
+    """Log what each rank's first forward ran, and write it into the manifest of `run_dir`.
+
+    Collective.
+    """
+    assert ran is not None, "the first forward has run"
+    everywhere: list[Any] = [None] * world.size
+    dist.all_gather_object(everywhere, ran)
+    for text in dict.fromkeys(one.text() for one in everywhere):
+        ranks = [rank for rank, other in enumerate(everywhere) if other.text() == text]
+        on = f" on ranks {', '.join(map(str, ranks))}" if len(ranks) < world.size else ""
+        console.say(f"ran{on}: {text}")
+    if world.is_main and run_dir is not None:
+        add_to_manifest(run_dir, ran=[asdict(other) for other in everywhere])
 
 
 def manifest(world_size: int, device: torch.device, **facts: Any) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from data_cases import make_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from redi.engine.cli import main
-from redi.engine.config import Objective as ObjectiveSection
+from redi.engine.config.sections import ObjectiveConfig
 from redi.engine.data.packing import build_batch
 from redi.engine.data.schedule import select
-from redi.engine.train.row_loss import Objective, StepTotals
+from redi.engine.loss.packed_loss import PackedLoss, StepTotals
 
 Steps = Callable[[Path], list[dict[str, Any]]]
 
@@ -29,8 +29,8 @@ def test_original_length_weighs_a_truncated_trace_less(name: str, tmp_path: Path
     batch = build_batch(tokens, np.array([0, 1]), examples.lengths)
     hidden, head = torch.randn(19, 8).double(), torch.randn(64, 8).double()
     totals = StepTotals(units=1, targets=15)
-    section = ObjectiveSection(name=name, length="original")  # type: ignore[arg-type]
-    out = Objective(section)(hidden, head, batch, totals)
+    section = ObjectiveConfig(name=name, length="original")  # type: ignore[arg-type]
+    out = PackedLoss(section)(hidden, head, batch, totals)
     positive, negative = out.sequence_logps.tolist()
     alpha = 0.8 if name == "redi" else 0.0
     # 10 and 5 tokens are trained; 30 and 5 were there.

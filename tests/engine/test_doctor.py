@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
-from redi.engine import doctor
 from redi.engine.cli import main
+from redi.engine.commands import doctor
 from redi.kernels import redi_loss
 
 

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from redi.engine.cli import main
 from redi.engine.data.cache import open_cache
-from redi.engine.evaluate_options import parse_options
-from redi.engine.evaluate_task import prepare
+from redi.engine.evaluate.options import parse_options
+from redi.engine.evaluate.task import prepare
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 
 from redi.engine.cli import main
 from redi.engine.data.cache import open_cache
-from redi.engine.quickstart import make_problems, solve
-from redi.engine.scoring import pass_at_k
+from redi.engine.generation.scoring import pass_at_k
+from redi.engine.quickstart.task import make_problems, solve
 
 PROBLEMS = 40
 OPTIONS = ["--samples", "4", "--max_new_tokens", "7", "--answer_pattern", "(.)$", "--seed", "3"]
@@ -206,7 +206,7 @@ def test_a_finished_evaluation_shows_its_table_again_without_a_model(
 
     before = (finished / "samples.jsonl").read_bytes()
     summary = json.loads((finished / "summary.json").read_text())
-    monkeypatch.setattr("redi.engine.evaluate.load_weights", refuse)
+    monkeypatch.setattr("redi.engine.evaluate.command.load_weights", refuse)
     assert main(line(world, problems, finished, "--k", "3")) == 0
     shown = capsys.readouterr()
     assert "finished already" in shown.err
@@ -272,8 +272,8 @@ def test_several_files_are_scored_each_and_together(
         (str(two), 20),
         ("all", 30),
     ]
-    together = (10 * scores[0]["pass_at_1"] + 20 * scores[1]["pass_at_1"]) / 30
-    assert scores[2]["pass_at_1"] == pytest.approx(together)
+    keep_pairs_together = (10 * scores[0]["pass_at_1"] + 20 * scores[1]["pass_at_1"]) / 30
+    assert scores[2]["pass_at_1"] == pytest.approx(keep_pairs_together)
     assert "two.csv" in capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from redi.engine.cli import main
-from redi.engine.quickstart import make
+from redi.engine.quickstart.task import make
 
 EXPECTED = Path(__file__).parent / "expected_losses.json"
 SHOWN = ("loss", "positive_logp", "negative_logp", "grad_norm", "lr", "tokens")

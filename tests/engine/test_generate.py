@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from redi.engine.generate import (
+from redi.engine.generation.generate import (
     Completion,
     Request,
     Sampling,

@@ -12,8 +12,8 @@ import pytest
 import torch
 from processes import ranks
 
-from redi.engine import generate
 from redi.engine.cli import main
+from redi.engine.generation import generate
 
 PROBLEMS = 21  # odd: two ranks have unequal shares
 

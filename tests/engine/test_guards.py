@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from redi.engine.cli import main
-from redi.engine.config import Guard, Optim
+from redi.engine.config.sections import GuardConfig, OptimConfig
 from redi.engine.distributed import join_world
-from redi.engine.quickstart import make
+from redi.engine.quickstart.task import make
 from redi.engine.train.checkpoint import kept_checkpoints
-from redi.engine.train.guards import WINDOW, Guards, Trend, Verdict
+from redi.engine.train.guards import WINDOW, GuardEvent, Guards, Trend
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
 
 CURVES = json.loads((Path(__file__).parent / "guard_curves.json").read_text())
@@ -30,15 +30,17 @@ def lines(name: str) -> list[dict[str, Any]]:
     ]
 
 
-def judge(section: Guard, all_lines: list[dict[str, Any]], run: Path, done: int) -> list[Verdict]:
+def judge(
+    section: GuardConfig, all_lines: list[dict[str, Any]], run: Path, done: int
+) -> list[GuardEvent]:
     """What is said behind step `done` by a guard that starts there."""
     said, _ = judge_and_date(section, all_lines, run, done)
     return said
 
 
 def judge_and_date(
-    section: Guard, all_lines: list[dict[str, Any]], run: Path, done: int = 0
-) -> tuple[list[Verdict], int | None]:
+    section: GuardConfig, all_lines: list[dict[str, Any]], run: Path, done: int = 0
+) -> tuple[list[GuardEvent], int | None]:
     """As `judge`, and the step before which checkpoints are good at the end."""
     with join_world() as world:
         guards = Guards(section, run / "metrics.jsonl", done, world)
@@ -52,18 +54,18 @@ def judge_and_date(
 
 
 def test_a_good_run_is_left_alone(tmp_path: Path) -> None:
-    assert judge(Guard(), lines("sound"), tmp_path, 0) == []
+    assert judge(GuardConfig(), lines("sound"), tmp_path, 0) == []
 
 
 def test_collapse_is_warned_of_and_then_ends_the_run(tmp_path: Path) -> None:
-    (warning, end), good_before = judge_and_date(Guard(), lines("collapse"), tmp_path)
+    (warning, end), good_before = judge_and_date(GuardConfig(), lines("collapse"), tmp_path)
     assert warning.goes_on
     assert "step 32: this looks like collapse: the log-prob of correct traces fell" in warning.text
     assert not end.goes_on
     assert good_before == 32 - 8
-    (only,) = judge(Guard(collapse="warn"), lines("collapse"), tmp_path, 0)
+    (only,) = judge(GuardConfig(collapse="warn"), lines("collapse"), tmp_path, 0)
     assert only.goes_on
-    assert judge(Guard(collapse="off"), lines("collapse"), tmp_path, 0) == []
+    assert judge(GuardConfig(collapse="off"), lines("collapse"), tmp_path, 0) == []
 
 
 @pytest.mark.parametrize("done", [10, 31, 32, 36])
@@ -71,8 +73,8 @@ def test_a_resumed_run_judges_as_one_that_was_never_stopped(done: int, tmp_path:
     all_lines = lines("collapse")
     text = "".join(json.dumps(line) + "\n" for line in all_lines[:done])
     (tmp_path / "metrics.jsonl").write_text(text)
-    said, good_before = judge_and_date(Guard(), all_lines, tmp_path)
-    again, as_before = judge_and_date(Guard(), all_lines, tmp_path, done)
+    said, good_before = judge_and_date(GuardConfig(), all_lines, tmp_path)
+    again, as_before = judge_and_date(GuardConfig(), all_lines, tmp_path, done)
     assert (again[-1], as_before) == (said[-1], good_before)
 
 
@@ -87,7 +89,7 @@ def test_one_sign_alone_is_no_collapse() -> None:
 def test_a_collapse_goes_on_though_the_gradient_has_calmed(tmp_path: Path) -> None:
     all_lines = lines("collapse")
     calm = [line | {"grad_norm": 2.0} for line in all_lines[33:]]
-    warning, end = judge(Guard(), [*all_lines[:33], *calm], tmp_path, 0)
+    warning, end = judge(GuardConfig(), [*all_lines[:33], *calm], tmp_path, 0)
     assert warning.goes_on
     assert not end.goes_on
 
@@ -107,7 +109,7 @@ def test_what_was_saved_after_the_fall_is_not_good_though_the_gradient_surges_la
         {"step": step, "loss": 1.0, "positive_logp": logp, "grad_norm": norm}
         for step, (logp, norm) in enumerate(curve, 1)
     ]
-    said, good_before = judge_and_date(Guard(), all_lines, tmp_path)
+    said, good_before = judge_and_date(GuardConfig(), all_lines, tmp_path)
     assert not said[-1].goes_on
     assert good_before is not None
     assert 12 - WINDOW < good_before <= 13
@@ -117,7 +119,7 @@ def test_steps_left_out_do_not_spoil_the_checkpoints_between_them(tmp_path: Path
     """Their weights are those of the last step that was taken."""
     good = lines("sound")[:10]
     bad = [good[-1] | {"step": step, "loss": float("nan")} for step in (11, 12, 13)]
-    (end,), good_before = judge_and_date(Guard(collapse="off"), [*good, *bad], tmp_path)
+    (end,), good_before = judge_and_date(GuardConfig(collapse="off"), [*good, *bad], tmp_path)
     assert end.text.startswith("3 steps in a row (from 11)")
     assert good_before == 13
 
@@ -133,7 +135,7 @@ def backward(module: torch.nn.Module, scale: float) -> None:
 
 def test_update_norm_is_the_norm_of_the_parameter_change() -> None:
     module = parameters()
-    optimizer = make_optimizer(module, Optim(lr=0.02, weight_decay=0.3))
+    optimizer = make_optimizer(module, OptimConfig(lr=0.02, weight_decay=0.3))
     for _ in range(4):
         before = [p.detach().clone() for p in module.parameters()]
         backward(module, 1.0)
@@ -148,7 +150,7 @@ def test_update_norm_is_the_norm_of_the_parameter_change() -> None:
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
     """Weights, moments and the step's number; the next step is as if it had not been."""
     left_out, plain = parameters(), parameters()
-    optimizers = [make_optimizer(m, Optim(lr=0.02)) for m in (left_out, plain)]
+    optimizers = [make_optimizer(m, OptimConfig(lr=0.02)) for m in (left_out, plain)]
     for step, scale in enumerate((1.0, float("nan"), 1.0, float("inf"), 1.0)):
         finite = torch.tensor(scale == 1.0)
         for module, optimizer in zip((left_out, plain), optimizers, strict=True):

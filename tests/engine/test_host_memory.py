@@ -19,7 +19,7 @@ from redi.engine.config import Model, Recipe
 from redi.engine.console import Console
 from redi.engine.distributed import join_world
 from redi.engine.model import export
-from redi.engine.train.loop import build_student, model_config
+from redi.engine.model.build import build_student, model_config
 
 def memory(field):
     for line in Path("/proc/self/status").read_text().splitlines():

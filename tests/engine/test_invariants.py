@@ -14,12 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from redi.engine.cli import main
-from redi.engine.config import build_parser, load_recipe
+from redi.engine.config.parse import build_parser, load_recipe
 from redi.engine.console import Console
 from redi.engine.data.loader import StepLoader
 from redi.engine.data.packing import Cost
 from redi.engine.distributed import join_world
-from redi.engine.train.loop import prepare_data
+from redi.engine.train.prepare_data import prepare_data
 
 Steps = Callable[[Path], list[dict[str, Any]]]
 

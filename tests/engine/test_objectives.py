@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from redi.engine.cli import main
-from redi.engine.config import Objective as ObjectiveSection
-from redi.engine.config import build_parser, load_recipe
+from redi.engine.config.objectives import OBJECTIVES, ObjectiveKind
+from redi.engine.config.parse import build_parser, load_recipe
+from redi.engine.config.sections import ObjectiveConfig
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.packing import Cost, PackedBatch, build_batch, pack
 from redi.engine.data.schedule import select
 from redi.engine.errors import InputError
-from redi.engine.train.objectives import OBJECTIVES, Formula, Sequences, formula, pairs
-from redi.engine.train.row_loss import Objective, StepTotals
+from redi.engine.loss.objectives import FORMULAS, Formula, Sequences, formula, pairs
+from redi.engine.loss.packed_loss import PackedLoss, StepTotals
 
 V, D = 97, 12
 BETA, MARGIN, ALPHA = 0.3, 0.7, 0.6
@@ -32,15 +33,15 @@ SIGNS = [1, -1] * 5
 UNITS = {"positives": 5, "traces": 10, "pairs": 5, "margins": 5}
 
 
-def section(name: str, **options: Any) -> ObjectiveSection:
+def section(name: str, **options: Any) -> ObjectiveConfig:
     needed = {"beta": BETA} if name in ("simpo", "dpo") else {}
-    return ObjectiveSection(name=name, alpha=ALPHA, **{**needed, **options})  # type: ignore[arg-type]
+    return ObjectiveConfig(name=name, alpha=ALPHA, **{**needed, **options})  # type: ignore[arg-type]
 
 
 # name: section, and the loss of (log-probs of the tokens of each positive y and negative z,
 # reference sums r and q, weights of both): formulas as the papers print them.
 Pair = tuple[Tensor, Tensor, float, float, float, float]
-CASES: dict[str, tuple[ObjectiveSection, Callable[..., Tensor]]] = {
+CASES: dict[str, tuple[ObjectiveConfig, Callable[..., Tensor]]] = {
     "sft": (section("sft"), lambda y, z, r, q, a, b: -a * y.mean() / 5),
     "sft-token": (
         section("sft", normalisation="token"),
@@ -116,11 +117,11 @@ def tokens(request: pytest.FixtureRequest, tmp_path: Path) -> TokenizedTraces:
     return make_tokens(tmp_path / "set", PROMPTS, COMPLETIONS, SIGNS, groups, weights)
 
 
-def rows_of(tokens: TokenizedTraces, of: ObjectiveSection, row_tokens: int) -> list[PackedBatch]:
+def rows_of(tokens: TokenizedTraces, of: ObjectiveConfig, row_tokens: int) -> list[PackedBatch]:
     """The whole set as one step's rows, with a dummy row as another rank may have one."""
     examples = select(
         tokens,
-        objective_needs=formula(of).units,
+        objective_needs=of.kind.units,
         max_tokens=100,
         overlong="error",
         row_tokens=row_tokens,
@@ -131,7 +132,7 @@ def rows_of(tokens: TokenizedTraces, of: ObjectiveSection, row_tokens: int) -> l
         row_tokens=row_tokens,
         world_size=1,
         cost=Cost(1.0, 0.0),
-        together=examples.together,
+        keep_pairs_together=examples.keep_pairs_together,
     )
     chosen = [sequences[row] for step in packing.rows for row in step] + [sequences[:0]]
     batches = [build_batch(tokens, row, examples.lengths[row]) for row in chosen]
@@ -159,9 +160,9 @@ def test_loss_and_gradients_are_those_of_the_formula(
     states = {index: states_of(tokens, index) for index in range(len(tokens))}
 
     ours = head.clone().requires_grad_()
-    targets = sum(COMPLETIONS) if formula(of).units == "traces" else sum(COMPLETIONS[::2])
-    totals = StepTotals(UNITS[formula(of).units], targets)
-    objective = Objective(of, REFERENCE.double())
+    targets = sum(COMPLETIONS) if of.kind.units == "traces" else sum(COMPLETIONS[::2])
+    totals = StepTotals(UNITS[of.kind.units], targets)
+    objective = PackedLoss(of, REFERENCE.double())
     total = torch.zeros((), dtype=torch.float64)
     leaves: dict[int, Tensor] = {}
     rows = rows_of(tokens, of, row_tokens)
@@ -212,15 +213,15 @@ def test_dpo_before_any_step_is_ln_2(tmp_path: Path) -> None:
     hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids]).float()
     head = torch.randn(V, D, generator=torch.Generator().manual_seed(1))
     totals = StepTotals(units=5, targets=1)
-    logps = Objective(of, torch.zeros(10))(hidden, head, batch, totals).sequence_logps
+    logps = PackedLoss(of, torch.zeros(10))(hidden, head, batch, totals).sequence_logps
     reference = torch.empty(10)
     reference[batch.sequence_ids] = logps
-    loss = Objective(of, reference)(hidden, head, batch, totals).loss
+    loss = PackedLoss(of, reference)(hidden, head, batch, totals).loss
     assert loss.item() == pytest.approx(math.log(2), rel=1e-7)
 
 
 def test_redi_with_gamma_0_is_redi() -> None:
-    assert formula(section("redi", negative_gamma=0.0)) == OBJECTIVES["redi"]
+    assert formula(section("redi", negative_gamma=0.0)) == FORMULAS["redi"]
 
 
 def test_another_objective_is_a_formula_and_a_line(
@@ -228,12 +229,13 @@ def test_another_objective_is_a_formula_and_a_line(
 ) -> None:
     """IPO (arXiv 2310.12036, equation 17), with DPO's keys: recipes know it by its line alone."""
 
-    def ipo(section: ObjectiveSection, sequences: Sequences) -> Tensor:
+    def ipo(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
         assert section.beta is not None
         positive, negative = pairs(sequences.logps - sequences.reference)
         return (positive - negative - 1 / (2 * section.beta)).square()
 
-    monkeypatch.setitem(OBJECTIVES, "ipo", Formula("margins", ("beta",), terms=ipo, reference=True))
+    monkeypatch.setitem(OBJECTIVES, "ipo", ObjectiveKind("margins", ("beta",), reference=True))
+    monkeypatch.setitem(FORMULAS, "ipo", Formula(terms=ipo))
     path = tmp_path / "r.toml"
     path.write_text("[objective]\nname = 'ipo'\nbeta = 0.5\n")
     of = load_recipe(build_parser("", ""), str(path), [str(path)]).objective
@@ -241,7 +243,7 @@ def test_another_objective_is_a_formula_and_a_line(
     (batch, _) = rows_of(tokens, of, 100)
     hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids])
     head = torch.randn(V, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    objective = Objective(of, torch.tensor([-30.0, -20.0]).double())
+    objective = PackedLoss(of, torch.tensor([-30.0, -20.0]).double())
     loss, logps, _ = objective(hidden, head, batch, StepTotals(units=1, targets=11))
     positive, negative = logps.tolist()
     assert loss.item() == pytest.approx((positive + 30 - negative - 20 - 1) ** 2, rel=1e-9)
@@ -259,7 +261,7 @@ def test_asymre_is_redi_with_another_alpha(tmp_path: Path) -> None:
         (batch, _) = rows_of(tokens, of, 100)
         hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids])
         head = torch.randn(V, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        losses.append(Objective(of)(hidden, head, batch, StepTotals(units, 14)).loss.item())
+        losses.append(PackedLoss(of)(hidden, head, batch, StepTotals(units, 14)).loss.item())
     assert losses[0] / (1 - baseline) * 2 / 7 == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -281,15 +283,15 @@ def test_a_pair_longer_than_a_row_is_the_users_to_solve(tmp_path: Path) -> None:
 
 USERS_MISTAKES = {
     "name = 'dpo'": "objective.beta is missing: dpo needs it",
-    "name = 'dpo'\nbeta = 0.0": "objective.beta must be finite and > 0, got 0.0",
+    "name = 'dpo'\nbeta = 0.0": "objective.beta must be > 0, got 0.0",
     "name = 'dpo'\nbeta = 0.1\nlabel_smoothing = 0.5": "label_smoothing must lie in [0, 0.5)",
-    "name = 'redi'\nbeta = 0.1": "objective.beta has no meaning for redi (but for simpo, dpo)",
-    "name = 'sft'\nalpha = 0.5": "objective.alpha has no meaning for sft",
+    "name = 'redi'\nbeta = 0.1": "objective.beta is not used by redi (but by simpo, dpo)",
+    "name = 'sft'\nalpha = 0.5": "objective.alpha is not used by sft",
     "name = 'simpo'\nbeta = 2.0\nmargin = inf": "objective.margin must be finite",
     "name = 'dpo'\nbeta = 1.0\nnormalisation = 'token'": "normalisation must be sequence for dpo",
-    "name = 'simpoo'": "objective.name: simpoo is unknown; there are sft, redi, signed,",
+    "name = 'simpoo'": "objective.name: simpoo is unknown; available: sft, redi, signed,",
     "name = 'dft'\nnormalisation = 'token'\nlength = 'original'": (
-        'length = "original" has no meaning with objective.normalisation = "token"'
+        'length = "original" is not used with objective.normalisation = "token"'
     ),
 }
 
@@ -308,7 +310,7 @@ def test_an_override_must_mean_something_to_one_of_the_recipes(
 ) -> None:
     sft = recipe("sft", {"objective.name": "sft"})
     assert main(["train", str(sft), "--objective.alpha", "0.5"]) == 2
-    assert "objective.alpha has no meaning for sft" in capsys.readouterr().err
+    assert "objective.alpha is not used by sft" in capsys.readouterr().err
     argv = [str(sft), "--objective.alpha", "0.5"]
     assert load_recipe(build_parser("", ""), str(sft), argv).objective.alpha == 0.8
 

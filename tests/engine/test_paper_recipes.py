@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from redi.engine import config as engine_config
 from redi.engine.cli import main
-from redi.engine.config import build_parser, load_recipe
-from redi.engine.quickstart import attempt
+from redi.engine.config import sections as engine_config
+from redi.engine.config.parse import build_parser, load_recipe
+from redi.engine.quickstart.task import attempt
 
-RECIPES = sorted((Path(engine_config.__file__).parent / "recipes").glob("paper-*.toml"))
+RECIPES = sorted((Path(engine_config.__file__).parents[1] / "recipes").glob("paper-*.toml"))
 
 # arXiv 2505.24850, appendix: objective, learning rate, batch, epochs, tokens.
 PAPER: dict[str, tuple[dict[str, Any], float, int, int, int]] = {
@@ -47,8 +47,8 @@ def test_a_recipe_has_the_papers_settings(path: Path) -> None:
     assert recipe.data.pairing == "first"
     assert recipe.data.system_prompt is not None
     assert recipe.data.system_prompt.endswith(r"\boxed{}.")
-    together = 2 if recipe.objective.name in ("dpo", "simpo") else 1
-    assert recipe.train.row_tokens >= together * tokens or recipe.objective.name == "sft"
+    keep_pairs_together = 2 if recipe.objective.name in ("dpo", "simpo") else 1
+    assert recipe.train.row_tokens >= keep_pairs_together * tokens or recipe.objective.name == "sft"
 
 
 def test_every_setting_has_its_recipe() -> None:

@@ -14,22 +14,28 @@ from data_cases import packed_row
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from redi.engine.cards import CARDS
 from redi.engine.cli import main
-from redi.engine.config import Model, Recipe, Shard, Train
-from redi.engine.config import Objective as ObjectiveSection
+from redi.engine.config.sections import (
+    ModelConfig,
+    ObjectiveConfig,
+    Recipe,
+    ShardConfig,
+    TrainConfig,
+)
 from redi.engine.data.loader import StepBatches
 from redi.engine.data.packing import Cost, PackedBatch
 from redi.engine.distributed import join_world
-from redi.engine.estimate import run_cost, training_cost
-from redi.engine.memory import SHALLOW, Load, cache_memory, phase_peaks, step_memory
+from redi.engine.loss.packed_loss import PackedLoss
+from redi.engine.model.build import build_model
+from redi.engine.model.flops import run_cost, training_cost
 from redi.engine.model.load import empty_model, read_config
 from redi.engine.model.sharding import shard
 from redi.engine.model.student import Student
-from redi.engine.train.greedy import HeldOutProblems
-from redi.engine.train.loop import build_model, clip, forward_backward
+from redi.engine.plan.cards import CARDS
+from redi.engine.plan.memory import SHALLOW, Load, cache_memory, phase_peaks, step_memory
+from redi.engine.train.generation_accuracy import HeldOutProblems
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
-from redi.engine.train.row_loss import Objective
+from redi.engine.train.step import clip, forward_backward
 
 CPU = torch.device("cpu")
 TOKENS = 1024
@@ -60,11 +66,11 @@ def row() -> PackedBatch:
 LOAD = Load(row(), frozenset([TOKENS - 2]), micro_steps=2)
 
 
-def recipe_of(model: Path, section: Shard, **objective: Any) -> Recipe:
+def recipe_of(model: Path, section: ShardConfig, **objective: Any) -> Recipe:
     return Recipe(
-        model=Model(path=str(model)),
-        objective=ObjectiveSection(**{"name": "redi", **objective}),
-        train=Train(dtype="float32"),
+        model=ModelConfig(path=str(model)),
+        objective=ObjectiveConfig(**{"name": "redi", **objective}),
+        train=TrainConfig(dtype="float32"),
         shard=section,
     )
 
@@ -76,7 +82,7 @@ class Measured:
         config = read_config(recipe.model.path or "", weights=False)
         with join_world():
             model = build_model(recipe.model.path or "", config, "sdpa")
-            objective = Objective(recipe.objective, reference=torch.zeros(2))
+            objective = PackedLoss(recipe.objective, reference=torch.zeros(2))
             student = Student(model.train(), objective)
             shard(student, recipe.shard, torch.float32, CPU)
             student.to_empty(device=CPU)
@@ -132,7 +138,7 @@ def test_the_planned_memory_is_what_a_real_step_allocates(
     CPU, document by document, joins its results by a copy."""
     recipe = recipe_of(
         small_model(tmp_path, layers=SHALLOW),
-        Shard(checkpointing=checkpointing, reduce=reduce),
+        ShardConfig(checkpointing=checkpointing, reduce=reduce),
         **objective,
     )
     config = read_config(str(tmp_path), weights=False)
@@ -156,7 +162,7 @@ def test_a_deep_models_memory_is_continued_from_shallow_ones(
     small_model(tmp_path, layers=9)
     config = read_config(str(tmp_path), weights=False)
     config.tie_word_embeddings = tied
-    recipe = recipe_of(tmp_path, Shard(checkpointing=checkpointing))
+    recipe = recipe_of(tmp_path, ShardConfig(checkpointing=checkpointing))
     found = step_memory(recipe, config, LOAD, 4, CARDS["h100"])
     whole = phase_peaks(recipe, config, LOAD, 4, CARDS["h100"])
     phase, parts = max(whole.items(), key=lambda peak: peak[1].total())
@@ -171,9 +177,9 @@ def test_gradients_lie_whole_on_each_rank_until_the_step_ends_or_sharded(tmp_pat
     config = read_config(str(small_model(tmp_path, layers=SHALLOW)), weights=False)
     count = sum(parameter.numel() for parameter in empty_model(config).parameters())
     for section, shards in (
-        (Shard(checkpointing="full"), 1),
-        (Shard(checkpointing="full", reduce="micro_step"), 8),
-        (Shard(checkpointing="full", reduce="micro_step", replicate=2), 4),
+        (ShardConfig(checkpointing="full"), 1),
+        (ShardConfig(checkpointing="full", reduce="micro_step"), 8),
+        (ShardConfig(checkpointing="full", reduce="micro_step", replicate=2), 4),
     ):
         peaks = phase_peaks(recipe_of(tmp_path, section), config, LOAD, 8, CARDS["h100"])
         assert peaks[0, "loss"]["gradients"] < 1024  # only what a row reports
@@ -192,7 +198,9 @@ def test_the_loss_is_counted_as_a_card_runs_it(tmp_path: Path) -> None:
         (simpo, 6_000_000, 512, False),  # 12 GB
     ):
         config.vocab_size = vocab
-        recipe = replace(recipe_of(tmp_path, Shard(), **objective), train=Train(dtype="bfloat16"))
+        recipe = replace(
+            recipe_of(tmp_path, ShardConfig(), **objective), train=TrainConfig(dtype="bfloat16")
+        )
         chunk = 4 * rows * vocab  # of float32 logits, in rows by 512
         gradients = 4 * (TOKENS + vocab) * width
         if keeps:
@@ -208,8 +216,8 @@ def test_the_loss_is_counted_as_a_card_runs_it(tmp_path: Path) -> None:
 def test_a_row_too_large_to_be_kept_is_counted_beside_one_that_is_not(tmp_path: Path) -> None:
     config = read_config(str(small_model(tmp_path, layers=1)), weights=False)
     config.vocab_size = 6_000_000
-    recipe = recipe_of(tmp_path, Shard(), name="simpo", beta=2.0)
-    recipe = replace(recipe, train=Train(dtype="bfloat16"))
+    recipe = recipe_of(tmp_path, ShardConfig(), name="simpo", beta=2.0)
+    recipe = replace(recipe, train=TrainConfig(dtype="bfloat16"))
     found = []
     for targets in ({TOKENS - 2}, {TOKENS - 2, 10}):
         load = replace(LOAD, targets=frozenset(targets))
@@ -234,9 +242,9 @@ def test_keys_and_values_are_what_generation_keeps(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(config)
     cache = model(torch.zeros(3, 12, dtype=torch.long), use_cache=True).past_key_values
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert cache_memory(recipe_of(tmp_path, Shard()), config, problems) == kept
+    assert cache_memory(recipe_of(tmp_path, ShardConfig()), config, problems) == kept
     endless = replace(problems, max_new_tokens=10 * TOKENS)
-    assert cache_memory(recipe_of(tmp_path, Shard()), config, endless) == kept * TOKENS // 12
+    assert cache_memory(recipe_of(tmp_path, ShardConfig()), config, endless) == kept * TOKENS // 12
 
 
 def test_recomputation_costs_the_blocks_forward_once_more(tmp_path: Path) -> None:

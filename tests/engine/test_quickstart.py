@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from redi.engine import quickstart, quickstart_report
 from redi.engine.cli import main
 from redi.engine.errors import InputError
+from redi.engine.quickstart import report as quickstart_report
+from redi.engine.quickstart import task as quickstart
 
-RECIPES = Path(quickstart.__file__).parent / "recipes"
+RECIPES = Path(quickstart.__file__).parents[1] / "recipes"
 
 
 def train(folder: Path, *, sft_steps: int, redi_steps: int) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from redi.engine.cli import COMMANDS, main
-from redi.engine.config import KEYS, build_parser, changed_keys, dump_recipe, load_recipe
+from redi.engine.config.parse import build_parser, dump_recipe, load_recipe
+from redi.engine.config.resume import changed_keys
+from redi.engine.config.sections import KEYS
 from redi.engine.errors import InputError
 
 WriteRecipe = Callable[..., Path]
@@ -63,7 +65,7 @@ MISTAKES = {
     "seed = 1\n": "did you mean train.seed?",
     "[optim]\nlr = 'fast'\n": "optim.lr: needs a number, got fast",
     "[optim]\nlr = -1.0\n": "optim.lr must be >= 0, got -1.0",
-    "[objective]\nname = 'dop'\n": "objective.name: dop is unknown; there are sft, redi,",
+    "[objective]\nname = 'dop'\n": "objective.name: dop is unknown; available: sft, redi,",
     "[objective]\nalpha = nan\n": "objective.alpha must be finite",
     "[objective]\nname = 'redi'\nnormalisation = 'token'\n": "objective.normalisation",
     "[data]\npath = 'a'\nmixing_weights = [2, 1]\n": "must have one number a path, got 2 for 1",

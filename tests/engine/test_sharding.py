@@ -15,14 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from redi.engine.config import Objective as ObjectiveSection
-from redi.engine.config import Shard
+from redi.engine.config.sections import ObjectiveConfig, ShardConfig
 from redi.engine.data.packing import PackedBatch
 from redi.engine.distributed import join_world
+from redi.engine.loss.packed_loss import PackedLoss, StepTotals
 from redi.engine.model.attention import NAME, register_attention
 from redi.engine.model.sharding import reshard, shard
 from redi.engine.model.student import Student
-from redi.engine.train.row_loss import Objective, StepTotals
 
 CPU = torch.device("cpu")
 TOTALS = StepTotals(units=1, targets=14)
@@ -38,8 +37,8 @@ def sharded(folder: Path, dtype: torch.dtype = torch.float32, **section: Any) ->
     model = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation=register_attention("sdpa")
     )
-    student = Student(model, Objective(ObjectiveSection(name="redi")))
-    return shard(student, Shard(**section), dtype, CPU)
+    student = Student(model, PackedLoss(ObjectiveConfig(name="redi")))
+    return shard(student, ShardConfig(**section), dtype, CPU)
 
 
 def masked_attention(

@@ -49,11 +49,10 @@ def test_the_time_left_is_that_of_the_steps_after_the_first(
 ) -> None:
     now = 0.0
     monkeypatch.setattr("redi.engine.console.time.monotonic", lambda: now)
-    progress = Console().steps(total=12, done=2)
-    metrics = {"loss": 1.0, "positive_logp": -1.0, "negative_logp": None, "tokens_per_s": 9.0}
-    for step, seconds in ((3, 600.0), (4, 20.0), (5, 40.0)):
+    progress = Console().progress("step", total=12, done=2)
+    for seconds in (600.0, 20.0, 40.0):
         now += seconds
-        progress.step({"step": step, **metrics})
+        progress.update(1, "loss 1.0")
     first, *later = capsys.readouterr().err.splitlines()
     assert "left" not in first
     assert [line.rpartition("left ")[2] for line in later] == ["02:40", "03:30"]
@@ -124,7 +123,9 @@ def test_the_report_says_what_became_of_a_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("redi.engine.report.draw", lambda *_: None)  # takes most of the time
+    monkeypatch.setattr(
+        "redi.engine.commands.report.draw", lambda *_: None
+    )  # takes most of the time
     lines = (run[0] / "metrics.jsonl").read_text()
     for event, step, goes_on in events:
         lines += json.dumps({"event": event, "step": step, "goes_on": goes_on}) + "\n"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from redi.engine.config import Objective as ObjectiveSection
-from redi.engine.train.objectives import OBJECTIVES, Sequences
+from redi.engine.config.sections import ObjectiveConfig
+from redi.engine.loss.objectives import FORMULAS, Sequences
 
 pytest.importorskip("trl", reason="the extra 'trl' is not installed")
 
@@ -21,8 +21,8 @@ def logps() -> Tensor:
     return -torch.rand(2 * PAIRS, generator=torch.Generator().manual_seed(0)).double() * 60
 
 
-def ours(section: ObjectiveSection, logps: Tensor, reference: Tensor | None) -> Tensor:
-    terms = OBJECTIVES[section.name].terms
+def ours(section: ObjectiveConfig, logps: Tensor, reference: Tensor | None) -> Tensor:
+    terms = FORMULAS[section.name].terms
     assert terms is not None
     signs = torch.tensor([1, -1] * PAIRS)
     lengths = torch.arange(1.0, 2 * PAIRS + 1)
@@ -32,7 +32,7 @@ def ours(section: ObjectiveSection, logps: Tensor, reference: Tensor | None) -> 
 def test_simpo_is_trl(logps: Tensor) -> None:
     from trl.experimental.cpo import CPOTrainer
 
-    section = ObjectiveSection(name="simpo", beta=2.0, margin=1.0)
+    section = ObjectiveConfig(name="simpo", beta=2.0, margin=1.0)
     trainer = SimpleNamespace(
         alpha=0.0,
         beta=2.0,
@@ -50,7 +50,7 @@ def test_simpo_is_trl(logps: Tensor) -> None:
 def test_dpo_is_trl(smoothing: float, logps: Tensor) -> None:
     from trl import DPOTrainer
 
-    section = ObjectiveSection(name="dpo", beta=0.1, label_smoothing=smoothing)
+    section = ObjectiveConfig(name="dpo", beta=0.1, label_smoothing=smoothing)
     reference = logps.flip(0) * 0.9
     theirs = []
     for pair in range(PAIRS):
@@ -67,7 +67,7 @@ def test_dpo_is_trl(smoothing: float, logps: Tensor) -> None:
     torch.testing.assert_close(ours(section, logps, reference), torch.stack(theirs))
 
 
-def stand_in(section: ObjectiveSection, log_probs: Tensor) -> SimpleNamespace:
+def stand_in(section: ObjectiveConfig, log_probs: Tensor) -> SimpleNamespace:
     """What TRL's DPO loss reads of its trainer, with a model that has these log-probs [2, 1].
 
     For a single pair TRL's "aot", the only one of its losses that smooths labels as DPO does, is

@@ -21,14 +21,13 @@ from transformers import (
 )
 
 from redi.engine.cli import main
-from redi.engine.config import Objective as ObjectiveSection
-from redi.engine.config import Shard
+from redi.engine.config.sections import ObjectiveConfig, ShardConfig
 from redi.engine.distributed import join_world
+from redi.engine.loss.packed_loss import PackedLoss
+from redi.engine.model.build import build_model
 from redi.engine.model.sharding import shard
 from redi.engine.model.student import Student
 from redi.engine.model.weights import read_weights
-from redi.engine.train.loop import build_model
-from redi.engine.train.row_loss import Objective
 
 SIZES = {
     "vocab_size": 50,
@@ -62,8 +61,8 @@ def read(folder: Path, **changes: Any) -> Student:
     for name, value in changes.items():
         config.rope_parameters[name] = value
     model = build_model(str(folder), config, "sdpa")
-    student = Student(model, Objective(ObjectiveSection()))
-    shard(student, Shard(), torch.float32, CPU)
+    student = Student(model, PackedLoss(ObjectiveConfig()))
+    shard(student, ShardConfig(), torch.float32, CPU)
     assert all(p.is_meta for p in student.parameters())
     student.to_empty(device=CPU)
     read_weights(student.model, str(folder))

@@ -13,19 +13,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
-from redi.engine.config import Objective as ObjectiveSection
+from redi.engine.config.sections import ObjectiveConfig
 from redi.engine.data.packing import PackedBatch, build_batch
 from redi.engine.errors import InputError
+from redi.engine.loss.packed_loss import PackedLoss
 from redi.engine.model.architecture import (
     check_architecture,
     check_dropout,
     per_document_rope,
     router_loss,
 )
+from redi.engine.model.build import build_model
 from redi.engine.model.load import empty_model
 from redi.engine.model.student import Student
-from redi.engine.train.loop import build_model
-from redi.engine.train.row_loss import Objective
 
 Redi = Callable[..., subprocess.CompletedProcess[str]]
 TINY = {
@@ -107,7 +107,7 @@ def test_a_model_that_lost_its_attention_is_refused_in_its_first_forward(world: 
     # A block with a configuration of its own, as a careless copy would leave it.
     block = model.base_model.layers[1].self_attn
     block.config = AutoConfig.from_pretrained(world / "model", attn_implementation="sdpa")
-    student = Student(model.to_empty(device="cpu"), Objective(ObjectiveSection(name="sft")))
+    student = Student(model.to_empty(device="cpu"), PackedLoss(ObjectiveConfig(name="sft")))
     with pytest.raises(InputError, match=r"ran in 2 of 3 layers \(configured: .*1 of sdpa"):
         student(_row([5, 7]), None)
 

@@ -1,0 +1,214 @@
+"""Whether a completion's answer is the right one."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from redi.engine.config.patterns import answer_pattern
+
+_BOX = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{")
+_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+# Three letters at least: xy is a product, and equals yx. One capital letter is a choice.
+_WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s'-]+[^\W\d_]+)*|[A-J]")
+_ANSWER_IS = re.compile(r"answer(?:\s+is\b|:)\s*:?\s*(.+)", re.IGNORECASE)
+_START_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What a checker found."""
+
+    extracted: str | None
+    """The answer as the completion has it; None: there is none."""
+    correct: bool
+
+
+Checker = Callable[[str, str, str], CheckResult]
+"""(prompt, completion, right answer) -> verdict."""
+
+
+def final_answer(text: str) -> str | None:
+    r"""The answer that a text marks: its last complete \boxed{...}, else what follows "####".
+
+    A box that holds nothing but a box is opened too. None if the text marks no answer.
+    """
+    content, end = None, 0
+    for opened in _BOX.finditer(text):
+        if opened.start() >= end and (closed := _closing_brace(text, opened.end())) is not None:
+            content, end = text[opened.end() : closed].strip(), closed + 1
+    if content is not None:
+        inner = _BOX.match(content)
+        if inner and _closing_brace(content, inner.end()) == len(content) - 1:
+            return final_answer(content)
+        return content
+    _, found, rest = text.rpartition("####")
+    line = rest.strip().split("\n")[0].strip()
+    return line if found and line else None
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Where the brace that opened before `start` closes."""
+    depth = 1
+    for place in range(start, len(text)):
+        if text[place] in "{}" and (place == 0 or text[place - 1] != "\\"):
+            depth += 1 if text[place] == "{" else -1
+            if not depth:
+                return place
+    return None
+
+
+class ExactChecker:
+    r"""Right when the completion's answer is the right answer, letter by letter.
+
+    The completion's answer is the group of the pattern's last match, if a pattern is given; else
+    the marked one (`final_answer`), else the last line with text in it. Runs of white space count
+    as one space, $ around the answer and a full stop behind it do not count.
+    """
+
+    def __init__(self, pattern: str | None = None) -> None:
+        """Raises ValueError for a pattern that is no regular expression with one group."""
+        self._pattern = None if pattern is None else answer_pattern(pattern)
+
+    def __call__(self, prompt: str, completion: str, answer: str) -> CheckResult:
+        """Compare; the prompt does not count."""
+        extracted = self._extract(completion)
+        correct = extracted is not None and _plain(extracted) == _plain(answer)
+        return CheckResult(extracted, correct)
+
+    def _extract(self, completion: str) -> str | None:
+        if self._pattern is not None:
+            matches = list(self._pattern.finditer(completion))
+            return matches[-1][1] if matches else None
+        lines = [line for line in completion.splitlines() if line.strip()]
+        return final_answer(completion) or (lines[-1].strip() if lines else None)
+
+
+def _plain(text: str) -> str:
+    text = " ".join(text.split())
+    text = text.removesuffix(".")
+    return text.strip("$").strip()
+
+
+class MathChecker:
+    r"""Right when the answers are mathematically equal, by the library math-verify.
+
+    The completion's answer is the marked one (`final_answer`), else what math-verify finds, which
+    is the last formula or number unless words such as "the answer is" point to one. A right answer
+    that is words, or the letter of a choice, is compared as text, whatever the case: as a formula
+    it would be a product of letters, equal to any anagram. Unmarked, such an answer is what
+    follows the last "answer is" or "answer:", else the last line.
+
+    Answers are compared in a process of its own, which is killed after `seconds`: an answer such
+    as 9^{9^{9^9}} keeps Python busy for ever, where no signal reaches it. Such an answer is wrong.
+    """
+
+    def __init__(self, seconds: float = 5.0) -> None:
+        self._seconds = seconds
+        self._worker: multiprocessing.process.BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    def __call__(self, prompt: str, completion: str, answer: str) -> CheckResult:
+        """Compare; the prompt does not count."""
+        marked = final_answer(completion)
+        if not (marked or completion).strip():
+            return CheckResult(marked, False)
+        if marked and _plain(marked) == _plain(answer):
+            return CheckResult(marked, True)
+        if words := _words(answer):
+            extracted = marked or _unmarked_words(completion)
+            return CheckResult(extracted, _words(extracted) == words)
+        connection = self._connection or self._start()
+        try:
+            connection.send((completion, marked, answer))
+            if connection.poll(self._seconds):
+                return connection.recv()
+        except (EOFError, OSError):  # the worker died: out of memory, or too deep a recursion
+            pass
+        self.close()
+        return CheckResult(marked, False)
+
+    def _start(self) -> Connection:
+        # spawn: a fork of a process that runs torch's threads may hang.
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._worker = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._worker.start()
+        theirs.close()
+        if not self._connection.poll(_START_SECONDS):
+            raise RuntimeError(f"math-verify did not start within {_START_SECONDS:.0f} s")
+        self._connection.recv()
+        return self._connection
+
+    def close(self) -> None:
+        """End the process; the next comparison starts another."""
+        if self._worker is not None and self._connection is not None:
+            self._worker.kill()
+            self._worker.join()
+            self._connection.close()
+        self._worker = self._connection = None
+
+
+@contextmanager
+def open_checker(name: str, pattern: str | None = None) -> Iterator[Checker]:
+    """The checker "math", "exact", or "auto": exact if a pattern is given, else math.
+
+    Raises:
+        ValueError: an unknown name, or a pattern that is wrong or for the checker "math".
+    """
+    if name not in ("auto", "math", "exact"):
+        raise ValueError(f"unknown checker {name!r}; known: auto, math, exact")
+    if name == "math" and pattern is not None:
+        raise ValueError('a pattern for the answer needs the checker "exact"')
+    if name == "exact" or pattern is not None:
+        yield ExactChecker(pattern)
+        return
+    with closing(MathChecker()) as checker:
+        yield checker
+
+
+def _words(text: str) -> str | None:
+    """The text in lower case if it is words or the letter of a choice, and no formula."""
+    plain = _plain(_TEXT_COMMAND.sub(r"\1", text)).removeprefix("(").removesuffix(")")
+    return plain.casefold() if _WORDS.fullmatch(plain) else None
+
+
+def _unmarked_words(completion: str) -> str:
+    line = completion.strip().splitlines()[-1]
+    said = _ANSWER_IS.findall(completion)
+    return said[-1] if said else line
+
+
+def _serve(connection: Connection) -> None:
+    """The worker: answers until the other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other end to handle
+    logging.disable()  # math-verify warns that it has no time limit: the limit is the process's
+    import math_verify  # noqa: F401  # imported before the clock runs
+
+    connection.send(None)
+    while True:
+        try:
+            completion, marked, answer = connection.recv()
+        except EOFError:
+            return
+        connection.send(_compare(completion, marked, answer))
+
+
+def _compare(completion: str, marked: str | None, answer: str) -> CheckResult:
+    from math_verify import parse, verify
+
+    found = parse(completion if marked is None else _boxed(marked), parsing_timeout=None)
+    extracted = marked or (str(found[-1]) if found else None)
+    right = parse(_boxed(answer), parsing_timeout=None)
+    return CheckResult(extracted, verify(right, found, timeout_seconds=None))
+
+
+def _boxed(answer: str) -> str:
+    # Where math-verify looks first, and reads a formula in full.
+    return f"\\boxed{{{answer.strip().strip('$')}}}"
