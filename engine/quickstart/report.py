@@ -163,58 +163,44 @@ def _percent(mean: float, error: float, sign: str = "") -> str:
 
 
 def draw(folder: Path, found: dict[str, Measured], path: Path) -> None:
-    """Losses, held-out log-probs and accuracies, each in a panel."""
+    """Accuracies and held-out log-probs, a panel each; legible at half its size."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     colours = {"SFT": "#7f7f7f", "control": COLOURS[0], "REDI": COLOURS[1]}
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    (stage1, stage2), (logps, accuracy) = figure.subplots(2, 2)
+    with rc_context({"font.size": 15}):
+        figure = Figure(figsize=(12, 5), layout="constrained")
+        accuracy, logps = figure.subplots(1, 2)
+        for place, (name, one) in enumerate(found.items()):
+            for shift, values, hatch in ((-0.2, one.sampled, ""), (0.2, one.greedy, "//")):
+                mean, error = mean_and_error(values)
+                bar = {"color": colours[name], "hatch": hatch, "alpha": 0.7}
+                accuracy.bar(place + shift, mean, 0.36, yerr=error, **bar)
+                accuracy.text(place + shift, mean + error + 0.015, f"{mean:.0%}", ha="center")
+        accuracy.set_xticks(range(len(found)), found)
+        accuracy.set_ylim(0, 1.1)
+        accuracy.set_title(f"Problems solved: T = {TEMPERATURE}, greedy (hatched)")
 
-    for axes, names in ((stage1, ["SFT"]), (stage2, ["control", "REDI"])):
-        for name in names:
-            steps = read_run(folder / MODELS[name]).steps
-            axes.plot(
-                [line["step"] for line in steps],
-                [line["loss"] for line in steps],
-                color=colours[name],
-                label=name,
-            )
-        axes.set_ylabel("loss of a step")
-        axes.legend(frameon=False)
-    stage1.set_title("Stage 1: imitate the correct traces")
-    stage2.set_title("Stage 2: correct alone (control), or both signs (REDI)")
-
-    for name in ("control", "REDI"):
-        events = read_run(folder / MODELS[name]).held_out
-        steps = [event["step"] for event in events]
-        for sign, kind, style in (("positive", "correct", "-"), ("negative", "incorrect", "--")):
-            values = [event[f"{sign}_logp"] for event in events]
-            logps.plot(steps, values, style, color=colours[name])
-            logps.annotate(
-                f"{name}, {kind} traces",
-                (steps[-1], values[-1]),
-                xytext=(0, 5),
-                textcoords="offset points",
-                ha="right",
-                color=colours[name],
-            )
-    logps.set_title("Held-out traces in stage 2")
-    logps.set_ylabel("mean log-prob of a token")
-    logps.margins(y=0.12)
-    for axes in (stage1, stage2, logps):
-        axes.set_xlabel("step")
-
-    for place, (name, one) in enumerate(found.items()):
-        for shift, values, hatch in ((-0.2, one.sampled, ""), (0.2, one.greedy, "//")):
-            mean, error = mean_and_error(values)
-            accuracy.bar(
-                place + shift, mean, 0.36, yerr=error, color=colours[name], hatch=hatch, alpha=0.7
-            )
-            accuracy.text(place + shift, mean + error + 0.015, f"{mean:.0%}", ha="center")
-    accuracy.set_xticks(range(len(found)), found)
-    accuracy.set_ylim(0, 1.1)
-    accuracy.set_ylabel("problems solved")
-    accuracy.set_title(f"Held-out problems: sampled at T = {TEMPERATURE}, greedy (hatched)")
-    for axes in (stage1, stage2, logps, accuracy):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+        for name in ("control", "REDI"):
+            events = read_run(folder / MODELS[name]).held_out
+            steps = [event["step"] for event in events]
+            for sign, kind, style in (
+                ("positive", "correct", "-"),
+                ("negative", "incorrect", "--"),
+            ):
+                values = [event[f"{sign}_logp"] for event in events]
+                logps.plot(steps, values, style, color=colours[name], linewidth=2.5)
+                logps.annotate(
+                    f"{name},\n{kind}",
+                    (steps[-1], values[-1]),
+                    xytext=(8, 0),
+                    textcoords="offset points",
+                    va="center",
+                    color=colours[name],
+                )
+        logps.set_title("Mean log-prob of held-out traces")
+        logps.set_xlabel("step of stage 2")
+        logps.margins(x=0.02, y=0.1)
+        for axes in (accuracy, logps):
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=100)
