@@ -32,6 +32,7 @@ from redi.engine.config import (
     unknown_option,
 )
 from redi.engine.errors import InputError, RunError, Stopped
+from redi.engine.extras import missing_packages
 from redi.engine.hub import is_asked_for
 from redi.engine.train.signals import StopRequest
 
@@ -429,6 +430,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not faulthandler.is_enabled():
         faulthandler.enable(2)  # a crash in native code should say where Python was
+    if missing := missing_packages():
+        return _fail(missing, 2)
     if argv and argv[0] == "--version":
         print(f"redi-engine {version('redi-engine')}")
         return 0
