@@ -17,7 +17,12 @@ def _name_the_extra(
         _traceback(kind, error, trace)
         return
     extra = "triton" if error.name == "triton" else "engine"
-    print(f"{error.name} is not installed: pip install 'redi-engine[{extra}]'", file=sys.stderr)
+    # Not sys.stderr: torch.distributed's own hook, which calls this one, has put a buffer there.
+    print(
+        f"{error.name} is not installed: pip install 'redi-engine[{extra}]'",
+        file=sys.__stderr__,
+        flush=True,
+    )
     raise SystemExit(2)
 
 
