@@ -53,7 +53,9 @@ def main() -> None:
     results = {}
     for way in WAYS:
         line = [sys.executable, "-m", "redi.bench.step", *sys.argv[1:], "--way", way]
-        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True)
+        if done.returncode:  # its stderr has the reason
+            raise SystemExit(done.returncode)
         results[way] = json.loads(done.stdout.splitlines()[-1])
     ours = results["packed"]
     print(f"{'way':8} {'s/step':>8} {'x ours':>7} {'tokens/s':>9} {'peak GiB':>9}  loss")

@@ -20,6 +20,7 @@ from redi.engine.config.options import command_parser, parse_arguments
 from redi.engine.config.parse import build_parser, check_overrides, explain, load_recipe
 from redi.engine.config.sections import DataConfig, ModelConfig, Recipe, TrainConfig, check_replicas
 from redi.engine.errors import InputError, RunError, Stopped
+from redi.engine.extras import missing_packages
 from redi.engine.hub import is_asked_for
 from redi.engine.plan.cards import CARDS, MFU, Cluster
 from redi.engine.train.signals import StopRequest
@@ -394,6 +395,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not faulthandler.is_enabled():
         faulthandler.enable(2)  # a crash in native code should say where Python was
+    if missing := missing_packages():
+        return _fail(missing, 2)
     if argv and argv[0] == "--version":
         print(f"redi-engine {version('redi-engine')}")
         return 0
