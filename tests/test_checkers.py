@@ -41,7 +41,6 @@ RIGHT = [
     ("5", r"\boxed{\boxed{5}}"),
     ("5", r"\boxed{3}? No: \boxed{5}"),
     ("5", r"\fbox{5}"),
-    ("5", r"\boxed{5}, since \boxed{\frac{3}{"),  # cut off: the last whole box counts
     ("18", r"\boxed{x = 18}"),
     ("p - q", r"\boxed{-q + p}"),
     (r"\text{Evelyn}", r"\boxed{Evelyn}"),
@@ -62,6 +61,7 @@ WRONG = [
     ("(1,2)", r"\boxed{(2,1)}"),
     ("5", r"\boxed{5}? No: \boxed{3}"),
     ("5", r"\boxed{\boxed{3}}"),
+    ("5", r"\boxed{5}, since \boxed{\frac{3}{"),  # cut off in another answer
     ("even", r"\boxed{odd}"),
     ("even", r"\boxed{neve}"),  # as products of letters they would be equal
     ("B", r"\boxed{(C)}"),
