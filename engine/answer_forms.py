@@ -48,18 +48,21 @@ _SPACED = re.compile(
     rf"(?<![\d.,])(?<!\d\s)[1-9]\d{{0,2}}(?:{_SPACE}\d{{3}})+(?![\d,/^])(?!{_SPACE}\d)"
 )
 _MIXED = re.compile(r"(?<![\d./^_])(\d+)\s+(\d+)/(\d+)(?![\d/])")  # 3 1/2
-_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\overline\{(\d+)\}")
+# {1,30} here and below: int() refuses numbers of more than 4300 digits.
+_REPEATING = re.compile(r"(?<![\d.])(\d{0,30})\.(\d{0,30})\\overline\{(\d{1,30})\}")
 # 1.5e3  1.5\times 10^{3}. Not behind /, ^ or _, where the factor belongs to more than 1.5.
 _SCIENTIFIC = re.compile(
-    r"(?<![\w.\\^/])(\d+(?:\.\d*)?|\.\d+)"
+    r"(?<![\w.\\^/])(\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})"
     r"(?:[eE]([-+]?\d{1,3})(?!\w|\.\d)"
     r"|\s*(?:\\times|\\cdot|×|·|⋅|\*|[xX])\s*10\s*\^\s*"
     r"(?:\{\s*([-+]?\d{1,3})\s*\}|\(?([-+]?\d{1,3})(?!\d)\)?))"
 )
 # math-verify rounds decimals to six places, where 0.0000016 would equal 0.0000021.
-_SMALL = re.compile(r"(?<![\d.])0?\.0000\d+(?!\d)")
+_SMALL = re.compile(r"(?<![\d.])0?\.0000\d{1,30}(?!\d)")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALED = re.compile(rf"(?<![\w./])(\d+(?:\.\d+)?){_SPACE}*({_TEXT}\{{)?\s*({'|'.join(_SCALES)})\b")
+_SCALED = re.compile(
+    rf"(?<![\w./])(\d{{1,30}}(?:\.\d{{1,30}})?){_SPACE}*({_TEXT}\{{)?\s*({'|'.join(_SCALES)})\b"
+)
 
 _CURRENCY = r"(?:\\\$|[$€£¥₹]|\\pounds|\\euro|USD|EUR|GBP|Rs\.?)"
 _MONEY = re.compile(
@@ -74,7 +77,10 @@ _MARKED_UNIT = re.compile(  # \text{ m}^3  \text{km}/\text{h}  \frac{\text{km}}{
     re.DOTALL,
 )
 # Words without \text: after a number alone, since 5 x is a product.
-_NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+|\d+/\d+|\d*\\[dt]?frac\{\d+\}\{\d+\})"
+_NUMBER = (
+    r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+|\d+/\d+|\d+:\d\d|"
+    r"\d*\\pi|\d*\\sqrt\{\d+\}|\d*\\[dt]?frac\{\d+\}\{\d+\})"
+)
 _PLAIN_UNIT = re.compile(
     rf"({_NUMBER})({_SPACE}*)([A-Za-z][A-Za-z /.]*{_POWER}(?:/[a-z]+{_POWER})?)"
 )
@@ -88,18 +94,22 @@ _UNITS = {
         "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce", "ml milliliter mL",
         "l liter litre L", "s sec second", "min minute", "h hr hour", "day", "week", "month",
         "year", r"dollar \$ USD", "cent", r"euro € EUR \euro", r"£ GBP \pounds", "¥ yen",
-        "₹ rupee Rs Rs.", "C", "F",
+        "₹ rupee Rs Rs.", "am a.m. a.m", "pm p.m. p.m",
     )
     for alias in names.split()
 }  # fmt: skip
 # Words that change the number or say that there is no single one.
 _NO_UNIT = re.compile(
-    r"\b(?:or|and|to|more|less|than|most|least|not|dozen|half|halve|third|quarter|tenth|hundredth|"
+    r"\b(?:percent|percentage|pct|or|and|to|more|less|than|most|least|not|dozen|half|"
+    r"halve|third|quarter|tenth|hundredth|"
     r"squared|cubed|factorial|mod|modulo|over|times|plus|minus|"
     r"sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|root|inf|infinity|infty|"
     r"alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|pi|rho|sigma|tau|"
     r"upsilon|phi|chi|psi|omega|hundred|thousand|million|billion|trillion)s?\b",
     re.IGNORECASE,
+)
+_BOUND = re.compile(
+    r"\{\s*or\s+(more|less|fewer|greater|higher|lower|above|below)\b", re.IGNORECASE
 )
 
 
@@ -121,6 +131,7 @@ def clean_formula(text: str) -> str:
     text = _RAISED.sub(lambda found: f"^{{{_narrow(found[0])}}}", text)
     text = _LOWERED.sub(lambda found: f"_{{{_narrow(found[0])}}}", text)
     text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
+    text = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", text)
     text = re.sub(r"^[–—](?=\s*[\d\\])", "-", text.strip())
     text = text.translate(_SYMBOLS).replace(r"\displaystyle", "")
     before = None
@@ -156,16 +167,22 @@ def split_unit(text: str) -> tuple[str, list[str]]:
             return value, behind or _unit(found[2])
         return found[1], _unit(found[2])
     if found := _TEMPERATURE.fullmatch(text):
-        return found[1], _unit(found[2])
+        return found[1], [found[2]]
     if (found := _MARKED_UNIT.fullmatch(text)) and not _NO_UNIT.search(found[2]):
         return found[1], _unit(found[2])
     if (found := _PLAIN_UNIT.fullmatch(text)) and not _NO_UNIT.search(found[3]):
         unit = _unit(found[3])
         words = re.split(r"[ /.^]+", found[3])
-        # 5 m, 5 h may be products: only what is spelled out, or has two letters that are a unit.
-        if (found[2] and max(map(len, words)) >= 3) or (unit and len(words[0]) >= 2):
+        # 5m and 5 abc may be products: a unit needs a space or two letters, other words need four.
+        if (found[2] and (unit or max(map(len, words)) >= 4)) or (unit and len(words[0]) >= 2):
             return found[1], unit
     return text, []
+
+
+def bounds(text: str) -> str | None:
+    r"""What follows an answer and makes it a range: 12\text{ or more}. math-verify drops it."""
+    found = _BOUND.search(text)
+    return found[1].lower() if found else None
 
 
 def _unit(text: str) -> list[str]:
@@ -189,12 +206,12 @@ def split_choice(text: str) -> tuple[str | None, str | None]:
     text = re.sub(r"^(?:the )?(?:option|choice|answer)s?[ :]+", "", text, flags=re.IGNORECASE)
     if found := re.fullmatch(r"\(?([A-Ja-j])\)?", text):
         return found[1], None
-    if found := re.fullmatch(r"\(?([A-J]) ?[).:] ?(.+)", text, re.DOTALL):
-        # Another letter, another choice: (A) 5 and (B) 6 chooses nothing.
-        return (None, None) if re.search(r"\b[A-J]\b", found[2]) else (found[1], found[2].strip())
     letters = re.sub(r"[\s,;&()]|\band\b", "", text)
     if re.fullmatch("[A-J]{2,}", letters) and len(set(letters)) == len(letters):
         return letters, None
+    if found := re.fullmatch(r"\(?([A-J]) ?[).:] ?(.+)", text, re.DOTALL):
+        # Another letter, another choice: (A) 5 and (B) 6 chooses nothing.
+        return (None, None) if re.search(r"\b[A-J]\b", found[2]) else (found[1], found[2].strip())
     return None, None
 
 
@@ -206,7 +223,7 @@ def same_letters(given: str, right: str) -> bool:
 
 def split_base(text: str) -> tuple[str, int] | None:
     """The digits and the base of a number as 1011_2."""
-    found = re.fullmatch(r"\(?(\d[\dA-F]*)\)?_\{?(\d{1,2})\}?", text.replace(" ", ""))
+    found = re.fullmatch(r"\(?(\d[\dA-F]{0,99})\)?_\{?(\d{1,2})\}?", text.replace(" ", ""))
     if not found:
         return None
     base = int(found[2])

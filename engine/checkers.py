@@ -22,9 +22,11 @@ _WORDS = re.compile(
     re.IGNORECASE,
 )
 _ANSWER_IS = re.compile(
-    r"(?:answer|option|choice)(?:\s+is\b|:)[\s:*]*(\S.*)|(?:option|choice)\s+(\(?[A-J]\)?)[.\s]*$",
+    r"(?:answer|option|choice)(?:\s+is\b|:)[\s:*]*(\S.*)"
+    r"|(?:option|choice)\s+(\(?[A-J]\)?)(?:[.\s]*$|\s+is\s+(?:the\s+)?(?:correct|right))",
     re.IGNORECASE | re.MULTILINE,
 )
+_REASON = re.compile(r"[\s,;]*\b(?:because|since)\b.*", re.IGNORECASE)
 _THINK = re.compile(r"</?think(?:ing)?>")
 # Boxes that final_answer does not know: \framebox{7}, \boxed 7.
 _OTHER_BOX = re.compile(r"\\framebox\s*(?=\{)|\\boxed\s+(-?[\d.]+|[A-J])\b")
@@ -182,6 +184,8 @@ class MathChecker:
         right, right_unit = forms.split_unit(right)
         if given_unit and right_unit and given_unit != right_unit:
             return False
+        if forms.bounds(given) != forms.bounds(right):
+            return False
         if len(forms.elements(right)) > 1 and (
             forms.is_tuple(given) or forms.repeats(given)[0] != forms.repeats(right)[0]
         ):
@@ -265,7 +269,9 @@ def _words(text: str) -> str | None:
 
 def _unmarked_words(completion: str) -> str:
     said = list(_ANSWER_IS.finditer(completion))
-    return (said[-1][1] or said[-1][2]) if said else completion.strip().splitlines()[-1]
+    if not said:
+        return completion.strip().splitlines()[-1]
+    return _REASON.sub("", said[-1][1] or said[-1][2])
 
 
 def _serve(connection: Connection) -> None:
