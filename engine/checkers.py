@@ -121,6 +121,7 @@ def _plain(text: str) -> str:
 class MathChecker:
     r"""Right when the answers are mathematically equal, by the library math-verify.
 
+    Thoughts (<think>) do not count; a text that ends in a thought or an open box has no answer.
     The completion's answer is the marked one (`final_answer`), else what math-verify finds, which
     is the last formula or number unless words such as "the answer is" point to one. A right answer
     that is words, or the letter of a choice, is compared as text, whatever the case: as a formula
