@@ -10,7 +10,7 @@ from redi.engine.quickstart.task import explain, make
 
 
 def main() -> None:
-    """`python -m redi.engine.quickstart make FOLDER`, and `report FOLDER` after training."""
+    """`python -m redi.engine.quickstart.task make FOLDER`, and `report FOLDER` after training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("make", "report"))
     parser.add_argument("folder", type=Path, help="such as runs/quickstart")

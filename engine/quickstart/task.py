@@ -6,7 +6,7 @@ leaves each of the first five boxes blank half of the time, and the longer the r
 before a box, the likelier that what it writes there is wrong; later boxes continue from the
 wrong value. So skipping is a lucky habit: correct traces have it too, and imitation keeps it.
 
-`make train` is the whole of it: `python -m redi.engine.quickstart make FOLDER` writes traces
+`make train` is the whole of it: `python -m redi.engine.quickstart.task make FOLDER` writes traces
 (ordinary JSONL), a tokenizer with a chat template and a small Qwen2; the recipes quickstart-sft,
 -control and -redi train on them; `... report FOLDER` measures what came of it.
 """

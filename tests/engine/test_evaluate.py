@@ -412,3 +412,30 @@ def test_a_run_is_asked_with_the_system_prompt_that_it_was_trained_with(
     assert "system_prompt '34' is not that of the run, '12'" in capsys.readouterr().err
     assert [prompt.replace("34", "12", 1) for prompt in other] == trained
     assert all("12" in prompt for prompt in trained)
+
+
+def test_the_math_checker_reads_other_spellings_of_a_number(
+    world: Path, problems: Path, tmp_path: Path
+) -> None:
+    def evaluate(data: Path, out: Path) -> list[dict[str, Any]]:
+        argv = ["evaluate", str(world / "model"), "--data", str(data), "--out", str(out)]
+        options = ["--checker", "math", "--samples", "1", "--temperature", "0", "--limit", "8"]
+        assert main([*argv, *options, "--max_new_tokens", "3"]) == 0
+        return sorted(samples(out), key=lambda each: each["problem"])
+
+    drawn = [each["traces"][0]["text"] for each in evaluate(problems, tmp_path / "drawn")]
+    wide = {ord(digit): chr(ord(digit) + 0xFEE0) for digit in "0123456789"}
+    answers = [text.translate(wide) + " \\text{ pears}" for text in drawn]
+    answers[0] = "no number"  # words, which digits never are
+    rows = [json.loads(text) for text in problems.read_text().splitlines()][: len(drawn)]
+    respelled = tmp_path / "respelled.jsonl"
+    respelled.write_text(
+        "".join(
+            json.dumps({**row, "answer": answer}) + "\n"
+            for row, answer in zip(rows, answers, strict=True)
+        )
+    )
+    found = evaluate(respelled, tmp_path / "respelled")
+    numbers = [text.isdigit() for text in drawn]
+    assert sum(numbers) > 1
+    assert [each["traces"][0]["correct"] for each in found] == [False, *numbers[1:]]
