@@ -108,6 +108,8 @@ def _config_problem(config: Any) -> str | None:
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return f"{kind} is not a causal language model"
+    if getattr(config, "is_decoder", None) is False and not hasattr(config, "rope_parameters"):
+        return f"{kind} has is_decoder = false; a causal language model is needed"
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are quantized (quantization_config), which cannot be trained"
     for name, meaning in UNSUPPORTED.items():
@@ -131,6 +133,8 @@ def _config_problem(config: Any) -> str | None:
 
 
 def _is_composite(config: Any) -> bool:
+    if {"vision_config", "audio_config"} & set(config.sub_configs):
+        return True
     try:
         return config.get_text_config() is not config
     except ValueError:  # it has several
