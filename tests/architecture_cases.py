@@ -208,7 +208,7 @@ def _try(kind: str, variant: str, config: Any, folder: str) -> Seen:
         out = student(batch, totals)
         out.loss.backward()
         norm = float(clip(student, 0))
-        loss = float(out.loss)
+        loss = float(out.loss.detach())
 
     logps, expected, gradient = _plain(plain, batch)
     differences = {
@@ -228,7 +228,8 @@ def _try(kind: str, variant: str, config: Any, folder: str) -> Seen:
         plain.zero_grad()
         exact = _plain(plain.double(), batch)[2]
         right = abs(norm - exact) <= 3 * abs(gradient - exact) <= 3e-4 * exact
-        text += f", of float64 {abs(norm - exact) / exact:.1e} (transformers {abs(gradient - exact) / exact:.1e})"
+        ours, theirs = (abs(value - exact) / exact for value in (norm, gradient))
+        text += f"; from float64 {ours:.1e}, transformers {theirs:.1e}"
     return Seen(kind, variant, "works" if right else "wrong", text)
 
 
@@ -238,7 +239,7 @@ def _draw(model: torch.nn.Module) -> None:
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
                 noise = torch.randn_like(tensor)
-                tensor.copy_(0.1 * noise if tensor.dim() > 1 else tensor + 0.1 * noise)
+                tensor.copy_(0.2 * noise if tensor.dim() > 1 else tensor + 0.1 * noise)
 
 
 def _plain(model: Any, batch: Any) -> tuple[torch.Tensor, float, float]:
@@ -342,7 +343,8 @@ for your checkpoint, whose configuration may differ from the type's default.
 The table below is made by a test: of each type a model of four small layers is built with the
 type's default features, saved and loaded as a run does it, and trained on a row of three packed
 documents, in float32 on a CPU. "works": log-probs, REDI's loss and the gradient norm equal those of
-transformers' own eager attention, document by document, to 1e-5. Where the default has sliding or
+transformers' own eager attention, document by document, to 1e-5 (a gradient norm that float32
+gives no better: as close to float64's as transformers'). Where the default has sliding or
 other layers, the type is tried again with full attention in every layer, which some of its
 checkpoints have. `python tests/architecture_cases.py --write` makes the table anew
 (transformers {version}).
