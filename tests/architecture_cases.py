@@ -26,15 +26,16 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from redi.engine.config import Model, Objective, Recipe
+from redi.engine.config.sections import ModelConfig, ObjectiveConfig, Recipe
 from redi.engine.console import Console
 from redi.engine.data.packing import build_batch
 from redi.engine.distributed import join_world
 from redi.engine.errors import InputError
+from redi.engine.loss.packed_loss import StepTotals
+from redi.engine.model.build import build_student, model_config
 from redi.engine.model.load import empty_model
-from redi.engine.quickstart import write_model
-from redi.engine.train.loop import build_student, clip, model_config
-from redi.engine.train.row_loss import StepTotals
+from redi.engine.quickstart.task import write_model
+from redi.engine.train.step import clip
 
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
@@ -190,7 +191,8 @@ def _try(kind: str, variant: str, config: Any, folder: str) -> Seen:
     write_model(Path(folder), seed=0)  # for its tokenizer
     config.save_pretrained(folder)
     recipe = Recipe(
-        model=Model(path=folder, liger="off"), objective=Objective(name="redi", alpha=ALPHA)
+        model=ModelConfig(path=folder, liger="off"),
+        objective=ObjectiveConfig(name="redi", alpha=ALPHA),
     )
     config = model_config(recipe)  # refuses most that cannot be trained
     size = sum(p.numel() for p in empty_model(config).parameters())

@@ -24,9 +24,9 @@ from redi.engine.errors import InputError
 from redi.engine.model.build import check_vocabulary, model_config
 from redi.engine.model.flops import run_cost, training_cost
 from redi.engine.plan.cards import Card, Cluster
-from redi.engine.plan.command.types import Alternative, PackedRun, Plan, WorstStep
 from redi.engine.plan.display import show_plan
 from redi.engine.plan.memory import RESERVE, Load, cache_memory, step_memory
+from redi.engine.plan.types import Alternative, PackedRun, Plan, WorstStep
 from redi.engine.train.prepare_data import PreparedData, check_positions, prepare_data
 
 PACKED_STEPS = 500

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from redi.engine.console import Console
-from redi.engine.plan.command.types import Plan
 from redi.engine.plan.memory import RESERVE
 from redi.engine.plan.memory_tracker import PARTS
+from redi.engine.plan.types import Plan
 
 LOW_EFFICIENCY = 0.8
 """Below this rank efficiency a word on why ranks wait is due."""

@@ -34,8 +34,8 @@ from redi.engine.model.flops import head_dim
 from redi.engine.model.sharding import compute_dtype, shard
 from redi.engine.model.student import Student
 from redi.engine.plan.cards import Card
-from redi.engine.plan.command.types import StepMemory
 from redi.engine.plan.memory_tracker import PARTS, LossMemory, MemoryTracker, Phase
+from redi.engine.plan.types import StepMemory
 from redi.engine.train.generation_accuracy import HeldOutProblems
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
 from redi.engine.train.step import clip, forward_backward
