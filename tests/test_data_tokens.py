@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, tokenization_utils_base
 from transformers.utils import chat_template_utils
 
 from redi.engine.console import Console
-from redi.engine.data import digests
+from redi.engine.data import fingerprints
 from redi.engine.data import tokens as tokens_module
 from redi.engine.data.cache import open_cache
 from redi.engine.data.packing import IGNORE, build_batch
@@ -279,7 +279,7 @@ def test_with_a_chat_template_the_template_alone_decides_on_bos(
 
 
 def test_the_date_that_a_template_prints_is_part_of_the_key(tmp_path, monkeypatch):
-    monkeypatch.setattr(digests, "_CLOCK_TICK", 0)  # the digest is remembered at once
+    monkeypatch.setattr(fingerprints, "_CLOCK_TICK", 0)  # the digest is remembered at once
     dated = save_tokenizer(tmp_path / "dated", template="{{ strftime_now('%d %b') }}" + CHATML)
     wanted = settings(write_rows(tmp_path / "rows.jsonl", [PAIR]), dated)
     plain = settings(wanted.paths, dated, template="none")
@@ -395,14 +395,14 @@ def test_tokens_are_read_from_the_cache_and_named_by_todays_path(tmp_path, tiny,
 def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeypatch):
     path, cache = tmp_path / "large.jsonl", tmp_path / "cache"
     with path.open("wb") as file:
-        file.truncate(digests.WORTH_REMEMBERING)
-    monkeypatch.setattr(digests, "_CLOCK_TICK", 0)
+        file.truncate(fingerprints.WORTH_REMEMBERING)
+    monkeypatch.setattr(fingerprints, "_CLOCK_TICK", 0)
     hashed = []
-    really = digests._hashed
-    monkeypatch.setattr(digests, "_hashed", lambda *a: hashed.append(a) or really(*a))
+    really = fingerprints._hashed
+    monkeypatch.setattr(fingerprints, "_hashed", lambda *a: hashed.append(a) or really(*a))
 
     def digest() -> str:
-        return digests.source_fingerprint(Source(str(path), "jsonl"), cache)
+        return fingerprints.source_fingerprint(Source(str(path), "jsonl"), cache)
 
     first = digest()
     assert digest() == first
@@ -419,9 +419,9 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeyp
     (tmp_path / "copy").replace(path)  # another file in its place, with the same bytes and times
     assert digest() == second
     assert len(hashed) == 3
-    (cache / "digests.json").write_text("[")  # cut off
+    (cache / "fingerprints.json").write_text("[")  # cut off
     assert digest() == second
-    monkeypatch.setattr(digests, "_CLOCK_TICK", 3600 * 10**9)
+    monkeypatch.setattr(fingerprints, "_CLOCK_TICK", 3600 * 10**9)
     path.touch()
     digest()
     digest()
@@ -431,27 +431,27 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeyp
 def test_weights_are_hashed_once_and_again_when_one_file_changes(tmp_path, monkeypatch):
     folder, cache = tmp_path / "model", tmp_path / "cache"
     folder.mkdir()
-    assert digests.model_fingerprint(str(folder), cache) is None
-    monkeypatch.setattr(digests, "_CLOCK_TICK", 0)
-    monkeypatch.setattr(digests, "WORTH_REMEMBERING", 6)
+    assert fingerprints.model_fingerprint(str(folder), cache) is None
+    monkeypatch.setattr(fingerprints, "_CLOCK_TICK", 0)
+    monkeypatch.setattr(fingerprints, "WORTH_REMEMBERING", 6)
     (folder / "model-2.safetensors").write_bytes(b"cd")
     (folder / "model-1.safetensors").write_bytes(b"ab")
-    small = digests.model_fingerprint(str(folder), cache)
+    small = fingerprints.model_fingerprint(str(folder), cache)
     assert small == xxhash.xxh3_128_hexdigest(b"abcd")
     assert not cache.exists()
     (folder / "model-3.safetensors").write_bytes(b"ef")
-    large = digests.model_fingerprint(str(folder), cache)
+    large = fingerprints.model_fingerprint(str(folder), cache)
     assert large == xxhash.xxh3_128_hexdigest(b"abcdef")
-    really = digests._hashed
-    monkeypatch.setattr(digests, "_hashed", None)  # would fail if called
-    assert digests.model_fingerprint(str(folder), cache) == large
-    monkeypatch.setattr(digests, "_hashed", really)
+    really = fingerprints._hashed
+    monkeypatch.setattr(fingerprints, "_hashed", None)  # would fail if called
+    assert fingerprints.model_fingerprint(str(folder), cache) == large
+    monkeypatch.setattr(fingerprints, "_hashed", really)
     (folder / "model-2.safetensors").write_bytes(b"CD")
-    assert digests.model_fingerprint(str(folder), cache) == xxhash.xxh3_128_hexdigest(b"abCDef")
+    assert fingerprints.model_fingerprint(str(folder), cache) == xxhash.xxh3_128_hexdigest(b"abCDef")
 
 
 def test_a_set_found_again_loads_no_tokenizer_whose_files_are_as_they_were(tmp_path, monkeypatch):
-    monkeypatch.setattr(digests, "_CLOCK_TICK", 0)
+    monkeypatch.setattr(fingerprints, "_CLOCK_TICK", 0)
     encoder, loads = tokens_module.Encoder, []
     monkeypatch.setattr(tokens_module, "Encoder", lambda *a: loads.append(a) or encoder(*a))
     path = write_rows(tmp_path / "rows.jsonl", [PAIR])
@@ -481,7 +481,7 @@ def test_a_set_found_again_loads_no_tokenizer_whose_files_are_as_they_were(tmp_p
     shutil.rmtree(folder)
     save_tokenizer(folder)  # other files with the content of the first
     assert key() == first
-    monkeypatch.setattr(digests, "version", lambda name: "another")
+    monkeypatch.setattr(fingerprints, "version", lambda name: "another")
     assert key() == first
     assert len(loads) == 6
 
@@ -558,7 +558,7 @@ def test_an_error_in_the_data_leaves_no_cache_behind(tmp_path, tiny):
     with pytest.raises(InputError, match=r"rows.jsonl:301"):
         tokenize(settings(path, tiny), tmp_path / "cache", processes=1, console=QUIET)
     left = {file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()}
-    assert left <= {"digests.json"}
+    assert left <= {"fingerprints.json"}
 
 
 def _tokenize_and_report(wanted: TokenSettings, cache: Path, results: Any) -> None:

@@ -19,7 +19,7 @@ WORTH_REMEMBERING = 1 << 26
 """Bytes; a smaller file is hashed in the time that it takes to look it up."""
 _CLOCK_TICK = 2_000_000_000
 """Nanoseconds: the coarsest clock that a file system stamps its files by."""
-_MEMORY = "digests.json"
+_MEMORY = "fingerprints.json"
 
 
 def source_fingerprint(source: Source, cache_dir: Path) -> str:

@@ -15,7 +15,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import torch
-from redi.engine.config import Model, Recipe
+from redi.engine.config.sections import ModelConfig, Recipe
 from redi.engine.console import Console
 from redi.engine.distributed import join_world
 from redi.engine.model import export
@@ -30,7 +30,7 @@ path, out = sys.argv[1:]
 export.FILE_BYTES = 100_000_000
 with join_world() as world:
     before = memory("VmRSS")
-    recipe = Recipe(model=Model(path=path))
+    recipe = Recipe(model=ModelConfig(path=path))
     config = model_config(recipe)
     student, tokenizer = build_student(recipe, config, torch.float32, world, Console(active=False))
     loading = memory("VmHWM") - before

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redi.engine.cli import main
 from redi.engine.data import cache
-from redi.engine.train import sequence_scores
+from redi.engine.train import score_traces
 
 Steps = Callable[[Path], list[dict[str, Any]]]
 
@@ -24,7 +24,7 @@ Steps = Callable[[Path], list[dict[str, Any]]]
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Blocks of 32 traces; returns the cache folder of this test alone."""
-    monkeypatch.setattr(sequence_scores, "BLOCK", 32)
+    monkeypatch.setattr(score_traces, "BLOCK", 32)
     monkeypatch.setenv("REDI_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -76,7 +76,7 @@ def test_without_a_gradient_a_cpu_gets_short_rows_that_hold_the_longest_trace(
     device: str, row_tokens: int, longest: int, expected: int
 ) -> None:
     lengths = np.array([3, longest, 5])
-    found = sequence_scores.scored_row_tokens(row_tokens, lengths, torch.device(device))
+    found = score_traces.scored_row_tokens(row_tokens, lengths, torch.device(device))
     assert found == expected
 
 
@@ -92,13 +92,13 @@ def test_a_pass_that_was_killed_scores_only_what_is_missing(
     blocks[1].unlink()
     blocks[2].write_bytes(blocks[2].read_bytes()[:-9])  # cut off
     done: list[int] = []
-    score = sequence_scores._score_block
+    score = score_traces._score_block
 
     def counted(*args: Any) -> np.ndarray:
         done.append(len(args[2]))
         return score(*args)
 
-    monkeypatch.setattr(sequence_scores, "_score_block", counted)
+    monkeypatch.setattr(score_traces, "_score_block", counted)
     assert main([*map(str, line)]) == 0
     assert len(done) == 2
     assert pq.read_table(out).equals(first)
