@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from redi.engine.generation.checkers import ExactChecker, MathChecker, final_answer, open_checker
+from redi.engine.data.final_answer import final_answer
+from redi.engine.generation.checkers import ExactChecker, MathChecker, open_checker
 
 
 @pytest.fixture(scope="module")

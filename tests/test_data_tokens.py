@@ -447,7 +447,9 @@ def test_weights_are_hashed_once_and_again_when_one_file_changes(tmp_path, monke
     assert fingerprints.model_fingerprint(str(folder), cache) == large
     monkeypatch.setattr(fingerprints, "_hashed", really)
     (folder / "model-2.safetensors").write_bytes(b"CD")
-    assert fingerprints.model_fingerprint(str(folder), cache) == xxhash.xxh3_128_hexdigest(b"abCDef")
+    assert fingerprints.model_fingerprint(str(folder), cache) == xxhash.xxh3_128_hexdigest(
+        b"abCDef"
+    )
 
 
 def test_a_set_found_again_loads_no_tokenizer_whose_files_are_as_they_were(tmp_path, monkeypatch):

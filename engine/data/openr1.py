@@ -11,10 +11,10 @@ from itertools import product
 from typing import Any, Literal
 
 from redi.engine.config.ranges import NOT_NEGATIVE, check_ranges, ranged
+from redi.engine.data.final_answer import final_answer
 from redi.engine.data.rows import Row
 from redi.engine.data.traces import Generation, read_openr1, read_text
 from redi.engine.errors import InputError
-from redi.engine.generation.checkers import final_answer
 
 _START_OF_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
 # The last line that says "answer": a thought may hold such a line of its own.

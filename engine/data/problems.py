@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from redi.engine.data.final_answer import final_answer
 from redi.engine.data.formats import ANSWER_COLUMNS, ID_COLUMNS, PROMPT_COLUMNS
 from redi.engine.data.rows import Row, read_source
 from redi.engine.data.sources import find_sources
 from redi.engine.data.traces import Message, as_messages, read_prompt
 from redi.engine.errors import InputError
-from redi.engine.generation.checkers import final_answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from redi.engine.config.patterns import answer_pattern
+from redi.engine.data.final_answer import BOX, closing_brace, final_answer
 from redi.engine.generation import answer_forms as forms
 
-_BOX = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 # Three letters, or two that are a word: xy is a product, and equals yx.
 _WORDS = re.compile(
@@ -46,36 +46,6 @@ class CheckResult:
 
 Checker = Callable[[str, str, str], CheckResult]
 """(prompt, completion, right answer) -> verdict."""
-
-
-def final_answer(text: str) -> str | None:
-    r"""The answer that a text marks: its last complete \boxed{...}, else what follows "####".
-
-    A box that holds nothing but a box is opened too. None if the text marks no answer.
-    """
-    content, end = None, 0
-    for opened in _BOX.finditer(text):
-        if opened.start() >= end and (closed := _closing_brace(text, opened.end())) is not None:
-            content, end = text[opened.end() : closed].strip(), closed + 1
-    if content is not None:
-        inner = _BOX.match(content)
-        if inner and _closing_brace(content, inner.end()) == len(content) - 1:
-            return final_answer(content)
-        return content
-    _, found, rest = text.rpartition("####")
-    line = rest.strip().split("\n")[0].strip()
-    return line if found and line else None
-
-
-def _closing_brace(text: str, start: int) -> int | None:
-    """Where the brace that opened before `start` closes."""
-    depth = 1
-    for place in range(start, len(text)):
-        if text[place] in "{}" and (place == 0 or text[place - 1] != "\\"):
-            depth += 1 if text[place] == "{" else -1
-            if not depth:
-                return place
-    return None
 
 
 class ExactChecker:
@@ -248,8 +218,8 @@ def _conclusion(completion: str) -> str | None:
     said = _OTHER_BOX.sub(
         lambda box: rf"\boxed{{{box[1]}}}" if box[1] else r"\boxed", completion[start:]
     )
-    opened = list(_BOX.finditer(said))
-    if _OPEN_BOX.search(said) or (opened and _closing_brace(said, opened[-1].end()) is None):
+    opened = list(BOX.finditer(said))
+    if _OPEN_BOX.search(said) or (opened and closing_brace(said, opened[-1].end()) is None):
         return None
     return said
 
