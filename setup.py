@@ -31,7 +31,7 @@ EXTRAS = {
     "liger": ["liger-kernel>=0.8; sys_platform == 'linux'"],
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "tensorboard": ["tensorboard>=2.16"],
-    "trl": ["trl>=1.16"],  # tests/engine/test_trl.py compares with its losses
+    "trl": ["trl>=1.16"],  # tests/engine/loss/test_trl.py compares with its losses
     "vllm": ["vllm>=0.10; sys_platform == 'linux'"],
     "wandb": ["wandb>=0.18"],
     "gguf": ["accelerate>=1.0", "gguf>=0.17"],

@@ -28,10 +28,10 @@ INSTEAD = {
 }
 # Commands that another test runs, or that only set up what runs the tests.
 ELSEWHERE = {
-    "make train": "tests/engine/test_quickstart.py trains the quickstart in full",
+    "make train": "tests/engine/quickstart/test_quickstart.py trains the quickstart in full",
     "make test": "this is part of it",
     "torchrun --nproc-per-node 8 -m redi.engine.cli train engine/recipes/paper-": (
-        "tests/engine/test_paper_recipes.py runs two steps of each"
+        "tests/engine/config/test_paper_recipes.py runs two steps of each"
     ),
 }
 

@@ -490,7 +490,7 @@ def test_the_slurm_script_trains_on_two_nodes_and_outlives_a_rank(
     with log.open("ab") as file:
         job = subprocess.Popen(
             ["bash", "docs/slurm.sh", str(path)],
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
             stdout=file,
             stderr=file,
             env={
