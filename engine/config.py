@@ -125,7 +125,7 @@ class Data:
         for teacher, weight in self.teacher_weights.items():
             _require(
                 math.isfinite(weight) and weight > 0,
-                f"data.teacher_weights: {teacher} must be finite and > 0, got {weight}",
+                f"data.teacher_weights.{teacher} must be finite and > 0, got {weight}",
             )
 
     @property
@@ -419,6 +419,15 @@ SECTIONS: dict[str, type] = {
     "run": Run,
 }
 KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section))
+TABLES = tuple(
+    f"{name}.{f.name}"
+    for name, section in SECTIONS.items()
+    for f in fields(section)
+    if str(f.type).startswith("dict[str, float]")
+)
+"""Keys whose value is a table of numbers by name."""
+_DOT = "\x1f"
+"""Stands for a dot in a name of a table while jsonargparse, which splits at dots, reads it."""
 
 # What the help calls the arguments that argparse names by their variables.
 ARGUMENTS = {
@@ -490,10 +499,18 @@ def help_formatter() -> type[HelpFormatter]:
 
 def build_parser(prog: str, description: str, examples: str = TRAIN_EXAMPLES) -> ArgumentParser:
     """The parser of one recipe: `recipes...` and every dotted key as an option."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+    class Parser(ArgumentParser):
+        def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Namespace:
+            found = super().parse_args(_whole_names(args), *more, **options)
+            for key in TABLES:
+                table = found[key]
+                found[key] = {name.replace(_DOT, "."): value for name, value in table.items()}
+            return found
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage=f"{prog} RECIPE.toml [MORE.toml ...] [--section.key value ...]",
         description=description,
@@ -510,6 +527,30 @@ def build_parser(prog: str, description: str, examples: str = TRAIN_EXAMPLES) ->
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
     return parser
+
+
+def _whole_names(argv: Sequence[str]) -> list[str]:
+    """A command line whose options `--data.teacher_weights.NAME` keep NAME whole, dots and all.
+
+    Raises:
+        InputError: one that sets no number.
+    """
+    words = list(argv)
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        for key in TABLES:
+            if option.startswith(f"--{key}."):
+                if not equals:
+                    value = words[place + 1] if place + 1 < len(words) else "nothing"
+                try:
+                    finite = math.isfinite(float(value))
+                except ValueError:
+                    finite = False
+                if not finite:
+                    raise InputError(f"{option[2:]}: needs a number, got {value}")
+                name = option.removeprefix(f"--{key}.").replace(".", _DOT)
+                words[place] = f"--{key}.{name}{equals}{value if equals else ''}"
+    return words
 
 
 def load_recipe(parser: ArgumentParser, path: str, argv: Sequence[str]) -> Recipe:
@@ -539,6 +580,12 @@ def load_recipe(parser: ArgumentParser, path: str, argv: Sequence[str]) -> Recip
     for key in _dotted(content):
         if key not in KEYS:
             raise InputError(f"{path}: {_unknown(key)}")
+    for key in TABLES:
+        section, name = key.split(".")
+        table = content.get(section, {}).get(name)
+        for entry in _dotted(table) if isinstance(table, Mapping) else ():
+            if entry not in table:
+                raise InputError(f'{path}: {key}: a name with a dot needs quotes: "{entry}"')
     overridden = {a[2:].split("=")[0] for a in argv if a.startswith("--")}
     try:
         values = parser.parse_args(["--recipe", path, *argv])
@@ -633,6 +680,7 @@ def plain_type(annotation: object) -> str:
     text = re.sub(r"list\[one of (\[[^]]*\])\]", r"a list of \1", text)
     text = text.replace("tuple[float, float]", "two numbers such as [0.9,0.999]")
     text = text.replace("list[float]", "a list of numbers")
+    text = text.replace("dict[str, float]", "a table of numbers such as { r1 = 2.0 }")
     for python, plain in (("str", "text"), ("int", "a whole number"), ("float", "a number")):
         text = re.sub(rf"\b{python}\b", plain, text)
     return re.sub(r"\s+", " ", text.replace("bool", "true or false")).strip()
