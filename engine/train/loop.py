@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,6 +68,8 @@ from redi.engine.train.run_folder import (
     check_same_model,
     check_same_recipe,
     check_writable,
+    finish,
+    read_before,
     write_run_dir,
 )
 from redi.engine.train.sequence_scores import set_reference
@@ -100,8 +103,11 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
     """
     run_dir = Path(recipe.run.dir or "")
     check_same_recipe(recipe, run_dir)
-    if (run_dir / "export").is_dir():
-        console.say(f"{run_dir}: finished already; the model is in {run_dir / 'export'}")
+    before = read_before(run_dir)
+    asked_for = (recipe.train.epochs, recipe.train.max_steps)
+    finished_already = f"{run_dir}: finished already; the model is in {run_dir / 'export'}"
+    if before.finished and before.limits == asked_for:
+        console.say(finished_already)
         return True
     check_not_collapsed(recipe.guard, run_dir)
     if world.is_main:
@@ -141,6 +147,12 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
 
     data = world.main_first(prepare)
     check_same_data(data.keys, run_dir)
+    total = data.schedule.total_steps
+    first_total, old_total = before.totals(data.schedule)
+    if before.finished and total == old_total:
+        console.say(finished_already)
+        return True
+    before.check_not_shortened(total, old_total, run_dir)
     check_positions(
         data.tokens,
         data.examples.lengths,
@@ -190,10 +202,23 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
     try:
         if world.is_main:
             keys = data.keys | {"model": weights}
-            write_run_dir(recipe, keys, overview, dtype, run_dir, world)
-        finished = _train(recipe, run_dir, data, cost, student, optimizer, world, console, stop)
+            write_run_dir(recipe, keys, overview, dtype, run_dir, world, old_total)
+        rate = learning_rate(recipe.optim, total, first_total)
+        if total > old_total:
+            console.say(f"{run_dir}: lengthened from {old_total} to {total} steps")
+            if before.finished and recipe.optim.schedule != "constant":
+                console.warn(
+                    f'optim.schedule = "{recipe.optim.schedule}" had ended at 0 after step '
+                    f"{old_total}; step {old_total + 1} takes the rate of {total} steps, "
+                    f"{rate(old_total + 1):g}: not what {total} steps at once would have come to"
+                )
+        finished = _train(
+            recipe, run_dir, data, rate, cost, student, optimizer, world, console, stop
+        )
         if finished:
             export(student, tokenizer, run_dir / "export", dtype, world)
+            if world.is_main:
+                finish(run_dir)
             console.say(f"{run_dir}: done; the model is in {run_dir / 'export'}")
     except (OSError, SafetensorError) as error:
         raise RunError(
@@ -402,6 +427,7 @@ def _train(
     recipe: Recipe,
     run_dir: Path,
     data: PreparedData,
+    rate: Callable[[int], float],
     cost: Cost,
     student: Student,
     optimizer: torch.optim.AdamW,
@@ -424,7 +450,6 @@ def _train(
         workers=recipe.data.workers,
         pin=world.device.type == "cuda",
     )
-    rate = learning_rate(recipe.optim, total)
     trackers = open_trackers(recipe, run_dir, done) if world.is_main else []
     metrics = MetricsLog(run_dir / "metrics.jsonl", done, trackers, active=world.is_main)
     progress = console.steps(total, done)
@@ -464,7 +489,8 @@ def _train(
         for batches in loader.steps(done):
             step = batches.step
             # Dropout, where a model has it, depends on seed, step and rank: nothing to save.
-            torch.manual_seed((recipe.train.seed * total + step) * world.size + world.rank)
+            drawn = np.random.SeedSequence([recipe.train.seed, step, world.rank])
+            torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]))
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
             done_rows = forward_backward(student, batches, world.device, recipe.shard.reduce)

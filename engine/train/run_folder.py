@@ -11,7 +11,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +20,15 @@ import torch
 
 from redi.engine.config import Recipe, changed_keys, dump_recipe
 from redi.engine.data.overview import Overview
+from redi.engine.data.schedule import Schedule
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
+from redi.engine.train.checkpoint import complete_checkpoints
 
 RECIPE = "recipe.toml"
 MANIFEST = "manifest.json"
+LIMITS = ("train.epochs", "train.max_steps")
+"""What a run may be given more of."""
 
 
 def model_path(path: str, name: str) -> str:
@@ -97,8 +101,91 @@ def check_writable(run_dir: Path) -> None:
         ) from None
 
 
+@dataclass(frozen=True)
+class Before:
+    """What a run folder held before this command.
+
+    Read at the start, by every rank: rank 0 writes it anew only when all have begun to train.
+    """
+
+    limits: tuple[int | None, int | None] | None
+    """train.epochs and train.max_steps of its recipe; None: there is no run yet."""
+    lengthened: tuple[dict[str, Any], ...] = ()
+    """The manifest's: {"from": steps, "to": steps, "pending": bool} for each time."""
+    finished: bool = False
+    """Whether it has the export of what was asked for last."""
+    exported: bool = False
+    """Whether it has an export, be it the one from before it was lengthened."""
+
+    def totals(self, schedule: Schedule) -> tuple[int, int]:
+        """Steps that the run began with, and those that were asked for last.
+
+        Args:
+            schedule: of the recipe now; the data is the same.
+        """
+        if self.lengthened:
+            return self.lengthened[0]["from"], self.lengthened[-1]["to"]
+        if self.limits is None:
+            return schedule.total_steps, schedule.total_steps
+        epochs, max_steps = self.limits
+        total = replace(schedule, epochs=epochs, max_steps=max_steps).total_steps
+        return total, total
+
+    def check_not_shortened(self, total: int, old: int, run_dir: Path) -> None:
+        """A run can be given more steps, not fewer, and goes on from a checkpoint.
+
+        Args:
+            total, old: steps of the recipe now, and those asked for last.
+
+        Raises:
+            InputError: they are fewer, or the checkpoints of what was exported are gone.
+        """
+        if total < old:
+            raise InputError(
+                f"run.dir: {run_dir} holds a run of {old} steps, and train.epochs and "
+                f"train.max_steps now give {total}: a run can only be lengthened; name another "
+                "run.dir, or change them back to go on"
+            )
+        if self.exported and not complete_checkpoints(run_dir):
+            raise InputError(
+                f"run.dir: {run_dir} cannot be lengthened to {total} steps: it has no checkpoint "
+                f"left to go on from; name another run.dir (model.path may be {run_dir / 'export'})"
+            )
+
+
+def read_before(run_dir: Path) -> Before:
+    """What the folder holds of an earlier command; `check_same_recipe` has found it good."""
+    if not (run_dir / RECIPE).is_file():
+        return Before(limits=None)
+    train = tomllib.loads((run_dir / RECIPE).read_text(encoding="utf-8")).get("train", {})
+    lengthened = _lengthened(run_dir)
+    exported = (run_dir / "export").is_dir()
+    limits = (train.get("epochs"), train.get("max_steps"))
+    return Before(limits, tuple(lengthened), is_finished(run_dir), exported)
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run has its export, and was not lengthened since."""
+    exported = (run_dir / "export").is_dir()
+    return exported and not any(one["pending"] for one in _lengthened(run_dir))
+
+
+def _lengthened(run_dir: Path) -> list[dict[str, Any]]:
+    if not (run_dir / MANIFEST).is_file():
+        return []
+    return json.loads((run_dir / MANIFEST).read_text(encoding="utf-8")).get("lengthened", [])
+
+
+def finish(run_dir: Path) -> None:
+    """Note that the export is that of all steps asked for."""
+    lengthened = _lengthened(run_dir)
+    if any(one["pending"] for one in lengthened):
+        done = [one | {"pending": False} for one in lengthened]
+        add_to_manifest(run_dir, lengthened=done)
+
+
 def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
-    """A run folder belongs to one recipe."""
+    """A run folder belongs to one recipe; what may be more than it was is for `Before`."""
     if not run_dir.exists():
         return
     if not run_dir.is_dir() or (any(run_dir.iterdir()) and not (run_dir / RECIPE).is_file()):
@@ -114,6 +201,8 @@ def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{run_dir / RECIPE}: damaged ({error}); name another run.dir") from None
     for key in changed_keys(old, recipe):
+        if key in LIMITS:
+            continue
         section, name = key.split(".")
         raise InputError(
             f"run.dir: {run_dir} holds a run with another {key} "
@@ -157,14 +246,21 @@ def write_run_dir(
     dtype: torch.dtype,
     run_dir: Path,
     world: World,
+    old_steps: int,
 ) -> None:
     """Start the run folder; it appears with recipe and manifest whole, or not at all.
 
     Args:
         keys: hashes of "data", "eval" and "model".
+        old_steps: those of an earlier command, or the overview's.
     """
     if (run_dir / RECIPE).is_file():
         folder = run_dir  # what may differ on resume is noted
+        if overview.steps > old_steps:
+            # Before the recipe: a run that is killed between them is unfinished, not another one.
+            step = {"from": old_steps, "to": overview.steps, "pending": True}
+            lengthened = [*_lengthened(run_dir), step]
+            add_to_manifest(run_dir, lengthened=lengthened, overview=asdict(overview))
     else:
         folder = run_dir.with_name(run_dir.name + ".partial")
         shutil.rmtree(folder, ignore_errors=True)
