@@ -146,7 +146,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
             return prepare_data(recipe, world, console)
 
     data = world.main_first(prepare)
-    check_same_data(data.keys, run_dir)
+    check_same_data(data.keys, data.parts, run_dir)
     total = data.schedule.total_steps
     first_total, old_total = before.totals(data.schedule)
     if before.finished and total == old_total:
@@ -201,7 +201,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         optimizer = make_optimizer(student, recipe.optim)
     try:
         if world.is_main:
-            keys = data.keys | {"model": weights}
+            keys = data.keys | {"model": weights, "parts": data.parts}
             write_run_dir(recipe, keys, overview, dtype, run_dir, world, old_total)
         rate = learning_rate(recipe.optim, total, first_total)
         if total > old_total:
@@ -289,6 +289,12 @@ class PreparedData:
         """Hashes of the tokenized sets, by section of the recipe."""
         held_out = self.held_out.tokens.key if self.held_out else None
         return {"data": self.tokens.key, "eval": held_out}
+
+    @property
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """What those are hashes of."""
+        held_out = self.held_out.tokens.parts if self.held_out else {}
+        return {"data": self.tokens.parts, "eval": held_out}
 
     def look_over(self, row_tokens: int, ranks: int, cost: Cost) -> Overview:
         """What a run on so many ranks would train; see `look_over`."""

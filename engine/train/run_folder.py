@@ -27,6 +27,8 @@ from redi.engine.train.checkpoint import complete_checkpoints
 
 RECIPE = "recipe.toml"
 MANIFEST = "manifest.json"
+NAMED_FILES = 3
+"""Files that a message names at most."""
 LIMITS = ("train.epochs", "train.max_steps")
 """What a run may be given more of."""
 
@@ -211,17 +213,56 @@ def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
         )
 
 
-def check_same_data(data_keys: Mapping[str, str | None], run_dir: Path) -> None:
-    """The files of a run may not change under it."""
+def check_same_data(
+    data_keys: Mapping[str, str | None], parts: Mapping[str, dict[str, Any]], run_dir: Path
+) -> None:
+    """The files of a run may not change under it.
+
+    Args:
+        data_keys: hashes of the tokenized sets, by section of the recipe.
+        parts: what they are hashes of, as `TokenizedTraces` has it.
+    """
     if not (run_dir / MANIFEST).is_file():
         return
     old = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))
     for name, key in data_keys.items():
         if old[name] != key:
+            before = old.get("parts", {}).get(name) or {}
+            found = before and what_changed(before, parts[name])
+            what = "changed" if found else "the data or tokenizer has changed"
             raise InputError(
-                f"{name}.path: the data or tokenizer has changed since {run_dir} began; "
+                f"{name}.path: {what} since {run_dir} began{': ' if found else ''}{found or ''}; "
                 "name another run.dir, or put it back to go on"
             )
+
+
+def what_changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Which parts of a tokenized set differ, in a user's words; "" for none."""
+    found = []
+    before, now = dict(old["files"]), dict(new.get("files", ()))
+    for name in sorted({*before, *now}):
+        if name in before and name in now and before[name] != now[name]:
+            found.append(name)
+        elif name not in before and now[name] not in before.values():
+            found.append(f"{name} (new)")
+        elif name not in now and before[name] not in now.values():
+            found.append(f"{name} (gone)")
+    if len(found) > NAMED_FILES:
+        found[NAMED_FILES:] = [f"{len(found) - NAMED_FILES} more files"]
+    if not found and [*before.values()] != [*now.values()]:
+        found.append("the order of the files")
+    named = {
+        "tokenizer": "the tokenizer or its chat template",
+        "version": "how redi-engine tokenizes",
+        **{name: f"data.{name}" for name in ("format", "template", "system_prompt")},
+    }
+    found += [words for part, words in named.items() if old[part] != new.get(part)]
+    lines = [str(parts.get("rendering")).splitlines() for parts in (old, new)]
+    for one, other in zip(*lines, strict=False):
+        if one != other:
+            found.append(f"what the chat template prints ({one!r}, now {other!r})")
+            break
+    return ", ".join(found)
 
 
 def check_same_model(digest: str | None, run_dir: Path) -> None:
@@ -241,7 +282,7 @@ def check_same_model(digest: str | None, run_dir: Path) -> None:
 
 def write_run_dir(
     recipe: Recipe,
-    keys: Mapping[str, str | None],
+    keys: Mapping[str, Any],
     overview: Overview,
     dtype: torch.dtype,
     run_dir: Path,
@@ -251,7 +292,7 @@ def write_run_dir(
     """Start the run folder; it appears with recipe and manifest whole, or not at all.
 
     Args:
-        keys: hashes of "data", "eval" and "model".
+        keys: hashes of "data", "eval" and "model", and the "parts" of the first two.
         old_steps: those of an earlier command, or the overview's.
     """
     if (run_dir / RECIPE).is_file():

@@ -442,3 +442,68 @@ def test_changed_data_is_refused(
     (run_dir / "manifest.json").write_text(json.dumps(manifest | {"data": "another"}))
     assert main(["train", str(recipe("run", SETTINGS))]) == 2
     assert "data.path: the data or tokenizer has changed" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two_files(recipe: WriteRecipe, world: Path, tmp_path: Path) -> Path:
+    """The recipe of a run on a folder of two files, with a tokenizer that shows the time.
+
+    It has one step, and may be lengthened.
+    """
+    data, tokenizer = tmp_path / "data", tmp_path / "tokenizer"
+    data.mkdir()
+    lines = (world / "traces.jsonl").read_text().splitlines(keepends=True)
+    (data / "a.jsonl").write_text("".join(lines[:30]))
+    (data / "b.jsonl").write_text("".join(lines[30:]))
+    shutil.copytree(world / "model", tokenizer)
+    changes = {"data.path": str(data), "model.tokenizer": str(tokenizer), "train.max_steps": 1}
+    return recipe("run", changes)
+
+
+def refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of a run that cannot go on."""
+    capsys.readouterr()
+    assert main(["train", str(path), "--train.max_steps", "2"]) == 2
+    (line,) = [li for li in capsys.readouterr().err.splitlines() if li.startswith("redi: ")]
+    return line
+
+
+def test_a_resume_names_what_has_changed(
+    two_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(two_files)]) == 0
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    began = f"data.path: changed since {run_dir} began: "
+    ending = "; name another run.dir, or put it back to go on"
+    whole = (data / "b.jsonl").read_text()
+    (data / "b.jsonl").write_text("".join(whole.splitlines(keepends=True)[1:]))
+    assert refusal(two_files, capsys) == f"redi: {began}{data / 'b.jsonl'}{ending}"
+    (data / "b.jsonl").write_text(whole)
+    (data / "c.jsonl").write_text(whole.replace("*", "1"))
+    assert f"{began}{data / 'c.jsonl'} (new){ending}" in refusal(two_files, capsys)
+    (data / "c.jsonl").unlink()
+    (data / "b.jsonl").unlink()
+    assert f"{began}{data / 'b.jsonl'} (gone){ending}" in refusal(two_files, capsys)
+    (data / "b.jsonl").write_text(whole)
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    config = file.read_text()
+    file.write_text(json.dumps(json.loads(config) | {"eos_token": "0"}))
+    assert f"{began}the tokenizer or its chat template{ending}" in refusal(two_files, capsys)
+    file.write_text(config)
+    (data / "b.jsonl").rename(data / "renamed.jsonl")  # the same tokens
+    assert main(["train", str(two_files), "--train.max_steps", "2"]) == 0
+
+
+def test_a_resume_names_what_a_template_prints_anew(
+    two_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = (tmp_path / "tokenizer").glob("chat_template.jinja")
+    file.write_text("{{ strftime_now('%H%M%S') }}" + file.read_text())
+    began = time.strftime("%H%M%S")
+    assert main(["train", str(two_files)]) == 0
+    while time.strftime("%H%M%S") == began:
+        time.sleep(0.1)
+    said = refusal(two_files, capsys)
+    assert "began: what the chat template prints ('" in said
+    assert "', now '" in said
+    assert "tokenizer" not in said
