@@ -308,11 +308,11 @@ def logprobs(argv: Sequence[str]) -> None:
     from redi.engine.train.run_folder import trained_prompts
 
     asked = (args.template, args.system_prompt)
-    template, system_prompt, warning = trained_prompts(args.model, *asked)
+    template, system_prompt, eos, warning = trained_prompts(args.model, *asked)
     try:
         recipe = Recipe(
             model=Model(path=args.model),
-            data=Data(path=args.data, template=template, system_prompt=system_prompt),
+            data=Data(path=args.data, template=template, system_prompt=system_prompt, eos=eos),
             train=Train(row_tokens=args.row_tokens),
         )
     except ValueError as error:

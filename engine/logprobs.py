@@ -14,6 +14,8 @@ from redi.engine.config import Recipe
 from redi.engine.console import Console
 from redi.engine.data.digests import model_digest
 from redi.engine.data.overview import unread_warnings
+from redi.engine.data.schedule import closed_by
+from redi.engine.data.text import load_tokenizer
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
 from redi.engine.estimate import training_cost
@@ -33,7 +35,8 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
     """Score every trace of `[data]` under `[model]` and write one Parquet row for each.
 
     Columns: row ("file.jsonl:12"), trace (number in the data), correct, teacher, tokens (scored:
-    the completion with its end), logp_sum, logp_mean and entropy_mean (nats a token; float64).
+    the completion with its end, without it where data.eos leaves it out), logp_sum, logp_mean and
+    entropy_mean (nats a token; float64).
 
     Args:
         recipe: its `[model]`, `[data]`, `train.row_tokens` and `train.dtype` count; a run folder as
@@ -66,6 +69,9 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
     for line in unread_warnings(tokens.unread):
         console.warn(line)
     lengths = tokens.lengths
+    if recipe.data.eos == "left_out":  # what the run did not train is not scored
+        end = load_tokenizer(recipe.model.tokenizer or recipe.model.path or "").eos_token_id
+        lengths = lengths - closed_by(tokens, end)
     longest = int(np.argmax(lengths))
     if lengths[longest] > recipe.train.row_tokens:
         raise InputError(

@@ -56,15 +56,15 @@ def model_path(path: str, name: str) -> str:
 
 def trained_prompts(
     path: str, template: str | None, system_prompt: str | None
-) -> tuple[Literal["chat", "none"], str | None, str | None]:
-    """The template and system prompt to ask a model with: those it was trained with.
+) -> tuple[Literal["chat", "none"], str | None, Literal["trained", "left_out"], str | None]:
+    """The template, system prompt and end rule (data.eos) to ask a model with: its run's.
 
     Args:
         path: a run folder, an export in one, a model folder or hub name.
         template, system_prompt: what the user asked for; None: the run's, else "chat" and none.
 
     Returns:
-        Both, and a warning where the user asked for another than the run's.
+        All three, and a warning where the user asked for another than the run's.
     """
     data: dict[str, Any] = {}
     for folder in (Path(path), Path(path).parent):
@@ -72,19 +72,19 @@ def trained_prompts(
             text = (folder / RECIPE).read_text(encoding="utf-8")
             data = tomllib.loads(text).get("data", {})
             break
-    trained = {"template": data.get("template"), "system_prompt": data.get("system_prompt")}
     asked = {"template": template, "system_prompt": system_prompt}
+    given = {name: value for name, value in asked.items() if value is not None}
     other = [
-        f"{name} {asked[name]!r} is not that of the run, {trained[name]!r}"
-        for name in asked
-        if data and asked[name] is not None and asked[name] != trained[name]
+        f"{name} {value!r} is not that of the run, {data.get(name)!r}"
+        for name, value in given.items()
+        if data and value != data.get(name)
     ]
-    found = {name: trained[name] if asked[name] is None else asked[name] for name in asked}
-    if found["template"] == "none" and system_prompt is None:
-        found["system_prompt"] = None  # the run's has no place without a template
     warning = f"{path}: {'; '.join(other)}: the model was not trained so" if other else None
-    kind: Literal["chat", "none"] = "none" if found["template"] == "none" else "chat"
-    return kind, found["system_prompt"], warning
+    found = data | given
+    eos: Literal["trained", "left_out"] = found.get("eos", "trained")
+    if found.get("template") == "none":
+        return "none", system_prompt, eos, warning  # the run's has no place without a template
+    return "chat", found.get("system_prompt"), eos, warning
 
 
 def check_writable(run_dir: Path) -> None:
