@@ -38,8 +38,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--median-tokens", type=int, default=192, help="of a positive trace")
-    parser.add_argument("--row-tokens", type=int, default=4096)
+    parser.add_argument("--median_tokens", type=int, default=192, help="of a positive trace")
+    parser.add_argument("--row_tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=32768)

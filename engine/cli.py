@@ -293,11 +293,13 @@ def logprobs(argv: Sequence[str]) -> None:
     from redi.engine.train.run_folder import trained_prompts
 
     asked = (args.template, args.system_prompt)
-    template, system_prompt, warning = trained_prompts(args.model, *asked)
+    template, system_prompt, eos, warning = trained_prompts(args.model, *asked)
     try:
         recipe = Recipe(
             model=ModelConfig(path=args.model),
-            data=DataConfig(path=args.data, template=template, system_prompt=system_prompt),
+            data=DataConfig(
+                path=args.data, template=template, system_prompt=system_prompt, eos=eos
+            ),
             train=TrainConfig(row_tokens=args.row_tokens),
         )
     except ValueError as error:

@@ -13,7 +13,9 @@ from transformers.utils import logging as transformers_logging
 from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
 from redi.engine.data.fingerprints import model_fingerprint
+from redi.engine.data.schedule import closed_by
 from redi.engine.data.summary import unread_warnings
+from redi.engine.data.text import load_tokenizer
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
 from redi.engine.model.build import build_student, model_config
@@ -28,7 +30,8 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
     """Score every trace of `[data]` under `[model]` and write one Parquet row for each.
 
     Columns: row ("file.jsonl:12"), trace (number in the data), correct, teacher, tokens (scored:
-    the completion with its end), logp_sum, logp_mean and entropy_mean (nats a token; float64).
+    the completion with its end, without it where data.eos leaves it out), logp_sum, logp_mean and
+    entropy_mean (nats a token; float64).
 
     Args:
         recipe: its `[model]`, `[data]`, `train.row_tokens` and `train.dtype` count; a run folder as
@@ -61,6 +64,9 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
     for line in unread_warnings(tokens.unread):
         console.warn(line)
     lengths = tokens.lengths
+    if recipe.data.eos == "left_out":  # what the run did not train is not scored
+        end = load_tokenizer(recipe.model.tokenizer or recipe.model.path or "").eos_token_id
+        lengths = lengths - closed_by(tokens, end)
     longest = int(np.argmax(lengths))
     if lengths[longest] > recipe.train.row_tokens:
         raise InputError(

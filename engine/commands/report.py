@@ -12,6 +12,7 @@ from typing import Any
 from redi.engine.console import print_table
 from redi.engine.errors import InputError
 from redi.engine.train.metrics import read_metrics
+from redi.engine.train.run_folder import is_finished
 
 # Okabe and Ito's colours: told apart by colour-blind eyes too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -51,7 +52,7 @@ def read_run(run_dir: Path) -> Curves:
             raise InputError(f"{path}: step {line['step']} is damaged")
     held_out = [line for line in lines if line.get("event") == "eval"]
     verdicts = [line for line in lines if line.get("event") in ("collapse", "not_finite")]
-    return Curves(run_dir.name, steps, held_out, verdicts, (run_dir / "export").is_dir())
+    return Curves(run_dir.name, steps, held_out, verdicts, is_finished(run_dir))
 
 
 def report(run_dirs: Sequence[Path]) -> Path:

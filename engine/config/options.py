@@ -18,7 +18,12 @@ Options = TypeVar("Options")
 
 
 def command_parser(
-    command: str, description: str, examples: str, usage: str | None = None, **settings: Any
+    command: str,
+    description: str,
+    examples: str,
+    usage: str | None = None,
+    parser_class: type[ArgumentParser] | None = None,
+    **settings: Any,
 ) -> ArgumentParser:
     """A command's parser. It raises instead of exiting, and the examples end its help.
 
@@ -26,12 +31,13 @@ def command_parser(
         command: "redi evaluate", say.
         examples: an indented line each.
         usage: left out: made from the arguments.
+        parser_class: left out: jsonargparse's own.
         settings: for jsonargparse.
     """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return ArgumentParser(
+    return (parser_class or ArgumentParser)(
         prog=command,
         usage=usage,
         description=description,
@@ -113,6 +119,7 @@ def plain_type(annotation: object) -> str:
     text = re.sub(r"list\[one of (\[[^]]*\])\]", r"a list of \1", text)
     text = text.replace("tuple[float, float]", "two numbers such as [0.9,0.999]")
     text = text.replace("list[float]", "a list of numbers")
+    text = text.replace("dict[str, float]", "a table of numbers such as { r1 = 2.0 }")
     for python, plain in (("str", "text"), ("int", "a whole number"), ("float", "a number")):
         text = re.sub(rf"\b{python}\b", plain, text)
     return re.sub(r"\s+", " ", text.replace("bool", "true or false")).strip()

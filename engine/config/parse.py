@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from argparse import SUPPRESS, ArgumentError
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from redi.engine.config.objectives import OBJECTIVES
 from redi.engine.config.options import command_parser, plain_type
-from redi.engine.config.sections import KEYS, SECTIONS, ObjectiveConfig, Recipe
+from redi.engine.config.sections import KEYS, SECTIONS, TABLES, ObjectiveConfig, Recipe
 from redi.engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ ALIASES = {
     "adam_epsilon": "optim.eps",
 }
 
+_DOT = "\x1f"
+"""Replaces a dot in a name of a table while jsonargparse, which splits at dots, reads it."""
+
 TRAIN_EXAMPLES = """\
 examples:
   redi train sft.toml redi.toml                      both stages; the second starts from the first
@@ -71,6 +75,7 @@ def build_parser(prog: str, description: str, examples: str = TRAIN_EXAMPLES) ->
         description,
         examples,
         f"{prog} RECIPE.toml [MORE.toml ...] [--section.key value ...]",
+        parser_class=_recipe_parser(),
         parser_mode="toml",
         print_config=None,
     )
@@ -80,6 +85,44 @@ def build_parser(prog: str, description: str, examples: str = TRAIN_EXAMPLES) ->
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
     return parser
+
+
+def _recipe_parser() -> type[ArgumentParser]:
+    """A parser that takes `--data.teacher_weights.NAME` with dots in NAME."""
+    from jsonargparse import ArgumentParser, Namespace
+
+    class RecipeParser(ArgumentParser):
+        def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Namespace:
+            found = super().parse_args(_whole_names(args), *more, **options)
+            for key in TABLES:
+                found[key] = {name.replace(_DOT, "."): v for name, v in found[key].items()}
+            return found
+
+    return RecipeParser
+
+
+def _whole_names(argv: Sequence[str]) -> list[str]:
+    """A command line whose options `--data.teacher_weights.NAME` keep NAME whole, dots and all.
+
+    Raises:
+        InputError: one that sets no number.
+    """
+    words = list(argv)
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        for key in TABLES:
+            if option.startswith(f"--{key}."):
+                if not equals:
+                    value = words[place + 1] if place + 1 < len(words) else "nothing"
+                try:
+                    finite = math.isfinite(float(value))
+                except ValueError:
+                    finite = False
+                if not finite:
+                    raise InputError(f"{option[2:]}: needs a number, got {value}")
+                name = option.removeprefix(f"--{key}.").replace(".", _DOT)
+                words[place] = f"--{key}.{name}{equals}{value if equals else ''}"
+    return words
 
 
 def load_recipe(parser: ArgumentParser, path: str, argv: Sequence[str]) -> Recipe:
@@ -109,6 +152,12 @@ def load_recipe(parser: ArgumentParser, path: str, argv: Sequence[str]) -> Recip
     for key in _dotted(content):
         if key not in KEYS:
             raise InputError(f"{path}: {_unknown(key)}")
+    for key in TABLES:
+        section, name = key.split(".")
+        table = content.get(section, {}).get(name)
+        for entry in _dotted(table) if isinstance(table, Mapping) else ():
+            if entry not in table:
+                raise InputError(f'{path}: {key}: a name with a dot needs quotes: "{entry}"')
     overridden = {a[2:].split("=")[0] for a in argv if a.startswith("--")}
     try:
         values = parser.parse_args(["--recipe", path, *argv])

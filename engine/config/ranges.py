@@ -71,7 +71,7 @@ def _numbers(declared: Field[Any], value: Any) -> list[tuple[str, float]]:
     if value is None:
         return []
     if isinstance(value, dict):
-        return [(f"{declared.name}: {key}", number) for key, number in value.items()]
+        return [(f"{declared.name}.{key}", number) for key, number in value.items()]
     if isinstance(value, list | tuple):
         return [(declared.name, number) for number in value]
     return [(declared.name, value)]

@@ -352,6 +352,13 @@ SECTIONS: dict[str, type] = {
     "run": RunConfig,
 }
 KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section))
+TABLES = tuple(
+    f"{name}.{f.name}"
+    for name, section in SECTIONS.items()
+    for f in fields(section)
+    if str(f.type).startswith("dict[str, float]")
+)
+"""Keys whose value is a table of numbers by name."""
 
 
 def check_replicas(section: ShardConfig, world_size: int) -> None:

@@ -71,7 +71,7 @@ def select(
     """
     lengths = tokens.lengths
     if untrained_end is not None:
-        lengths = lengths - _closed_by(tokens, untrained_end)
+        lengths = lengths - closed_by(tokens, untrained_end)
     usable = np.ones(len(tokens), dtype=bool)
     if objective_needs == "positives":
         usable = tokens.signs > 0
@@ -156,7 +156,7 @@ def repeats(*columns: np.ndarray) -> np.ndarray:
     return again
 
 
-def _closed_by(tokens: TokenizedTraces, end: int) -> np.ndarray:
+def closed_by(tokens: TokenizedTraces, end: int) -> np.ndarray:
     """Which traces end with this token behind a completion of others, bool [traces]."""
     last = np.array([tokens.ids(index)[-1] for index in range(len(tokens))])
     return (last == end) & (tokens.lengths - tokens.prompt_lengths > 1)

@@ -47,11 +47,16 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         raise InputError("redi evaluate is one process: start it without torchrun")
     transformers_logging.disable_progress_bar()
     console = Console(quiet=options.quiet)
-    template, system_prompt, warning = trained_prompts(
+    template, system_prompt, eos, warning = trained_prompts(
         options.model, options.template, options.system_prompt
     )
     if warning:
         console.warn(warning)
+    if eos == "left_out":
+        console.warn(
+            f'{options.model}: trained with data.eos = "left_out", without the ends of traces: '
+            "a completion ends where the model before training would, else at max_new_tokens"
+        )
     task = prepare(replace(options, template=template, system_prompt=system_prompt))
     for line in unread_splits(options.data):
         console.warn(line)

@@ -127,8 +127,12 @@ def write_folder(
     for file in partial.iterdir():
         # safetensors writes files that only their owner may read.
         shutil.copymode(partial / "config.json", file)
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)  # it stays until the new one is in its place
     os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _save_config(config: Any, folder: Path) -> None:

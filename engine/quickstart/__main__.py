@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("what", choices=("make", "report"))
     parser.add_argument("folder", type=Path, help="such as runs/quickstart")
     parser.add_argument("--problems", type=int, default=8000, help="of make: to train on")
-    parser.add_argument("--held-out", type=int, default=500, help="of make: to evaluate on")
+    parser.add_argument("--held_out", type=int, default=500, help="of make: to evaluate on")
     parser.add_argument("--seed", type=int, default=0, help="of make")
     arguments = parser.parse_args()
     if arguments.what == "make":

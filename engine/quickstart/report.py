@@ -17,6 +17,7 @@ from redi.engine.console import Console, print_table
 from redi.engine.errors import InputError
 from redi.engine.generation.scoring import mean_and_error, paired_difference
 from redi.engine.quickstart.task import BLANK, DIGITS, is_correct
+from redi.engine.train.run_folder import is_finished
 
 MODELS = {"SFT": "sft", "control": "control", "REDI": "redi"}
 """Name in the table to run folder. The control goes on from SFT with alpha = 0."""
@@ -57,7 +58,7 @@ def report(folder: Path) -> dict[str, Measured]:
         InputError: a model is missing.
     """
     for run in MODELS.values():
-        if not (folder / run / "export").is_dir():
+        if not is_finished(folder / run):
             raise InputError(f"{folder / run}: no trained model here; run `make train` first")
     problems = [json.loads(line)["prompt"] for line in (folder / "test.jsonl").open()]
     found = {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
@@ -36,9 +38,12 @@ from redi.engine.train.prepare_data import (
     prepare_data,
 )
 from redi.engine.train.run_folder import (
+    Before,
     check_same_data,
     check_same_model,
     check_same_recipe,
+    finish,
+    read_before,
     report_what_ran,
     write_run_dir,
 )
@@ -72,8 +77,10 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
     """
     run_dir = Path(recipe.run.dir or "")
     check_same_recipe(recipe, run_dir)
-    if (run_dir / "export").is_dir():
-        console.say(f"{run_dir}: finished already; the model is in {run_dir / 'export'}")
+    before = read_before(run_dir)
+    finished_already = f"{run_dir}: finished already; the model is in {run_dir / 'export'}"
+    if before.finished and before.limits == (recipe.train.epochs, recipe.train.max_steps):
+        console.say(finished_already)
         return True
     found = check_before_data(recipe, run_dir, world)
 
@@ -82,7 +89,13 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
             return prepare_data(recipe, world, console)
 
     data = world.rank0_first(prepare)
-    check_same_data(data.keys, run_dir)
+    check_same_data(data.keys, data.parts, run_dir)
+    total = data.schedule.total_steps
+    first_total, old_total = before.totals(data.schedule)
+    if before.finished and total == old_total:
+        console.say(finished_already)
+        return True
+    before.check_not_shortened(total, old_total, run_dir)
     _check_data(recipe, data, found.config)
     cost = training_cost(found.config)
     overview = data.summarize(recipe.train.row_tokens, world.size, cost)
@@ -98,11 +111,18 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         student, tokenizer, optimizer = _build(recipe, found, data, weights, cost, world, console)
     try:
         if world.is_main:
-            keys = data.keys | {"model": weights}
-            write_run_dir(recipe, keys, overview, found.dtype, run_dir, world)
-        finished = _train(recipe, run_dir, data, cost, student, optimizer, world, console, stop)
+            keys = data.keys | {"model": weights, "parts": data.parts}
+            write_run_dir(recipe, keys, overview, found.dtype, run_dir, world, old_total)
+        rate = learning_rate(recipe.optim, total, first_total)
+        if total > old_total:
+            _report_lengthened(recipe, before, old_total, total, rate, console)
+        finished = _train(
+            recipe, run_dir, data, rate, cost, student, optimizer, world, console, stop
+        )
         if finished:
             export(student, tokenizer, run_dir / "export", found.dtype, world)
+            if world.is_main:
+                finish(run_dir)
             console.say(f"{run_dir}: done; the model is in {run_dir / 'export'}")
     except (OSError, SafetensorError) as error:
         raise RunError(
@@ -169,10 +189,28 @@ def _build(
     return student, tokenizer, make_optimizer(student, recipe.optim)
 
 
+def _report_lengthened(
+    recipe: Recipe,
+    before: Before,
+    old: int,
+    total: int,
+    rate: Callable[[int], float],
+    console: Console,
+) -> None:
+    console.say(f"{recipe.run.dir}: lengthened from {old} to {total} steps")
+    if before.finished and recipe.optim.schedule != "constant":
+        console.warn(
+            f'optim.schedule = "{recipe.optim.schedule}" had reached 0 after step {old}; step '
+            f"{old + 1} takes the rate of a run of {total} steps, {rate(old + 1):g}: the result "
+            f"differs from {total} steps in one run"
+        )
+
+
 def _train(
     recipe: Recipe,
     run_dir: Path,
     data: PreparedData,
+    rate: Callable[[int], float],
     cost: Cost,
     student: Student,
     optimizer: torch.optim.AdamW,
@@ -195,7 +233,6 @@ def _train(
         workers=recipe.data.workers,
         pin=world.device.type == "cuda",
     )
-    rate = learning_rate(recipe.optim, total)
     trackers = open_trackers(recipe, run_dir, done) if world.is_main else []
     metrics = MetricsLog(run_dir / "metrics.jsonl", done, trackers, active=world.is_main)
     progress = console.progress("step", total, done)
@@ -234,7 +271,8 @@ def _train(
         for batches in loader.steps(done):
             step = batches.step
             # Dropout, if a model has it, depends on seed, step and rank: no state to save.
-            torch.manual_seed((recipe.train.seed * total + step) * world.size + world.rank)
+            drawn = np.random.SeedSequence([recipe.train.seed, step, world.rank])
+            torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]))
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
             result, packs = train_step(

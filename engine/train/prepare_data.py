@@ -38,6 +38,12 @@ class PreparedData:
         held_out = self.held_out.tokens.key if self.held_out else None
         return {"data": self.tokens.key, "eval": held_out}
 
+    @property
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """What those are hashes of."""
+        held_out = self.held_out.tokens.parts if self.held_out else {}
+        return {"data": self.tokens.parts, "eval": held_out}
+
     def summarize(self, row_tokens: int, ranks: int, cost: Cost) -> Summary:
         """What a run on so many ranks would train; see `summarize`."""
         held_out = self.held_out

@@ -56,6 +56,31 @@ def test_a_run_older_than_a_key_goes_on_with_its_default(recipe: WriteRecipe) ->
     assert changed_keys(old, load(recipe("a"), "--objective.alpha=0.5")) == ["objective.alpha"]
 
 
+def test_a_teacher_with_a_dot_in_its_name_has_a_weight_by_option(recipe: WriteRecipe) -> None:
+    path = recipe("a", {"data.teacher_weights": {"r2": 3.0}})
+    weights = {"r2": 3.0, "gpt-4.1": 0.5, "o3": 2.0}
+    options = ["--data.teacher_weights.gpt-4.1", "0.5", "--data.teacher_weights.o3=2"]
+    assert load(path, *options).data.teacher_weights == weights
+    whole = ["--data.teacher_weights", '{"r1.0": 1}']
+    assert load(path, *whole, *options).data.teacher_weights == {
+        "r1.0": 1.0,
+        "gpt-4.1": 0.5,
+        "o3": 2.0,
+    }
+    assert load(path, *options, *whole).data.teacher_weights == {"r1.0": 1.0}
+
+
+def test_a_weight_of_a_teacher_with_a_dot_in_its_name_is_trained_with(
+    recipe: WriteRecipe, tmp_path: Path, world: Path
+) -> None:
+    data = tmp_path / "traces.jsonl"
+    data.write_text((world / "traces.jsonl").read_text().replace('"t"', '"gpt-4.1"'))
+    path = recipe("a", {"data.path": str(data), "train.max_steps": 1})
+    assert main(["train", str(path), "--data.teacher_weights.gpt-4.1", "0.5"]) == 0
+    resolved = tomllib.loads((tmp_path / "a" / "recipe.toml").read_text())
+    assert resolved["data"]["teacher_weights"] == {"gpt-4.1": 0.5}
+
+
 MISTAKES = {
     "[optim]\nlearning_rate = 1e-5\n": "unknown key optim.learning_rate; did you mean optim.lr?",
     "[objective]\nalhpa = 0.5\n": "did you mean objective.alpha?",
@@ -72,6 +97,9 @@ MISTAKES = {
     "[data]\npath = 'a'\nmixing_weights = [nan]\n": "must be finite and > 0, got nan",
     "[data]\npath = 'a'\nmixing_weights = 2\n": "mixing_weights: needs a list of numbers, got 2",
     "[data]\ndataset_mixer = [1]\n": "did you mean data.mixing_weights?",
+    "[data]\nteacher_weights.gpt-4.1 = 1\n": 'a name with a dot needs quotes: "gpt-4.1"',
+    "[data]\nteacher_weights = { r1 = 0 }\n": "data.teacher_weights.r1 must be finite and > 0",
+    "[data]\nteacher_weights = 3\n": "needs a table of numbers such as { r1 = 2.0 }, got 3",
     "[train]\nbatch = 0\n": "train.batch must be >= 1, got 0",
     "[train]\nbatch = 1.5\n": "train.batch: needs a whole number, got 1.5",
     "[model]\npath = 3\n": "model.path: needs text, got 3",
@@ -98,6 +126,9 @@ OVERRIDES = {
     ("--lr", "1"): "did you mean optim.lr?",
     ("--train.batch", "many"): "train.batch: needs a whole number, got many",
     ("--model", "folder"): "model is a section, not a key; it has model.path, model.tokenizer",
+    ("--data.teacher_weights.gpt-4.1", "x"): "data.teacher_weights.gpt-4.1: needs a number, got x",
+    ("--data.teacher_weights.gpt-4.1", "-2"): "teacher_weights.gpt-4.1 must be finite and > 0",
+    ("--data.teacher_weights.gpt-4.1",): "needs a number, got nothing",
     ("--train.batch", "-2"): "train.batch must be >= 1, got -2",
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from data_cases import make_tokens
@@ -108,3 +109,25 @@ def test_a_model_without_rope_theta_is_the_users_to_solve(
     path = recipe("a", {"model.path": str(folder), "model.rope_theta": 3.0})
     assert main(["train", str(path)]) == 2
     assert "model.rope_theta: " in capsys.readouterr().err
+
+
+def test_a_run_without_ends_is_scored_without_them_and_evaluate_warns(
+    recipe: Callable[..., Path], world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = {}
+    for eos in ("trained", "left_out"):
+        changes = {"objective.name": "sft", "data.eos": eos, "train.max_steps": 1}
+        assert main(["train", str(recipe(eos, changes))]) == 0
+        out = tmp_path / f"{eos}.parquet"
+        data = ["--data", str(world / "traces.jsonl")]
+        assert main(["logprobs", str(tmp_path / eos), *data, "--out", str(out)]) == 0
+        tokens[eos] = pq.read_table(out)["tokens"].to_pylist()
+        capsys.readouterr()
+        problems = tmp_path / "problems.jsonl"
+        problems.write_text('{"prompt": "12=", "answer": "3"}\n')
+        options = ["--max_new_tokens", "2", "--checker", "exact"]
+        line = ["evaluate", str(tmp_path / eos), "--data", str(problems), *options]
+        assert main(line) == 0
+        warned = "without the ends of traces" in " ".join(capsys.readouterr().err.split())
+        assert warned == (eos == "left_out")
+    assert tokens["left_out"] == [count - 1 for count in tokens["trained"]]

@@ -145,7 +145,7 @@ def test_ranks_come_and_go(recipe: WriteRecipe, steps: Steps, tmp_path: Path) ->
         group[0].wait_for(lambda enough=enough: has_steps(tmp_path / "moved", enough))
         for run in group:
             run.send(signal.SIGTERM)
-        assert [run.end() for run in group] == [0] * count, group[0].stderr
+        assert [run.end() for run in group] == [75] * count, group[0].stderr
         assert not (tmp_path / "moved" / "export").exists()
     assert main(["train", str(moved)]) == 0
     for ours, theirs in zip(steps(tmp_path / "moved"), steps(tmp_path / "whole"), strict=True):
@@ -163,7 +163,7 @@ def test_two_ranks_stopped_and_started_again_end_the_same(
     group = ranks(2, "train", paths["stopped"], log=tmp_path / "stopped-")
     group[0].wait_for(lambda: has_steps(tmp_path / "stopped", 8))
     group[1].send(signal.SIGTERM)  # one rank is enough
-    assert [run.end() for run in group] == [0, 0], group[0].stderr
+    assert [run.end() for run in group] == [75, 75], group[0].stderr
     assert len(steps(tmp_path / "stopped")) < STEPS
     for run in ranks(2, "train", paths["stopped"], log=tmp_path / "again-"):
         assert run.end() == 0, run.stderr
@@ -276,6 +276,146 @@ def test_another_recipe_in_the_same_folder_is_refused_by_key(
     assert err.count("\n") == 1
 
 
+# Steps 1 to 6 of a run that is lengthened are those of a straight one where the rate is the same.
+SHORT = 6
+CONSTANT = {"optim.schedule": "constant", "optim.warmup": 0, "run.save_every": 4}
+LONG = CONSTANT | {"train.max_steps": STEPS}
+
+
+@pytest.fixture(scope="module")
+def dropout(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model with attention dropout: its draws may not depend on the run's length."""
+    folder = tmp_path_factory.mktemp("dropout") / "model"
+    shutil.copytree(world / "model", folder)
+    config = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.2}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(
+    write_recipe: WriteRecipe, dropout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The run folder of a run that had all its steps from the start."""
+    folder = tmp_path_factory.mktemp("straight")
+    changes = LONG | {"model.path": str(dropout)}
+    assert main(["train", str(write_recipe(folder, "run", changes))]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def short(recipe: WriteRecipe, dropout: Path) -> Path:
+    """The recipe of a finished run of SHORT steps in the test's folder."""
+    path = recipe("run", LONG | {"model.path": str(dropout), "train.max_steps": SHORT})
+    assert main(["train", str(path)]) == 0
+    return path
+
+
+def assert_equal_runs(ours: Path, theirs: Path, steps: Steps) -> None:
+    assert untimed(steps(ours)) == untimed(steps(theirs))
+    weights, expected = (load_file(d / "export" / "model.safetensors") for d in (ours, theirs))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_finished_run_is_lengthened_and_ends_as_a_straight_one(
+    short: Path,
+    straight: Path,
+    steps: Steps,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", str(short), "--train.max_steps", str(STEPS)]) == 0
+    said = capsys.readouterr().err
+    assert f"lengthened from {SHORT} to {STEPS} steps" in said
+    assert f"going on after step {SHORT}" in said
+    assert "optim.schedule" not in said
+    assert_equal_runs(tmp_path / "run", straight, steps)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["lengthened"] == [{"from": SHORT, "to": STEPS, "pending": False}]
+    assert manifest["overview"]["steps"] == STEPS
+    assert not list((tmp_path / "run").glob("export?*"))
+    assert main(["train", str(short), "--train.max_steps", str(STEPS)]) == 0
+    assert "finished already" in capsys.readouterr().err
+
+
+def test_a_run_that_is_killed_while_it_is_lengthened_goes_on_and_ends_as_a_straight_one(
+    short: Path,
+    straight: Path,
+    steps: Steps,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir, longer = tmp_path / "run", ["train", short, "--train.max_steps", STEPS]
+    old = (run_dir / "export" / "model.safetensors").read_bytes()
+    run = Run(*longer, log=tmp_path / "noted")
+    run.wait_for(lambda: "pending" in (run_dir / "manifest.json").read_text())
+    run.kill()  # before its recipe is replaced, or just after
+    assert main(["train", str(short)]) == 2
+    assert f"holds a run of {STEPS} steps" in capsys.readouterr().err
+    run = Run(*longer, log=tmp_path / "trained")
+    run.wait_for(lambda: has_steps(run_dir, 9))
+    run.kill()
+    assert (run_dir / "export" / "model.safetensors").read_bytes() == old
+    assert main(["report", str(run_dir)]) == 0
+    assert ", unfinished" in capsys.readouterr().out
+    assert main([str(word) for word in longer]) == 0
+    assert_equal_runs(run_dir, straight, steps)
+    assert main(["report", str(run_dir)]) == 0
+    assert "unfinished" not in capsys.readouterr().out
+
+
+def test_a_run_gets_no_fewer_steps(
+    short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")}
+    assert main(["train", str(short), "--train.max_steps", "5"]) == 2
+    (said,) = [li for li in capsys.readouterr().err.splitlines() if li.startswith("redi: ")]
+    assert f"{run_dir} holds a run of 6 steps, and train.epochs and train.max_steps now" in said
+    assert main(["train", str(short), "--train.epochs", "60"]) == 0  # as many steps
+    assert "finished already" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")} == before
+    shutil.rmtree(run_dir / "checkpoints")
+    assert main(["train", str(short), "--train.max_steps", "7"]) == 2
+    assert "cannot be lengthened to 7 steps: it has no checkpoint left" in capsys.readouterr().err
+
+
+def test_more_epochs_keep_the_first_warm_up_and_warn_of_a_rate_that_had_ended(
+    recipe: WriteRecipe, steps: Steps, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"train.max_steps": None, "train.epochs": 1, "optim.warmup": 0.25}
+    path, run_dir = recipe("run", changes), tmp_path / "run"
+    assert main(["train", str(path)]) == 0
+    first = len(steps(run_dir))
+    assert main(["train", str(path), "--train.epochs", "3"]) == 0
+    rates = [line["lr"] for line in steps(run_dir)]
+    assert len(rates) == 3 * first
+    warmup = -(-first // 4)
+    left = [3 * first - step for step in range(first, 3 * first)]
+    assert rates[first:] == pytest.approx([1e-3 * n / (3 * first - warmup) for n in left])
+    said = " ".join(capsys.readouterr().err.split())
+    assert f'optim.schedule = "linear" had ended at 0 after step {first}' in said
+
+
+@pytest.mark.slow
+def test_an_unfinished_run_on_two_ranks_is_lengthened_and_ends_as_a_straight_one(
+    recipe: WriteRecipe, dropout: Path, steps: Steps, tmp_path: Path
+) -> None:
+    changes = LONG | {"model.path": str(dropout)}
+    paths = {name: recipe(name, changes) for name in ("whole", "longer")}
+    for run in ranks(2, "train", paths["whole"], log=tmp_path / "whole-"):
+        assert run.end() == 0, run.stderr
+    group = ranks(2, "train", paths["longer"], "--train.max_steps", 10, log=tmp_path / "short-")
+    group[0].wait_for(lambda: has_steps(tmp_path / "longer", 5))
+    for run in group:
+        run.kill()
+    for run in ranks(2, "train", paths["longer"], log=tmp_path / "longer-"):
+        assert run.end() == 0, run.stderr
+    assert "lengthened from 10 to 12 steps" in (tmp_path / "longer-0").read_text()
+    assert_equal_runs(tmp_path / "longer", tmp_path / "whole", steps)
+
+
 @pytest.mark.slow
 def test_other_rows_on_resume_end_the_same_to_rounding(
     undisturbed: Path, recipe: WriteRecipe, steps: Steps, tmp_path: Path
@@ -302,3 +442,68 @@ def test_changed_data_is_refused(
     (run_dir / "manifest.json").write_text(json.dumps(manifest | {"data": "another"}))
     assert main(["train", str(recipe("run", SETTINGS))]) == 2
     assert "data.path: the data or tokenizer has changed" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two_files(recipe: WriteRecipe, world: Path, tmp_path: Path) -> Path:
+    """The recipe of a run on a folder of two files, with a tokenizer that shows the time.
+
+    It has one step, and may be lengthened.
+    """
+    data, tokenizer = tmp_path / "data", tmp_path / "tokenizer"
+    data.mkdir()
+    lines = (world / "traces.jsonl").read_text().splitlines(keepends=True)
+    (data / "a.jsonl").write_text("".join(lines[:30]))
+    (data / "b.jsonl").write_text("".join(lines[30:]))
+    shutil.copytree(world / "model", tokenizer)
+    changes = {"data.path": str(data), "model.tokenizer": str(tokenizer), "train.max_steps": 1}
+    return recipe("run", changes)
+
+
+def refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of a run that cannot go on."""
+    capsys.readouterr()
+    assert main(["train", str(path), "--train.max_steps", "2"]) == 2
+    (line,) = [li for li in capsys.readouterr().err.splitlines() if li.startswith("redi: ")]
+    return line
+
+
+def test_a_resume_names_what_has_changed(
+    two_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(two_files)]) == 0
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    began = f"data.path: changed since {run_dir} began: "
+    ending = "; name another run.dir, or put it back to go on"
+    whole = (data / "b.jsonl").read_text()
+    (data / "b.jsonl").write_text("".join(whole.splitlines(keepends=True)[1:]))
+    assert refusal(two_files, capsys) == f"redi: {began}{data / 'b.jsonl'}{ending}"
+    (data / "b.jsonl").write_text(whole)
+    (data / "c.jsonl").write_text(whole.replace("*", "1"))
+    assert f"{began}{data / 'c.jsonl'} (new){ending}" in refusal(two_files, capsys)
+    (data / "c.jsonl").unlink()
+    (data / "b.jsonl").unlink()
+    assert f"{began}{data / 'b.jsonl'} (gone){ending}" in refusal(two_files, capsys)
+    (data / "b.jsonl").write_text(whole)
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    config = file.read_text()
+    file.write_text(json.dumps(json.loads(config) | {"eos_token": "0"}))
+    assert f"{began}the tokenizer or its chat template{ending}" in refusal(two_files, capsys)
+    file.write_text(config)
+    (data / "b.jsonl").rename(data / "renamed.jsonl")  # the same tokens
+    assert main(["train", str(two_files), "--train.max_steps", "2"]) == 0
+
+
+def test_a_resume_names_what_a_template_prints_anew(
+    two_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = (tmp_path / "tokenizer").glob("chat_template.jinja")
+    file.write_text("{{ strftime_now('%H%M%S') }}" + file.read_text())
+    began = time.strftime("%H%M%S")
+    assert main(["train", str(two_files)]) == 0
+    while time.strftime("%H%M%S") == began:
+        time.sleep(0.1)
+    said = refusal(two_files, capsys)
+    assert "began: what the chat template prints ('" in said
+    assert "', now '" in said
+    assert "tokenizer" not in said
