@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from redi.engine.quickstart.task import task as quickstart
+from redi.engine.quickstart import task as quickstart
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -22,7 +22,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from redi.engine.quickstart.task import Attempt
-from redi.engine.quickstart.task import task as quickstart
+from redi.engine.quickstart import task as quickstart
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from redi.engine.data.schedule import Examples, Pairing, select
 from redi.engine.data.summary_by_source import summarize_by_source
 from redi.engine.data.text import TokenSettings, load_tokenizer
 from redi.engine.data.tokens import TokenizedTraces, tokenize
-from redi.engine.quickstart.task import task as quickstart
+from redi.engine.quickstart import task as quickstart
 
 ROW_TOKENS = 1_000_000
 """A step is one row: its traces are short."""

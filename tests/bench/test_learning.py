@@ -46,7 +46,7 @@ from redi.engine.cli import main
 from redi.engine.config.sections import ObjectiveConfig, OptimConfig
 from redi.engine.generation.scoring import mean_and_error, paired_difference
 from redi.engine.loss.packed_loss import PackedLoss
-from redi.engine.quickstart.task import task as quickstart
+from redi.engine.quickstart import task as quickstart
 from redi.kernels import redi_loss
 
 

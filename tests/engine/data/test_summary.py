@@ -24,7 +24,7 @@ from redi.engine.data.summary import (
 )
 from redi.engine.data.tokens import TokenizedTraces, tokenize
 from redi.engine.errors import InputError
-from redi.engine.quickstart.task import task as quickstart
+from redi.engine.quickstart import task as quickstart
 
 LIMITS: dict[str, Any] = {"max_tokens": 64, "overlong": "truncate", "row_tokens": 64}
 

@@ -10,8 +10,8 @@ import pytest
 
 from redi.engine.cli import main
 from redi.engine.errors import InputError
-from redi.engine.quickstart.task import report as quickstart_report
-from redi.engine.quickstart.task import task as quickstart
+from redi.engine.quickstart import report as quickstart_report
+from redi.engine.quickstart import task as quickstart
 
 RECIPES = Path(quickstart.__file__).parents[1] / "recipes"
 
