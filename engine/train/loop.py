@@ -154,7 +154,6 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
             f"objective.filter_epsilon = {recipe.objective.filter_epsilon:g}: the gradient is "
             "approximate; positive_dropped and negative_dropped in the metrics tell by how much"
         )
-        _check_weights_are_one(data)
     cost = training_cost(config)
     overview = data.look_over(recipe.train.row_tokens, world.size, cost)
     show(overview, str(run_dir), console)
@@ -236,18 +235,6 @@ def check_vocabulary(recipe: Recipe, config: Any) -> PreTrainedTokenizerBase:
             f"model.tokenizer: it has {len(tokenizer)} tokens, the model's vocabulary only {known}"
         )
     return tokenizer
-
-
-def _check_weights_are_one(data: PreparedData) -> None:
-    """A filter knows REDI's own weights alone."""
-    used = np.unique(data.examples.units)
-    weighted = used[data.tokens.weights[used] != 1]
-    if len(weighted):
-        raise InputError(
-            f"{data.tokens.where(int(weighted[0]))}: its weight is "
-            f"{data.tokens.weights[weighted[0]]:g}, and objective.filter_epsilon is for traces of "
-            f"weight 1 ({len(weighted)} of {len(used)} traces have another): leave it out"
-        )
 
 
 @dataclass(frozen=True)
