@@ -19,7 +19,7 @@ class Card:
     processors: int
     """Streaming multiprocessors."""
     architecture: str
-    """As `redi.kernels.launches.architecture_of` names it."""
+    """As `redi.kernels.experimental.launches.architecture_of` names it."""
 
 
 CARDS = {

@@ -39,8 +39,8 @@ from redi.engine.plan.types import StepMemory
 from redi.engine.train.generation_accuracy import HeldOutProblems
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
 from redi.engine.train.step import clip, forward_backward
-from redi.kernels.chunked import gpu_workspace, padded
-from redi.kernels.launches import fastest_backend
+from redi.kernels.chunk_sizes import gpu_workspace, padded
+from redi.kernels.experimental.launches import fastest_backend
 from redi.kernels.logprobs import GPU_KEEP_SHARE
 from redi.kernels.reference import accumulation_dtype
 
@@ -143,7 +143,7 @@ def phase_peaks(
     section = recipe.objective
     exponentials = _takes_exponentials(recipe, card, dtype, config.hidden_size)
     filters = section.filter_epsilon > 0
-    objective = PackedLoss(replace(section, backend="torch-exp" if exponentials else "torch"))
+    objective = PackedLoss(replace(section, backend="torch"))
     if section.kind.reference:
         traces = int(load.row.sequence_ids.max()) + 1
         objective = replace(objective, reference=torch.zeros(traces))
@@ -209,7 +209,7 @@ def _loss_memory(
 def _takes_exponentials(recipe: Recipe, card: Card, dtype: torch.dtype, hidden_size: int) -> bool:
     """Whether the loss keeps exponentials of a chunk in the place of logits."""
     if recipe.objective.filter_epsilon:
-        return True
+        return recipe.objective.backend != "torch"
     backend = recipe.objective.backend
     if backend == "auto":
         backend = fastest_backend(card.architecture, dtype, hidden_size)

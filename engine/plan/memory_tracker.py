@@ -28,13 +28,7 @@ PARTS = {
 Phase = tuple[Any, ...]
 """A stretch of a step, as whoever runs the step names it."""
 
-_CHUNKED = {
-    "redi_loss",
-    "filtered_redi_loss",
-    "signed_cross_entropy",
-    "linear_logprobs",
-    "linear_logprobs_backward",
-}
+_CHUNKED = {"signed_cross_entropy", "linear_logprobs", "linear_logprobs_backward"}
 """Ops that run through the vocabulary in chunks."""
 
 

@@ -34,7 +34,6 @@ from redi.engine.train.preflight import Preflight, check_before_data
 from redi.engine.train.prepare_data import (
     PreparedData,
     check_positions,
-    check_weights_are_one,
     prepare_data,
 )
 from redi.engine.train.run_folder import (
@@ -140,8 +139,6 @@ def _check_data(recipe: Recipe, data: PreparedData, config: Any) -> None:
         'set data.max_tokens = {} with data.overlong = "drop" or "truncate", or raise '
         "model.max_position_embeddings",
     )
-    if recipe.objective.filter_epsilon:
-        check_weights_are_one(data)
 
 
 def _recipe_warnings(recipe: Recipe, config: Any) -> list[str]:
