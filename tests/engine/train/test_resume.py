@@ -183,9 +183,9 @@ def test_a_signal_saves_and_exits_75_and_says_how_to_go_on(
     run.wait_for(lambda: has_steps(run_dir, 4))
     run.send(number, number)  # twice within moments is one request
     assert run.end(SOON) == 75, run.stderr
-    assert run.stderr.count("stopping: this step is finished and saved first") == 1
-    assert ("Ctrl-C again leaves at once" in run.stderr) == (number == signal.SIGINT)
-    assert "the same command goes on from here" in run.stderr
+    assert run.stderr.count("stopping after this step and its checkpoint") == 1
+    assert ("Ctrl-C again exits without saving" in run.stderr) == (number == signal.SIGINT)
+    assert "the same command resumes from here" in run.stderr
     assert "Traceback" not in run.stderr
     assert main(["train", str(path)]) == 0
     same(run_dir)
@@ -231,7 +231,7 @@ def test_a_checkpoint_whose_bytes_rotted_is_named_and_the_one_before_it_goes_on(
     assert main(["train", str(path)]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"redi: {saved(run_dir, STEPS)} cannot be read (")
-    assert said.endswith("remove it to go on from the checkpoint before it")
+    assert said.endswith("remove it to resume from the checkpoint before it")
     shutil.rmtree(saved(run_dir, STEPS))
     assert main(["train", str(path)]) == 0
     same(run_dir)
@@ -328,7 +328,7 @@ def test_a_finished_run_is_lengthened_and_ends_as_a_straight_one(
     assert main(["train", str(short), "--train.max_steps", str(STEPS)]) == 0
     said = capsys.readouterr().err
     assert f"lengthened from {SHORT} to {STEPS} steps" in said
-    assert f"going on after step {SHORT}" in said
+    assert f"resumes after step {SHORT}" in said
     assert "optim.schedule" not in said
     assert_equal_runs(tmp_path / "run", straight, steps)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -395,7 +395,7 @@ def test_more_epochs_keep_the_first_warm_up_and_warn_of_a_rate_that_had_ended(
     left = [3 * first - step for step in range(first, 3 * first)]
     assert rates[first:] == pytest.approx([1e-3 * n / (3 * first - warmup) for n in left])
     said = " ".join(capsys.readouterr().err.split())
-    assert f'optim.schedule = "linear" had ended at 0 after step {first}' in said
+    assert f'optim.schedule = "linear" had reached 0 after step {first}' in said
 
 
 @pytest.mark.slow
@@ -473,8 +473,8 @@ def test_a_resume_names_what_has_changed(
 ) -> None:
     assert main(["train", str(two_files)]) == 0
     data, run_dir = tmp_path / "data", tmp_path / "run"
-    began = f"data.path: changed since {run_dir} began: "
-    ending = "; name another run.dir, or put it back to go on"
+    began = f"data.path: changed since {run_dir} was started: "
+    ending = "; choose another run.dir, or restore it to resume"
     whole = (data / "b.jsonl").read_text()
     (data / "b.jsonl").write_text("".join(whole.splitlines(keepends=True)[1:]))
     assert refusal(two_files, capsys) == f"redi: {began}{data / 'b.jsonl'}{ending}"
@@ -504,6 +504,6 @@ def test_a_resume_names_what_a_template_prints_anew(
     while time.strftime("%H%M%S") == began:
         time.sleep(0.1)
     said = refusal(two_files, capsys)
-    assert "began: what the chat template prints ('" in said
+    assert "was started: the output of the chat template ('" in said
     assert "', now '" in said
     assert "tokenizer" not in said
