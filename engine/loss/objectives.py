@@ -3,13 +3,13 @@
 `config/objectives.py` declares each objective's name, keys and units. Its formula is one of two
 kinds:
 
-    wanted      how much the log-probs of correct and of incorrect traces are wanted, known before
-                the forward pass: one fused pass of three matrix products. With `coefficient` the
-                loss of a token may also depend on its own log-prob, at the same price.
-    terms       from the sequences' log-probs (`Sequences`) to the loss of each sequence or pair;
-                log-probs first, then a backward scaled per sequence.
+    weights     the weights of the log-probs of correct and of incorrect traces, known before the
+                forward pass. It takes one fused pass of three matrix products. With `coefficient`
+                the loss of a token may also depend on its own log-prob, at the same cost.
+    terms       a function from the sequences' log-probs (`Sequences`) to the loss of each sequence
+                or pair. The log-probs are computed first, then a backward scaled per sequence.
 
-`packed_loss.py` turns either into a pack's share of the step's loss.
+`packed_loss.py` computes a pack's share of the step's loss from either.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from redi.kernels import Coefficient
 
 @dataclass(frozen=True)
 class Sequences:
-    """What a formula of sequence log-probs sees of a packed row.
+    """The input of a formula of sequence log-probs: the sequences of a pack.
 
-    A row of an objective with units "margins" holds whole pairs only: sequence 2 i is the positive
-    of pair i, sequence 2 i + 1 its negative.
+    With units "margins" a pack holds whole pairs only: sequence 2 i is the positive of pair i,
+    sequence 2 i + 1 its negative.
     """
 
     logps: Tensor
@@ -39,7 +39,7 @@ class Sequences:
     signs: Tensor
     """int64 [S]: +1, -1, or 0 for a dummy."""
     reference: Tensor | None
-    """[S]: the reference model's log-probs, where the objective declares them."""
+    """[S]: log-probs under the reference model; None if the objective has no reference."""
 
     @property
     def means(self) -> Tensor:
@@ -49,39 +49,39 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Formula:
-    """The formula of an objective. It has either `wanted` or `terms`."""
+    """The formula of an objective: either `weights` or `terms` is set."""
 
-    wanted: Callable[[ObjectiveConfig], tuple[float, float]] | None = None
-    """For correct and for incorrect traces."""
+    weights: Callable[[ObjectiveConfig], tuple[float, float]] | None = None
+    """Weights of the log-probs of correct and of incorrect traces."""
     coefficient: Coefficient = "weight"
     """See `redi.kernels.signed_cross_entropy`."""
     terms: Callable[[ObjectiveConfig, Sequences], Tensor] | None = None
-    """The result is [S], or [S / 2] for units "margins"."""
+    """Returns [S], or [S / 2] for units "margins"."""
 
 
 def _positives(section: ObjectiveConfig) -> tuple[float, float]:
-    """Correct traces alone."""
+    """Correct traces only."""
     return 1.0, 0.0
 
 
 def _redi(section: ObjectiveConfig) -> tuple[float, float]:
-    """Correct traces, and alpha times the opposite of incorrect ones (arXiv 2505.24850)."""
+    """Correct traces with weight 1, incorrect ones with -alpha (arXiv 2505.24850)."""
     return 1.0, -section.alpha
 
 
 def _signed(section: ObjectiveConfig) -> tuple[float, float]:
-    """A weight for each verdict.
+    """A weight for correct and one for incorrect traces.
 
     AsymRE (arXiv 2506.20520) with baseline V has positive_weight 1 - V and alpha 1 + V; NSR and
-    PSR (arXiv 2506.01347) have one of the two 0.
+    PSR (arXiv 2506.01347) set one of the two to 0.
     """
     return section.positive_weight, -section.alpha
 
 
 def _discounted_redi(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
-    """REDI whose negatives' terms are multiplied by exp(gamma * mean log-prob), not detached.
+    """REDI with each negative's term multiplied by exp(gamma * mean log-prob), not detached.
 
-    An option of the authors' code: what has become unlikely is pushed down less and less.
+    An option of the authors' code. The less likely a negative is, the weaker its gradient.
     """
     means = sequences.means
     negative = section.alpha * means * (section.negative_gamma * means).exp()
@@ -89,7 +89,7 @@ def _discounted_redi(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
 
 
 def _simper(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
-    """-exp(mean log-prob) of a positive, + that of a negative (SimPER, arXiv 2502.00883)."""
+    """-exp(mean log-prob) for a positive, +exp for a negative (SimPER, arXiv 2502.00883)."""
     return -sequences.signs * sequences.means.exp()
 
 
@@ -115,7 +115,7 @@ def _dpo(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
 
 
 def pairs(values: Tensor) -> tuple[Tensor, Tensor]:
-    """[S] of whole pairs -> the positives' and the negatives' [S / 2]; a dummy belongs to none."""
+    """[S] of whole pairs -> [S / 2] of the positives and of the negatives; drops a dummy."""
     whole = values[: values.shape[0] // 2 * 2].view(-1, 2)
     return whole[:, 0], whole[:, 1]
 

@@ -1,7 +1,8 @@
-"""A packed row's share of the optimizer step's loss, by the objective of the recipe.
+"""A pack's share of the optimizer step's loss, by the objective of the recipe.
 
-All shares are sums over sequences (or pairs) with denominators that are counts of the whole step,
-known from the schedule; so nothing depends on which row, micro-step or rank a sequence lies in.
+All shares are sums over sequences (or pairs). Their denominators are counts of the whole step,
+known from the schedule, so the loss does not depend on which pack, micro-step or rank a sequence
+is in.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class StepTotals:
     """Global counts of one optimizer step, over all ranks and micro-steps.
 
     Attributes:
-        units: pairs, or sequences where the objective has no pairs: B.
-        targets: trained tokens.
+        units: number of pairs, or of sequences if the objective has no pairs: B.
+        targets: number of trained tokens.
     """
 
     units: int
@@ -42,12 +43,12 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class PackedLoss:
-    """The objective of a recipe: a packed row's hidden states -> its share of the step's loss.
+    """The objective of a recipe: from a pack's hidden states to its share of the step's loss.
 
     Attributes:
         section: name and parameters.
-        reference: float32 [traces] on the student's device, log-probs of the reference model by
-            index of the trace; needed before the first call where the formula declares it.
+        reference: float32 [traces] on the student's device, log-probs under the reference model by
+            trace index. It must be set before the first call if the objective has a reference.
     """
 
     section: ObjectiveConfig
@@ -56,19 +57,19 @@ class PackedLoss:
     def __call__(
         self, hidden: Tensor, weight: Tensor, batch: PackedBatch, totals: StepTotals
     ) -> RediLoss | FilteredRediLoss:
-        """The loss share, and the sequences' log-probs.
+        """The pack's share of the loss, and its sequences' log-probs.
 
         Args:
             hidden: [T, D] last hidden states.
-            weight: [V, D] lm_head.
-            batch: the row; where units are "margins", its sequences are whole pairs.
+            weight: [V, D] weight of lm_head.
+            batch: the pack; with units "margins" its sequences are whole pairs.
             totals: denominators.
         """
         declared = formula(self.section)
-        if declared.wanted is None:
+        if declared.weights is None:
             return self._from_sequences(declared, hidden, weight, batch, totals)
-        positive, negative = declared.wanted(self.section)
-        # Where incorrect traces are only measured, the op is told so on the host.
+        positive, negative = declared.weights(self.section)
+        # If incorrect traces are only measured, the op gets this as a host int.
         num_with_grad = batch.num_positive_targets if negative == 0 else None
         filtered = self.section.filter_epsilon > 0
         if filtered or self._is_plain_redi(declared, positive, batch):
@@ -109,7 +110,7 @@ class PackedLoss:
         return RediLoss(loss, segment_sum(token_logps, batch.cu_seqlens), batch.num_targets)
 
     def _is_plain_redi(self, declared: Formula, positive: float, batch: PackedBatch) -> bool:
-        """Whether `redi_loss` says it all; it makes the tokens' weights on the way.
+        """True if `redi_loss` computes this objective; it also computes the tokens' weights.
 
         SFT with a mean per sequence is REDI without negatives.
         """
@@ -122,12 +123,12 @@ class PackedLoss:
         )
 
     def _lengths(self, batch: PackedBatch) -> Tensor:
-        """|y|, float32 [S], at least 1: what is trained, or what was there before truncation."""
+        """|y|, float32 [S], at least 1: trained tokens, or those before truncation."""
         original = self.section.length == "original"
         return (batch.full_targets if original else batch.num_targets).clamp(min=1).float()
 
     def _denominators(self, batch: PackedBatch, totals: StepTotals) -> Tensor:
-        """What divides a token's weight, float32 [S]."""
+        """The denominators of the tokens' weights, float32 [S]."""
         lengths = self._lengths(batch)
         if self.section.normalisation == "sequence":
             return totals.units * lengths
@@ -142,7 +143,7 @@ class PackedLoss:
         batch: PackedBatch,
         totals: StepTotals,
     ) -> RediLoss:
-        """The mean over units of terms that depend on the sequences' log-probs."""
+        """The mean over units of the formula's `terms`."""
         assert declared.terms is not None
         token_logps = linear_logprobs(
             hidden,
@@ -154,7 +155,7 @@ class PackedLoss:
         logps = segment_sum(token_logps, batch.cu_seqlens)
         reference = None
         if self.section.kind.reference:
-            assert self.reference is not None, "the reference log-probs are computed first"
+            assert self.reference is not None, "set_reference was not called"
             reference = self.reference[batch.sequence_ids]
         lengths = self._lengths(batch)
         terms = declared.terms(self.section, Sequences(logps, lengths, batch.signs, reference))

@@ -1,7 +1,7 @@
-"""Whether an architecture can be trained on packed rows with a fused loss.
+"""Checks that an architecture can be trained on packs with a fused loss.
 
-Told from the configuration, and from one forward without weights or memory, before any data is
-tokenized: a model that would be trained wrongly is refused, in one line.
+The checks use the configuration and one forward on the meta device, without weights, and run before
+data is tokenized. A model that would be trained wrongly is refused in one line.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PROBED_LAYERS = 2
 
 DROPOUT_OPS = {"bernoulli", "bernoulli_", "native_dropout"}
 
-# What leads from the last hidden states to lm_head's logits, in float32 or not.
+# Ops that compute lm_head's logits from the last hidden states, with or without a cast to float32.
 HEAD_OPS = {
     "_to_copy",
     "_unsafe_view",
@@ -59,24 +59,24 @@ def check_architecture(path: str, config: Any) -> None:
     """Refuse a model that packed attention or the fused loss would train wrongly.
 
     Args:
-        path: what the user calls the model, for messages.
-        config: its configuration; it is left as it is.
+        path: the user's path of the model, for messages.
+        config: its configuration; not changed.
 
     Raises:
-        InputError: what the model has that is not supported.
+        InputError: names the feature of the model that is not supported.
     """
     if problem := _config_problem(config) or _probe_problem(config):
         raise InputError(f"model.path: {path}: {problem}")
 
 
 def check_dropout(path: str, config: Any, attention: str) -> None:
-    """Refuse dropout on attention probabilities that an attention does not have.
+    """Refuse dropout on attention probabilities if the chosen attention does not support it.
 
     Args:
-        attention: as `choose_attention` names it.
+        attention: a name returned by `choose_attention`.
 
     Raises:
-        InputError: naming the ones that have it.
+        InputError: names an attention that supports it.
     """
     dropout = getattr(config, "attention_dropout", None)
     if dropout and attention not in WITH_DROPOUT:
@@ -87,7 +87,7 @@ def check_dropout(path: str, config: Any, attention: str) -> None:
 
 
 def router_loss(config: Any) -> str | None:
-    """A warning where a mixture of experts asks for a loss of its router, which is left out."""
+    """A warning if a mixture of experts has a router loss, which is not trained."""
     coefficient = getattr(config, "router_aux_loss_coef", None)
     if not coefficient or not getattr(config, "output_router_logits", False):
         return None
@@ -103,8 +103,8 @@ def _config_problem(config: Any) -> str | None:
         return f"{kind} is an encoder-decoder; a causal language model is needed"
     if _is_composite(config):
         return (
-            f"{kind} is a composite model (text with vision or audio); save its text model as a "
-            "folder of its own"
+            f"{kind} is a composite model (text with vision or audio); save its text model in a "
+            "separate directory"
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return f"{kind} is not a causal language model"
@@ -121,13 +121,13 @@ def _config_problem(config: Any) -> str | None:
         layers = ["sliding_attention"]
     if other := set(layers or ()) - {"full_attention"}:
         return (
-            f"it has layers of type {', '.join(sorted(other))}; packed rows need full attention in "
-            "every layer"
+            f"it has layers of type {', '.join(sorted(other))}; packs need full attention in every "
+            "layer"
         )
     if "dynamic" in rope_types(config):
         return (
-            "its rope_type is dynamic: a trace's positions would depend on the traces packed "
-            'beside it; set another rope_type ("yarn", "linear") in config.json'
+            "its rope_type is dynamic: a trace's positions would depend on the other traces of its "
+            'pack; set another rope_type ("yarn", "linear") in config.json'
         )
     return None
 
@@ -149,11 +149,11 @@ def rope_types(config: Any) -> set[str]:
 
 
 def _probe_problem(config: Any) -> str | None:
-    """What stops a forward of two documents through two layers, on the meta device."""
+    """The problem in a forward of two documents through two layers, on the meta device."""
     attention = register_probe()
     try:
         model = empty_model(_shallow(config), attention=attention)
-    except Exception as error:  # transformers raises many types for what it does not know
+    except Exception as error:  # transformers raises many types
         if isinstance(error, KeyError) and error.args == (attention,):
             return f"{config.model_type} has an attention that cannot be replaced by a packed one"
         return f"transformers cannot build it: {type(error).__name__}: {first_line(error)}"
@@ -161,11 +161,11 @@ def _probe_problem(config: Any) -> str | None:
 
 
 def model_problem(model: PreTrainedModel) -> str | None:
-    """What of a model's build the packed rows, the fused loss or the sharding cannot take."""
+    """The part of a model that packs, the fused loss or sharding do not support, or None."""
     name = type(model).__name__
     blocks = getattr(model.base_model, "layers", ())
     if not blocks or not all(hasattr(block, "self_attn") for block in blocks):
-        return f"{name} is not built of attention blocks, which packed rows need"
+        return f"{name} is not built of attention blocks, which packs need"
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         return f"{name} has no plain lm_head (a bias is not supported)"
@@ -179,7 +179,7 @@ def _forward_problem(model: PreTrainedModel) -> str | None:
     name = type(model).__name__
     for module_name, module in model.named_modules():
         if module_name.rpartition(".")[2] == "experts":
-            # Which tokens an expert gets is not known without values; shapes stay as they are.
+            # Without values the tokens of an expert are unknown. The shapes do not change.
             module.forward = _first_argument
     tokens = torch.arange(6, device="meta")[None]
     boundaries = torch.tensor([0, 4, 6], dtype=torch.int32)
@@ -191,10 +191,10 @@ def _forward_problem(model: PreTrainedModel) -> str | None:
                 input_ids=tokens, position_ids=tokens, **document_kwargs(boundaries, 4)
             ).logits
     except InputError as error:
-        return f"{name}: {error}, which packed rows do not allow"
+        return f"{name}: {error}, which packs do not support"
     except Exception as error:
         if isinstance(error, NotImplementedError) or "meta" in str(error):
-            # Not every layer runs without values. The first forward of training looks again.
+            # Some layers do not run without values. The first forward of training checks again.
             return None
         return f"{name}: its forward fails without a mask: {first_line(error)}"
     finally:
@@ -211,10 +211,11 @@ def _forward_problem(model: PreTrainedModel) -> str | None:
 
 
 class _ProbedOps(TorchDispatchMode):
-    """Records ops of a forward that the engine would not repeat.
+    """Records ops of a forward that the engine does not reproduce.
 
-    Random numbers other than dropout's: a router that samples. And what is done to the last hidden
-    states beside their product with lm_head: scaled, capped or otherwise changed logits.
+    These are random numbers other than dropout's (a router that samples), and ops on the last
+    hidden states other than their product with lm_head (scaled, capped or otherwise changed
+    logits).
     """
 
     def __init__(self) -> None:
@@ -246,10 +247,10 @@ def _first_argument(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 
 
 def _shallow(config: Any) -> Any:
-    """A copy with few layers; lists of a value a layer are cut to them."""
+    """A copy with few layers; lists with one value per layer are cut to the same number."""
     depth = getattr(config, "num_hidden_layers", 0)
     copy = deepcopy(config)
-    copy.pad_token_id = None  # one outside the vocabulary is told with the tokenizer, later
+    copy.pad_token_id = None  # `check_vocabulary` checks it later
     if depth <= PROBED_LAYERS:
         return copy
     for name, value in config.to_dict().items():
@@ -260,10 +261,10 @@ def _shallow(config: Any) -> Any:
 
 
 def per_document_rope(model: nn.Module, config: Any) -> None:
-    """Let longrope choose its factors document by document.
+    """Make longrope choose its factors document by document.
 
-    transformers takes the long ones for the whole row as soon as one document is long, so that a
-    trace's log-probs would depend on its neighbours.
+    transformers uses the long factors for the whole pack if one of its documents is long, so a
+    trace's log-probs would depend on the other traces of its pack.
     """
     if "longrope" not in rope_types(config):
         return
@@ -275,9 +276,9 @@ def per_document_rope(model: nn.Module, config: Any) -> None:
 def _by_document(
     forward: Any, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A rotary embedding's `forward`, run for each document of a row."""
+    """A rotary embedding's `forward`, run for each document of a pack."""
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
-    if position_ids.shape[0] != 1 or starts[:1] != [0]:  # generation: a batch, not a packed row
+    if position_ids.shape[0] != 1 or starts[:1] != [0]:  # generation: a batch, not a pack
         return forward(x, position_ids, *args, **kwargs)
     ends = [*starts[1:], position_ids.shape[1]]
     parts = [

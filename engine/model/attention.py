@@ -1,9 +1,8 @@
-"""Attention within each document of a packed row, never across.
+"""Attention within each document of a pack, never across documents.
 
-One function, registered with transformers, driven by explicit document boundaries that the
-student passes as keyword arguments. No mask function is registered beside it: transformers then
-builds no mask at all, where one would cost a device sync in each forward. Position ids alone are
-never trusted to keep documents apart.
+One function is registered with transformers. The student passes it explicit document boundaries as
+keyword arguments; position ids alone are not relied on to separate documents. No mask function is
+registered with it, so transformers builds no mask, which would need a device sync in each forward.
 """
 
 from __future__ import annotations
@@ -30,25 +29,25 @@ class Flash(NamedTuple):
     """A generation of flash-attn."""
 
     package: str
-    """As pip knows it: folders tell nothing, flash-attn 2 brings along an older copy of 4's."""
+    """Name on PyPI. Directories are ambiguous: flash-attn 2 contains an older copy of 4's."""
     module: str
-    """Where its `flash_attn_varlen_func` is."""
+    """Module of its `flash_attn_varlen_func`."""
     cards: tuple[int, ...]
-    """Major compute capabilities that we take it for."""
+    """Major compute capabilities that it is used on."""
 
 
-# The first that a card can have is taken. 3 is written for Hopper; 4 has no backward for sm_80 and
-# no deterministic one for sm_120.
+# The first that is installed and runs on the GPU is used. 3 is written for Hopper. 4 has no
+# backward for sm_80 and no deterministic one for sm_120.
 FLASH = {
     "flash-3": Flash("flash-attn-3", "flash_attn_interface", (9,)),
     "flash-4": Flash("flash-attn-4", "flash_attn.cute", (9, 10, 11)),
     "flash-2": Flash("flash-attn", "flash_attn", (8, 9, 10, 11, 12)),
 }
 
-# Those that have dropout on the attention probabilities.
+# Kinds of attention that support dropout on the attention probabilities.
 WITH_DROPOUT = {"sdpa", "flash-2"}
 
-# Arguments that change the result, and what a model that passes one has.
+# Arguments that change the result -> the feature of a model that passes them.
 REFUSED_ARGUMENTS = {
     "sliding_window": "a sliding window",
     "softcap": "soft-capped scores",
@@ -56,8 +55,8 @@ REFUSED_ARGUMENTS = {
     "position_bias": "position biases",
 }
 
-# What no graph of torch.compile holds: the one reads the documents' lengths, the other is no op
-# that torch knows of.
+# Kinds that torch.compile cannot include in a graph: sdpa reads the documents' lengths, flash-4 is
+# not a registered op.
 NOT_IN_GRAPHS = {"sdpa", "flash-4"}
 
 
@@ -68,7 +67,7 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> t
         The name ("varlen", "sdpa" or a key of `FLASH`) and the reason, for the log.
 
     Raises:
-        InputError: the wanted one cannot run here.
+        InputError: the requested one cannot run on this machine.
     """
     problem = None
     if device.type != "cuda":
@@ -80,17 +79,17 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> t
             raise InputError(f'model.attention: "{wanted}" {problem}; use "auto" or "sdpa"')
         return "sdpa", f"document by document: flash attention {problem}"
     if wanted in ("sdpa", "varlen"):
-        return wanted, "asked for"
+        return wanted, "requested"
     kind, reason = find_flash(torch.cuda.get_device_capability(device)[0])
     if kind:
         return kind, reason
     if wanted == "flash":
-        raise InputError(f'model.attention: "flash": {reason}; install one or use "auto"')
+        raise InputError(f'model.attention: "flash": {reason}; install one, or use "auto"')
     return "varlen", f"torch's own: {reason}"
 
 
 def find_flash(major: int) -> tuple[str | None, str]:
-    """The best installed flash-attn for a card of this major compute capability.
+    """The best installed flash-attn for a GPU of this major compute capability.
 
     Returns:
         A key of `FLASH`, or None, and the reason.
@@ -104,15 +103,15 @@ def find_flash(major: int) -> tuple[str | None, str]:
             getattr(import_module(module), FLASH_FUNCTION)
         except PackageNotFoundError:
             problems.append(f"{package} is not installed")
-        except Exception as error:  # a wheel may be there and not load, in any way
+        except Exception as error:  # an installed wheel may fail to load with any error
             problems.append(f"{package} cannot be imported ({type(error).__name__})")
         else:
             return kind, f"{package} {found}"
-    return None, "; ".join(problems) or f"there is no flash-attn for cards of sm_{major}x"
+    return None, "; ".join(problems) or f"there is no flash-attn for sm_{major}x"
 
 
 def register_attention(kind: str) -> str:
-    """Register packed attention of the kind that `choose_attention` chose.
+    """Register packed attention of a kind returned by `choose_attention`.
 
     Returns:
         The name to load a model with (`attn_implementation`).
@@ -121,14 +120,17 @@ def register_attention(kind: str) -> str:
         AttentionInterface.register(NAME, _sdpa)
     else:
         varlen = _torch_varlen() if kind == "varlen" else _flash_varlen(kind)
-        AttentionInterface.register(NAME, _whole_row(varlen, kind))
+        AttentionInterface.register(NAME, _whole_pack(varlen, kind))
     return NAME
 
 
 def register_probe() -> str:
-    """Register attention that computes nothing and refuses what packed attention refuses.
+    """Register attention that computes nothing and refuses the same arguments as packed attention.
 
-    Runs on the meta device. Returns the name to build a model with.
+    It runs on the meta device.
+
+    Returns:
+        The name to build a model with.
     """
     AttentionInterface.register(PROBE, _probe)
     return PROBE
@@ -152,9 +154,9 @@ def document_kwargs(cu_seqlens: torch.Tensor, max_seqlen: int) -> dict[str, Any]
     """The keyword arguments that carry documents through transformers to the functions here.
 
     Args:
-        cu_seqlens: [S + 1] int32, document boundaries within the row.
-        max_seqlen: tokens of the longest document. A host int: as a tensor it would sync the
-            device or recompile.
+        cu_seqlens: [S + 1] int32, document boundaries within the pack.
+        max_seqlen: tokens of the longest document. A host int, because a tensor would sync the
+            device or cause a recompile.
     """
     return {
         "cu_seq_lens_q": cu_seqlens,
@@ -171,11 +173,11 @@ def _enter(
     attention_mask: torch.Tensor | None,
     other: dict[str, Any],
 ) -> None:
-    """Record a call; InputError for what would change the result if it were ignored."""
+    """Record a call. Raise InputError for arguments that must not be ignored."""
     if cu_seqlens is None:
         raise InputError("the model does not pass document boundaries to its attention")
     if attention_mask is not None:
-        raise InputError("the model passes a mask of its own to its attention")
+        raise InputError("the model passes its own mask to its attention")
     for name, meaning in REFUSED_ARGUMENTS.items():
         if other.get(name) is not None:
             raise InputError(f"the model's attention has {meaning} ({name})")
@@ -200,7 +202,7 @@ def _probe(
     return value.new_empty(batch, tokens, heads, value.shape[-1]), None
 
 
-@torch.compiler.disable  # would be compiled anew for each number of documents
+@torch.compiler.disable  # would be recompiled for each number of documents
 def _sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -217,7 +219,7 @@ def _sdpa(
     _enter("sdpa", cu_seq_lens_q, attention_mask, other)
     assert cu_seq_lens_q is not None
     groups = query.shape[1] // key.shape[1]
-    # Expanded by hand: enable_gqa would fall back to the O(T^2) memory path on a CPU.
+    # Expanded here, because enable_gqa uses the O(T^2) memory path on a CPU.
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     lengths = cu_seq_lens_q.diff().tolist()
     documents = [
@@ -229,7 +231,7 @@ def _sdpa(
             strict=True,
         )
     ]
-    # Contiguous as transformers' own functions give it: some models take a view.
+    # Contiguous, as transformers' own functions return it, because some models call view().
     return torch.cat(documents, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -240,8 +242,8 @@ Varlen = Callable[
 [T, heads, d]; causal."""
 
 
-def _whole_row(varlen: Varlen, kind: str) -> Callable[..., tuple[torch.Tensor, None]]:
-    """A varlen function of all documents at once, as transformers calls attention. CUDA only."""
+def _whole_pack(varlen: Varlen, kind: str) -> Callable[..., tuple[torch.Tensor, None]]:
+    """Wrap a varlen function, with the signature that transformers calls. CUDA only."""
 
     def attend(
         module: torch.nn.Module,
@@ -266,11 +268,11 @@ def _whole_row(varlen: Varlen, kind: str) -> Callable[..., tuple[torch.Tensor, N
 
 
 def _torch_varlen() -> Varlen:
-    """torch's own; nothing to install."""
+    """torch's varlen attention; needs no other package."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # A version that does not ask takes grouped heads as they are.
-    asks = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    # Versions without this argument accept grouped heads anyway.
+    has_gqa_option = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
     def run(
         query: torch.Tensor,
@@ -281,19 +283,21 @@ def _torch_varlen() -> Varlen:
         scale: float | None,
         dropout: float,
     ) -> torch.Tensor:
-        grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if asks else {}
+        grouped: dict[str, Any] = {}
+        if has_gqa_option:
+            grouped["enable_gqa"] = query.shape[1] != key.shape[1]
         boundaries = (cu_seqlens, cu_seqlens, longest, longest)
         out = varlen_attn(
             query, key, value, *boundaries, scale=scale, window_size=(-1, 0), **grouped
         )
-        assert isinstance(out, torch.Tensor)  # a tuple only when the log-sum-exp is asked for
+        assert isinstance(out, torch.Tensor)  # a tuple only if the log-sum-exp is requested
         return out
 
     return run
 
 
 def _flash_varlen(kind: str) -> Varlen:
-    """That of a flash-attn."""
+    """The varlen attention of a flash-attn."""
     function = getattr(import_module(FLASH[kind].module), FLASH_FUNCTION)
 
     def run(
@@ -319,7 +323,7 @@ def _flash_varlen(kind: str) -> Varlen:
             deterministic=torch.are_deterministic_algorithms_enabled(),
             **options,
         )
-        # 4, and early versions of 3, give the log-sum-exp too.
+        # 4, and early versions of 3, also return the log-sum-exp.
         return out[0] if isinstance(out, tuple) else out
 
     return run

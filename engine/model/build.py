@@ -30,13 +30,13 @@ from redi.engine.model.weights import read_weights
 
 
 def model_config(recipe: Recipe, weights: bool = True) -> Any:
-    """The configuration of the recipe's model, with what the recipe replaces in it.
+    """The configuration of the recipe's model, with the values that the recipe replaces.
 
     Args:
-        weights: whether they are needed too.
+        weights: True if the weights must be available too.
 
     Raises:
-        InputError: no such model, or one that cannot be trained.
+        InputError: the model does not exist or cannot be trained.
     """
     model = recipe.model
     path = model.path or ""
@@ -46,26 +46,27 @@ def model_config(recipe: Recipe, weights: bool = True) -> Any:
 
 
 def check_vocabulary(recipe: Recipe, config: Any) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer; InputError where it has more tokens than the model knows."""
+    """The recipe's tokenizer. Raises InputError if it has more tokens than the model."""
     tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.path or "")
-    known = config.get_text_config().vocab_size
-    if len(tokenizer) > known:
+    vocabulary = config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
         raise InputError(
-            f"model.tokenizer: it has {len(tokenizer)} tokens, the model's vocabulary only {known}"
+            f"model.tokenizer: it has {len(tokenizer)} tokens, the model's vocabulary only "
+            f"{vocabulary}"
         )
     return tokenizer
 
 
 def build_model(path: str, config: Any, attention: str) -> PreTrainedModel:
-    """A model to train, on the meta device, with packed attention and without its weights.
+    """A model to train, on the meta device without weights, with packed attention.
 
     Args:
-        path: folder or hub name.
+        path: directory or hub name.
         config: the model's configuration.
-        attention: as `choose_attention` names it.
+        attention: a name returned by `choose_attention`.
 
     Raises:
-        InputError: it is not built as packed rows and the fused loss need.
+        InputError: packs, the fused loss or sharding do not support it.
     """
     model = empty_model(config, attention=register_attention(attention))
     if problem := model_problem(model):
@@ -82,9 +83,9 @@ def build_student(
     path = recipe.model.path or ""
     kind, reason = choose_attention(recipe.model.attention, world.device, dtype)
     precision = str(dtype).removeprefix("torch.")
-    console.say(f"attention: {kind} ({reason}) is to be used; compute dtype {precision}")
+    console.say(f"attention: {kind} ({reason}); compute dtype {precision}")
     model = build_model(path, config, kind)
-    per_document_rope(model, config)  # not in a plan: where documents end is no shape
+    per_document_rope(model, config)  # not on the meta device: it reads positions
     tokenizer = check_vocabulary(recipe, model.config)
     if world.is_main:
         with tempfile.TemporaryDirectory() as folder:
@@ -94,6 +95,6 @@ def build_student(
     model.train()
     student = Student(model, PackedLoss(recipe.objective))
     shard(student, recipe.shard, dtype, world.device)
-    student.to_empty(device=world.device)  # only the shards get memory
+    student.to_empty(device=world.device)  # allocates the shards alone
     read_weights(model, path)
     return student, tokenizer

@@ -1,7 +1,7 @@
-"""The student as a Hugging Face folder that plain transformers loads.
+"""Export of the student as a Hugging Face directory that plain transformers loads.
 
-Neither a device nor the host ever holds the whole model: tensors come one by one, the host keeps
-those of the file that is being written.
+Neither a device nor the host holds the whole model: tensors are gathered one by one, and the host
+keeps those of the current file only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from redi.engine.model.student import Student
 from redi.engine.model.weights import INDEX, as_stored, check_weights, weight_files
 
 FILE_BYTES = 5 * 10**9
-"""Most bytes of weights in a file, but that a single tensor may be larger."""
+"""Maximum bytes of weights in a file, unless a single tensor is larger."""
 
 
 def export(
@@ -46,10 +46,10 @@ def export(
     dtype: torch.dtype,
     world: World,
 ) -> None:
-    """Gather the weights tensor by tensor and write them on rank 0; every rank must call it.
+    """Gather the weights tensor by tensor and write them on rank 0. Collective.
 
     Raises:
-        RunError: the weights are not finite, or what was written would not load.
+        RunError: the weights are not finite, or the written directory does not load.
     """
     state: dict[str, Any] = get_model_state_dict(student)
     model = architecture_to_export(student.model.config, dtype)
@@ -62,11 +62,11 @@ def export(
                 generation = student.model.generation_config
                 write_folder(folder, model, files, tensors, tokenizer, generation)
             finally:
-                deque(tensors, maxlen=0)  # the others gather to the end, whatever happened here
+                deque(tensors, maxlen=0)  # other ranks gather all, even after an error here
 
     if not world.is_main:
         deque(tensors, maxlen=0)
-    # The others wait: a recipe that follows reads the folder.
+    # Other ranks wait, because a following recipe reads the directory.
     world.rank0_first(write)
 
 
@@ -75,7 +75,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def architecture_to_export(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """What is exported, without weights; its configuration says so."""
+    """The exported model without weights, with dtype and architecture in its configuration."""
     model = empty_model(deepcopy(config), dtype)
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
@@ -83,7 +83,7 @@ def architecture_to_export(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def files_of(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Which file holds which weights; a tied one is in none, as transformers has it."""
+    """Names of the weights by file. As in transformers, tied weights are stored once."""
     state = model.state_dict()
     for name in model.all_tied_weights_keys:
         del state[name]
@@ -100,12 +100,18 @@ def write_folder(
 ) -> None:
     """Write configuration, tokenizer, template and weights.
 
-    The folder appears whole or not at all: it is written beside its place, checked, and renamed.
+    The directory is replaced atomically: written under another name, checked, and renamed.
 
     Args:
+        folder: the directory.
         model: the architecture on the meta device, in the dtype to write.
-        files: names of weights by file.
-        tensors: the weights in this order, of any dtype, on any device.
+        files: names of the weights by file.
+        tensors: the weights in the order of `files`, of any dtype, on any device.
+        tokenizer: saved with the model.
+        generation: saved with the model, unless None.
+
+    Raises:
+        RunError: it cannot be written, would not load, or a weight is not finite.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -121,16 +127,16 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise RunError(
-                f"{folder} cannot be written: {error}; the same command goes on with the export"
+                f"{folder} cannot be written: {error}; the same command resumes with the export"
             ) from error
         raise
     for file in partial.iterdir():
-        # safetensors writes files that only their owner may read.
+        # safetensors makes its files readable to their owner only.
         shutil.copymode(partial / "config.json", file)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        os.replace(folder, old)  # it stays until the new one is in its place
+        os.replace(folder, old)  # kept until the new one is in place
     os.replace(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -138,9 +144,9 @@ def write_folder(
 def _save_config(config: Any, folder: Path) -> None:
     """Write config.json for transformers 5 and 4.
 
-    4 takes `rope_theta` from the top level (10000 where it is absent), scaling from `rope_scaling`
-    and the dtype from `torch_dtype`; 5 writes them as `rope_parameters` and `dtype`. 5 reads
-    `rope_scaling`, where there is one, in place of `rope_parameters`, so that it is written whole.
+    4 reads `rope_theta` from the top level (default 10000), scaling from `rope_scaling` and the
+    dtype from `torch_dtype`. 5 writes them as `rope_parameters` and `dtype`. If there is a
+    `rope_scaling`, 5 reads it in place of `rope_parameters`, so it is written with all its keys.
     """
     config.save_pretrained(folder)
     path = folder / "config.json"
@@ -148,7 +154,7 @@ def _save_config(config: Any, folder: Path) -> None:
     if "dtype" in content:
         content["torch_dtype"] = content["dtype"]
     rope = dict(content.get("rope_parameters") or {})
-    if "rope_type" in rope:  # else one dict a layer type, which 4 had no common form for
+    if "rope_type" in rope:  # else one dict per layer type, for which 4 has no common form
         for key in ("rope_theta", "partial_rotary_factor"):
             if key in rope:
                 content[key] = rope.pop(key)
@@ -158,7 +164,7 @@ def _save_config(config: Any, folder: Path) -> None:
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """OSError where it cannot be written: tokenizers raises an Exception of no kind for that."""
+    """Raise OSError if it cannot be written; tokenizers raises a plain Exception."""
     try:
         tokenizer.save_pretrained(folder)
     except OSError:
@@ -191,28 +197,28 @@ def _write_weights(
 
 
 def _check_loads(folder: Path, num_tokens: int) -> None:
-    """That a folder's files hold what its configuration describes; no weight is loaded."""
+    """Check that a directory's files match its configuration, without loading weights."""
     try:
         model = empty_model(AutoConfig.from_pretrained(folder))
         check_weights(model, weight_files(str(folder)))
-    except Exception as error:  # whatever stops transformers would stop the user
+    except Exception as error:  # any error of transformers would also stop the user
         raise RunError(f"{folder} does not load as it was saved: {error}") from error
     if len(AutoTokenizer.from_pretrained(folder)) != num_tokens:
         raise RunError(f"{folder}: the tokenizer does not load as it was saved")
 
 
 def check_exportable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, at: Path) -> None:
-    """Before step 1: save all but the weights, load it again, compare names and shapes.
+    """Save all but the weights, load it again, and compare names and shapes.
 
-    What cannot be saved should stop a run before it has cost anything, not after its last step.
+    It runs before step 1: a model that cannot be saved should fail then, not after the last step.
 
     Args:
         model: unsharded.
-        tokenizer: the one that is exported with it.
-        at: a folder to write in; it is removed again.
+        tokenizer: exported with the model.
+        at: directory to write to; it is removed again.
 
     Raises:
-        RunError: what is wrong.
+        RunError: the export would fail or would not load.
     """
     shutil.rmtree(at, ignore_errors=True)
     try:
@@ -230,7 +236,7 @@ def check_exportable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         if differing:
             raise RunError(f"the export would not load: {', '.join(sorted(differing)[:3])} differ")
         if len(AutoTokenizer.from_pretrained(at)) != len(tokenizer):
-            raise RunError("the exported tokenizer would not load as it is")
+            raise RunError("the exported tokenizer would not load unchanged")
     except RunError:
         raise
     except Exception as error:  # transformers validates on saving, with errors of any type

@@ -1,7 +1,7 @@
-"""What ran in a student's first forward: counted, not inferred from what was chosen.
+"""Record of a student's first forward: which attention and loss kernels ran, counted.
 
-A model can drop its attention function without an error (transformers then builds a dense [T, T]
-mask), and only the time and the memory show it. So the first forward of each process counts.
+A model can ignore its attention function without an error. transformers then builds a dense [T, T]
+mask, which shows only in time and memory. So the first forward of each process counts the calls.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ Out = TypeVar("Out")
 
 
 @dataclass(frozen=True)
-class Ran:
+class ForwardRecord:
     """What a process ran in its first forward."""
 
     attention: str
-    """Kind of the packed attention, as `choose_attention` names it."""
+    """Kind of the packed attention, a name returned by `choose_attention`."""
     attention_calls: int
-    """How often it was called: once a layer."""
+    """Number of its calls: one per layer."""
     loss: dict[str, list[str]]
-    """Backends by loss op."""
+    """Names of backends, by loss op."""
     liger: dict[str, int]
-    """Modules that run liger-kernel's forward, by class; "rope" where its RoPE is used."""
+    """Number of modules with liger-kernel's forward, by class; "rope" if its RoPE is used."""
 
     def text(self) -> str:
-        """For the log."""
+        """One line for the log."""
         loss = ", ".join(f"{op} ({', '.join(names)})" for op, names in self.loss.items())
         liger = ", ".join(f"{count} {name}" for name, count in self.liger.items())
         return (
@@ -66,13 +66,13 @@ class _LossOps(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def watch(model: PreTrainedModel, forward: Callable[[], Out]) -> tuple[Out, Ran]:
-    """Call a student's `forward`, and count what it runs.
+def record_forward(model: PreTrainedModel, forward: Callable[[], Out]) -> tuple[Out, ForwardRecord]:
+    """Call a student's `forward` and count what it runs.
 
-    Compiled blocks run uncompiled meanwhile: a graph would not show its calls.
+    Compiled blocks run uncompiled meanwhile, because calls inside a graph cannot be counted.
 
     Raises:
-        InputError: a layer ran another attention than the packed one.
+        InputError: a layer did not run packed attention.
     """
     ops = _LossOps()
     with recording_calls() as calls, torch.compiler.set_stance("force_eager"), ops:
@@ -83,15 +83,15 @@ def watch(model: PreTrainedModel, forward: Callable[[], Out]) -> tuple[Out, Ran]
         listed = ", ".join(f"{count} of {name}" for name, count in others.items())
         raise InputError(
             f"model.path: {type(model).__name__}: packed attention ran in {len(calls)} of "
-            f"{len(layers)} layers (configured: {listed}); it cannot be trained on packed rows"
+            f"{len(layers)} layers (configured: {listed}); it cannot be trained on packs"
         )
-    # The plain reference is no op.
+    # The plain reference backend is not an op.
     loss = ops.backends or {"plain PyTorch": ["reference"]}
-    return out, Ran(calls[0], len(calls), loss, liger_layers(model))
+    return out, ForwardRecord(calls[0], len(calls), loss, liger_layers(model))
 
 
 def liger_layers(model: PreTrainedModel) -> dict[str, int]:
-    """Modules whose forward is liger-kernel's, counted by class; and whether RoPE is."""
+    """Number of modules with liger-kernel's forward, by class; "rope": 1 if its RoPE is used."""
     found = Counter(
         type(module).__name__ for module in model.modules() if _is_liger(module.forward)
     )
@@ -107,4 +107,4 @@ def _is_liger(function: Any) -> bool:
 
 def _attention_name(layer: Any) -> str:
     config = getattr(layer.self_attn, "config", None)
-    return str(getattr(config, "_attn_implementation", "an attention without configuration"))
+    return str(getattr(config, "_attn_implementation", "attention without configuration"))

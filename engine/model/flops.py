@@ -1,4 +1,4 @@
-"""What training will cost, told from the model's shape before its weights are read."""
+"""Flops of training, computed from the model's configuration before its weights are read."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from redi.engine.model.load import empty_model
 
 
 def training_cost(config: PretrainedConfig) -> Cost:
-    """Training flops of a row: 6 N a token, and causal attention, 6 layers * width a token pair.
+    """Training flops of a sequence: 6 N per token, and 6 * layers * width per pair of tokens.
 
-    N counts every parameter but the input embedding, which is looked up, and lm_head also where
-    it is tied to that.
+    The second term is causal attention. N counts all parameters except the input embedding, which
+    is only a look-up; lm_head is counted even if it is tied to the input embedding.
     """
     trunk, head = _products(config)
     return Cost(linear=6.0 * (trunk + head), quadratic=6.0 * _attention(config))
 
 
 def run_cost(config: PretrainedConfig, checkpointing: str) -> Cost:
-    """Flops that are run for a row: training's, and the blocks' forward once more where
-    `[shard] checkpointing` is "full". ("selective" keeps all products.)
+    """Flops executed for a sequence: those of training, plus recomputation.
+
+    If `[shard] checkpointing` is "full", the forward of the blocks runs twice. "selective" keeps
+    the results of all matrix products.
     """
     again = 2.0 if checkpointing == "full" else 0.0
     trunk, head = _products(config)
@@ -33,7 +35,7 @@ def run_cost(config: PretrainedConfig, checkpointing: str) -> Cost:
 
 
 def _products(config: PretrainedConfig) -> tuple[int, int]:
-    """Parameters of the blocks (with the norms) and of lm_head."""
+    """Number of parameters of the blocks (including norms) and of lm_head."""
     model = empty_model(config)
     embeddings = model.get_input_embeddings().weight.numel()
     trunk = sum(p.numel() for p in model.base_model.parameters()) - embeddings
@@ -41,7 +43,7 @@ def _products(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def head_dim(config: Any) -> int:
-    """Numbers of a head's query, key or value."""
+    """Dimension of a head's query, key or value."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 def liger_problem(device: torch.device) -> str | None:
-    """Why no model can have liger-kernel's layers on this device, None if some can."""
+    """Why liger-kernel cannot be used on this device, or None if it can."""
     if device.type != "cuda":
         return f"the device is {device.type}"
     if find_spec("liger_kernel") is None:
@@ -18,16 +18,16 @@ def liger_problem(device: torch.device) -> str | None:
 
 
 def apply_liger(model: PreTrainedModel, wanted: str, device: torch.device) -> str:
-    """Swap the layers of `model` in place where that is possible.
+    """Replace layers of `model` in place, if possible.
 
     Args:
         wanted: "auto" or "off".
 
     Returns:
-        What was done and why, for the log.
+        Result and reason, for the log.
     """
     if wanted == "off":
-        return "off: asked for"
+        return "off: requested"
     if problem := liger_problem(device):
         return f"off: {problem}"
     from liger_kernel.transformers.monkey_patch import (
@@ -36,7 +36,7 @@ def apply_liger(model: PreTrainedModel, wanted: str, device: torch.device) -> st
     )
 
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        return f"off: liger-kernel does not know {model.config.model_type}"
-    # The loss is ours; for some models liger-kernel would replace torch's for the whole process.
+        return f"off: liger-kernel does not support {model.config.model_type}"
+    # The loss is not replaced: for some models liger-kernel replaces torch's in the whole process.
     _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
     return "on: RMSNorm, RoPE, SwiGLU"

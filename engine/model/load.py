@@ -1,7 +1,7 @@
-"""A causal language model from a folder: safetensors only, nothing executed or unpickled.
+"""Load a causal language model: from safetensors only, without remote code or pickles.
 
-To train, a model is built without memory, sharded, and only then given its weights, of which each
-rank reads what it holds: it is never whole on a host.
+To train, a model is built on the meta device and sharded; then each rank reads its shard of the
+weights. So no host holds the whole model.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ from redi.engine.hub import NO_HUB_NAME, asking_the_hub, is_hub_name
 
 
 def find_config(path: str, name: str, weights: bool = True) -> Any:
-    """The configuration of a model in a folder or on the hub.
+    """The configuration of a model in a directory or on the hub.
 
     Args:
-        name: what the user calls the path, for messages.
-        weights: whether they are needed too.
+        path: directory or hub name.
+        name: option or key of the path, for messages.
+        weights: True if the weights must be available too.
 
     Raises:
-        InputError: no model there, or no safetensors where they are needed.
+        InputError: there is no model, or weights are needed and there are no safetensors.
     """
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(f"{name}: {path} has no config.json; give a model folder")
+            raise InputError(f"{name}: {path} has no config.json; give a model directory")
         if weights and not any(folder.glob("*.safetensors")):
             raise InputError(
-                f"{name}: {path} has no *.safetensors; weights in other formats are not "
-                "read: load the model once and save it with save_pretrained()"
+                f"{name}: {path} has no *.safetensors, and other formats are not supported; load "
+                "the model once and save it with save_pretrained()"
             )
     elif not is_hub_name(path):
-        raise InputError(f"{name}: {path}: no such folder, {NO_HUB_NAME}")
+        raise InputError(f"{name}: {path}: no such directory, {NO_HUB_NAME}")
     try:
         with asking_the_hub():
             return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # a wrong field raises errors of many types
-        here = "" if folder.is_dir() else "no such folder here; the hub: "
+    except Exception as error:  # an invalid field raises errors of many types
+        here = "" if folder.is_dir() else "no such directory; the hub: "
         raise InputError(f"{name}: {path}: {here}{first_line(error)}") from None
 
 
@@ -53,12 +54,12 @@ def read_config(
     max_position_embeddings: int | None = None,
     weights: bool = True,
 ) -> Any:
-    """The configuration of a model, with what replaces its own values (`check_architecture` tells
-    whether it can be trained).
+    """The configuration of a model, with replaced values. `check_architecture` checks it.
 
     Args:
-        rope_theta, max_position_embeddings: take the place of the model's own.
-        weights: whether they are needed too.
+        path: directory or hub name.
+        rope_theta, max_position_embeddings: replace the model's values.
+        weights: True if the weights must be available too.
 
     Raises:
         InputError: as `find_config`, or there is no rope_theta to replace.
@@ -79,9 +80,10 @@ def load_weights(
     """Load a whole model on the CPU.
 
     Args:
-        name: what the user calls the path, for messages.
+        path: directory or hub name.
+        name: option or key of the path, for messages.
         config: its configuration.
-        dtype: of the weights; "auto": that of the files.
+        dtype: of the loaded weights; "auto": that of the files.
 
     Raises:
         InputError: the weights do not fit the configuration.
@@ -107,10 +109,10 @@ def load_weights(
 def empty_model(
     config: Any, dtype: torch.dtype = torch.float32, attention: str | None = None
 ) -> PreTrainedModel:
-    """The architecture on the meta device, without memory for weights.
+    """The model on the meta device, without memory for weights.
 
-    The model gets a copy of `config`: transformers writes the attention into the one that it is
-    given, and one that another model lives by would change that model's attention too.
+    The model gets a copy of `config`, because transformers writes the attention into it. A shared
+    configuration would change the attention of another model too.
     """
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
@@ -119,7 +121,7 @@ def empty_model(
 
 
 def generation_config(path: str) -> GenerationConfig | None:
-    """The one that a model's folder has."""
+    """The generation configuration of a model, or None."""
     try:
         return GenerationConfig.from_pretrained(path)
     except OSError:
@@ -127,6 +129,6 @@ def generation_config(path: str) -> GenerationConfig | None:
 
 
 def first_line(error: Exception) -> str:
-    """Of its message; with the second where the first only announces it."""
+    """First line of an error's message; with the second if the first ends with a colon."""
     first, *others = [line.strip() for line in str(error).strip().split("\n")]
     return f"{first} {others[0]}" if first.endswith(":") and others else first

@@ -1,4 +1,4 @@
-"""FSDP2 over the student: bf16 compute and fp32 reduction over fp32 masters, sums not means."""
+"""FSDP2 of the student: fp32 masters, bf16 computation, fp32 gradient sums (not means)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from redi.engine.config.sections import ShardConfig
 from redi.engine.model.student import Student
 
-# Results that selective checkpointing keeps: products and attention cost far more to recompute
-# than to hold; all that lies between is recomputed.
+# Ops whose results selective checkpointing keeps: matrix products and attention. Recomputing them
+# would cost more time than the memory is worth. All other results are recomputed.
 KEPT_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -29,8 +29,8 @@ KEPT_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
 }
-# CUDA's own ways, named once their packages are imported. flash-attn 4 is no op that torch knows
-# of, and is recomputed.
+# Further ops on CUDA, by name because they exist only after their packages are imported.
+# flash-attn 4 is not a registered op and is recomputed.
 KEPT_NAMES = {
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
@@ -48,15 +48,19 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 def shard(
     student: Student, section: ShardConfig, dtype: torch.dtype, device: torch.device
 ) -> Student:
-    """Recompute, compile and shard in place, in this order; on the meta device too.
+    """Apply checkpointing, compilation and sharding in place, in this order. Works on meta tensors.
 
-    Each block is a group, so is an untied lm_head: its gradient, ready first, is reduced while the
-    trunk runs backward. The root's group holds the rest: embeddings, with a tied lm_head, and the
-    final norm. FSDP2 gathers the next group while one computes: in backward by itself, in forward
-    because nothing there waits for the device, so the host is ahead; nothing is prefetched by hand.
+    Each block is a group. An untied lm_head is a group too, so that its gradient, which is ready
+    first, is reduced during the trunk's backward. The root's group has the rest: embeddings (with a
+    tied lm_head) and the final norm. FSDP2 gathers the next group while one computes: explicitly in
+    backward, and in forward because the host, which never waits for the device, runs ahead. So no
+    prefetching is configured.
 
     Args:
+        student: on any device.
         section: its `replicate` divides the number of ranks (`check_replicas`).
+        dtype: of computation.
+        device: its type selects the mesh.
     """
     world = dist.get_world_size()
     checkpoint_blocks(student.model, section.checkpointing)
@@ -65,7 +69,7 @@ def shard(
             block.compile()
     options: dict[str, Any] = {
         "mesh": _mesh(device, section.replicate, world),
-        # Inputs stay as they are: the batch's float32 weights are no activations.
+        # Inputs are not cast: the batch's float32 weights are not activations.
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
@@ -73,23 +77,23 @@ def shard(
     *blocks, last = student.blocks
     for block in blocks:
         fully_shard(block, **options)
-    # What backward begins with stays gathered: to free it would only be to gather it again.
+    # Backward needs the last block and lm_head first, so they stay gathered after forward.
     fully_shard(last, **options, reshard_after_forward=False)
     if student.head.weight is not student.model.get_input_embeddings().weight:
         fully_shard(student.head, **options, reshard_after_forward=False)
     fully_shard(student, **options)
     for module in _groups(student):
-        # Denominators are global counts, so ranks are summed. gloo knows no other way.
+        # Sum over ranks, because denominators are global counts. gloo supports only sums.
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
     for name, parameter in student.named_parameters():
-        # At a learning rate of 1e-6 a bf16 master would never move.
+        # A bf16 master would round away updates at a learning rate of 1e-6.
         assert parameter.dtype == torch.float32, f"master weight {name} is {parameter.dtype}"
     return student
 
 
 def reshard(student: Student) -> None:
-    """Free what a forward without a backward has left gathered."""
+    """Free weights that are still gathered after a forward without a backward."""
     for module in _groups(student):
         module.reshard()
 
@@ -106,7 +110,7 @@ def _mesh(device: torch.device, replicate: int, world: int) -> DeviceMesh:
 
 
 def checkpoint_blocks(model: PreTrainedModel, how: str) -> None:
-    """Recompute activations of the transformer blocks in backward: "none", "selective", "full"."""
+    """Enable activation checkpointing of the blocks: `how` is "none", "selective" or "full"."""
     if how == "none":
         return
     options: dict[str, Any] = {}

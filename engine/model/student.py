@@ -1,8 +1,8 @@
 """The student: trunk and loss in one module, whose forward returns the loss.
 
-The fused loss needs lm_head's weight whole, so it runs inside the forward of `Head`, which is when
-FSDP2 has gathered the weight: once a micro-step, not once a chunk. Calling the trunk from outside
-would mix plain tensors with sharded ones.
+The fused loss needs lm_head's whole weight. It runs inside the forward of `Head`, for which FSDP2
+gathers the weight: once per micro-step, not once per chunk. Calling the trunk from outside would
+mix plain tensors with sharded ones.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from transformers import PreTrainedModel
 from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.packed_loss import PackedLoss, StepTotals
 from redi.engine.model.attention import NAME, document_kwargs
-from redi.engine.model.first_forward import Ran, watch
+from redi.engine.model.first_forward import ForwardRecord, record_forward
 from redi.kernels import FilteredRediLoss, RediLoss, segment_sum, signed_cross_entropy
 
 Out = TypeVar("Out")
 
 
-class Scores(NamedTuple):
-    """What a model says of a packed row's traces, without a gradient."""
+class PackScores(NamedTuple):
+    """Log-probs and entropies of the traces of a pack, without a gradient."""
 
     sequence_logps: torch.Tensor
-    """float32 [S]: sums of log-probs over each sequence's targets."""
+    """float32 [S]: sum of log-probs over each sequence's targets."""
     sequence_lengths: torch.Tensor
-    """int64 [S]: targets of each sequence."""
+    """int64 [S]: number of targets of each sequence."""
     sequence_entropies: torch.Tensor
-    """float32 [S]: sums over the same tokens of the entropy of the model's prediction, in nats."""
+    """float32 [S]: sum over the same targets of the prediction's entropy, in nats."""
 
 
 class Head(nn.Module):
-    """lm_head, in the place of the model's own: logits, or what a function makes of its weight.
+    """Replaces the model's lm_head: returns logits, or the result of a function of its weight.
 
-    Untied, it is sharded as a group of its own: all that reads the weight runs in this forward.
+    If untied it is a separate sharding group, so all code that reads the weight runs in this
+    forward.
     """
 
     def __init__(self, weight: nn.Parameter) -> None:
@@ -51,21 +52,21 @@ class Head(nn.Module):
         hidden: torch.Tensor,
         function: Callable[[torch.Tensor, torch.Tensor], Out] | None = None,
     ) -> torch.Tensor | Out:
-        """`function(hidden, weight)`; without one the logits, as generation wants them."""
+        """`function(hidden, weight)`, or the logits without a function, as in generation."""
         if function is None:
             return F.linear(hidden, self.weight)
         return function(hidden, self.weight)
 
 
 class Student(nn.Module):
-    """A causal LM that turns a packed row into its share of the step's loss."""
+    """A causal LM whose forward returns a pack's share of the step's loss."""
 
     def __init__(self, model: PreTrainedModel, objective: PackedLoss) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
-        self.ran: Ran | None = None
-        """What this process ran: of the first training forward, else of the first one."""
+        self.ran: ForwardRecord | None = None
+        """Record of the first training forward, or of the first forward if there was none."""
         self._trained = False
         model.set_output_embeddings(Head(model.get_output_embeddings().weight))
 
@@ -81,37 +82,37 @@ class Student(nn.Module):
 
     def forward(
         self, batch: PackedBatch, totals: StepTotals | None
-    ) -> RediLoss | FilteredRediLoss | Scores:
-        """Loss share, and per-sequence log-prob sums, of one packed row.
+    ) -> RediLoss | FilteredRediLoss | PackScores:
+        """Share of the loss, and log-prob sums per sequence, of one pack.
 
         Args:
-            batch: one row, on the student's device.
-            totals: global counts of the optimizer step, the loss's denominators; None: the row is
-                only scored (one matrix product by the vocabulary, no gradient).
+            batch: one pack, on the student's device.
+            totals: global counts of the optimizer step, the denominators of the loss. None: only
+                score the pack (one matrix product with the vocabulary, no gradient).
 
         Returns:
-            What the objective makes of the row, or Scores without `totals`.
+            The result of the objective, or PackScores without `totals`.
 
         Raises:
-            InputError: the first forward ran another attention than the packed one.
+            InputError: the first forward did not run packed attention in every layer.
         """
         training = totals is not None
         if self.ran and (self._trained or not training):
             return self.score_or_loss(batch, totals)
-        out, self.ran = watch(self.model, partial(self.score_or_loss, batch, totals))
+        out, self.ran = record_forward(self.model, partial(self.score_or_loss, batch, totals))
         self._trained = training
         return out
 
     def score_or_loss(
         self, batch: PackedBatch, totals: StepTotals | None
-    ) -> RediLoss | FilteredRediLoss | Scores:
-        """`forward` without counting what ran."""
+    ) -> RediLoss | FilteredRediLoss | PackScores:
+        """`forward` without recording what ran."""
         hidden = self.hidden_states(batch)
         if totals is None:
             return self.head(hidden.detach(), partial(self._score, batch=batch))
         return self.head(hidden, partial(self.objective, batch=batch, totals=totals))
 
-    def _score(self, hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> Scores:
+    def _score(self, hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> PackScores:
         _, logps, entropies = signed_cross_entropy(
             hidden,
             weight.detach(),
@@ -122,13 +123,13 @@ class Student(nn.Module):
             backend=self.objective.section.backend,
         )
         cu_seqlens = batch.cu_seqlens
-        return Scores(
+        return PackScores(
             segment_sum(logps, cu_seqlens), batch.num_targets, segment_sum(entropies, cu_seqlens)
         )
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
-        """Last hidden states [T, D] of a packed row, each document on its own."""
-        assert self.model.config._attn_implementation == NAME, "another attention was set"
+        """Last hidden states [T, D] of a pack; documents do not attend to each other."""
+        assert self.model.config._attn_implementation == NAME, "packed attention is not set"
         output = self.model.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],

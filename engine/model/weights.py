@@ -1,8 +1,8 @@
-"""Weights from safetensors files into a model that may be sharded: each rank reads its own rows.
+"""Read weights from safetensors files into a model that may be sharded.
 
-Files are mapped into memory and read slice by slice, so no rank holds more than its shard and one
-slice. torch's HuggingFaceStorageReader does the like, but takes every file of the folder, also a
-second copy of the weights, and does not tell what a file has too much.
+Each rank reads the slices of its shard. Files are memory-mapped and read slice by slice, so no rank
+holds more than its shard and one slice. torch's HuggingFaceStorageReader is similar, but reads
+every file of the directory, even a second copy of the weights, and does not report unexpected ones.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 
 @torch.no_grad()
 def read_weights(model: PreTrainedModel, path: str) -> None:
-    """Fill a model in place: parameters from files, in the model's dtype, buffers computed.
+    """Fill a model in place: read parameters, in the model's dtype, and compute buffers.
 
     Args:
-        model: its parameters have memory but no values (`to_empty`), sharded or whole. What
-            `to_empty` has untied is tied again.
-        path: folder or hub name.
+        model: sharded or not; its parameters have memory but no values (`to_empty`). Weights that
+            `to_empty` untied are tied again.
+        path: directory or hub name.
 
     Raises:
         InputError: the files do not fit the model.
@@ -46,10 +46,10 @@ def read_weights(model: PreTrainedModel, path: str) -> None:
     model.tie_weights()
     _compute_buffers(model, path)
     if extract_weight_conversions_for_model(model):
-        # transformers renames or merges them while loading (mixtures of experts).
+        # transformers renames or merges these while loading (mixtures of experts).
         whole = load_weights(path, "model.path", deepcopy(model.config), "auto").state_dict()
         for name, tensor in model.state_dict().items():
-            _copy_own_rows(tensor, whole[name])
+            _copy_shard(tensor, whole[name])
         return
     try:
         files = weight_files(path)
@@ -60,10 +60,10 @@ def read_weights(model: PreTrainedModel, path: str) -> None:
 
 
 def weight_files(path: str) -> dict[Path, list[str]]:
-    """The files of a model's weights, as transformers chooses them, and the names in each.
+    """Names of a model's weights by file, with the files that transformers would choose.
 
     Raises:
-        ValueError, OSError: there are none, or the list of them is damaged.
+        ValueError, OSError: there are no files, or the index is damaged.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -84,17 +84,17 @@ def weight_files(path: str) -> dict[Path, list[str]]:
 
 
 def as_stored(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Some of a model's tensors under the names, and in the pieces, that files have them in."""
+    """Tensors of a model with the names, and in the pieces, of its files."""
     if not extract_weight_conversions_for_model(model):
         return tensors
     return revert_weight_conversion(model, tensors)
 
 
 def check_weights(model: PreTrainedModel, files: Mapping[Path, Iterable[str]]) -> None:
-    """See from the files' headers that they hold the model's weights, all and no others.
+    """Check by the files' headers that they have all of the model's weights and no others.
 
     Raises:
-        ValueError: names are missing or too many, a shape or a number format is another.
+        ValueError: weights are missing or unexpected, or a shape or dtype does not match.
         OSError, SafetensorError: a file is missing or damaged.
     """
     stored = as_stored(model, model.state_dict())
@@ -109,7 +109,7 @@ def check_weights(model: PreTrainedModel, files: Mapping[Path, Iterable[str]]) -
                 shape, dtype = header.get_shape(), header.get_dtype()
                 if name in wanted and shape != wanted[name]:
                     raise ValueError(
-                        f"{name} is {shape} in {file.name}, the model's is {wanted[name]}"
+                        f"{name} is {shape} in {file.name}, but {wanted[name]} in the model"
                     )
                 if name in wanted and dtype not in FLOATS:
                     raise ValueError(
@@ -120,10 +120,10 @@ def check_weights(model: PreTrainedModel, files: Mapping[Path, Iterable[str]]) -
     known = found | {a for a, b in tied.items() if b in found}
     known |= {b for a, b in tied.items() if a in found}
     extra = {name for name in found - wanted.keys() if not ignored.search(name)}
-    for what, names in (("missing", wanted.keys() - known), ("not the model's", extra)):
+    for what, names in (("missing", wanted.keys() - known), ("unexpected", extra)):
         if names:
             listed = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
-            raise ValueError(f"weights that are {what}: {listed}")
+            raise ValueError(f"{what} weights: {listed}")
 
 
 def _read(model: PreTrainedModel, files: Mapping[Path, Iterable[str]]) -> None:
@@ -137,28 +137,28 @@ def _read(model: PreTrainedModel, files: Mapping[Path, Iterable[str]]) -> None:
                     continue
                 source = tied.get(name, name)
                 if source not in done:
-                    _copy_own_rows(wanted[name], content.get_slice(name))
+                    _copy_shard(wanted[name], content.get_slice(name))
                     done.add(source)
-                elif not _same_own_rows(wanted[name], content.get_slice(name)):
+                elif not _same_shard(wanted[name], content.get_slice(name)):
                     raise ValueError(
-                        "config.json ties lm_head to the embeddings, the files hold two different "
-                        "ones; set tie_word_embeddings to false there"
+                        "config.json ties lm_head to the embeddings, but the files have two "
+                        "different ones; set tie_word_embeddings to false in config.json"
                     )
 
 
-def _copy_own_rows(tensor: torch.Tensor, source: Any) -> None:
-    local, rows = _own_rows(tensor)
+def _copy_shard(tensor: torch.Tensor, source: Any) -> None:
+    local, part = _local_shard(tensor)
     if local.numel():
-        local.copy_(source[rows])
+        local.copy_(source[part])
 
 
-def _same_own_rows(tensor: torch.Tensor, source: Any) -> bool:
-    local, rows = _own_rows(tensor)
-    return not local.numel() or torch.equal(local, source[rows].to(local))
+def _same_shard(tensor: torch.Tensor, source: Any) -> bool:
+    local, part = _local_shard(tensor)
+    return not local.numel() or torch.equal(local, source[part].to(local))
 
 
-def _own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
-    """What this rank holds of a tensor, and which rows of the whole these are."""
+def _local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """This rank's shard of a tensor, and its slice of the whole tensor's first dimension."""
     if not isinstance(tensor, DTensor):
         return tensor, slice(None)
     shape, offset = compute_local_shape_and_global_offset(
@@ -168,10 +168,10 @@ def _own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
 
 
 def _compute_buffers(model: PreTrainedModel, path: str) -> None:
-    """Buffers that no file holds (rotary frequencies), as transformers computes them."""
+    """Compute the buffers that files do not have (rotary frequencies), as transformers does."""
     for name, buffer in model.named_non_persistent_buffers():
         module = model.get_submodule(name.rpartition(".")[0])
         buffer.fill_(torch.nan)
         model._init_weights(module)
         if not buffer.isfinite().all():
-            raise InputError(f"model.path: {path}: its buffer {name} is not known to be computed")
+            raise InputError(f"model.path: {path}: transformers does not compute its buffer {name}")

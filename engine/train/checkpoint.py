@@ -1,7 +1,7 @@
-"""Checkpoints by torch.distributed.checkpoint: saved in the background, found again complete.
+"""Checkpoints by torch.distributed.checkpoint, saved in the background.
 
-`.metadata` is written last, so a checkpoint that has it, and whose files are as long as it says,
-is complete. Every other one is passed over.
+A checkpoint is complete if it has `.metadata`, which is written last, and if its files are at least
+as long as that records. Incomplete ones are ignored.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from redi.engine.errors import RunError
 from redi.engine.model.student import Student
 
 FOLDER = "checkpoints"
-# torch's own is no Exception.
+# CheckpointException derives from BaseException, not from Exception.
 FAILURES = (Exception, CheckpointException)
 
 
 def complete_checkpoints(run_dir: Path) -> dict[int, Path]:
-    """The complete checkpoints of a run: step -> folder."""
+    """The complete checkpoints of a run: step -> directory."""
     found = {}
     for folder in run_dir.glob(f"{FOLDER}/step-*"):
         step = folder.name.removeprefix("step-")
-        if step.isdecimal() and _is_complete(folder):  # not what a user has renamed
+        if step.isdecimal() and _is_complete(folder):  # skips renamed directories
             found[int(step)] = folder
     return found
 
@@ -52,7 +52,7 @@ def _is_complete(folder: Path) -> bool:
         return False
     try:
         metadata = dcp.FileSystemReader(folder).read_metadata()
-    except Exception:  # cut off: pickle raises almost anything
+    except Exception:  # truncated: pickle raises many types
         return False
     ends: dict[str, int] = {}
     for part in (metadata.storage_data or {}).values():
@@ -63,13 +63,14 @@ def _is_complete(folder: Path) -> bool:
 
 
 def kept_checkpoints(steps: Sequence[int], keep: int, good_before: int | None) -> set[int]:
-    """Which checkpoints stay: the newest, one from before things may have gone wrong, and the next.
+    """The steps whose checkpoints are kept.
 
     Args:
-        steps: rising.
-        keep: how many of the newest, at least 1.
-        good_before: the newest checkpoint of an earlier step than this stays, and the oldest of
-            the others, which will take its place; None: the newest ones alone.
+        steps: steps of all checkpoints, ascending.
+        keep: number of newest checkpoints to keep, at least 1.
+        good_before: also keep the newest checkpoint of a step before this one, which predates any
+            sign of collapse, and the oldest one from this step on, which replaces it later. None:
+            keep only the newest ones.
     """
     newest = steps[-keep:]
     if good_before is None:
@@ -79,7 +80,7 @@ def kept_checkpoints(steps: Sequence[int], keep: int, good_before: int | None) -
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Fails with the file system's own error, which torch.save hides behind another."""
+    """Raises the file system's error, which torch.save replaces by another."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
         try:
@@ -110,8 +111,8 @@ class Checkpointer:
         self._pending: Future[Any] | None = None
         self._good_before: int | None = None
         self._pending_folder = Path()
-        # One copy of this rank's shards on the host, kept from save to save (page-locked beside a
-        # card): making it is all that training waits for.
+        # One copy of this rank's shards in host memory (page-locked on CUDA), reused by every save.
+        # Training waits only while it is made.
         on_cuda = world.device.type == "cuda"
         self._stager = DefaultStager(
             StagingOptions(
@@ -124,15 +125,15 @@ class Checkpointer:
 
     @property
     def failed(self) -> bool:
-        """Whether the save under way is known to have failed here; `wait` tells why."""
+        """True if the save in progress has failed on this rank; `wait` raises the error."""
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
     def save(self, step: int, good_before: int | None = None) -> None:
-        """Copy the state now, write it in the background. Collective.
+        """Copy the state now and write it in the background. Collective.
 
         Args:
-            good_before: what else is kept; see `kept_checkpoints`.
+            good_before: see `kept_checkpoints`.
 
         Raises:
             RunError: the previous save failed.
@@ -141,7 +142,7 @@ class Checkpointer:
         self.wait()
         folder = self._pending_folder = self._folder(step)
         if self.world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # a torn one of an earlier attempt
+            shutil.rmtree(folder, ignore_errors=True)  # incomplete, from an earlier attempt
         dist.barrier(self.world.checkpoint_group)
         self._pending = dcp.async_save(  # type: ignore[assignment]
             self._state(),
@@ -151,10 +152,10 @@ class Checkpointer:
         )
 
     def wait(self) -> None:
-        """Wait for the save that is under way, then remove the checkpoints that are too many.
+        """Wait for the save in progress, then remove checkpoints that are not kept.
 
         Raises:
-            RunError: it could not be written; older checkpoints are intact.
+            RunError: the save failed; older checkpoints are intact.
         """
         if self._pending is None:
             return
@@ -163,21 +164,22 @@ class Checkpointer:
             pending.result()
         except FAILURES as error:
             if self.world.is_main:
-                shutil.rmtree(self._pending_folder, ignore_errors=True)  # gives its room back
+                shutil.rmtree(self._pending_folder, ignore_errors=True)  # frees the disk space
             raise RunError(
                 f"{self._pending_folder} could not be saved ({_cause(error)}); older checkpoints "
-                "are intact, the same command goes on from the newest"
+                "are intact, the same command resumes from the newest"
             ) from error
         if self.world.is_main and self.keep:
             complete = complete_checkpoints(self.run_dir)
             for step in complete.keys() - kept_checkpoints(
                 sorted(complete), self.keep, self._good_before
             ):
-                (complete[step] / ".metadata").unlink()  # first: a half-removed one must not count
+                # First, so that a half-removed checkpoint is not complete.
+                (complete[step] / ".metadata").unlink()
                 shutil.rmtree(complete[step])
 
     def close(self) -> None:
-        """Let a save that is under way end: it is whole, whatever became of the run since."""
+        """Let a save in progress finish: it is valid even if the run has failed since."""
         with suppress(*FAILURES):
             self.wait()
         self._stager.close()
@@ -186,12 +188,12 @@ class Checkpointer:
         """Load the newest complete checkpoint in place. Collective.
 
         Returns:
-            Its step; 0 when there is none.
+            Its step; 0 if there is none.
 
         Raises:
-            RunError: it cannot be read.
+            RunError: the checkpoint cannot be read.
         """
-        # Rank 0 decides: on a network file system the others may not see the newest one yet.
+        # Rank 0 decides: on a network file system other ranks may not see the newest one yet.
         newest = [max(complete_checkpoints(self.run_dir), default=0)]
         dist.broadcast_object_list(newest, src=0, group=self.world.checkpoint_group)
         step = newest[0]
@@ -202,7 +204,7 @@ class Checkpointer:
             dcp.load(state, checkpoint_id=self._folder(step))
         except FAILURES as error:
             raise RunError(
-                f"{self._folder(step)} cannot be read ({_cause(error)}); remove it to go on from "
+                f"{self._folder(step)} cannot be read ({_cause(error)}); remove it to resume from "
                 "the checkpoint before it"
             ) from error
         set_model_state_dict(self.student, state["model"])

@@ -31,12 +31,12 @@ from redi.engine.train.signals import StopRequest
 
 @dataclass(frozen=True)
 class HeldOutProblems:
-    """Problems whose answers can be checked, and how they are."""
+    """Held-out problems whose answers can be checked, and how to generate and check."""
 
     prompts: Sequence[str]
-    """As the model sees them."""
+    """Rendered prompts, as the model gets them."""
     prompt_ids: Sequence[tuple[int, ...]]
-    """Their tokens, the start of a document included."""
+    """Their tokens, including the start of a document."""
     answers: Sequence[str]
     tokenizer: PreTrainedTokenizerBase
     checker: str
@@ -44,16 +44,15 @@ class HeldOutProblems:
     answer_pattern: str | None
     max_new_tokens: int
     batch_size: int
-    """Completions that a rank runs side by side."""
+    """Completions that a rank generates at a time."""
 
     @property
     def longest_prompt(self) -> int:
-        """In tokens."""
+        """Tokens of the longest prompt."""
         return max(map(len, self.prompt_ids))
 
     def new_tokens(self, config: Any) -> int:
-        """Tokens of a completion at most, for a model of this configuration: it has positions for
-        no more."""
+        """Maximum tokens of a completion, limited by the context of a model's configuration."""
         positions = getattr(config, "max_position_embeddings", None)
         room = self.max_new_tokens if positions is None else positions - self.longest_prompt
         return max(1, min(self.max_new_tokens, room))
@@ -98,19 +97,19 @@ def held_out_problems(recipe: Recipe) -> HeldOutProblems | None:
 def greedy_accuracy(
     student: Student, problems: HeldOutProblems, world: World, stop: StopRequest
 ) -> dict[str, float] | None:
-    """Share of the problems that the likeliest completion solves. Every rank must call it.
+    """Fraction of the problems that greedy decoding solves. Collective.
 
-    Each rank takes its share of the problems; blocks are gathered forward by forward, as in
-    training, so nothing larger than a step is held. The student must have run a forward before,
-    which is when FSDP learns that it, and not a block, is the root.
+    Each rank takes a part of the problems. Blocks are gathered in each forward, as in training, so
+    no more memory is used than in a step. The student must have run a forward before: in it FSDP
+    determines that the student, and not a block, is the root.
 
     Returns:
-        None when a request to stop broke it off, else greedy_accuracy and greedy_truncated: the
-        share of completions that were cut off.
+        None if a stop request interrupted it, else greedy_accuracy and greedy_truncated, the
+        fraction of completions that reached the maximum length.
     """
     assert isinstance(student, FSDPModule)
     mine = list(range(world.rank, len(problems.prompts), world.size))
-    # Every rank must run as many batches: what is added is not counted.
+    # Every rank must run the same number of batches. Problems added for this are not counted.
     share = -(-len(problems.prompts) // world.size)
     prompts = [problems.prompt_ids[index] for index in mine]
     prompts += [problems.prompt_ids[0]] * (share - len(mine))
@@ -128,7 +127,7 @@ def greedy_accuracy(
     completions: list[Completion] = []
     student.unshard()  # embeddings and norm; `generate` does not pass through the root
     try:
-        # Compiled blocks have never seen a cache.
+        # Compiled blocks were never traced with a key-value cache.
         with torch.compiler.set_stance("force_eager"):
             for batch in batches:
                 if world.any_rank(stop.asked):
@@ -142,8 +141,8 @@ def greedy_accuracy(
             if place >= len(mine):
                 continue
             index = mine[place]
-            verdict = check(problems.prompts[index], completion.text, problems.answers[index])
-            sums += torch.tensor([verdict.correct, not completion.ended])
+            result = check(problems.prompts[index], completion.text, problems.answers[index])
+            sums += torch.tensor([result.correct, not completion.ended])
     dist.all_reduce(sums)
     correct, truncated = (sums / len(problems.prompts)).tolist()
     return {"greedy_accuracy": correct, "greedy_truncated": truncated}

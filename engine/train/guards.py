@@ -1,12 +1,16 @@
-"""What stops a run that has gone wrong: steps that are not finite, and collapse.
+"""Guards that stop a failing run: steps that are not finite, and collapse.
 
-A step whose loss or gradient is not finite is left out on the device (`optimizer.step_if`); here
-it is counted and its rows are named. Collapse is what arXiv 2505.24850 describes of alpha = 1 at
-high learning rates: the log-prob of correct traces plunges while the updates surge. The surge is
-read off the gradient before clipping: AdamW divides its updates by the gradient's own size, and
-relative to the learning rate they shrank in collapsing runs as in sound ones (measured on the
-quickstart task). A guard sees nothing but the step lines of metrics.jsonl, so a resumed run judges
-as one never stopped.
+A step whose loss or gradient is not finite is skipped on the device (`optimizer.step_if`). Here
+such steps are counted and their rows are named.
+
+Collapse is described in arXiv 2505.24850 for alpha = 1 at high learning rates: the log-prob of
+correct traces plunges while the updates surge. The surge is measured on the gradient before
+clipping, not on the updates: AdamW divides its updates by the size of the gradient, and relative
+to the learning rate they shrank in collapsing runs as in good ones (measured on the quickstart
+task).
+
+A guard reads only the step lines of metrics.jsonl, so a resumed run gives the same events as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -30,57 +34,58 @@ from redi.engine.train.checkpoint import complete_checkpoints
 from redi.engine.train.metrics import read_metrics
 
 WINDOW = 8
-"""Steps whose median stands for now: single steps scatter."""
+"""Steps over which the current value is taken as the median, because single steps are noisy."""
 FALL = 1.0
-"""A fall of the positives' mean log-prob by this share of its best value, and ... (Good runs of the
-quickstart and of bench/learning lost up to 0.85 of it, those at too high a rate 1.5 and more.)"""
+"""Collapse needs a fall of the positives' mean log-prob by this fraction of its best value. (Good
+runs of the quickstart and of bench/learning lost up to 0.85 of it, those at too high a learning
+rate 1.5 and more.)"""
 FALL_NATS = 0.2
-"""... by so many nats a token at least, is no slow decline any more."""
+"""The fall must also be at least this many nats per token."""
 SURGE = 1.5
-"""So many times the smallest gradient norm of the run is a surge."""
+"""A surge is a gradient norm of at least this multiple of the smallest one of the run."""
 PATIENCE = 8
-"""Steps between the warning and the stop, if collapse goes on."""
+"""Steps between the warning and the stop, if the collapse continues."""
 NAMED_ROWS = 8
-"""Rows that a message names at most."""
+"""Maximum number of rows that a message names."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one packed row of this rank came to in a step; tensors on the device."""
+class PackResult:
+    """Results of one pack of this rank in a step; tensors on the device."""
 
     sequence_ids: torch.Tensor
-    """int64 [S] on the host: indices of traces, -1 for a dummy."""
+    """int64 [S] on the host: trace indices, -1 for a dummy."""
     loss: torch.Tensor
     means: torch.Tensor
-    """float64 [S]: mean log-probs per token."""
+    """float64 [S]: mean log-prob per token."""
     signs: torch.Tensor
     """int64 [S]."""
     dropped: torch.Tensor | None
-    """float64 [S]: mean share of a token's probability that a filter left out of the gradient."""
+    """float64 [S]: mean share of a token's probability that a filter excluded from the gradient."""
 
 
 @dataclass(frozen=True)
 class GuardEvent:
-    """What a guard has to say after a step."""
+    """A problem that a guard found after a step."""
 
     kind: Literal["not_finite", "collapse"]
     text: str
-    goes_on: bool
-    """Whether this is only a warning."""
+    is_warning: bool
+    """True if the run continues, False if it ends."""
 
 
 class Guards:
-    """Judges a run step by step, the same on every rank.
+    """Checks a run step by step, with the same result on every rank.
 
     Args:
-        section: what to do.
+        section: settings.
         metrics: the run's metrics.jsonl, read by rank 0 alone.
-        done: the step that the run goes on after.
+        done: the step after which the run resumes.
         world: the ranks.
 
     Attributes:
-        good_before: checkpoints of earlier steps are from before anything went wrong, as far as
-            can be told now; None where collapse is not watched for.
+        good_before: checkpoints of steps before this one predate any sign of a problem seen so
+            far; None if collapse is not checked.
     """
 
     def __init__(self, section: GuardConfig, metrics: Path, done: int, world: World) -> None:
@@ -100,10 +105,10 @@ class Guards:
             ]
         dist.broadcast_object_list(history, src=0, group=world.checkpoint_group)
         for line in history[0] or []:
-            self.after(line)  # what it says was said then
+            self.after(line)  # its events were reported by the earlier attempt
 
     def after(self, line: dict[str, Any]) -> GuardEvent | None:
-        """What is to be said after a step, given its line of metrics."""
+        """The event to report after a step, given its line of metrics.jsonl, or None."""
         step = line["step"]
         if not is_finite(line):
             return self._skipped(step)
@@ -118,11 +123,11 @@ class Guards:
         if self._skips < self._section.max_skips:
             return None
         if self._warned is None:
-            self.good_before = step  # a step that is left out leaves the weights as they were
+            self.good_before = step  # a skipped step does not change the weights
         first = step - self._skips + 1
         what = "with a loss or gradient that is not finite"
         return GuardEvent(
-            "not_finite", f"{self._skips} steps in a row (from {first}) {what}", False
+            "not_finite", f"{self._skips} steps in a row (from {first}) {what}", is_warning=False
         )
 
     def _collapse(self, step: int) -> GuardEvent | None:
@@ -130,96 +135,99 @@ class Guards:
             self._fallen = None
         elif self._fallen is None:
             self._fallen = step
-        what = self._trend.collapse(going_on=self._warned is not None)
+        what = self._trend.collapse(detected=self._warned is not None)
         if what is None:
             self._warned = None
         elif self._warned is None:
             self._warned = step
-        # A window of steps goes by before a fall shows in its median. The gradient may surge much
-        # later than the log-prob falls: what was saved between is as ruined.
+        # A fall shows in the median up to a window of steps late. The gradient may surge long after
+        # the log-prob has fallen; checkpoints from between are ruined too.
         self.good_before = (self._fallen or step) - WINDOW
         if what is None or self._warned is None:
             return None
         advice = "lower optim.lr, or the weight of incorrect traces"
         if step == self._warned:
             text = f"step {step}: this looks like collapse: {what}; {advice}"
-            return GuardEvent("collapse", text, True)
+            return GuardEvent("collapse", text, is_warning=True)
         if self._section.collapse == "warn" or step < self._warned + PATIENCE:
             return None
         return GuardEvent(
-            "collapse", f"collapse since step {self._warned}: {what}; {advice}", False
+            "collapse", f"collapse since step {self._warned}: {what}; {advice}", is_warning=False
         )
 
 
 class Trend:
-    """Log-probs of correct traces and gradient norms so far: the best of each, and now.
+    """Log-probs of correct traces and gradient norms so far: current and best value of each.
 
-    Both signs of collapse are needed. That the log-prob has fallen says little alone: it may
-    decline slowly in a good run. Nor that gradients have grown: they do when a phase of learning
-    begins.
+    Collapse needs both signs. A lower log-prob alone is not enough, because it may decline slowly
+    in a good run. Larger gradients alone are not enough, because they also grow when a phase of
+    learning begins.
     """
 
     def __init__(self) -> None:
         self._logps: deque[float] = deque(maxlen=WINDOW)
         self._norms: deque[float] = deque(maxlen=WINDOW)
         self._best = -math.inf
-        self._calmest = math.inf
+        self._smallest_norm = math.inf
         self._steps = 0
 
     def add(self, positive_logp: float, grad_norm: float) -> None:
-        """One step that was taken."""
+        """Add a step that was not skipped."""
         self._steps += 1
         self._logps.append(positive_logp)
         self._norms.append(grad_norm)
         if self._steps >= WINDOW:
             self._best = max(self._best, median(self._logps))
-            self._calmest = min(self._calmest, median(self._norms))
+            self._smallest_norm = min(self._smallest_norm, median(self._norms))
 
     @property
     def fallen(self) -> bool:
-        """Whether the log-prob is as far below its best as in collapse."""
+        """True if the log-prob is as far below its best value as in collapse."""
         if self._steps < WINDOW:
             return False
         return self._best - median(self._logps) >= max(FALL * abs(self._best), FALL_NATS)
 
-    def collapse(self, *, going_on: bool = False) -> str | None:
-        """What shows that a run collapses now, or None.
+    def collapse(self, *, detected: bool = False) -> str | None:
+        """A description of the collapse if the run is collapsing now, else None.
 
-        Once seen it goes on as long as the log-prob stays down: gradients calm in ruin too.
+        Args:
+            detected: collapse was found at an earlier step. It then lasts as long as the log-prob
+                stays low, because gradients also calm down after a collapse.
         """
         if self._steps < 2 * WINDOW or not self.fallen:
             return None
         logp, norm = median(self._logps), median(self._norms)
-        if norm < SURGE * self._calmest and not going_on:
+        if norm < SURGE * self._smallest_norm and not detected:
             return None
         fall = f"the log-prob of correct traces fell from {self._best:.3f} to {logp:.3f} a token"
-        if going_on:
+        if detected:
             return fall
-        return f"{fall}, the gradient is {norm / self._calmest:.1f} times the smallest so far"
+        return f"{fall}, the gradient is {norm / self._smallest_norm:.1f} times the smallest so far"
 
 
 def check_not_collapsed(section: GuardConfig, run_dir: Path) -> None:
-    """A run that collapsed would only train its ruined weights on.
+    """Refuse to resume a run that a guard ended after a collapse: its weights are ruined.
 
-    One that steps without a finite loss have ended may go on: they left its weights as they were.
+    A run that was ended by steps that are not finite may resume: they did not change the weights.
 
     Args:
-        section: what to do about collapse now; only "stop" refuses.
-        run_dir: with the metrics of an earlier attempt, or without.
+        section: settings of the resumed run; only collapse = "stop" refuses.
+        run_dir: may have the metrics of an earlier attempt.
 
     Raises:
-        InputError: the guard ended that attempt; it says where the last good checkpoint is.
+        InputError: a guard ended that attempt; the message names the last good checkpoint.
     """
     collapsed = collapse_of(run_dir) if section.collapse == "stop" else None
     if collapsed:
         raise InputError(
-            f"run.dir: {collapsed}; to train these weights on all the same, set guard.collapse = "
+            f"run.dir: {collapsed}; to train these weights anyway, set guard.collapse = "
             '"warn" or "off"'
         )
 
 
 def collapse_of(run_dir: Path) -> str | None:
-    """That a guard ended a run which collapsed, when, and where the last good checkpoint is."""
+    """If a guard ended the run after a collapse: a message with the step and the last good
+    checkpoint; else None."""
     metrics = run_dir / "metrics.jsonl"
     for line in read_metrics(metrics) if metrics.is_file() else ():
         if line.get("event") == "collapse" and line.get("goes_on") is False:
@@ -231,54 +239,54 @@ def collapse_of(run_dir: Path) -> str | None:
 
 
 def last_good(run_dir: Path, good_before: int) -> str:
-    """Where a run that went wrong can be taken up, for a message.
+    """The checkpoint from which to restart a run that failed, as the end of a message.
 
     Args:
-        good_before: as `Guards` has it.
+        good_before: see `Guards`.
     """
     good = [step for step in complete_checkpoints(run_dir) if step < good_before]
     if not good:
         return (
             "the last good checkpoint: there is none (see run.save_every); start again with other "
-            "settings in another run.dir"
+            "settings and another run.dir"
         )
     return (
-        f"the last good checkpoint: that of step {max(good)}; to go on from it with other "
-        f"settings: redi export {run_dir} --step {max(good)}, then a run of its own whose "
-        "model.path is the folder that this prints"
+        f"the last good checkpoint: that of step {max(good)}; to continue from it with other "
+        f"settings: redi export {run_dir} --step {max(good)}, then a new run whose model.path is "
+        "the directory that this command prints"
     )
 
 
 def is_finite(line: dict[str, Any]) -> bool:
-    """Whether a step was taken, by its line (metrics.jsonl has null for what is not finite)."""
+    """True if the step of this line was taken (metrics.jsonl has null for values not finite)."""
     return all(line[key] is not None and math.isfinite(line[key]) for key in ("loss", "grad_norm"))
 
 
-def name_rows(rows: Sequence[Row], tokens: TokenizedTraces, step: int) -> dict[str, Any]:
-    """The event of a step that was left out: which ranks and rows were not finite. Collective.
+def name_rows(packs: Sequence[PackResult], tokens: TokenizedTraces, step: int) -> dict[str, Any]:
+    """The event of a skipped step: which ranks and rows were not finite. Collective.
 
     Only called after such a step, so it may wait for the device.
     """
-    mine = [tokens.where(int(index)) for row in rows for index in _not_finite(row)]
+    mine = [tokens.where(int(index)) for one in packs for index in _not_finite(one)]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     ranks = {str(rank): where[:NAMED_ROWS] for rank, where in enumerate(found) if where}
     return {"event": "skipped", "step": step, "rows": ranks}
 
 
-def _not_finite(row: Row) -> list[int]:
-    """The traces whose log-prob is not finite; all of the row where only its loss is not."""
-    bad = ~row.means.isfinite().cpu()
-    if not bad.any() and not row.loss.isfinite():
+def _not_finite(result: PackResult) -> list[int]:
+    """Traces whose log-prob is not finite; all of the pack if only its loss is not finite."""
+    bad = ~result.means.isfinite().cpu()
+    if not bad.any() and not result.loss.isfinite():
         bad[:] = True
-    return [index for index in row.sequence_ids[bad].tolist() if index >= 0]
+    return [index for index in result.sequence_ids[bad].tolist() if index >= 0]
 
 
 def skip_message(event: dict[str, Any], loss: float, grad_norm: float) -> str:
-    """One line on a step that was left out."""
+    """One line about a skipped step."""
     named = [f"rank {rank}: {', '.join(rows)}" for rank, rows in event["rows"].items()]
     where = "; ".join(named) or "the gradient alone"
     return (
-        f"step {event['step']} is left out: loss {loss}, gradient norm {grad_norm}; not finite "
+        f"step {event['step']} is skipped: loss {loss}, gradient norm {grad_norm}; not finite "
         f"at {where}"
     )

@@ -1,4 +1,4 @@
-"""A training run, from top to bottom."""
+"""A training run, from its checks to the export."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from redi.engine.train.prepare_data import (
     prepare_data,
 )
 from redi.engine.train.run_folder import (
-    Before,
+    PreviousRun,
     check_same_data,
     check_same_model,
     check_same_recipe,
     finish,
-    read_before,
+    read_previous_run,
     report_what_ran,
     write_run_dir,
 )
@@ -56,29 +56,29 @@ RESUMES = "the same command resumes from here"
 
 
 def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> bool:
-    """Train one recipe to its end, resuming where an earlier attempt stopped.
+    """Train one recipe to its end, or resume an earlier attempt.
 
-    The run folder is touched only when all input has been found good.
+    The run directory is written only after all input has been checked.
 
     Args:
         recipe: resolved; `run.dir` and `model.path` are set.
         world: this process's rank and device.
         console: where progress is shown.
-        stop: whether a signal asked for a stop.
+        stop: records whether a signal requested a stop.
 
     Returns:
-        True when the run is finished, False when a signal stopped it.
+        True if the run is finished, False if a signal stopped it.
 
     Raises:
-        InputError: the recipe, data or model is wrong, or the folder holds another run.
+        InputError: the recipe, data or model is invalid, or the directory holds another run.
         RunError: the run failed.
-        KeyboardInterrupt: a signal stopped it before training began.
+        KeyboardInterrupt: a signal stopped it before training started.
     """
     run_dir = Path(recipe.run.dir or "")
     check_same_recipe(recipe, run_dir)
-    before = read_before(run_dir)
+    previous = read_previous_run(run_dir)
     finished_already = f"{run_dir}: finished already; the model is in {run_dir / 'export'}"
-    if before.finished and before.limits == (recipe.train.epochs, recipe.train.max_steps):
+    if previous.finished and previous.limits == (recipe.train.epochs, recipe.train.max_steps):
         console.say(finished_already)
         return True
     found = check_before_data(recipe, run_dir, world)
@@ -90,11 +90,11 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
     data = world.rank0_first(prepare)
     check_same_data(data.keys, data.parts, run_dir)
     total = data.schedule.total_steps
-    first_total, old_total = before.totals(data.schedule)
-    if before.finished and total == old_total:
+    first_total, old_total = previous.totals(data.schedule)
+    if previous.finished and total == old_total:
         console.say(finished_already)
         return True
-    before.check_not_shortened(total, old_total, run_dir)
+    previous.check_not_shortened(total, old_total, run_dir)
     check_positions(
         data.tokens,
         data.examples.lengths,
@@ -104,9 +104,9 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         "model.max_position_embeddings",
     )
     cost = training_cost(found.config)
-    overview = data.summarize(recipe.train.row_tokens, world.size, cost)
-    show(overview, str(run_dir), console)
-    for warning in [*warnings(overview), *_recipe_warnings(recipe, found.config)]:
+    summary = data.summarize(recipe.train.row_tokens, world.size, cost)
+    show(summary, str(run_dir), console)
+    for warning in [*warnings(summary), *_recipe_warnings(recipe, found.config)]:
         console.warn(warning)
 
     with stop.interruptible(world.size == 1):
@@ -118,10 +118,10 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
     try:
         if world.is_main:
             keys = data.keys | {"model": weights, "parts": data.parts}
-            write_run_dir(recipe, keys, overview, found.dtype, run_dir, world, old_total)
+            write_run_dir(recipe, keys, summary, found.dtype, run_dir, world, old_total)
         rate = learning_rate(recipe.optim, total, first_total)
         if total > old_total:
-            _report_lengthened(recipe, before, old_total, total, rate, console)
+            _report_lengthened(recipe, previous, old_total, total, rate, console)
         finished = _train(
             recipe, run_dir, data, rate, cost, student, optimizer, world, console, stop
         )
@@ -138,7 +138,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
 
 
 def _recipe_warnings(recipe: Recipe, config: Any) -> list[str]:
-    """What the user should know of the recipe before hours of training."""
+    """Warnings about the recipe, printed before hours of training."""
     found = []
     if epsilon := recipe.objective.filter_epsilon:
         found.append(
@@ -150,7 +150,7 @@ def _recipe_warnings(recipe: Recipe, config: Any) -> list[str]:
     if recipe.objective.name == "redi" and recipe.objective.alpha > 1:
         found.append(
             f"objective.alpha = {recipe.objective.alpha}: incorrect traces weigh more than correct "
-            "ones; the paper's alpha lies in [0, 1]"
+            "ones; the paper's alpha is in [0, 1]"
         )
     return found
 
@@ -164,7 +164,7 @@ def _build(
     world: World,
     console: Console,
 ) -> tuple[Student, PreTrainedTokenizerBase, torch.optim.AdamW]:
-    """The sharded student with its objective's reference, tokenizer and optimizer."""
+    """The sharded student (with the reference of its objective), its tokenizer and optimizer."""
     student, tokenizer = build_student(recipe, found.config, found.dtype, world, console)
     if recipe.objective.kind.reference:
         set_reference(
@@ -173,7 +173,7 @@ def _build(
             data.tokens,
             data.examples.units[data.schedule.drawn()],
             data.examples.lengths,
-            digest=weights,
+            fingerprint=weights,
             dtype=found.dtype,
             cost=cost,
             world=world,
@@ -184,18 +184,18 @@ def _build(
 
 def _report_lengthened(
     recipe: Recipe,
-    before: Before,
+    previous: PreviousRun,
     old: int,
     total: int,
     rate: Callable[[int], float],
     console: Console,
 ) -> None:
     console.say(f"{recipe.run.dir}: lengthened from {old} to {total} steps")
-    if before.finished and recipe.optim.schedule != "constant":
+    if previous.finished and recipe.optim.schedule != "constant":
         console.warn(
             f'optim.schedule = "{recipe.optim.schedule}" had reached 0 after step {old}; step '
-            f"{old + 1} takes the rate of a run of {total} steps, {rate(old + 1):g}: the result "
-            f"differs from {total} steps in one run"
+            f"{old + 1} uses the rate of a run of {total} steps, {rate(old + 1):g}; the result "
+            f"differs from that of {total} steps in one run"
         )
 
 
@@ -211,7 +211,7 @@ def _train(
     console: Console,
     stop: StopRequest,
 ) -> bool:
-    """Run the steps that are left. Returns False when a signal ended them early."""
+    """Run the remaining steps. Returns False if a signal stopped them early."""
     total = data.schedule.total_steps
     checkpointer = Checkpointer(run_dir, recipe.run.keep, student, optimizer, world)
     done = checkpointer.load_newest()
@@ -239,7 +239,7 @@ def _train(
         )
 
     def evaluate(step: int) -> bool:
-        """False when a request to stop interrupted it; a resume evaluates again."""
+        """False if a stop request interrupted it; a resumed run then evaluates again."""
         if data.held_out is None or (step % recipe.eval.every and step < total):
             return True
         scores = validate(
@@ -263,7 +263,7 @@ def _train(
         began = time.perf_counter()
         for batches in loader.steps(done):
             step = batches.step
-            # Dropout, if a model has it, depends on seed, step and rank: no state to save.
+            # Dropout, if any, depends on seed, step and rank alone: no state has to be saved.
             drawn = np.random.SeedSequence([recipe.train.seed, step, world.rank])
             torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]))
             for group in optimizer.param_groups:
@@ -291,7 +291,7 @@ def _train(
                 console.warn(event.text)
             progress.update(1, *_step_figures(line))
             if result.save_failed:
-                checkpointer.wait()  # raises, with the reason
+                checkpointer.wait()  # raises the error of the save
             stopping = result.stop_asked or not evaluate(step)
             if step % recipe.run.save_every == 0 or step == total or stopping:
                 checkpointer.save(step, guards.good_before if step < total else None)
@@ -307,7 +307,7 @@ def _train(
 def _metrics_line(
     batches: StepBatches, result: StepResult, rate: float, data: PreparedData, seconds: float
 ) -> dict[str, Any]:
-    """A step as metrics.jsonl has it."""
+    """The line of metrics.jsonl for a step."""
     line = {
         "step": batches.step,
         "epoch": (batches.step - 1) // data.schedule.steps_per_epoch,
@@ -338,20 +338,25 @@ def _log_guard(
     metrics: MetricsLog,
     run_dir: Path,
 ) -> None:
-    """Log what a guard found; RunError if it ends the run."""
+    """Log a guard's event. Raises RunError if it ends the run."""
     good_before = guards.good_before
-    assert good_before is not None, "an event dates what was good"
+    assert good_before is not None, "set by each event"
     metrics.write(
-        {"event": event.kind, "step": step, "goes_on": event.goes_on, "good_before": good_before}
+        {
+            "event": event.kind,
+            "step": step,
+            "goes_on": event.is_warning,
+            "good_before": good_before,
+        }
     )
-    if not event.goes_on:
-        _give_up(event, good_before, checkpointer, run_dir)
+    if not event.is_warning:
+        _end_run(event, good_before, checkpointer, run_dir)
 
 
-def _give_up(
+def _end_run(
     event: GuardEvent, good_before: int, checkpointer: Checkpointer, run_dir: Path
 ) -> NoReturn:
-    """End the run; the message names the newest checkpoint from before it went wrong."""
+    """Raise RunError; its message names the newest checkpoint from before the problem."""
     try:
         checkpointer.wait()
     finally:
@@ -362,7 +367,7 @@ LABELS = {"positive_logp": "logp+", "negative_logp": "logp-"}
 
 
 def _step_figures(line: dict[str, Any]) -> list[str]:
-    """What the progress line shows of a step."""
+    """The figures of a step on the progress line."""
     means = [f"{LABELS[key]} {line[key]:.3f}" for key in LABELS if line[key] is not None]
     return [f"loss {line['loss']:.4f}", *means, f"{line['tokens_per_s']:,.0f} tok/s"]
 

@@ -1,4 +1,4 @@
-"""What a run measures, step by step: metrics.jsonl."""
+"""The log of a run's metrics, step by step: metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ import torch
 
 from redi.engine.train.trackers import Tracker
 
-# Written of the same step at every attempt, but never equal: wall-clock and memory.
+# Keys whose values differ between attempts at the same step: wall-clock time and memory.
 TIMINGS = ("seconds", "tokens_per_s", "peak_memory_gib")
 
 
 class MetricsLog:
-    """metrics.jsonl: a line a step, and lines with `event`. Rank 0 writes, the others do nothing.
+    """metrics.jsonl: one line per step, and lines with `event`. Only rank 0 writes.
 
     Args:
-        path: the file; it is continued.
-        last_step: lines of later steps (and half a line that a killed run left) are cut off, and
-            the evaluation after this one, which is done again: it may have been broken off.
-        trackers: take every line too.
-        active: whether this rank writes.
+        path: the file; it is appended to.
+        last_step: step of the checkpoint. Lines of later steps are removed, as is an incomplete
+            line of a killed run. The evaluation after `last_step` is removed too, and repeated,
+            because it may have been interrupted.
+        trackers: get every line too.
+        active: True if this rank writes.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class MetricsLog:
         if not active:
             return
         if path.exists():
-            # Nothing is kept of an attempt that left no checkpoint: not even what preceded step 1.
+            # Without a checkpoint no line is kept, not even those from before step 1.
             kept = [
                 line
                 for line in read_metrics(path)
@@ -66,7 +67,7 @@ class MetricsLog:
 
 
 def _encode(line: dict[str, Any]) -> str:
-    # JSON knows no NaN; a step that has one ends the run and is still written.
+    # JSON has no NaN or infinity; a step with such a value is written with null.
     plain = {
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
     }
@@ -74,20 +75,20 @@ def _encode(line: dict[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, in order."""
+    """The complete lines of a metrics.jsonl, in order."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            break  # half a line: nothing was written behind it
+            break  # an incomplete line is always the last
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process in GiB: allocated on the card, else resident on the host."""
+    """Peak memory of this process in GiB: allocated on the GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

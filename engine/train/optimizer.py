@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -16,9 +16,12 @@ from redi.engine.config.sections import OptimConfig
 # transformers.Trainer.get_decay_parameter_names: names that are not decayed.
 NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
+BLOCK = 2**24
+"""Elements whose update is computed at a time: 64 MiB in float32."""
+
 
 def make_optimizer(student: nn.Module, section: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over sharded fp32 masters; norms and biases are not decayed, as in transformers."""
+    """AdamW over sharded fp32 masters; norms and biases get no weight decay, as in transformers."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -29,15 +32,15 @@ def make_optimizer(student: nn.Module, section: OptimConfig) -> torch.optim.Adam
         lr=section.lr,
         betas=section.betas,
         eps=section.eps,
-        fused=True,  # it alone can leave a step out on the device: see `step_if`
+        fused=True,  # the only form that can skip a step on the device: see `step_if`
     )
 
 
 def step_if(optimizer: torch.optim.AdamW, finite: torch.Tensor) -> None:
-    """Take the step where `finite` (bool scalar on the device) is true, else change nothing.
+    """Take the step if `finite` (bool scalar on the device) is true, else change nothing.
 
-    Nobody waits for the answer: the fused kernels read it, as they do for loss scaling, and leave
-    weights, moments and the step's number as they are.
+    The host does not wait for the value: the fused kernels read it, as they do for loss scaling,
+    and change neither weights nor moments nor the step count if it is false.
     """
     optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     optimizer.step()
@@ -47,9 +50,13 @@ def step_if(optimizer: torch.optim.AdamW, finite: torch.Tensor) -> None:
 def squared_update(optimizer: torch.optim.AdamW, finite: torch.Tensor) -> torch.Tensor:
     """Sum of squares of the parameter change of the step just taken, of this rank's shards.
 
-    Told from AdamW's moments, so that no copy of the weights before the step is held.
+    Computed from AdamW's moments, so that no copy of the previous weights is kept. Computed by
+    foreach operations over blocks of `BLOCK` elements: their number, and the extra memory, do not
+    depend on the number of parameters.
 
     Args:
+        optimizer: the parameters of a group have all taken the same steps; those without state
+            are left out.
         finite: bool scalar, whether the step was taken.
 
     Returns:
@@ -58,18 +65,50 @@ def squared_update(optimizer: torch.optim.AdamW, finite: torch.Tensor) -> torch.
     total = torch.zeros((), dtype=torch.float64, device=finite.device)
     for group in optimizer.param_groups:
         (beta1, beta2), rate, decay = group["betas"], group["lr"], group["weight_decay"]
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if not state:
-                continue  # a parameter that no gradient has reached
-            first, second, after = map(_local, (state["exp_avg"], state["exp_avg_sq"], parameter))
-            step = state["step"].double()  # 1 - 0.999 ** step cancels in float32
-            scale = (1 - beta2**step).sqrt()
-            adam = first / (second.sqrt() / scale + group["eps"]) / (1 - beta1**step)
-            # AdamW: after = before - rate * (adam + decay * before).
-            before = (after + rate * adam) / (1 - rate * decay)
-            total += (rate * (adam + decay * before)).double().square().sum()
+        states = [(p, state) for p in group["params"] if (state := optimizer.state.get(p))]
+        if not states:
+            continue
+        step = states[0][1]["step"].double()  # 1 - 0.999 ** step cancels in float32
+        dtype = states[0][0].dtype  # foreach operations are fused only if dtypes are equal
+        first_scale = (1 - beta1**step).to(dtype)
+        second_scale = (1 - beta2**step).sqrt().to(dtype)
+        norms: list[torch.Tensor] = []
+        for block in _blocks([(s["exp_avg"], s["exp_avg_sq"], p) for p, s in states]):
+            first, second, after = map(list, zip(*block, strict=True))
+            denominator = torch._foreach_sqrt(second)
+            torch._foreach_div_(denominator, second_scale)
+            torch._foreach_add_(denominator, group["eps"])
+            change = torch._foreach_div(first, denominator)
+            torch._foreach_div_(change, first_scale)
+            if decay:
+                torch._foreach_add_(change, after, alpha=decay)
+            norms += torch._foreach_norm(change, dtype=torch.float64)
+        # after = before - rate * (adam + decay * before), solved for before:
+        # before - after = rate / (1 - rate * decay) * (adam + decay * after).
+        if norms:
+            total += (rate / (1 - rate * decay) * torch.stack(norms)).square().sum()
     return torch.where(finite, total, 0.0)
+
+
+Piece = tuple[torch.Tensor, ...]
+"""Corresponding elements of tensors that belong together."""
+
+
+def _blocks(states: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Cut this rank's shards into flat pieces, and collect these up to `BLOCK` elements."""
+    block: list[Piece] = []
+    size = 0
+    for tensors in states:
+        for piece in zip(*(_local(t).flatten().split(BLOCK) for t in tensors), strict=True):
+            elements = piece[0].numel()
+            if size + elements > BLOCK:
+                yield block
+                block, size = [], 0
+            if elements:
+                block.append(piece)
+                size += elements
+    if block:
+        yield block
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,14 +118,14 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 def learning_rate(
     section: OptimConfig, total_steps: int, first_total: int | None = None
 ) -> Callable[[int], float]:
-    """The learning rate of step 1, 2, ..., total_steps: transformers' schedule.
+    """The learning rate of step 1, 2, ..., total_steps, by transformers' schedule.
 
-    A function of the step alone, so that a resumed run has nothing to restore. The first of the
+    It depends on the step alone, so a resumed run has nothing to restore. The first of the
     ceil(warmup * first_total) warm-up steps has rate 0, as in transformers.
 
     Args:
-        first_total: the steps that a lengthened run began with; its warm-up stays as it was. None:
-            total_steps.
+        first_total: number of steps that a lengthened run was started with, which keeps its
+            warm-up unchanged. None: total_steps.
     """
     warmup = section.warmup * (total_steps if first_total is None else first_total)
     name = "constant_with_warmup" if section.schedule == "constant" else section.schedule

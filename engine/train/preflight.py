@@ -1,4 +1,4 @@
-"""Checks of a recipe against this machine and this model, before data is read."""
+"""Checks of a recipe against this machine and the model, before data is read."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from redi.kernels.backends import choose_backend, filtering_backend
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the checks found out."""
+    """Results of the checks."""
 
     config: Any
-    """The model's configuration, with what the recipe changes in it."""
+    """The model's configuration with the recipe's changes."""
     dtype: torch.dtype
-    """Compute dtype, and dtype of the export."""
+    """Dtype of computation and of the export."""
 
 
 def check_before_data(recipe: Recipe, run_dir: Path, world: World) -> Preflight:
-    """Check everything that can be known before data is tokenized, which may take hours.
+    """Check everything that does not need the data: tokenizing it may take hours.
 
     Raises:
         InputError: the model, the recipe or the machine does not allow this run.
@@ -45,7 +45,7 @@ def check_before_data(recipe: Recipe, run_dir: Path, world: World) -> Preflight:
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # Nothing here reads memory that it has not written; filling gigabytes of logits costs.
+        # Uninitialized memory is never read here, and filling gigabytes of logits takes time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     transformers_logging.disable_progress_bar()
     config = model_config(recipe)
@@ -63,7 +63,7 @@ def _check_compile(recipe: Recipe, attention: str) -> None:
     recomputed = recipe.shard.checkpointing != "none"
     if recipe.shard.compile and recomputed and attention in NOT_IN_GRAPHS:
         raise InputError(
-            "shard.compile: with shard.checkpointing a block is compiled whole or not at all, and "
+            "shard.compile: with shard.checkpointing a block must be compiled as one graph, and "
             f'attention "{attention}" cannot be; remove one of the two, or set model.attention to '
             '"varlen" on CUDA'
         )

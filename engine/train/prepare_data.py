@@ -1,4 +1,4 @@
-"""Everything that is known of the data before a model is loaded."""
+"""Prepare the data of a run before a model is loaded: tokens, examples, schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from redi.engine.train.validation import HeldOut
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Everything that is known of the data before a model is loaded."""
+    """The data of a run, prepared before a model is loaded."""
 
     tokens: TokenizedTraces
     examples: Examples
@@ -40,12 +40,12 @@ class PreparedData:
 
     @property
     def parts(self) -> dict[str, dict[str, Any]]:
-        """What those are hashes of."""
+        """The content of these hashes."""
         held_out = self.held_out.tokens.parts if self.held_out else {}
         return {"data": self.tokens.parts, "eval": held_out}
 
     def summarize(self, row_tokens: int, ranks: int, cost: Cost) -> Summary:
-        """What a run on so many ranks would train; see `summarize`."""
+        """Summary of what a run on this number of ranks trains; see `summarize`."""
         held_out = self.held_out
         return summarize(
             self.tokens,
@@ -59,7 +59,7 @@ class PreparedData:
 
 
 def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData:
-    """Tokenize (or find the cache), choose what is trained, lay out the steps."""
+    """Tokenize or open the cache, select the examples to train on, and schedule the steps."""
     tokens = tokenized(recipe, recipe.data.paths, world, console)
     tokens = tokens.of_teachers(recipe.data.teachers, recipe.data.teacher_weights)
     examples = _examples(recipe, tokens, recipe.objective.kind.units)
@@ -75,7 +75,7 @@ def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData
 
 
 def _held_out(recipe: Recipe, world: World, console: Console) -> HeldOut | None:
-    """The traces of `[eval]`: pairs where there are any incorrect ones, else the correct ones."""
+    """The traces of `[eval]`: pairs if any trace is incorrect, else the correct traces."""
     if not recipe.eval.paths:
         return None
     tokens = tokenized(recipe, recipe.eval.paths, world, console)
@@ -104,7 +104,7 @@ def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: UnitKind
 def tokenized(
     recipe: Recipe, paths: tuple[str, ...], world: World, console: Console
 ) -> TokenizedTraces:
-    """The traces of files as `[data]` wants them tokenized: cached, or made by rank 0 first."""
+    """The traces of files, tokenized by the settings of `[data]`; rank 0 fills the cache first."""
     settings = TokenSettings(
         paths=paths,
         format=recipe.data.format,
@@ -123,20 +123,20 @@ def tokenized(
 def check_positions(
     tokens: TokenizedTraces, lengths: np.ndarray, used: np.ndarray, config: Any, advice: str
 ) -> None:
-    """No trace may be longer than what the model has positions for.
+    """Raise if a trace is longer than the model's context.
 
     Args:
-        lengths: int64 [traces], how much of each is kept.
+        lengths: int64 [traces], tokens kept of each.
         used: indices of traces, in any shape and order.
         config: the model's configuration.
-        advice: what to do, with {} where the number of positions belongs.
+        advice: the remedy for the message; {} stands for the number of positions.
 
     Raises:
-        InputError: one is, naming its row.
+        InputError: a trace is longer; the message names its row.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and lengths[used].max() > positions:
-        traces = np.unique(used)  # slow where traces are millions: only now
+        traces = np.unique(used)  # slow for millions of traces, so only for the message
         over = traces[lengths[traces] > positions]
         raise InputError(
             f"{tokens.where(int(over[0]))}: {lengths[over[0]]} tokens are more than the model's "

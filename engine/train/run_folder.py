@@ -1,4 +1,4 @@
-"""The run folder: whose it is, and what its run was made with."""
+"""The run directory: which recipe, data and model it belongs to, and its manifest."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ from redi.engine.data.schedule import Schedule
 from redi.engine.data.summary import Summary
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
-from redi.engine.model.first_forward import Ran
+from redi.engine.model.first_forward import ForwardRecord
 from redi.engine.train.checkpoint import complete_checkpoints
 
 RECIPE = "recipe.toml"
 MANIFEST = "manifest.json"
 NAMED_FILES = 3
-"""Files that a message names at most."""
+"""Maximum number of files that a message names."""
 LIMITS = ("train.epochs", "train.max_steps")
-"""What a run may be given more of."""
+"""Keys that may be raised on resume."""
 
 
 def model_path(path: str, name: str) -> str:
-    """The folder or hub name to load: of a run folder, its export.
+    """The directory or hub name to load a model from; for a run directory, its export.
 
     Args:
-        path: what the user gave.
-        name: what the user calls it, for messages.
+        path: given by the user.
+        name: option or key of the path, for messages.
 
     Raises:
-        InputError: a run that has no export yet.
+        InputError: the run has no export yet.
     """
     if not (Path(path) / RECIPE).is_file():
         return path
     export = Path(path) / "export"
     if not export.is_dir():
         raise InputError(
-            f"{name}: the run {path} has no export yet: finish it, or write a checkpoint with "
-            f"`redi export {path}` and name its folder here"
+            f"{name}: the run {path} has no export yet; finish it, or export a checkpoint with "
+            f"`redi export {path}` and give its directory here"
         )
     return str(export)
 
@@ -62,14 +62,15 @@ def model_path(path: str, name: str) -> str:
 def trained_prompts(
     path: str, template: str | None, system_prompt: str | None
 ) -> tuple[Literal["chat", "none"], str | None, Literal["trained", "left_out"], str | None]:
-    """The template, system prompt and end rule (data.eos) to ask a model with: its run's.
+    """The template, system prompt and end rule (data.eos) of the run that trained a model.
 
     Args:
-        path: a run folder, an export in one, a model folder or hub name.
-        template, system_prompt: what the user asked for; None: the run's, else "chat" and none.
+        path: a run directory, an export in one, a model directory or a hub name.
+        template, system_prompt: given by the user; None: those of the run, else "chat" and no
+            system prompt.
 
     Returns:
-        All three, and a warning where the user asked for another than the run's.
+        The three, and a warning if the user gave others than those of the run.
     """
     data: dict[str, Any] = {}
     for folder in (Path(path), Path(path).parent):
@@ -77,26 +78,26 @@ def trained_prompts(
             text = (folder / RECIPE).read_text(encoding="utf-8")
             data = tomllib.loads(text).get("data", {})
             break
-    asked = {"template": template, "system_prompt": system_prompt}
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = {"template": template, "system_prompt": system_prompt}
+    given = {name: value for name, value in given.items() if value is not None}
     other = [
         f"{name} {value!r} is not that of the run, {data.get(name)!r}"
         for name, value in given.items()
         if data and value != data.get(name)
     ]
-    warning = f"{path}: {'; '.join(other)}: the model was not trained so" if other else None
+    warning = f"{path}: {'; '.join(other)}: the model was not trained with it" if other else None
     found = data | given
     eos: Literal["trained", "left_out"] = found.get("eos", "trained")
     if found.get("template") == "none":
-        return "none", system_prompt, eos, warning  # the run's has no place without a template
+        return "none", system_prompt, eos, warning  # the run's is not used without a template
     return "chat", found.get("system_prompt"), eos, warning
 
 
 def check_writable(run_dir: Path) -> None:
-    """What could not be written is said before hours of tokenizing; leaves no trace.
+    """Check that the run directory can be written, before hours of tokenizing. Leaves no file.
 
     Raises:
-        InputError: `run_dir` cannot be made or written in, or its disk is full.
+        InputError: `run_dir` cannot be created or written, or its disk is full.
     """
     existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     try:
@@ -109,26 +110,26 @@ def check_writable(run_dir: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Before:
-    """What a run folder held before this command.
+class PreviousRun:
+    """What a run directory held before this command.
 
-    Read at the start, by every rank: rank 0 writes it anew only when all have begun to train.
+    Every rank reads it at the start. Rank 0 rewrites it only after every rank has set up training.
     """
 
     limits: tuple[int | None, int | None] | None
-    """train.epochs and train.max_steps of its recipe; None: there is no run yet."""
+    """train.epochs and train.max_steps of its recipe; None if there is no run yet."""
     lengthened: tuple[dict[str, Any], ...] = ()
-    """The manifest's: {"from": steps, "to": steps, "pending": bool} for each time."""
+    """From the manifest, {"from": steps, "to": steps, "pending": bool} for each time."""
     finished: bool = False
-    """Whether it has the export of what was asked for last."""
+    """True if it has the export of the number of steps requested last."""
     exported: bool = False
-    """Whether it has an export, be it the one from before it was lengthened."""
+    """True if it has any export, even one from before it was lengthened."""
 
     def totals(self, schedule: Schedule) -> tuple[int, int]:
-        """Steps that the run began with, and those that were asked for last.
+        """Number of steps that the run was started with, and number requested last.
 
         Args:
-            schedule: of the recipe now; the data is the same.
+            schedule: of the current recipe; the data is the same.
         """
         if self.lengthened:
             return self.lengthened[0]["from"], self.lengthened[-1]["to"]
@@ -139,40 +140,41 @@ class Before:
         return total, total
 
     def check_not_shortened(self, total: int, old: int, run_dir: Path) -> None:
-        """A run can be given more steps, not fewer, and goes on from a checkpoint.
+        """Check that a run gets more steps, not fewer, and has a checkpoint to resume from.
 
         Args:
-            total, old: steps of the recipe now, and those asked for last.
+            total, old: steps of the current recipe, and steps requested last.
 
         Raises:
-            InputError: they are fewer, or the checkpoints of what was exported are gone.
+            InputError: there are fewer steps, or the run was exported and has no checkpoint left.
         """
         if total < old:
             raise InputError(
                 f"run.dir: {run_dir} holds a run of {old} steps, and train.epochs and "
-                f"train.max_steps now give {total}: a run can only be lengthened; name another "
-                "run.dir, or change them back to go on"
+                f"train.max_steps now give {total}; a run can only be lengthened: choose another "
+                "run.dir, or change them back to resume"
             )
         if self.exported and not complete_checkpoints(run_dir):
             raise InputError(
                 f"run.dir: {run_dir} cannot be lengthened to {total} steps: it has no checkpoint "
-                f"left to go on from; name another run.dir (model.path may be {run_dir / 'export'})"
+                f"left to resume from; choose another run.dir (model.path may be "
+                f"{run_dir / 'export'})"
             )
 
 
-def read_before(run_dir: Path) -> Before:
-    """What the folder holds of an earlier command; `check_same_recipe` has found it good."""
+def read_previous_run(run_dir: Path) -> PreviousRun:
+    """The state left by an earlier command; `check_same_recipe` must have accepted it."""
     if not (run_dir / RECIPE).is_file():
-        return Before(limits=None)
+        return PreviousRun(limits=None)
     train = tomllib.loads((run_dir / RECIPE).read_text(encoding="utf-8")).get("train", {})
     lengthened = _lengthened(run_dir)
     exported = (run_dir / "export").is_dir()
     limits = (train.get("epochs"), train.get("max_steps"))
-    return Before(limits, tuple(lengthened), is_finished(run_dir), exported)
+    return PreviousRun(limits, tuple(lengthened), is_finished(run_dir), exported)
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether a run has its export, and was not lengthened since."""
+    """True if a run has its export and was not lengthened since."""
     exported = (run_dir / "export").is_dir()
     return exported and not any(one["pending"] for one in _lengthened(run_dir))
 
@@ -184,7 +186,7 @@ def _lengthened(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def finish(run_dir: Path) -> None:
-    """Note that the export is that of all steps asked for."""
+    """Record in the manifest that the export is that of all requested steps."""
     lengthened = _lengthened(run_dir)
     if any(one["pending"] for one in lengthened):
         done = [one | {"pending": False} for one in lengthened]
@@ -192,21 +194,27 @@ def finish(run_dir: Path) -> None:
 
 
 def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
-    """A run folder belongs to one recipe; what may be more than it was is for `Before`."""
+    """Check that the run directory is new, or that its recipe differs only in what may change.
+
+    `LIMITS` are checked by `PreviousRun.check_not_shortened`.
+
+    Raises:
+        InputError: it is another directory, or holds a run with another recipe.
+    """
     if not run_dir.exists():
         return
     if not run_dir.is_dir() or (any(run_dir.iterdir()) and not (run_dir / RECIPE).is_file()):
-        raise InputError(f"run.dir: {run_dir} exists and is not a run folder; name another")
+        raise InputError(f"run.dir: {run_dir} exists and is not a run directory; choose another")
     if not (run_dir / RECIPE).is_file():
         return
     if not recipe.run.resume:
         raise InputError(
-            f"run.dir: {run_dir} holds a run and run.resume is false; remove it or name another"
+            f"run.dir: {run_dir} holds a run and run.resume is false; remove it or choose another"
         )
     try:
         old = tomllib.loads((run_dir / RECIPE).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{run_dir / RECIPE}: damaged ({error}); name another run.dir") from None
+        raise InputError(f"{run_dir / RECIPE}: damaged ({error}); choose another run.dir") from None
     for key in changed_keys(old, recipe):
         if key in LIMITS:
             continue
@@ -214,35 +222,38 @@ def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
         raise InputError(
             f"run.dir: {run_dir} holds a run with another {key} "
             f"({old.get(section, {}).get(name)}, now {getattr(getattr(recipe, section), name)}); "
-            "name another run.dir, or change it back to go on"
+            "choose another run.dir, or change it back to resume"
         )
 
 
 def check_same_data(
     data_keys: Mapping[str, str | None], parts: Mapping[str, dict[str, Any]], run_dir: Path
 ) -> None:
-    """The files of a run may not change under it.
+    """Check that the data of a run is unchanged.
 
     Args:
         data_keys: hashes of the tokenized sets, by section of the recipe.
-        parts: what they are hashes of, as `TokenizedTraces` has it.
+        parts: what is hashed, see `TokenizedTraces.parts`.
+
+    Raises:
+        InputError: files, tokenizer or settings have changed; the message names them.
     """
     if not (run_dir / MANIFEST).is_file():
         return
     old = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))
     for name, key in data_keys.items():
         if old[name] != key:
-            before = old.get("parts", {}).get(name) or {}
-            found = before and what_changed(before, parts[name])
+            old_parts = old.get("parts", {}).get(name) or {}
+            found = old_parts and what_changed(old_parts, parts[name])
             what = "changed" if found else "the data or tokenizer has changed"
             raise InputError(
-                f"{name}.path: {what} since {run_dir} began{': ' if found else ''}{found or ''}; "
-                "name another run.dir, or put it back to go on"
+                f"{name}.path: {what} since {run_dir} was started{': ' if found else ''}"
+                f"{found or ''}; choose another run.dir, or restore it to resume"
             )
 
 
 def what_changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Which parts of a tokenized set differ, in a user's words; "" for none."""
+    """Which parts of a tokenized set differ, as text for the user; "" if none."""
     found = []
     before, now = dict(old["files"]), dict(new.get("files", ()))
     for name in sorted({*before, *now}):
@@ -265,48 +276,51 @@ def what_changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     lines = [str(parts.get("rendering")).splitlines() for parts in (old, new)]
     for one, other in zip(*lines, strict=False):
         if one != other:
-            found.append(f"what the chat template prints ({one!r}, now {other!r})")
+            found.append(f"the output of the chat template ({one!r}, now {other!r})")
             break
     return ", ".join(found)
 
 
-def check_same_model(digest: str | None, run_dir: Path) -> None:
-    """The model that a run began with may not change under it: DPO measures against it.
+def check_same_model(fingerprint: str | None, run_dir: Path) -> None:
+    """Check that the initial weights of a run are unchanged: they are also the reference of DPO.
 
     Args:
-        digest: of the weights that `model.path` holds now; None for a hub name.
+        fingerprint: of the weights that are in `model.path` now; None for a hub name.
+
+    Raises:
+        InputError: they have changed.
     """
     if not (run_dir / MANIFEST).is_file():
         return
-    if json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))["model"] != digest:
+    if json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))["model"] != fingerprint:
         raise InputError(
-            f"model.path: the weights have changed since {run_dir} began; name another run.dir, or "
-            "put them back to go on"
+            f"model.path: the weights have changed since {run_dir} was started; choose another "
+            "run.dir, or restore them to resume"
         )
 
 
 def write_run_dir(
     recipe: Recipe,
     keys: Mapping[str, Any],
-    overview: Summary,
+    summary: Summary,
     dtype: torch.dtype,
     run_dir: Path,
     world: World,
     old_steps: int,
 ) -> None:
-    """Start the run folder; it appears with recipe and manifest whole, or not at all.
+    """Create the run directory, atomically with recipe and manifest, or update it on resume.
 
     Args:
         keys: hashes of "data", "eval" and "model", and the "parts" of the first two.
-        old_steps: those of an earlier command, or the overview's.
+        old_steps: number of steps requested by an earlier command, else that of the summary.
     """
     if (run_dir / RECIPE).is_file():
-        folder = run_dir  # what may differ on resume is noted
-        if overview.steps > old_steps:
-            # Before the recipe: a run that is killed between them is unfinished, not another one.
-            step = {"from": old_steps, "to": overview.steps, "pending": True}
+        folder = run_dir  # the new recipe records what may differ on resume
+        if summary.steps > old_steps:
+            # Before the recipe: a run killed between the two is unfinished, not a different run.
+            step = {"from": old_steps, "to": summary.steps, "pending": True}
             lengthened = [*_lengthened(run_dir), step]
-            add_to_manifest(run_dir, lengthened=lengthened, overview=asdict(overview))
+            add_to_manifest(run_dir, lengthened=lengthened, overview=asdict(summary))
     else:
         folder = run_dir.with_name(run_dir.name + ".partial")
         shutil.rmtree(folder, ignore_errors=True)
@@ -315,7 +329,7 @@ def write_run_dir(
             world.size,
             world.device,
             **keys,
-            overview=asdict(overview),
+            overview=asdict(summary),
             dtype=str(dtype).removeprefix("torch."),
         )
         (folder / MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
@@ -327,31 +341,33 @@ def write_run_dir(
 
 
 def add_to_manifest(run_dir: Path, **facts: Any) -> None:
-    """Add facts to a run's manifest, or replace those that it has; it is never half written."""
+    """Add facts to the manifest of a run, or replace existing ones; it is replaced atomically."""
     content = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8")) | facts
     partial = run_dir / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     os.replace(partial, run_dir / MANIFEST)
 
 
-def report_what_ran(ran: Ran | None, run_dir: Path | None, world: World, console: Console) -> None:
-    """Log what each rank's first forward ran, and write it into the manifest of `run_dir`.
+def report_what_ran(
+    ran: ForwardRecord | None, run_dir: Path | None, world: World, console: Console
+) -> None:
+    """Log the record of each rank's first forward, and write it into the manifest of `run_dir`.
 
     Collective.
     """
     assert ran is not None, "the first forward has run"
-    everywhere: list[Any] = [None] * world.size
-    dist.all_gather_object(everywhere, ran)
-    for text in dict.fromkeys(one.text() for one in everywhere):
-        ranks = [rank for rank, other in enumerate(everywhere) if other.text() == text]
+    records: list[Any] = [None] * world.size
+    dist.all_gather_object(records, ran)
+    for text in dict.fromkeys(one.text() for one in records):
+        ranks = [rank for rank, other in enumerate(records) if other.text() == text]
         on = f" on ranks {', '.join(map(str, ranks))}" if len(ranks) < world.size else ""
         console.say(f"ran{on}: {text}")
     if world.is_main and run_dir is not None:
-        add_to_manifest(run_dir, ran=[asdict(other) for other in everywhere])
+        add_to_manifest(run_dir, ran=[asdict(other) for other in records])
 
 
 def manifest(world_size: int, device: torch.device, **facts: Any) -> dict[str, Any]:
-    """What a run was made with: versions, commit, machine, and the hashes given as `facts`."""
+    """Versions, commit and machine of a run, with `facts` (hashes and more)."""
     packages = (
         "redi-engine",
         "torch",
@@ -383,7 +399,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The engine's git commit, when it runs from a checkout."""
+    """The engine's git commit, if it runs from a checkout."""
     here = Path(__file__).resolve().parent
     try:
         done = subprocess.run(

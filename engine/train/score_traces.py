@@ -1,8 +1,8 @@
-"""Log-probs and entropies of whole traces under a model, computed once and kept beside the tokens.
+"""Log-probs and entropies of whole traces under a model, computed once and cached with the tokens.
 
-The pass goes through the traces in blocks. A block is packed over all ranks, scored without a
-gradient (one product with the vocabulary) and written by rank 0 as a file of its own, so a pass
-that was killed goes on behind its last block, with any number of ranks.
+Traces are scored in blocks. A block is packed over all ranks, scored without a gradient (one
+product with the vocabulary) and written by rank 0 to one file. A killed pass therefore resumes
+after its last complete block, with any number of ranks.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from redi.engine.model.sharding import reshard
 from redi.engine.model.student import Student
 
 BLOCK = 256
-"""Traces of a block: what a killed pass may lose."""
+"""Traces in a block: the most that a killed pass has to repeat."""
 VERSION = "1"
-"""Raise it whenever the same input would give other figures."""
-CPU_ROW_TOKENS = 4096
-"""Tokens of a row where a CPU computes no gradient. Rows of 32,768 took seven times as long, and
-5.4 GiB instead of 0.6 (1,000 traces of 155 tokens, the quickstart's model)."""
+"""Increase it if the same input would give other scores."""
+CPU_PACK_TOKENS = 4096
+"""Tokens of a pack that is scored on a CPU. Packs of 32,768 took seven times as long, and 5.4 GiB
+instead of 0.6 (1,000 traces of 155 tokens, the quickstart's model)."""
 _UNREAD_CONFIG = ("_name_or_path", "transformers_version", "dtype", "use_cache")
 
 
 @dataclass(frozen=True)
 class SequenceScores:
-    """Sums over the trained tokens of each trace; float64 [n], in the order that was asked for."""
+    """Sums over the trained tokens of each trace; float64 [n], in the order of the request."""
 
     logps: np.ndarray
     entropies: np.ndarray
-    """Of the model's predictions, in nats."""
+    """Entropies of the model's predictions, in nats."""
 
 
 def score_traces(
@@ -58,13 +58,14 @@ def score_traces(
     world: World,
     console: Console,
 ) -> SequenceScores:
-    """Score traces, or find their scores where an earlier pass has left them. Collective.
+    """Score traces, or read scores cached by an earlier pass. Collective.
 
     Args:
-        student: sharded; its weights are those that `model` names.
-        sequences: int64 [n], which traces.
-        lengths: int64 [traces], how much of each is kept.
-        model: names the weights and how they are used; see `model_key`. Rank 0's counts.
+        student: sharded; `model` identifies its weights.
+        sequences: int64 [n], indices of the traces.
+        lengths: int64 [traces], tokens kept of each.
+        model: identifies the weights and how they are used; see `model_key`. That of rank 0 is
+            used.
         row_tokens, cost: as in training.
 
     Raises:
@@ -89,19 +90,20 @@ def score_traces(
             else:
                 progress.update(len(block))
             found[:, start : start + BLOCK] = scores
-    reshard(student)  # else an optimizer made next would see the gathered weights, not the shards
+    reshard(student)  # an optimizer created now would otherwise get the gathered weights
     return SequenceScores(*found)
 
 
-def model_key(student: Student, path: str, digest: str | None, dtype: torch.dtype) -> str:
-    """What a model's log-probs depend on: weights, configuration, dtype.
+def model_key(student: Student, path: str, fingerprint: str | None, dtype: torch.dtype) -> str:
+    """Identifies all that a model's log-probs depend on: weights, configuration, dtype.
 
     Args:
-        digest: of the weights (`model_fingerprint`); None for a hub name, known by its commit.
+        fingerprint: of the weights (`model_fingerprint`); None for a hub name, which is identified
+            by its commit.
     """
     config = student.model.config
     facts = {k: v for k, v in config.to_dict().items() if k not in _UNREAD_CONFIG}
-    weights = digest or f"{path}@{getattr(config, '_commit_hash', None)}"
+    weights = fingerprint or f"{path}@{getattr(config, '_commit_hash', None)}"
     return json.dumps([weights, facts, str(dtype)], sort_keys=True, default=str)
 
 
@@ -112,18 +114,18 @@ def set_reference(
     units: np.ndarray,
     lengths: np.ndarray,
     *,
-    digest: str | None,
+    fingerprint: str | None,
     dtype: torch.dtype,
     cost: Cost,
     world: World,
     console: Console,
 ) -> None:
-    """Give the objective the log-probs of the student as it is now: the reference of DPO.
+    """Set the objective's reference (of DPO): log-probs under the student's current weights.
 
     Args:
         units: int64 [n, 2], the pairs that are trained.
-        lengths: int64 [traces], how much of each is kept.
-        digest: see `model_key`.
+        lengths: int64 [traces], tokens kept of each.
+        fingerprint: see `model_key`.
     """
     sequences = np.unique(units)
     scores = score_traces(
@@ -131,7 +133,7 @@ def set_reference(
         tokens,
         sequences,
         lengths,
-        model=model_key(student, recipe.model.path or "", digest, dtype),
+        model=model_key(student, recipe.model.path or "", fingerprint, dtype),
         row_tokens=recipe.train.row_tokens,
         cost=cost,
         world=world,
@@ -142,16 +144,16 @@ def set_reference(
     student.objective = replace(student.objective, reference=reference.to(world.device))
 
 
-def scored_row_tokens(row_tokens: int, lengths: np.ndarray, device: torch.device) -> int:
-    """How long rows are to be where no gradient is computed.
+def scoring_pack_tokens(row_tokens: int, lengths: np.ndarray, device: torch.device) -> int:
+    """Tokens of a pack if no gradient is computed: fewer than in training on a CPU.
 
     Args:
-        row_tokens: as in training; the most.
+        row_tokens: as in training; the maximum.
         lengths: int64 [n], of the sequences; each must fit.
     """
     if device.type != "cpu":
         return row_tokens
-    return min(row_tokens, max(CPU_ROW_TOKENS, int(lengths.max())))
+    return min(row_tokens, max(CPU_PACK_TOKENS, int(lengths.max())))
 
 
 @torch.no_grad()
@@ -165,8 +167,8 @@ def _score_block(
     world: World,
     progress: Progress,
 ) -> np.ndarray:
-    """[2, n] log-probs and entropies, on every rank."""
-    row_tokens = scored_row_tokens(row_tokens, lengths[block], world.device)
+    """Log-probs and entropies of a block, float64 [2, n], on every rank."""
+    row_tokens = scoring_pack_tokens(row_tokens, lengths[block], world.device)
     packing = pack(lengths[block], row_tokens=row_tokens, world_size=world.size, cost=cost)
     sums = torch.zeros(2, len(block), dtype=torch.float64, device=world.device)
     student.eval()
@@ -185,7 +187,7 @@ def _score_block(
 
 
 def _stored(path: Path, count: int, world: World) -> np.ndarray | None:
-    """A block that an earlier pass wrote. Rank 0 reads: the others may not see its disk."""
+    """A block written by an earlier pass, or None. Rank 0 reads: others may not see its disk."""
     read: list[np.ndarray | None] = [None]
     if world.is_main:
         try:
@@ -199,7 +201,8 @@ def _stored(path: Path, count: int, world: World) -> np.ndarray | None:
 
 
 def _store(path: Path, scores: np.ndarray) -> None:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # others may do the same
+    # Unique, because other runs may write the same file.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

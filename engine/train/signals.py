@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask for a stop; the loop decides, on all ranks at the same step."""
+"""SIGTERM and SIGINT request a stop. The training loop stops all ranks after the same step."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from types import FrameType
 
 
 class StopRequest:
-    """Remembers that a stop was asked for. A context manager: handlers are restored on exit.
+    """Records stop requests. A context manager: it restores the previous handlers on exit.
 
-    torchrun forwards a signal that ranks may also get directly, so repeats within moments are
-    one request. Only a second SIGINT, over two seconds after the first and without torchrun,
-    exits at once.
+    torchrun forwards a signal that ranks may also get directly, so signals in quick succession
+    count as one request. Only a second SIGINT, over two seconds after the first and without
+    torchrun, exits at once.
 
     Args:
-        speaks: whether this process says that it was asked.
+        verbose: True if this process prints a line on the first request.
+
+    Attributes:
+        asked: True once a stop was requested.
     """
 
     def __init__(self, *, verbose: bool) -> None:
-        self._speaks = verbose
+        self._verbose = verbose
         self.asked = False
-        self._breaks_off = False
+        self._interruptible = False
         self._first_sigint = 0.0
         self._previous: dict[int, object] = {}
 
@@ -39,38 +42,38 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self, when: bool = True) -> Iterator[None]:
-        """Work that loses nothing when it ends in the middle: a request ends it at once.
+        """Within the context, a stop request raises at once: no work would be lost.
 
         Args:
-            when: False leaves the block as it is, because other ranks would wait for this one.
+            when: False: requests are only recorded, because other ranks would wait for this one.
 
         Raises:
-            KeyboardInterrupt: a stop was asked for, in the block or before it.
+            KeyboardInterrupt: a stop was requested, in the context or before it.
         """
-        self._breaks_off = when
+        self._interruptible = when
         try:
-            self._break_off()
+            self._raise_if_asked()
             yield
-            self._break_off()  # the first one may have come where Python drops exceptions
+            self._raise_if_asked()  # the first may have been raised in code that drops exceptions
         finally:
-            self._breaks_off = False
+            self._interruptible = False
 
-    def _break_off(self) -> None:
-        if self.asked and self._breaks_off:
-            self._breaks_off = False  # once: what cleans up is left alone
+    def _raise_if_asked(self) -> None:
+        if self.asked and self._interruptible:
+            self._interruptible = False  # once: clean-up is not interrupted
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        impatient = self._first_sigint and now - self._first_sigint > 2
-        if number == signal.SIGINT and impatient and "TORCHELASTIC_RUN_ID" not in os.environ:
+        repeated = self._first_sigint and now - self._first_sigint > 2
+        if number == signal.SIGINT and repeated and "TORCHELASTIC_RUN_ID" not in os.environ:
             os._exit(130)
         if number == signal.SIGINT and not self._first_sigint:
             self._first_sigint = now
-        # Set before anything is written: a second signal may come meanwhile.
+        # Set before anything is printed: a second signal may arrive meanwhile.
         first, self.asked = not self.asked, True
-        self._break_off()
-        if first and self._speaks:
-            # Not through print: the signal may have come in the middle of one.
-            again = "; Ctrl-C again leaves at once, unsaved" if number == signal.SIGINT else ""
-            os.write(2, f"\nstopping: this step is finished and saved first{again}\n".encode())
+        self._raise_if_asked()
+        if first and self._verbose:
+            # Not by print: the signal may have interrupted one.
+            again = "; Ctrl-C again exits without saving" if number == signal.SIGINT else ""
+            os.write(2, f"\nstopping after this step and its checkpoint{again}\n".encode())

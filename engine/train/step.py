@@ -1,4 +1,4 @@
-"""One optimizer step: gradients of all micro-steps, clipping, update, and what came of it."""
+"""One optimizer step: gradients of all micro-steps, clipping, update, and its figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from redi.engine.data.loader import StepBatches
 from redi.engine.distributed import World
 from redi.engine.loss.packed_loss import StepTotals
 from redi.engine.model.student import Student
-from redi.engine.train.guards import Row
+from redi.engine.train.guards import PackResult
 from redi.engine.train.optimizer import squared_update, step_if
 from redi.kernels import FilteredRediLoss
 
@@ -25,23 +25,23 @@ class StepResult:
 
     loss: float
     positive_logp: float | None
-    """Mean over the step's positives of their mean log-prob per token; None without any."""
+    """Mean over the step's positives of their mean log-prob per token; None if there are none."""
     negative_logp: float | None
     positive_dropped: float | None
-    """Mean share of a token's probability that a filter left out of the gradient."""
+    """Mean share of a token's probability that a filter excluded from the gradient."""
     negative_dropped: float | None
     grad_norm: float
-    """l2, before clipping."""
+    """l2 norm before clipping."""
     update_norm: float
-    """l2 of the parameters' change."""
+    """l2 norm of the change of the parameters."""
     taken: bool
-    """False if loss or gradient was not finite: nothing was changed."""
+    """False if loss or gradient was not finite: weights and moments are unchanged."""
     stop_asked: bool
-    """True if any rank was asked to stop."""
+    """True if a stop was requested on any rank."""
     save_failed: bool
     """True if the background save failed on any rank."""
     filtered: bool
-    """True if a filter left words out of the gradient."""
+    """True if a filter excluded vocabulary entries from the gradient."""
 
 
 def train_step(
@@ -53,19 +53,19 @@ def train_step(
     *,
     stop_asked: bool,
     save_failed: bool,
-) -> tuple[StepResult, list[Row]]:
-    """Train on a step's packs; the host waits for the device once, at the end. Collective.
+) -> tuple[StepResult, list[PackResult]]:
+    """Train on the packs of a step. The host waits for the device once, at the end. Collective.
 
     Args:
-        stop_asked, save_failed: of this rank; they travel with the sums.
+        stop_asked, save_failed: of this rank; reduced over the ranks together with the sums.
 
     Returns:
-        The step's figures, and this rank's packs for messages.
+        The step's figures, and the results of this rank's packs, which messages need.
     """
-    rows = forward_backward(student, batches, world.device, recipe.shard.reduce)
+    packs = forward_backward(student, batches, world.device, recipe.shard.reduce)
     grad_norm = clip(student, recipe.optim.max_grad_norm)
-    sums = _step_sums(rows, stop_asked, save_failed, world.device)
-    # Decided and done on the device: the host asks for nothing until all is under way.
+    sums = _step_sums(packs, stop_asked, save_failed, world.device)
+    # Decided on the device: the host reads no value until all operations are queued.
     finite = sums[0].isfinite() & grad_norm.isfinite()
     step_if(optimizer, finite)
     optimizer.zero_grad()
@@ -89,21 +89,21 @@ def train_step(
         save_failed=failures > 0,
         filtered=recipe.objective.filter_epsilon > 0,
     )
-    return result, rows
+    return result, packs
 
 
 def forward_backward(
     student: Student, batches: StepBatches, device: torch.device, reduce: str
-) -> list[Row]:
-    """Accumulate the step's gradient; return what each of this rank's rows came to."""
+) -> list[PackResult]:
+    """Accumulate the gradient of a step. Returns the results of this rank's packs."""
     assert isinstance(student, FSDPModule)
     totals = StepTotals(units=len(batches.units), targets=batches.num_targets)
-    rows = []
+    packs = []
     for index, batch in enumerate(batches.micro_batches):
         on_device = batch.to(device, non_blocking=True)
         last = index == len(batches.micro_batches) - 1
         student.set_requires_gradient_sync(last or reduce == "micro_step")
-        student.set_requires_all_reduce(last)  # among copies once is enough: it is sharded by then
+        student.set_requires_all_reduce(last)  # between replicas, once a step: on the shards
         out = student(on_device, totals)
         out.loss.backward()
         lengths = out.sequence_lengths.clamp(min=1)
@@ -111,12 +111,14 @@ def forward_backward(
         dropped = None
         if isinstance(out, FilteredRediLoss):
             dropped = out.sequence_dropped.double() / lengths
-        rows.append(Row(batch.sequence_ids, out.loss.detach(), means, on_device.signs, dropped))
-    return rows
+        packs.append(
+            PackResult(batch.sequence_ids, out.loss.detach(), means, on_device.signs, dropped)
+        )
+    return packs
 
 
 def clip(student: Student, max_norm: float) -> torch.Tensor:
-    """Clip the whole gradient to `max_norm` (0: leave it). Returns its l2 norm before."""
+    """Clip the whole gradient to `max_norm` (0: no clipping). Returns its l2 norm before that."""
     parameters = [p for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
@@ -127,22 +129,22 @@ def clip(student: Student, max_norm: float) -> torch.Tensor:
 
 
 def _step_sums(
-    rows: list[Row], asked_to_stop: bool, save_failed: bool, device: torch.device
+    packs: list[PackResult], stop_asked: bool, save_failed: bool, device: torch.device
 ) -> torch.Tensor:
-    """Loss, sums of the positives' and the negatives' mean log-probs, and of what a filter left
-    out of them, of requests to stop and of failed saves.
+    """Sums over the packs of all ranks, float64 [7] on the device.
 
-    float64 [7] on the device, over all ranks.
+    Loss; mean log-probs of positives and of negatives; probability that a filter excluded, of
+    positives and of negatives; stop requests; failed saves.
     """
     sums = torch.zeros(7, dtype=torch.float64, device=device)
-    sums[5], sums[6] = asked_to_stop, save_failed
-    for row in rows:
-        sums[0] += row.loss
-        for first, values in ((1, row.means), (3, row.dropped)):
+    sums[5], sums[6] = stop_asked, save_failed
+    for one in packs:
+        sums[0] += one.loss
+        for first, values in ((1, one.means), (3, one.dropped)):
             if values is not None:
                 # Not values[signs > 0]: boolean indexing would wait for the device.
-                sums[first] += torch.where(row.signs > 0, values, 0.0).sum()
-                sums[first + 1] += torch.where(row.signs < 0, values, 0.0).sum()
+                sums[first] += torch.where(one.signs > 0, values, 0.0).sum()
+                sums[first + 1] += torch.where(one.signs < 0, values, 0.0).sum()
     dist.all_reduce(sums)
     return sums
 

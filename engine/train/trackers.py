@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: where metrics go beside metrics.jsonl, if a recipe says so."""
+"""Opt-in trackers, which get a copy of metrics.jsonl: TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from redi.engine.errors import InputError
 
 
 class Tracker(Protocol):
-    """Takes the lines of metrics.jsonl."""
+    """Receives the lines of metrics.jsonl."""
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line; it has `step`."""
+        """Log one line; it has the key `step`."""
 
     def close(self) -> None:
-        """Flush and end."""
+        """Flush and close."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises InputError for one whose package is not installed."""
+    """Raise InputError if the package of a tracker is not installed."""
     for name in names:
         if find_spec(name) is None:
             raise InputError(
@@ -34,7 +34,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(recipe: Recipe, run_dir: Path, last_step: int) -> list[Tracker]:
-    """The trackers that a recipe asks for; its run goes on after `last_step`."""
+    """The trackers of a recipe, whose run resumes after `last_step`."""
     makers: dict[str, Callable[[Recipe, Path, int], Tracker]] = {
         "tensorboard": _TensorBoard,
         "wandb": _WandB,
@@ -57,7 +57,7 @@ class _TensorBoard:
     def __init__(self, recipe: Recipe, run_dir: Path, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Steps that a killed attempt logged behind its last checkpoint are run, and logged, again.
+        # Steps after the last checkpoint of a killed attempt are run again: purge their values.
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A run of project "redi" (WANDB_PROJECT names another), the same one after a resume."""
+    """A run of project "redi" (or WANDB_PROJECT), the same one after a resume."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, last_step: int) -> None:
         import wandb

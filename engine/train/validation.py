@@ -1,4 +1,4 @@
-"""Held-out log-probs of both signs, and greedy accuracy, during training."""
+"""Validation during training: held-out log-probs of both signs, and greedy accuracy."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from redi.engine.data.tokens import TokenizedTraces
 from redi.engine.distributed import World
 from redi.engine.model.student import Student
 from redi.engine.train.generation_accuracy import HeldOutProblems, greedy_accuracy
-from redi.engine.train.score_traces import scored_row_tokens
+from redi.engine.train.score_traces import scoring_pack_tokens
 from redi.engine.train.signals import StopRequest
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Traces that are not trained: single positives, or pairs."""
+    """Held-out traces: single positives, or pairs."""
 
     tokens: TokenizedTraces
     examples: Examples
     problems: HeldOutProblems | None = None
-    """The same problems with their answers, if these are checked."""
+    """The same problems with their answers; None if answers are not checked."""
 
     @property
     def sequences(self) -> np.ndarray:
-        """int64 [n], the traces that are scored, each once."""
+        """int64 [n], indices of the scored traces, each once."""
         return np.unique(self.examples.units)
 
 
@@ -43,23 +43,21 @@ def validate(
     world: World,
     stop: StopRequest,
 ) -> dict[str, float] | None:
-    """Mean log-prob per token of the held-out traces, and what their problems show.
-
-    Every rank must call it.
+    """Mean log-prob per token of the held-out traces, and accuracy on their problems. Collective.
 
     Args:
-        row_tokens, cost: as in training; on a CPU rows are shorter (`scored_row_tokens`).
-        stop: a request on any rank breaks it off before the next row, or at the next token.
+        row_tokens, cost: as in training; on a CPU packs are shorter (`scoring_pack_tokens`).
+        stop: a request on any rank interrupts it before the next pack, or at the next token.
 
     Returns:
-        None when it was broken off, else positive_logp, and for pairs negative_logp and
-        margin_accuracy: the share of pairs whose positive has the higher mean log-prob; with
+        None if it was interrupted. Else positive_logp; for pairs also negative_logp and
+        margin_accuracy, the fraction of pairs whose positive has the higher mean log-prob; with
         problems also the figures of `greedy_accuracy`.
     """
     tokens, examples = held_out.tokens, held_out.examples
     sequences = held_out.sequences
     lengths = examples.lengths[sequences]
-    row_tokens = scored_row_tokens(row_tokens, lengths, world.device)
+    row_tokens = scoring_pack_tokens(row_tokens, lengths, world.device)
     packing = pack(lengths, row_tokens=row_tokens, world_size=world.size, cost=cost)
     means = torch.zeros(len(examples.lengths), dtype=torch.float64)
     student.eval()

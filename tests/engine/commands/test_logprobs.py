@@ -76,7 +76,7 @@ def test_without_a_gradient_a_cpu_gets_short_rows_that_hold_the_longest_trace(
     device: str, row_tokens: int, longest: int, expected: int
 ) -> None:
     lengths = np.array([3, longest, 5])
-    found = score_traces.scored_row_tokens(row_tokens, lengths, torch.device(device))
+    found = score_traces.scoring_pack_tokens(row_tokens, lengths, torch.device(device))
     assert found == expected
 
 
@@ -166,7 +166,7 @@ def test_a_resumed_dpo_run_measures_against_the_model_before_step_1(
     (scores,) = (tmp_path / "cache").glob("*/logprobs-*")
     shutil.rmtree(scores)
     assert main(line) == 0
-    assert "going on after step 2" in capsys.readouterr().err
+    assert "resumes after step 2" in capsys.readouterr().err
     assert [step["loss"] for step in steps(run)] == [step["loss"] for step in expected]
 
     back_to_step_2()

@@ -246,4 +246,4 @@ def test_a_recipe_that_trains_anothers_export_is_looked_at_with_its_model(
     assert main(["prepare", str(sft), str(redi)]) == 0
     assert "pairs to train on" in capfd.readouterr().err
     assert main(["prepare", str(redi)]) == 2
-    assert "no such folder" in capfd.readouterr().err
+    assert "no such directory" in capfd.readouterr().err

@@ -200,7 +200,7 @@ def test_the_flash_attn_that_suits_the_card_is_taken(site: Path) -> None:
     assert find_flash(9) == ("flash-2", "flash-attn 9.0")
     kind, reason = find_flash(7)
     assert kind is None
-    assert reason == "there is no flash-attn for cards of sm_7x"
+    assert reason == "there is no flash-attn for sm_7x"
 
 
 def test_on_hopper_3_comes_first_and_on_blackwell_4(site: Path) -> None:

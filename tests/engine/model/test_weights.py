@@ -174,11 +174,11 @@ def untie(weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (drop, "weights that are missing: model.layers.1.mlp.up_proj.weight"),
-        (add, "weights that are not the model's: model.layers.9.mlp.up_proj.weight"),
-        (reshape, "model.norm.weight is [9] in model.safetensors, the model's is [96]"),
+        (drop, "missing weights: model.layers.1.mlp.up_proj.weight"),
+        (add, "unexpected weights: model.layers.9.mlp.up_proj.weight"),
+        (reshape, "model.norm.weight is [9] in model.safetensors, but [96] in the model"),
         (quantize, "model.layers.0.mlp.up_proj.weight is stored as F8_E4M3"),
-        (untie, "the files hold two different ones"),
+        (untie, "the files have two different ones"),
     ],
 )
 def test_weights_that_do_not_fit_are_one_clear_line(

@@ -381,7 +381,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_one_line(
         (["--mfu", "0"], "mfu, a share of the peak, must lie in (0, 1], got 0"),
         (["--mfu", "2"], "mfu, a share of the peak, must lie in (0, 1], got 2"),
         (["--ranks", "4", "--shard.replicate", "3"], "shard.replicate = 3 does not divide"),
-        (["--model.path", "./nowhere"], "model.path: ./nowhere: no such folder"),
+        (["--model.path", "./nowhere"], "model.path: ./nowhere: no such directory"),
         (["--json", "no/such/plan.json"], "json: no/such: no such folder"),
         (["--json", "."], "json: . is a folder; name a file"),
     ],

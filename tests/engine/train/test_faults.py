@@ -30,7 +30,7 @@ WriteRecipe = Callable[..., Path]
 STEPS = 12
 SOON = 20.0
 """Seconds that a signal may take to end a run of the small model."""
-GO_ON = "the same command goes on"
+RESUMES = "the same command resumes"
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_signal_during_an_evaluation_breaks_it_off_and_going_on_does_it_again(
     last = lines(run_dir)[-1]
     assert (last["step"], "loss" in last) == (6, True), "it was not during the evaluation"
     assert sorted(complete_checkpoints(run_dir)) == [4, 6]
-    assert f"stopped after step 6 of {STEPS}, saved in {run_dir}; {GO_ON}" in run.stderr
+    assert f"stopped after step 6 of {STEPS}, saved in {run_dir}; {RESUMES}" in run.stderr
     assert main(["train", str(path)]) == 0
     assert same(run_dir, undisturbed)
 
@@ -177,7 +177,7 @@ def test_a_save_that_fails_is_told_before_the_next_and_leaves_the_older_one(
     assert run.end() == 1
     assert run.stderr.splitlines()[-1] == (
         f"redi: {run_dir}/checkpoints/step-8 could not be saved ([Errno 27] File too large); "
-        f"older checkpoints are intact, {GO_ON} from the newest"
+        f"older checkpoints are intact, {RESUMES} from the newest"
     )
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-4"]
     assert not has_steps(run_dir, STEPS), "it was told only at the end"
@@ -380,7 +380,7 @@ def test_a_full_disk_is_named_and_with_more_room_the_run_goes_on(
     last = run.stderr.splitlines()[-1]
     assert last.startswith("redi: ")
     assert said in last
-    assert GO_ON in last
+    assert RESUMES in last
     saved = {"a checkpoint": [4], "the metrics": [], "the export": [6, 12]}[what]
     assert sorted(complete_checkpoints(disk / "run")) == saved
     (disk / "ballast").unlink(missing_ok=True)

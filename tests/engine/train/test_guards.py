@@ -46,9 +46,9 @@ def judge_and_date(
         guards = Guards(section, run / "metrics.jsonl", done, world)
         said = []
         for line in all_lines[done:]:
-            if verdict := guards.after(line):
-                said.append(verdict)
-                if not verdict.goes_on:
+            if event := guards.after(line):
+                said.append(event)
+                if not event.is_warning:
                     break
         return said, guards.good_before
 
@@ -59,12 +59,12 @@ def test_a_good_run_is_left_alone(tmp_path: Path) -> None:
 
 def test_collapse_is_warned_of_and_then_ends_the_run(tmp_path: Path) -> None:
     (warning, end), good_before = judge_and_date(GuardConfig(), lines("collapse"), tmp_path)
-    assert warning.goes_on
+    assert warning.is_warning
     assert "step 32: this looks like collapse: the log-prob of correct traces fell" in warning.text
-    assert not end.goes_on
+    assert not end.is_warning
     assert good_before == 32 - 8
     (only,) = judge(GuardConfig(collapse="warn"), lines("collapse"), tmp_path, 0)
-    assert only.goes_on
+    assert only.is_warning
     assert judge(GuardConfig(collapse="off"), lines("collapse"), tmp_path, 0) == []
 
 
@@ -90,8 +90,8 @@ def test_a_collapse_goes_on_though_the_gradient_has_calmed(tmp_path: Path) -> No
     all_lines = lines("collapse")
     calm = [line | {"grad_norm": 2.0} for line in all_lines[33:]]
     warning, end = judge(GuardConfig(), [*all_lines[:33], *calm], tmp_path, 0)
-    assert warning.goes_on
-    assert not end.goes_on
+    assert warning.is_warning
+    assert not end.is_warning
 
 
 def at_the_end(all_lines: list[dict[str, Any]]) -> str | None:
@@ -110,7 +110,7 @@ def test_what_was_saved_after_the_fall_is_not_good_though_the_gradient_surges_la
         for step, (logp, norm) in enumerate(curve, 1)
     ]
     said, good_before = judge_and_date(GuardConfig(), all_lines, tmp_path)
-    assert not said[-1].goes_on
+    assert not said[-1].is_warning
     assert good_before is not None
     assert 12 - WINDOW < good_before <= 13
 
@@ -225,7 +225,7 @@ def test_a_row_that_overflows_is_named_and_the_run_goes_on(
         elif line["step"] > 2:
             assert line["update_norm"] > 0
     err = capsys.readouterr().err
-    assert f"step {event['step']} is left out: loss inf" in err
+    assert f"step {event['step']} is skipped: loss inf" in err
     assert "not finite at rank 0: " in err
 
 

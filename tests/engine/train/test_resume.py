@@ -183,8 +183,8 @@ def test_a_signal_saves_and_exits_75_and_says_how_to_go_on(
     run.wait_for(lambda: has_steps(run_dir, 4))
     run.send(number, number)  # twice within moments is one request
     assert run.end(SOON) == 75, run.stderr
-    assert run.stderr.count("stopping: this step is finished and saved first") == 1
-    assert ("Ctrl-C again leaves at once" in run.stderr) == (number == signal.SIGINT)
+    assert run.stderr.count("stopping after this step and its checkpoint") == 1
+    assert ("Ctrl-C again exits without saving" in run.stderr) == (number == signal.SIGINT)
     assert "the same command resumes from here" in run.stderr
     assert "Traceback" not in run.stderr
     assert main(["train", str(path)]) == 0
@@ -231,7 +231,7 @@ def test_a_checkpoint_whose_bytes_rotted_is_named_and_the_one_before_it_goes_on(
     assert main(["train", str(path)]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"redi: {saved(run_dir, STEPS)} cannot be read (")
-    assert said.endswith("remove it to go on from the checkpoint before it")
+    assert said.endswith("remove it to resume from the checkpoint before it")
     shutil.rmtree(saved(run_dir, STEPS))
     assert main(["train", str(path)]) == 0
     same(run_dir)
@@ -473,8 +473,8 @@ def test_a_resume_names_what_has_changed(
 ) -> None:
     assert main(["train", str(two_files)]) == 0
     data, run_dir = tmp_path / "data", tmp_path / "run"
-    began = f"data.path: changed since {run_dir} began: "
-    ending = "; name another run.dir, or put it back to go on"
+    began = f"data.path: changed since {run_dir} was started: "
+    ending = "; choose another run.dir, or restore it to resume"
     whole = (data / "b.jsonl").read_text()
     (data / "b.jsonl").write_text("".join(whole.splitlines(keepends=True)[1:]))
     assert refusal(two_files, capsys) == f"redi: {began}{data / 'b.jsonl'}{ending}"
@@ -504,6 +504,6 @@ def test_a_resume_names_what_a_template_prints_anew(
     while time.strftime("%H%M%S") == began:
         time.sleep(0.1)
     said = refusal(two_files, capsys)
-    assert "began: what the chat template prints ('" in said
+    assert "was started: the output of the chat template ('" in said
     assert "', now '" in said
     assert "tokenizer" not in said

@@ -116,7 +116,7 @@ def test_a_model_that_lost_its_attention_is_refused_in_its_first_forward(world: 
 REFUSED = {
     "nemotron": "does not pass document boundaries",
     "stablelm": "does not pass document boundaries",
-    "doge": "a mask of its own",
+    "doge": "its own mask",
     "gpt_oss": "sinks",
     "falcon": "an attention that cannot be replaced",
     "gptj": "an attention that cannot be replaced",

@@ -1,0 +1,116 @@
+"""The update norm: equal to the change of the weights, in few device operations."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from redi.engine.config.sections import OptimConfig
+from redi.engine.train import optimizer as optimizer_module
+from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
+
+TRUE = torch.tensor(True)
+LAYERS = 60
+BUDGET = 45
+"""Device operations of `squared_update` for one block of parameters in each of 2 groups. (One by
+one, 120 parameters took about 2,500.)"""
+
+
+def trained(layers: int, steps: int, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+    """A model of 2 * layers parameters after some steps, its optimizer, and the weights before the
+    last step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(7, 7) for _ in range(layers))).to(dtype)
+    optimizer = make_optimizer(model, OptimConfig(lr=1e-2, weight_decay=0.1))
+    before: list[torch.Tensor] = []
+    for step in range(steps):
+        before = [p.detach().clone() for p in model.parameters()]
+        for number, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.randn_like(parameter) * 10.0 ** ((number + step) % 4 - 3)
+        step_if(optimizer, TRUE)
+    return model, optimizer, before
+
+
+@torch.no_grad()
+def loop_form(optimizer: torch.optim.AdamW) -> float:
+    """The same sum, parameter by parameter."""
+    total = 0.0
+    for group in optimizer.param_groups:
+        (beta1, beta2), rate, decay = group["betas"], group["lr"], group["weight_decay"]
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            step = state["step"].double()
+            scale = (1 - beta2**step).sqrt()
+            adam = state["exp_avg"] / (state["exp_avg_sq"].sqrt() / scale + group["eps"])
+            adam = adam / (1 - beta1**step)
+            before = (parameter + rate * adam) / (1 - rate * decay)
+            total += (rate * (adam + decay * before)).double().square().sum().item()
+    return total
+
+
+def squared_difference(model: nn.Module, before: list[torch.Tensor]) -> float:
+    pairs = zip(model.parameters(), before, strict=True)
+    return sum((a.detach() - b).double().square().sum().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("block", [2**24, 100, 5])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_update_equals_the_change_of_the_weights(
+    block: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one block, in blocks of a few parameters, and with parameters cut into pieces."""
+    monkeypatch.setattr(optimizer_module, "BLOCK", block)
+    model, optimizer, before = trained(4, steps)
+    squared = squared_update(optimizer, TRUE)
+    assert squared.dtype == torch.float64
+    assert squared.item() == pytest.approx(loop_form(optimizer), rel=1e-8)
+    assert squared.item() == pytest.approx(squared_difference(model, before), rel=1e-8)
+
+
+def test_update_of_float32_masters() -> None:
+    model, optimizer, before = trained(4, 5, torch.float32)
+    squared = squared_update(optimizer, TRUE).item()
+    assert squared == pytest.approx(squared_difference(model, before), rel=1e-5)
+
+
+def test_no_update() -> None:
+    """A step that was left out, and parameters that have not been trained yet."""
+    _, optimizer, _ = trained(4, 2)
+    assert squared_update(optimizer, torch.tensor(False)).item() == 0
+    _, optimizer, _ = trained(4, 0)
+    assert squared_update(optimizer, TRUE).item() == 0
+
+
+class CountOps(TorchDispatchMode):
+    """Counts operations that run on the device: all but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_few_device_operations() -> None:
+    counts = []
+    for layers in (LAYERS, 2 * LAYERS):
+        model, optimizer, _ = trained(layers, 1, torch.float32)
+        assert len(list(model.parameters())) >= 100
+        with CountOps() as ops:
+            squared_update(optimizer, TRUE)
+        counts.append(ops.count)
+    assert counts[0] <= BUDGET
+    assert counts[0] == counts[1], "the count depends on the number of parameters"
+
+
+def test_block_size_bounds_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_module, "BLOCK", 100)
+    tensors = [(torch.arange(n), torch.arange(n)) for n in (30, 0, 250, 60, 40, 1)]
+    sizes = [[piece[0].numel() for piece in block] for block in optimizer_module._blocks(tensors)]
+    assert sizes == [[30], [100], [100], [50], [60, 40], [1]]
