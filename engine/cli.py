@@ -92,7 +92,7 @@ def prepare(argv: Sequence[str]) -> None:
         return
     parser = build_parser(
         "redi prepare",
-        "Tokenize the data of recipes into the cache and print a summary of it. "
+        "Tokenize the data of recipes into the cache and print a summary of it.\n"
         "To select the paper's sets from OpenR1-Math-Raw, see `redi prepare openr1 --help`.",
         PREPARE_EXAMPLES,
     )
@@ -122,8 +122,8 @@ def plan(argv: Sequence[str]) -> None:
 
     parser = build_parser(
         "redi plan",
-        "Estimate packing, steps, memory and time of recipes on a number of GPUs. Trains nothing "
-        "and needs neither a GPU nor weights: the model's config.json and tokenizer are enough.",
+        "Estimate packing, steps, memory and time of recipes on a number of GPUs. Trains nothing.\n"
+        "Needs neither a GPU nor weights: the model's config.json and tokenizer are enough.",
         PLAN_EXAMPLES,
     )
     parser.add_argument("--ranks", type=int, default=1, help="number of ranks, one GPU each")
