@@ -156,7 +156,7 @@ def conclusions(found: dict[str, ModelResults]) -> list[str]:
         f"REDI against the control, problem by problem: {sampled} sampled, {greedy} greedy.",
         f"The log-prob of correct traces is {change:+.2f} relative to the control: lowering the",
         "probability of incorrect traces also moves similar correct ones. The teacher is",
-        "synthetic, with a habit planted for this demonstration: results on real traces may differ.",
+        "synthetic, with a habit planted for this demonstration: real traces may differ.",
     ]
 
 
