@@ -64,7 +64,8 @@ setup(
     package_dir={f"redi.{folder}": folder for folder in FOLDERS},
     package_data={
         **{f"redi.{folder}": ["py.typed"] for folder in FOLDERS},
-        "redi.kernels": ["py.typed", "launches.json"],
+        "redi.kernels": ["py.typed"],
+        "redi.kernels.experimental": ["launches.json"],
         "redi.engine": ["py.typed", "recipes/*.toml"],
         "redi.bench": ["py.typed", "smollm2_hidden.json"],
     },

@@ -22,22 +22,26 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from redi.kernels.exponentials_triton import (
-    exponentials_kernel,
+from redi.kernels.experimental.exp_gemm_triton import (
+    exp_gemm_kernel,
     finalise_kernel,
     target_logits_kernel,
 )
-from redi.kernels.filter_triton import (
+from redi.kernels.experimental.filter_triton import (
     DEPTH,
     ROWS,
     STAGES,
     WARPS,
-    add_live_rows_kernel,
-    multiply_live_columns_kernel,
+    add_kept_rows_kernel,
+    multiply_kept_columns_kernel,
 )
-from redi.kernels.launches import Launch, entries_for
-from redi.kernels.segments_triton import spread_segments_kernel, sum_segments_kernel
-from redi.kernels.softmax_triton import launch_shape, softmax_rows_kernel
+from redi.kernels.experimental.launches import Launch, entries_for
+from redi.kernels.segments_triton import (
+    spread_segments_kernel,
+    sum_segments_kernel,
+    token_weights_kernel,
+)
+from redi.kernels.softmax_triton import launch_shape, softmax_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -91,13 +95,9 @@ def variants(target: GPUTarget) -> list[Variant]:
         "tokens": "*i64", "targets": "*i64", "logps": "*fp32",
     }  # fmt: skip
     strides = {"dlogits_stride": "i32", "dlogits_room": "i32"}
-    halves = {"dlogits": "*bf16" if halves_in_place else "*fp32", **strides}
-    whole = {"dlogits": "*fp32", **strides}
-    by_sequence = {
-        "cu_seqlens": "*i32", "signs": "*i64", "lengths": "*i64", "num_sequences": "i32",
-        "alpha": "fp32", "factor": "fp32",
-    }  # fmt: skip
-    by_token = {"weights": "*fp32"}
+    weighted = {"weights": "*fp32", **strides}
+    halves = {"dlogits": "*bf16" if halves_in_place else "*fp32", **weighted}
+    whole = {"dlogits": "*fp32", **weighted}
     block, warps = launch_shape(VOCAB, target.warp_size)
     of_bf16 = {
         "ROUNDED": tl.bfloat16,
@@ -107,33 +107,44 @@ def variants(target: GPUTarget) -> list[Variant]:
     }
     of_fp16 = {**of_bf16, "ROUNDED": tl.float16}
     of_fp32 = {**of_bf16, "ROUNDED": tl.float32, "HALVES_IN_PLACE": False}
-    fp16 = {"dlogits": "*fp16" if halves_in_place else "*fp32", **strides, "scale": "*fp32"}
+    fp16 = {"dlogits": "*fp16" if halves_in_place else "*fp32", **weighted}
     small_block, small_warps = launch_shape(500, target.warp_size)
     small = {**of_bf16, "BLOCK": small_block}
 
     found = [
-        Variant(name, softmax_rows_kernel, row | types, constants, warps)
+        Variant(name, softmax_kernel, row | types, constants, warps)
         for name, types, constants in [
-            ("redi bf16", halves | by_sequence, of_bf16),
-            ("redi fp16", fp16 | by_sequence, of_fp16),
-            ("redi fp32", whole | by_sequence, of_fp32),
-            ("signed bf16", halves | by_token, of_bf16),
-            ("signed bf16 entropy", halves | by_token | {"entropies": "*fp32"}, of_bf16),
-            ("dft bf16", halves | by_token, of_bf16 | {"COEFFICIENT": "dft"}),
-            ("unlikelihood bf16", halves | by_token, of_bf16 | {"COEFFICIENT": "unlikelihood"}),
+            ("loss bf16", halves, of_bf16),
+            ("loss fp16", fp16, of_fp16),
+            ("loss fp32", whole, of_fp32),
+            ("loss bf16 entropy", halves | {"entropies": "*fp32"}, of_bf16),
+            ("dft bf16", halves, of_bf16 | {"COEFFICIENT": "dft"}),
+            ("unlikelihood bf16", halves, of_bf16 | {"COEFFICIENT": "unlikelihood"}),
             ("log-probs", {}, of_bf16 | {"HALVES_IN_PLACE": False}),
             (
                 "log-probs kept bf16",
-                {"dlogits": "*bf16"} | strides | by_token,
+                {"dlogits": "*bf16"} | weighted,
                 of_bf16 | {"HALVES_IN_PLACE": False},
             ),
         ]
     ]
-    types = row | halves | by_sequence
+    types = row | halves
     found.append(
-        Variant("redi bf16 unaligned", softmax_rows_kernel, types, of_bf16, warps, aligned=False)
+        Variant("loss bf16 unaligned", softmax_kernel, types, of_bf16, warps, aligned=False)
     )
-    found.append(Variant("redi bf16 V=500", softmax_rows_kernel, types, small, small_warps))
+    found.append(Variant("loss bf16 V=500", softmax_kernel, types, small, small_warps))
+    found.append(
+        Variant(
+            "token weights",
+            token_weights_kernel,
+            {
+                "targets": "*i64", "cu_seqlens": "*i32", "signs": "*i64", "alpha": "fp32",
+                "factor": "fp32", "weights": "*fp32", "lengths": "*i64",
+            },
+            {},
+            4,
+        )
+    )  # fmt: skip
     found.append(
         Variant(
             "segment_sum",
@@ -155,18 +166,18 @@ def variants(target: GPUTarget) -> list[Variant]:
     entries = entries_for(f"sm_{target.arch}")
     # A group is an argument. Not a set: `_build_nth` counts on the order.
     for launch in dict.fromkeys(replace(entry.launch, group=1) for entry in entries):
-        found += exponentials_variants(launch, by_sequence)
+        found += exp_gemm_variants(launch)
     return found
 
 
-def exponentials_variants(launch: Launch, by_sequence: dict[str, str]) -> list[Variant]:
+def exp_gemm_variants(launch: Launch) -> list[Variant]:
     """What `backend="triton-exp"` launches besides."""
     rows, columns, depth = launch.rows, launch.columns, launch.depth
     product = {
         "hidden": f"tensordesc<bf16[{rows}, {depth}]>",
         "weight": f"tensordesc<bf16[{columns}, {depth}]>",
         "e": f"tensordesc<bf16[{rows}, {columns}]>",
-        "shifts": "*fp32", "lifts": "*fp32", "sums": "*fp32", "sums_stride": "i32",
+        "shifts": "*fp32", "log2_scale": "*fp32", "sums": "*fp32", "sums_stride": "i32",
         "rows": "i32", "vocab": "i32", "depth": "i32", "most_in_group": "i32",
         "first_tile": "i32", "last_tile": "i32",
     }  # fmt: skip
@@ -178,9 +189,9 @@ def exponentials_variants(launch: Launch, by_sequence: dict[str, str]) -> list[V
     row = {
         "e": "*bf16", "e_stride": "i32", "vocab": "i32", "sums": "*fp32", "sums_stride": "i32",
         "tiles": "i32", "tokens": "*i64", "targets": "*i64", "z_target": "*fp32",
-        "shifts": "*fp32", "lifts": "*fp32", "logps": "*fp32",
+        "shifts": "*fp32", "log2_scale": "*fp32", "logps": "*fp32",
     }  # fmt: skip
-    factors = {"factors": "*fp32", "residues": "*fp32"}
+    factors = {"factors": "*fp32", "residues": "*fp32", "weights": "*fp32"}
     block = {
         "COEFFICIENT": "weight", "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns,
         "BLOCK_TILES": triton.next_power_of_2(triton.cdiv(VOCAB, columns)),
@@ -189,13 +200,13 @@ def exponentials_variants(launch: Launch, by_sequence: dict[str, str]) -> list[V
     dot = {
         "hidden": "*bf16", "hidden_stride": "i32", "weight": "*bf16", "weight_stride": "i32",
         "depth": "i32", "tokens": "*i64", "targets": "*i64", "z_target": "*fp32",
-        "lifts": "*fp32",
+        "log2_scale": "*fp32", "weights": "*fp32",
     }  # fmt: skip
     return [
         *(
             Variant(
                 name,
-                exponentials_kernel,
+                exp_gemm_kernel,
                 product | types,
                 tile | options,
                 launch.warps,
@@ -211,48 +222,48 @@ def exponentials_variants(launch: Launch, by_sequence: dict[str, str]) -> list[V
         *(
             Variant(name, finalise_kernel, row | types, block, 4)
             for name, types in [
-                ("exp finalise", first | factors | by_sequence),
-                ("exp repair finalise", again | factors | by_sequence),
+                ("exp finalise", first | factors),
+                ("exp repair finalise", again | factors),
             ]
         ),
         Variant(
             "exp target logits",
             target_logits_kernel,
-            dot | by_sequence,
-            {"BLOCK": 1024, "WEIGHTED": True},
+            dot,
+            {"BLOCK": 1024},
             4,
         ),
-        *live_product_variants(launch),
+        *kept_product_variants(launch),
     ]
 
 
-def live_product_variants(launch: Launch) -> list[Variant]:
+def kept_product_variants(launch: Launch) -> list[Variant]:
     """The two products over the tiles that a filter leaves."""
     common = {"out": "*fp32", "out_stride": "i32", "found": "*i32", "found_stride": "i32"}
     common |= {"counts": "*i32", "width": "i32"}
     options = {
         "BLOCK_ROWS": launch.rows, "BLOCK_COLUMNS": launch.columns,
-        "DEPTH": DEPTH, "ROWS": ROWS, "WIDTH": launch.live_width,
+        "DEPTH": DEPTH, "ROWS": ROWS, "WIDTH": launch.kept_width,
     }  # fmt: skip
     return [
         Variant(name, kernel, common | types, options, WARPS, STAGES)
         for name, kernel, types in [
             (
                 "filter dhidden",
-                multiply_live_columns_kernel,
+                multiply_kept_columns_kernel,
                 {
                     "matrix": f"tensordesc<bf16[{ROWS}, {DEPTH}]>",
-                    "weight": f"tensordesc<bf16[{DEPTH}, {launch.live_width}]>",
+                    "weight": f"tensordesc<bf16[{DEPTH}, {launch.kept_width}]>",
                     "block_order": "*i64",
                     "num_rows": "i32",
                 },
             ),
             (
                 "filter dweight",
-                add_live_rows_kernel,
+                add_kept_rows_kernel,
                 {
                     "matrix": f"tensordesc<bf16[{DEPTH}, {ROWS}]>",
-                    "x": f"tensordesc<bf16[{DEPTH}, {launch.live_width}]>",
+                    "x": f"tensordesc<bf16[{DEPTH}, {launch.kept_width}]>",
                     "order": "*i64",
                     "vocab": "i32",
                 },

@@ -27,7 +27,7 @@ from torch import Tensor
 from redi.bench.hidden_statistics import hidden_states
 from redi.bench.inputs import ALPHA
 from redi.bench.report import OTHERS, OURS, environment
-from redi.kernels.filter import TileSums, live_tiles, vocabulary_order
+from redi.kernels.experimental.filter import TileSums, kept_tiles, vocabulary_order
 
 ROWS, COLUMNS = 128, 256
 """A tile on Hopper."""
@@ -119,8 +119,8 @@ def lines(states: States) -> Iterator[Line]:
             for epsilon in EPSILONS:
                 # One rule for both: what a tile holds is compared with epsilon.
                 tiles = TileSums(values, ones, ROWS, COLUMNS)
-                live, _ = live_tiles(tiles, place, ones > 0, epsilon)
-                rows = live.live.repeat_interleave(ROWS, 0)[: len(hidden)]
+                kept, _ = kept_tiles(tiles, place, ones > 0, epsilon)
+                rows = kept.kept.repeat_interleave(ROWS, 0)[: len(hidden)]
                 dropped = torch.where(rows, 0.0, held["sum"]).sum(1)
                 keep = rows.repeat_interleave(COLUMNS, 1)[:, : len(weight)]
                 missing = torch.where(keep, 0.0, ordered).mul_(signs)
@@ -128,7 +128,7 @@ def lines(states: States) -> Iterator[Line]:
                     name,
                     rule,
                     epsilon,
-                    float(live.live.float().mean()),
+                    float(kept.kept.float().mean()),
                     float(dropped.mean()),
                     float(dropped.max()),
                     float((missing @ weight[order]).norm()) / norms[0],

@@ -3,10 +3,10 @@
     python -m redi.bench.tune --hidden 1536 3584
 
 For each hidden size the loss with each candidate launch, and the loss of `backend="triton"`, are
-timed turn by turn on the same operands. The fastest launch, and which backend won, become the entry
-of `kernels/launches.json` for this architecture, hidden size and bfloat16: from then on
-`backend="auto"` chooses accordingly. A candidate whose gradients differ from "triton"'s by more
-than the rounding of both is left out: a wrong result has no speed.
+timed turn by turn on the same operands. The fastest launch, and which backend won, become the
+entry of `kernels/experimental/launches.json` for this architecture, hidden size and bfloat16; from
+then on `backend="auto"` chooses accordingly. A candidate whose gradients differ from "triton"'s by
+more than the rounding of both is left out: a wrong result has no speed.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from torch import Tensor
 from redi.bench.inputs import Operands, Sizes, make_operands
 from redi.bench.measure import time_in_turns
 from redi.bench.report import hardware_name
-from redi.kernels import exponentials_triton
-from redi.kernels.chunked import cross_entropy_chunks
-from redi.kernels.exponentials import ExponentialsKernel
-from redi.kernels.launches import (
+from redi.kernels.backends import kernels_of
+from redi.kernels.chunked import Outputs, cross_entropy_chunks
+from redi.kernels.experimental import exp_gemm_triton
+from redi.kernels.experimental.launches import (
     TABLE,
     Entry,
     Launch,
@@ -38,7 +38,6 @@ from redi.kernels.launches import (
     launch_for,
     write_entry,
 )
-from redi.kernels.softmax_triton import softmax_rows
 
 # Relative difference of two bfloat16 gradients that are both right: each errs by up to 4e-3.
 LARGEST_DIFFERENCE = 8e-3
@@ -78,11 +77,14 @@ def candidates(architecture: str, hidden: int) -> list[Launch]:
     ]
 
 
-def step_of(operands: Operands, exponentials: ExponentialsKernel | None) -> Callable[[], Gradients]:
-    """Forward and backward, as `redi_loss` does them: dX and dW in float32."""
+def step_of(operands: Operands, launch: Launch | None) -> Callable[[], Gradients]:
+    """Forward and backward, as `redi_loss` does them: dX and dW in float32. None: "triton"."""
     hidden, weight, targets = (tensor.detach() for tensor in operands[:3])
     token_weights = operands.token_weights.float()
     index = torch.arange(len(targets), device=targets.device)
+    kernels = kernels_of("triton")
+    if launch is not None:
+        kernels = replace(kernels, exp_gemm=partial(exp_gemm_triton.exp_gemm, launch=launch))
 
     def step() -> Gradients:
         dhidden, dweight = (torch.empty_like(t, dtype=torch.float32) for t in (hidden, weight))
@@ -91,14 +93,12 @@ def step_of(operands: Operands, exponentials: ExponentialsKernel | None) -> Call
             weight,
             targets,
             token_weights,
-            coefficient="weight",
-            row_kernel=softmax_rows,
-            exponentials=exponentials,
+            Outputs(
+                torch.empty(len(targets), device=targets.device), dhidden=dhidden, dweight=dweight
+            ),
+            kernels=kernels,
             valid_index=index,
-            num_weighted=len(index),
-            token_logps=torch.empty(len(targets), device=targets.device),
-            dhidden=dhidden,
-            dweight=dweight,
+            num_with_grad=len(index),
         )
         return dhidden, dweight
 
@@ -111,7 +111,7 @@ def right_launches(operands: Operands, launches: list[Launch]) -> dict[Launch, s
     found: dict[Launch, str] = {}
     for launch in launches:
         try:
-            got = step_of(operands, partial(exponentials_triton.exponentials, launch=launch))()
+            got = step_of(operands, launch)()
         except Exception as error:  # more registers or shared memory than there are
             print(f"left out: {launch}: {' '.join(str(error).split())[:200]}")
             continue
@@ -134,7 +134,7 @@ def tune(sizes: Sizes, launches: list[Launch], repeats: int, limit_s: float) -> 
     names = right_launches(operands, launches)
     steps = {"triton": step_of(operands, None)}
     for launch, name in names.items():
-        steps[name] = step_of(operands, partial(exponentials_triton.exponentials, launch=launch))
+        steps[name] = step_of(operands, launch)
     seconds, problems = time_in_turns(steps, sizes.device, repeats, limit_s)
     if "triton" not in seconds:
         raise RuntimeError(f'backend="triton" could not be timed: {problems["triton"]}')
@@ -187,7 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device cpu: set TRITON_INTERPRET=1, which shows that it runs, not a speed")
     architecture = architecture_of(torch.device(options.device))
     if not entries_for(architecture):
-        parser.error(f"the kernels are not made for {architecture}: see kernels/launches.json")
+        parser.error(
+            f"the kernels are not made for {architecture}: see kernels/experimental/launches.json"
+        )
     for hidden in options.hidden:
         sizes = Sizes(
             tokens=options.tokens,

@@ -3,9 +3,14 @@
 Start with `redi.kernels.reference`, which defines each op in plain PyTorch.
 """
 
-from redi.kernels.filtered import FilteredRediLoss, filtered_redi_loss
 from redi.kernels.logprobs import linear_logprobs
-from redi.kernels.losses import redi_loss, redi_value_and_grad, signed_cross_entropy
+from redi.kernels.losses import (
+    FilteredRediLoss,
+    filtered_redi_loss,
+    redi_loss,
+    redi_value_and_grad,
+    signed_cross_entropy,
+)
 from redi.kernels.reference import IGNORE_INDEX, Backend, Coefficient, RediLoss
 from redi.kernels.segment_sum import segment_sum
 

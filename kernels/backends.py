@@ -1,4 +1,4 @@
-"""Which backend computes when the caller leaves it open, and what a backend consists of."""
+"""Which backend computes when the caller leaves it open, and the kernels of each backend."""
 
 import os
 from collections.abc import Callable
@@ -9,33 +9,30 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from redi.kernels import exponentials, rows, segments
-from redi.kernels.exponentials import ExponentialsKernel
-from redi.kernels.filter import LiveProducts, add_live_rows, multiply_live_columns
-from redi.kernels.launches import architecture_of, entries_for, fastest_backend
+from redi.kernels import segments, softmax
 from redi.kernels.reference import Backend
-from redi.kernels.rows import RowKernel
+from redi.kernels.softmax import GradientRows, SoftmaxKernel
 from redi.kernels.validate import check_choice
 
-# Looked up once, as Triton reads its variable once: and torch.compile must not see the look.
+# Read once, as Triton reads its variable once, and outside of what torch.compile traces.
 TRITON_INSTALLED = find_spec("triton") is not None
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a backend is made of; everything else is common to all."""
+    """The parts in which backends differ."""
 
-    softmax_rows: RowKernel
-    """See `rows.softmax_rows`."""
+    softmax: SoftmaxKernel
+    """See `softmax.softmax`."""
+    token_weights: Callable[..., tuple[Tensor, Tensor]]
+    """See `segments.token_weights`."""
     sum_segments: Callable[[Tensor, Tensor], Tensor]
     """See `segments.sum_segments`."""
     spread_segments: Callable[[Tensor, Tensor, int], Tensor]
     """See `segments.spread_segments`."""
-    exponentials: ExponentialsKernel | None = None
-    """See `exponentials.exponentials`; None where the logits are made and `softmax_rows` used."""
-    live_products: LiveProducts | None = None
-    """Along with exponentials: what a filter needs besides."""
+    exp_gemm: Callable[..., GradientRows | None] | None = None
+    """Logits product and softmax in one, `experimental.exp_gemm_triton.exp_gemm`; None: none."""
 
 
 def choose_backend(
@@ -46,13 +43,13 @@ def choose_backend(
 ) -> Backend:
     """The backend to use there: what was asked for, or what "auto" stands for.
 
-    "auto" is Triton on a GPU where Triton is installed, else torch; of Triton's two what the launch
-    table says was measured to be faster. Those that end in "-exp" are for bfloat16: any other dtype
-    is computed as without the ending.
+    "auto" is "triton" on a GPU where Triton is installed ("triton-exp" where the launch table has a
+    measurement that it is faster), else "torch". "triton-exp" is for bfloat16: any other dtype is
+    computed as by "triton".
 
     Args:
         backend: what the user asked for.
-        device: where the operands lie.
+        device: of the operands.
         dtype: of the operands.
         hidden_size: D, where it is known.
 
@@ -81,63 +78,59 @@ def choose_backend(
             )
         if dtype == torch.float64:
             raise TypeError('backend="triton" computes in float32: use "torch" for float64')
-    if dtype != torch.bfloat16 and backend in ("torch-exp", "triton-exp"):
-        return "torch" if backend == "torch-exp" else "triton"
+    if backend == "triton-exp" and dtype != torch.bfloat16:
+        return "triton"
     return backend
 
 
 def filtering_backend(backend: Backend, device: torch.device) -> Backend:
-    """The backend for a filter: "auto" is "triton-exp" on a GPU, "torch-exp" on a CPU.
-
-    Args:
-        backend: what the user asked for.
-        device: where the operands lie.
+    """The backend for a filter: "auto" is "triton-exp" on a GPU, "torch" on a CPU.
 
     Raises:
         ValueError: unknown, without a filter, or not available here.
     """
-    check_choice("backend", backend, ("auto", "triton-exp", "torch-exp"))
+    check_choice("backend", backend, ("auto", "torch", "triton-exp"))
     if backend == "auto":
-        backend = "torch-exp" if device.type == "cpu" else "triton-exp"
+        backend = "torch" if device.type == "cpu" else "triton-exp"
     return choose_backend(backend, device, torch.bfloat16)
 
 
-# torch.compile must not look into the table.
+# torch.compile must not trace the launch table.
 @torch.compiler.assume_constant_result
 def _fastest(device: torch.device, dtype: torch.dtype, hidden_size: int) -> Backend:
-    return fastest_backend(architecture_of(device), dtype, hidden_size)
+    from redi.kernels.experimental import launches
+
+    return launches.fastest_backend(launches.architecture_of(device), dtype, hidden_size)
 
 
 @torch.compiler.assume_constant_result
 def _has_launches(device: torch.device) -> bool:
-    return bool(entries_for(architecture_of(device)))
+    from redi.kernels.experimental import launches
+
+    return bool(launches.entries_for(launches.architecture_of(device)))
 
 
 def kernels_of(backend: str) -> Kernels:
-    """The parts of a backend that `choose_backend` returned, other than the reference."""
-    if backend in ("triton", "triton-exp"):
-        # Imported late: a machine without a GPU, or with macOS, may have no Triton.
-        from redi.kernels import (
-            exponentials_triton,
-            filter_triton,
-            segments_triton,
-            softmax_triton,
-        )
-
-        kernels = Kernels(
-            softmax_triton.softmax_rows,
-            segments_triton.sum_segments,
-            segments_triton.spread_segments,
-        )
-        if backend == "triton":
-            return kernels
-        products = LiveProducts(filter_triton.multiply_live_columns, filter_triton.add_live_rows)
-        return replace(
-            kernels, exponentials=exponentials_triton.exponentials, live_products=products
-        )
-    assert backend in ("torch", "torch-exp")
-    kernels = Kernels(rows.softmax_rows, segments.sum_segments, segments.spread_segments)
+    """The kernels of a backend that `choose_backend` returned, other than the reference."""
     if backend == "torch":
+        return Kernels(
+            softmax.softmax,
+            segments.token_weights,
+            segments.sum_segments,
+            segments.spread_segments,
+        )
+    # Imported late: a machine without a GPU, or with macOS, may have no Triton.
+    from redi.kernels import segments_triton, softmax_triton
+
+    kernels = Kernels(
+        softmax_triton.softmax,
+        segments_triton.token_weights,
+        segments_triton.sum_segments,
+        segments_triton.spread_segments,
+    )
+    if backend == "triton":
         return kernels
-    products = LiveProducts(multiply_live_columns, add_live_rows)
-    return replace(kernels, exponentials=exponentials.exponentials, live_products=products)
+    assert backend == "triton-exp"
+    from redi.kernels.experimental import exp_gemm_triton
+
+    return replace(kernels, exp_gemm=exp_gemm_triton.exp_gemm)

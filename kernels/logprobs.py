@@ -1,10 +1,11 @@
-"""Log-probs of given tokens, differentiable for any gradient that comes from above.
+"""Log-probs of given tokens, differentiable for any upstream gradient.
 
 For objectives whose token weights are known only after the log-probs (DPO, SimPO, TOPR, ...).
 Backward needs p - onehot again: forward keeps it where it fits a budget (3 matrix products in
 all), else backward computes the logits a second time (4 products).
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from redi.kernels import reference
 from redi.kernels.backends import choose_backend, kernels_of
-from redi.kernels.chunked import cross_entropy_chunks, keep_chunks, kept_gradient_chunks, padded
+from redi.kernels.chunk_sizes import padded
+from redi.kernels.chunked import Outputs, cross_entropy_chunks, keep_chunks, kept_gradient_chunks
 from redi.kernels.reference import Backend, accumulation_dtype
-from redi.kernels.rows import GradientRows
+from redi.kernels.softmax import GradientRows
 from redi.kernels.validate import (
     check_choice,
     check_operands,
@@ -75,21 +77,23 @@ def _keep_budget(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory // GPU_KEEP_SHARE
 
 
-def _kept_buffers(
+def _new_kept(
     hidden: Tensor, weight: Tensor, valid_index: Tensor | None, backend: str, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(matrix, factors, residues) for `_kept`; what is not kept is empty."""
+) -> tuple[Tensor, Tensor]:
+    """(matrix, parts): uninitialised memory for `_kept`, empty where nothing is kept."""
     # Not len(): torch.compile would take the number for a constant.
     rows = (hidden if valid_index is None else valid_index).shape[0] if keep else 0
-    matrix = hidden.new_empty((rows, padded(weight.shape[0])))
-    in_parts = rows if backend.endswith("-exp") else 0
-    factors, residues = (hidden.new_empty(in_parts, dtype=torch.float32) for _ in range(2))
-    return matrix, factors, residues
+    parts = rows if backend == "triton-exp" else 0
+    return (
+        hidden.new_empty((rows, padded(weight.shape[0]))),
+        hidden.new_empty((2, parts), dtype=torch.float32),
+    )
 
 
-def _kept(weight: Tensor, matrix: Tensor, factors: Tensor, residues: Tensor) -> GradientRows:
+def _kept(weight: Tensor, matrix: Tensor, parts: Tensor) -> GradientRows:
+    """The memory as `keep_chunks` fills it; `parts` are factors and residues, or empty."""
     matrix = matrix[:, : weight.shape[0]]
-    return GradientRows(matrix, factors, residues) if len(factors) else GradientRows(matrix)
+    return GradientRows(matrix, *parts) if parts.shape[1] else GradientRows(matrix)
 
 
 @torch.library.custom_op("redi::linear_logprobs", mutates_args=())
@@ -101,11 +105,11 @@ def _linear_logprobs_op(
     backend: str,
     chunk_tokens: int | None,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(token_logps, matrix, factors, residues): what `keep_chunks` keeps, or empty tensors."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(token_logps, matrix, parts): the last two as `_new_kept` has them."""
     check_target_values(targets, weight.shape[0], valid_index)
     logps = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
-    buffers = _kept_buffers(hidden, weight, valid_index, backend, keep)
+    matrix, parts = _new_kept(hidden, weight, valid_index, backend, keep)
     kernels = kernels_of(backend)
     with torch.autocast(hidden.device.type, enabled=False):
         if keep:
@@ -113,29 +117,26 @@ def _linear_logprobs_op(
                 hidden,
                 weight,
                 targets,
-                row_kernel=kernels.softmax_rows,
-                exponentials=kernels.exponentials,
+                kernels=kernels,
                 valid_index=valid_index,
                 chunk_tokens=chunk_tokens,
                 token_logps=logps,
-                kept=_kept(weight, *buffers),
+                kept=_kept(weight, matrix, parts),
             )
-            # Padding, which a kernel may have written to: an op must not return chance.
-            buffers[0][:, weight.shape[0] :].zero_()
+            # Padding, which a kernel may have written to: an op's result must be reproducible.
+            matrix[:, weight.shape[0] :].zero_()
         else:
             cross_entropy_chunks(
                 hidden,
                 weight,
                 targets,
                 None,
-                coefficient="weight",
-                row_kernel=kernels.softmax_rows,
-                exponentials=kernels.exponentials,
+                Outputs(logps),
+                kernels=kernels,
                 valid_index=valid_index,
                 chunk_tokens=chunk_tokens,
-                token_logps=logps,
             )
-    return logps, *buffers
+    return logps, matrix, parts
 
 
 @_linear_logprobs_op.register_fake
@@ -147,17 +148,16 @@ def _(
     backend: str,
     chunk_tokens: int | None,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     logps = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
-    return logps, *_kept_buffers(hidden, weight, valid_index, backend, keep)
+    return logps, *_new_kept(hidden, weight, valid_index, backend, keep)
 
 
 @torch.library.custom_op("redi::linear_logprobs_backward", mutates_args=())
 def _linear_logprobs_backward_op(
     dlogps: Tensor,
     matrix: Tensor,
-    factors: Tensor,
-    residues: Tensor,
+    parts: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -165,40 +165,31 @@ def _linear_logprobs_backward_op(
     backend: str,
     chunk_tokens: int | None,
     keep: bool,
-    need_dhidden: bool,
-    need_dweight: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """(dhidden, dweight) in the operands' dtype; one that is not needed is empty."""
     dtype = accumulation_dtype(hidden.dtype)
-    dhidden = hidden.new_empty(hidden.shape, dtype=dtype) if need_dhidden else None
-    dweight = weight.new_empty(weight.shape, dtype=dtype) if need_dweight else None
-    kernels = kernels_of(backend)
+    dhidden, dweight = (
+        operand.new_empty(operand.shape, dtype=dtype) if needed else None
+        for operand, needed in zip((hidden, weight), needs, strict=True)
+    )
+    operands, out = (hidden, weight, targets, -dlogps), Outputs(dhidden=dhidden, dweight=dweight)
     with torch.autocast(hidden.device.type, enabled=False):
         if keep:
             kept_gradient_chunks(
-                _kept(weight, matrix, factors, residues),
-                hidden,
-                weight,
-                targets,
-                -dlogps,
+                _kept(weight, matrix, parts),
+                *operands,
+                out,
                 valid_index=valid_index,
                 chunk_tokens=chunk_tokens,
-                dhidden=dhidden,
-                dweight=dweight,
             )
         else:
             cross_entropy_chunks(
-                hidden,
-                weight,
-                targets,
-                -dlogps,
-                coefficient="weight",
-                row_kernel=kernels.softmax_rows,
-                exponentials=kernels.exponentials,
+                *operands,
+                out,
+                kernels=kernels_of(backend),
                 valid_index=valid_index,
                 chunk_tokens=chunk_tokens,
-                dhidden=dhidden,
-                dweight=dweight,
             )
     return (
         hidden.new_empty(0) if dhidden is None else dhidden.to(hidden.dtype),
@@ -208,20 +199,9 @@ def _linear_logprobs_backward_op(
 
 @_linear_logprobs_backward_op.register_fake
 def _(
-    dlogps: Tensor,
-    matrix: Tensor,
-    factors: Tensor,
-    residues: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    valid_index: Tensor | None,
-    backend: str,
-    chunk_tokens: int | None,
-    keep: bool,
-    need_dhidden: bool,
-    need_dweight: bool,
+    dlogps: Tensor, matrix: Tensor, parts: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
+    need_dhidden, need_dweight = arguments[-1]
     return (
         hidden.new_empty(hidden.shape if need_dhidden else (0,)),
         weight.new_empty(weight.shape if need_dweight else (0,)),
@@ -229,35 +209,21 @@ def _(
 
 
 def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, valid_index, ctx.backend, ctx.chunk_tokens, ctx.keep = inputs
+    *operands, ctx.backend, ctx.chunk_tokens, ctx.keep = inputs
     _, *kept = output
-    ctx.save_for_backward(*kept, hidden, weight, targets, valid_index)
+    ctx.save_for_backward(*kept, *operands)
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dlogps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    dhidden = dweight = None
-    need_dhidden, need_dweight = ctx.needs_input_grad[:2]
+    needs = ctx.needs_input_grad[:2]
+    grads: tuple[Tensor | None, ...] = (None, None)
     if dlogps is not None:
-        dhidden, dweight = _linear_logprobs_backward_op(
-            dlogps,
-            *ctx.saved_tensors,
-            ctx.backend,
-            ctx.chunk_tokens,
-            ctx.keep,
-            need_dhidden,
-            need_dweight,
-        )
-    return (
-        dhidden if need_dhidden else None,
-        dweight if need_dweight else None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+        options = ctx.backend, ctx.chunk_tokens, ctx.keep, needs
+        made = _linear_logprobs_backward_op(dlogps, *ctx.saved_tensors, *options)
+        grads = tuple(g if needed else None for g, needed in zip(made, needs, strict=True))
+    return *grads, *(None,) * 5
 
 
 _linear_logprobs_op.register_autograd(_backward, setup_context=_save_operands)

@@ -1,29 +1,48 @@
-"""The losses: REDI, and the signed cross-entropy that it is one case of.
+"""The losses: REDI, exact and filtered, and the signed cross-entropy that they are a case of.
 
 The public functions: they check their arguments, choose a backend and call the ops of
 `loss_ops.py`.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from redi.kernels import reference
-from redi.kernels.backends import choose_backend
+from redi.kernels.backends import choose_backend, filtering_backend
 from redi.kernels.loss_ops import (
-    redi_loss_op,
-    redi_value_and_grad_op,
+    accumulate_gradient_op,
     signed_cross_entropy_op,
+    token_weights_op,
 )
 from redi.kernels.reference import Backend, Coefficient, RediLoss, accumulation_dtype
+from redi.kernels.segment_sum import segment_sum_op
 from redi.kernels.validate import (
     check_choice,
     check_dweight,
+    check_epsilon,
     check_objective,
     check_operands,
+    check_per_sequence,
     check_schedule,
     check_sequences,
     check_token_weights,
 )
+
+
+class FilteredRediLoss(NamedTuple):
+    """What `filtered_redi_loss` returns: `RediLoss`, and what the filter left out."""
+
+    loss: Tensor
+    """Scalar float32, differentiable."""
+    sequence_logps: Tensor
+    """[S] float32: sum of the log-probs of each sequence's unmasked tokens, detached."""
+    sequence_lengths: Tensor
+    """[S] int64: each sequence's number of unmasked tokens |y_s|."""
+    sequence_dropped: Tensor
+    """[S] float32: sum over tokens of the share of their probability that was left out, detached;
+    divided by |y_s| the mean share, in [0, 1]. 0 where there is no gradient."""
 
 
 def redi_loss(
@@ -36,7 +55,7 @@ def redi_loss(
     alpha: float,
     num_pairs: float,
     valid_index: Tensor | None = None,
-    num_weighted: int | None = None,
+    num_with_grad: int | None = None,
     backend: Backend = "auto",
     chunk_tokens: int | None = None,
 ) -> RediLoss:
@@ -49,24 +68,24 @@ def redi_loss(
     Args:
         hidden: [T, D] bfloat16, float16, float32 or (CPU only) float64; any strides. Rows of
             masked tokens are never read. On CUDA float32 products follow torch's own setting for
-            TF32, which is off unless somebody has turned it on.
+            TF32, off by default.
         weight: [V, D] the lm_head, same dtype; any strides. For a padded vocabulary pass
             `weight[:V]`.
         targets: [T] int64, already shifted: targets[t] is what hidden[t] predicts; -100 masks.
         cu_seqlens: [S + 1] int32 or int64, from 0 to T: sequence s is
             [cu_seqlens[s], cu_seqlens[s + 1]).
         signs: [S] any integer dtype: +1 positive, -1 negative, 0 neither.
-        alpha: weight of the negatives, >= 0. At 0 they get no gradient, but log-probs.
+        alpha: weight of the negatives, >= 0. At 0 they get log-probs and no gradient.
         num_pairs: pairs of the optimizer step over all ranks and micro-steps, > 0. The loss is
             this call's share of a sum: under a DDP that averages, multiply by the world size.
         valid_index: [N] int32 or int64, the positions of the unmasked targets, each once. With it
             the op never synchronises a GPU; without it once, to learn N.
-        num_weighted: of `valid_index`, the first this many tokens have a gradient, and the rest
-            weight 0 (at alpha = 0 the negatives), which costs them one matrix product instead of
-            three. Without it a GPU that is given `valid_index` treats all tokens alike.
+        num_with_grad: of `valid_index`, the first this many tokens have a gradient, and the rest
+            weight 0 (at alpha = 0 the negatives), which cost one matrix product instead of three.
+            Without it a GPU that is given `valid_index` treats all tokens alike.
         backend: "auto", "torch", "triton", "triton-exp" (bfloat16: no pass over logits), or for
-            checking "reference" (whole logits) and "torch-exp" ("triton-exp" in plain PyTorch).
-        chunk_tokens: rows of logits at hand at once; None chooses for the device.
+            checking "reference" (whole logits).
+        chunk_tokens: number of logits rows held in memory at a time; None chooses for the device.
 
     Returns:
         RediLoss: loss, a float32 scalar, and sequence_logps [S] float32, sequence_lengths [S]
@@ -75,34 +94,93 @@ def redi_loss(
         derivatives raise. An operand that needs no gradient costs no product.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or range. What only reading a tensor
-            can tell (targets, cu_seqlens, signs, valid_index) is checked on the CPU, and
-            elsewhere with REDI_DEBUG=1.
+        TypeError, ValueError: wrong dtype, shape, device or range. The values of tensors
+            (targets, cu_seqlens, signs, valid_index) are checked on the CPU, and elsewhere with
+            REDI_DEBUG=1.
     """
     hidden, weight = check_operands(hidden, weight, targets)
     check_sequences(cu_seqlens, signs, hidden)
     check_objective(alpha, num_pairs)
-    check_schedule(valid_index, chunk_tokens, hidden, num_weighted)
+    check_schedule(valid_index, chunk_tokens, hidden, num_with_grad)
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
         return reference.redi_loss(
             hidden, weight, targets, cu_seqlens, signs, alpha=alpha, num_pairs=num_pairs
         )
-    loss, sequence_logps, lengths, _, _ = redi_loss_op(
-        hidden,
-        weight,
-        targets,
-        cu_seqlens,
-        signs,
-        valid_index,
-        num_weighted,
-        float(alpha),
-        float(num_pairs),
-        backend,
-        chunk_tokens,
-        *needs_grad(hidden, weight),
+    token_weights, lengths = _token_weights(
+        hidden, targets, cu_seqlens, signs, alpha, num_pairs, backend
     )
-    return RediLoss(loss, sequence_logps, lengths)
+    schedule = valid_index, num_with_grad, chunk_tokens
+    needs = False, *_needs_grad(hidden, weight)
+    loss, token_logps, *_ = signed_cross_entropy_op(
+        hidden, weight, targets, token_weights, *schedule, backend, "weight", None, needs
+    )
+    return RediLoss(loss, segment_sum_op(token_logps, cu_seqlens, backend), lengths)
+
+
+def filtered_redi_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    signs: Tensor,
+    *,
+    alpha: float,
+    num_pairs: float,
+    epsilon: float,
+    sequence_weights: Tensor | None = None,
+    valid_index: Tensor | None = None,
+    num_with_grad: int | None = None,
+    backend: Backend = "auto",
+    chunk_tokens: int | None = None,
+) -> FilteredRediLoss:
+    """`redi_loss` whose gradients leave out tiles of the vocabulary with very little probability.
+
+    Experimental, see `kernels/experimental/README.md`. Loss and log-probs are exact. The gradients
+    are not: of a token with weight w = c_s / (num_pairs |y_s|) and dropped probability d, up to
+    |w| d times the largest row of the lm_head is missing in dhidden, and up to |w| d |x| in
+    dweight. They also depend on which tokens are computed together, that is on packing.
+
+    Args:
+        hidden: [T, D] bfloat16; any strides.
+        weight: [V, D] bfloat16; a copy with its rows in another order is made.
+        epsilon: in [0, 1]. A tile of about 128 tokens and 256 entries of the vocabulary, sorted by
+            their mean probability, is left out if it holds at most this share of each of its
+            tokens' probability. At 0 nothing is left out; 2^-10 keeps about a third of the tiles
+            of a trained model (bench/NOTES.md).
+        sequence_weights: [S] floating, finite: multiplies c_s of each sequence; None: 1.
+        backend: "auto", "triton-exp" or "torch"; the others have no filter.
+        The other arguments are those of `redi_loss`.
+
+    Returns:
+        FilteredRediLoss. Backward is as `redi_loss`'s.
+
+    Raises:
+        TypeError, ValueError: as `redi_loss`, and for other dtypes than bfloat16.
+    """
+    hidden, weight = check_operands(hidden, weight, targets)
+    if hidden.dtype != torch.bfloat16:
+        raise TypeError(f"hidden must be bfloat16 for a filter, got {hidden.dtype}")
+    check_sequences(cu_seqlens, signs, hidden)
+    check_objective(alpha, num_pairs)
+    check_epsilon(epsilon)
+    check_schedule(valid_index, chunk_tokens, hidden, num_with_grad)
+    backend = filtering_backend(backend, hidden.device)
+    token_weights, lengths = _token_weights(
+        hidden, targets, cu_seqlens, signs, alpha, num_pairs, backend
+    )
+    if sequence_weights is not None:
+        check_per_sequence("sequence_weights", sequence_weights, cu_seqlens)
+        token_weights = token_weights * sequence_weights.detach().float().repeat_interleave(
+            cu_seqlens.diff(), output_size=hidden.shape[0]
+        )
+    schedule = valid_index, num_with_grad, chunk_tokens
+    needs = False, *_needs_grad(hidden, weight)
+    loss, token_logps, _, dropped, _, _ = signed_cross_entropy_op(
+        hidden, weight, targets, token_weights, *schedule, backend, "weight", float(epsilon), needs
+    )
+    logps, dropped = (segment_sum_op(t, cu_seqlens, backend) for t in (token_logps, dropped))
+    return FilteredRediLoss(loss, logps, lengths, dropped)
 
 
 def redi_value_and_grad(
@@ -117,7 +195,7 @@ def redi_value_and_grad(
     grad_scale: float = 1.0,
     dweight: Tensor | None = None,
     valid_index: Tensor | None = None,
-    num_weighted: int | None = None,
+    num_with_grad: int | None = None,
     backend: Backend = "auto",
     chunk_tokens: int | None = None,
 ) -> tuple[RediLoss, Tensor, Tensor]:
@@ -130,8 +208,8 @@ def redi_value_and_grad(
         The other arguments are those of `redi_loss`.
 
     Returns:
-        (RediLoss, dhidden [T, D] in hidden's dtype, dweight in float32 or float64); nothing of
-        it is attached to a graph. `dweight` is the argument itself where one was given.
+        (RediLoss, dhidden [T, D] in hidden's dtype, dweight in float32 or float64), not attached
+        to a graph. `dweight` is the argument itself where one was given.
 
     Raises:
         TypeError, ValueError: as `redi_loss`.
@@ -140,7 +218,7 @@ def redi_value_and_grad(
     hidden, weight = hidden.detach(), weight.detach()
     check_sequences(cu_seqlens, signs, hidden)
     check_objective(alpha, num_pairs)
-    check_schedule(valid_index, chunk_tokens, hidden, num_weighted)
+    check_schedule(valid_index, chunk_tokens, hidden, num_with_grad)
     if dweight is not None:
         check_dweight(dweight, weight)
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
@@ -156,26 +234,18 @@ def redi_value_and_grad(
             grad_scale=grad_scale,
             dweight=dweight,
         )
-    accumulate = dweight is not None
+    token_weights, lengths = _token_weights(
+        hidden, targets, cu_seqlens, signs, alpha, num_pairs, backend
+    )
+    schedule = valid_index, num_with_grad, chunk_tokens
+    add = dweight is not None
     if dweight is None:
         dweight = weight.new_empty(weight.shape, dtype=accumulation_dtype(weight.dtype))
-    loss, sequence_logps, lengths, dhidden = redi_value_and_grad_op(
-        hidden,
-        weight,
-        targets,
-        cu_seqlens,
-        signs,
-        valid_index,
-        num_weighted,
-        float(alpha),
-        float(num_pairs),
-        float(grad_scale),
-        backend,
-        chunk_tokens,
-        dweight,
-        accumulate,
+    loss, token_logps, dhidden = accumulate_gradient_op(
+        hidden, weight, targets, token_weights, *schedule, backend, float(grad_scale), dweight, add
     )
-    return RediLoss(loss, sequence_logps, lengths), dhidden, dweight
+    logps = segment_sum_op(token_logps, cu_seqlens, backend)
+    return RediLoss(loss, logps, lengths), dhidden, dweight
 
 
 def signed_cross_entropy(
@@ -187,7 +257,7 @@ def signed_cross_entropy(
     coefficient: Coefficient = "weight",
     entropy: bool = False,
     valid_index: Tensor | None = None,
-    num_weighted: int | None = None,
+    num_with_grad: int | None = None,
     backend: Backend = "auto",
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, ...]:
@@ -201,8 +271,8 @@ def signed_cross_entropy(
                         - sum_t |w_t| log(1 - p_t) over w_t < 0 (arXiv 1908.04319)
 
     So under "unlikelihood" too a token of positive weight becomes likelier and one of negative
-    weight less likely; 1 - p_t is exact near p_t = 1, and counts as 2^-100 where it is smaller.
-    The gradient by the logits never exceeds |w_t| in any of the three.
+    weight less likely; 1 - p_t is exact near p_t = 1, and counts as at least 2^-100. The gradient
+    by the logits never exceeds |w_t| in any of the three.
 
     Args:
         token_weights: [T] floating, without gradient; finite where the target is not masked.
@@ -221,29 +291,36 @@ def signed_cross_entropy(
     """
     hidden, weight = check_operands(hidden, weight, targets)
     check_token_weights(token_weights, hidden)
-    check_schedule(valid_index, chunk_tokens, hidden, num_weighted)
+    check_schedule(valid_index, chunk_tokens, hidden, num_with_grad)
     check_choice("coefficient", coefficient, ("weight", "dft", "unlikelihood"))
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
         return reference.signed_cross_entropy(
             hidden, weight, targets, token_weights, coefficient=coefficient, entropy=entropy
         )
-    loss, token_logps, token_entropies, _, _ = signed_cross_entropy_op(
-        hidden,
-        weight,
-        targets,
-        token_weights,
-        valid_index,
-        num_weighted,
-        coefficient,
-        entropy,
-        backend,
-        chunk_tokens,
-        *needs_grad(hidden, weight),
+    schedule = valid_index, num_with_grad, chunk_tokens
+    needs = entropy, *_needs_grad(hidden, weight)
+    loss, token_logps, token_entropies, *_ = signed_cross_entropy_op(
+        hidden, weight, targets, token_weights, *schedule, backend, coefficient, None, needs
     )
     return (loss, token_logps, token_entropies) if entropy else (loss, token_logps)
 
 
-def needs_grad(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
+def _token_weights(
+    hidden: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    signs: Tensor,
+    alpha: float,
+    num_pairs: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(hidden.dtype)
+    return token_weights_op(
+        targets, cu_seqlens, signs, float(alpha), float(num_pairs), dtype, backend
+    )
+
+
+def _needs_grad(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
     enabled = torch.is_grad_enabled()
     return enabled and hidden.requires_grad, enabled and weight.requires_grad

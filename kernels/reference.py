@@ -1,9 +1,9 @@
 """What every op means, in plain PyTorch: read this first.
 
 Each function has the name and signature of a public op of `redi.kernels` and is its definition:
-whole logits, ordinary autograd, nothing clever. Everything is computed in float32, or in float64
-for float64 inputs, and float64 is the oracle of the tests. `valid_index`, `num_weighted`, `backend`
-and `chunk_tokens` say how to compute, not what, so they are accepted and ignored.
+whole logits and ordinary autograd. Everything is computed in float32, or in float64 for float64
+inputs, which is the oracle of the tests. `valid_index`, `num_with_grad`, `backend` and
+`chunk_tokens` do not change the result; they are accepted and ignored.
 
 Dimensions, here and in every other file:
 
@@ -25,7 +25,7 @@ from torch import Tensor
 IGNORE_INDEX = -100  # the target of a token that takes no part, as in torch.nn.functional
 
 Coefficient = Literal["weight", "dft", "unlikelihood"]
-Backend = Literal["auto", "reference", "torch", "torch-exp", "triton", "triton-exp"]
+Backend = Literal["auto", "reference", "torch", "triton", "triton-exp"]
 
 
 class RediLoss(NamedTuple):
@@ -84,7 +84,7 @@ def signed_cross_entropy(
     coefficient: Coefficient = "weight",
     entropy: bool = False,
     valid_index: Tensor | None = None,
-    num_weighted: int | None = None,
+    num_with_grad: int | None = None,
     backend: Backend = "reference",
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, ...]:
@@ -130,7 +130,7 @@ def redi_loss(
     alpha: float,
     num_pairs: float,
     valid_index: Tensor | None = None,
-    num_weighted: int | None = None,
+    num_with_grad: int | None = None,
     backend: Backend = "reference",
     chunk_tokens: int | None = None,
 ) -> RediLoss:
@@ -159,7 +159,7 @@ def redi_value_and_grad(
     grad_scale: float = 1.0,
     dweight: Tensor | None = None,
     valid_index: Tensor | None = None,
-    num_weighted: int | None = None,
+    num_with_grad: int | None = None,
     backend: Backend = "reference",
     chunk_tokens: int | None = None,
 ) -> tuple[RediLoss, Tensor, Tensor]:

@@ -21,7 +21,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: Backend = "auto"
 
     Returns:
         [S] in the dtype of `values`, differentiable; an empty sequence sums to 0. The sum of a
-        sequence is bitwise the same wherever it lies in `values`, and needs no device sync.
+        sequence is bitwise the same at any position in `values`, and needs no device sync.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or device; wrong bounds (on the CPU, or with
@@ -36,28 +36,26 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: Backend = "auto"
     backend = choose_backend(backend, values.device, values.dtype)
     if backend == "reference":
         return reference.segment_sum(values, cu_seqlens)
-    return _segment_sum_op(values, cu_seqlens, backend)
+    return segment_sum_op(values, cu_seqlens, backend)
 
 
 @torch.library.custom_op("redi::segment_sum", mutates_args=())
-def _segment_sum_op(values: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
+def segment_sum_op(values: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
     check_sequence_values(cu_seqlens, values.shape[0])
     return kernels_of(backend).sum_segments(values, cu_seqlens)
 
 
-@_segment_sum_op.register_fake
+@segment_sum_op.register_fake
 def _(values: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
     return values.new_empty(cu_seqlens.shape[0] - 1)
 
 
 @torch.library.custom_op("redi::segment_sum_backward", mutates_args=())
-def _segment_sum_backward_op(
-    dsums: Tensor, cu_seqlens: Tensor, tokens: int, backend: str
-) -> Tensor:
+def segment_sum_backward_op(dsums: Tensor, cu_seqlens: Tensor, tokens: int, backend: str) -> Tensor:
     return kernels_of(backend).spread_segments(dsums, cu_seqlens, tokens)
 
 
-@_segment_sum_backward_op.register_fake
+@segment_sum_backward_op.register_fake
 def _(dsums: Tensor, cu_seqlens: Tensor, tokens: int, backend: str) -> Tensor:
     return dsums.new_empty(tokens)
 
@@ -70,7 +68,7 @@ def _save_bounds(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _spread(ctx: Any, dsums: Tensor) -> tuple[Tensor, None, None]:
     (cu_seqlens,) = ctx.saved_tensors
-    return _segment_sum_backward_op(dsums, cu_seqlens, ctx.tokens, ctx.backend), None, None
+    return segment_sum_backward_op(dsums, cu_seqlens, ctx.tokens, ctx.backend), None, None
 
 
 def _keep_bounds(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -80,9 +78,9 @@ def _keep_bounds(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _sum_again(ctx: Any, dvalues: Tensor) -> tuple[Tensor, None, None, None]:
     (cu_seqlens,) = ctx.saved_tensors
-    return _segment_sum_op(dvalues, cu_seqlens, ctx.backend), None, None, None
+    return segment_sum_op(dvalues, cu_seqlens, ctx.backend), None, None, None
 
 
-_segment_sum_op.register_autograd(_spread, setup_context=_save_bounds)
+segment_sum_op.register_autograd(_spread, setup_context=_save_bounds)
 # The sum is linear: what its gradient depends on is summed again.
-_segment_sum_backward_op.register_autograd(_sum_again, setup_context=_keep_bounds)
+segment_sum_backward_op.register_autograd(_sum_again, setup_context=_keep_bounds)

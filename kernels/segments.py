@@ -1,10 +1,10 @@
-"""Sums over the sequences of a packed row, and which sequence a token belongs to.
+"""Sums over the sequences of a packed row, and REDI's weight of each token.
 
-A sum that depended on where in a row a sequence lies, or on its neighbours, would make training
-depend on packing. So a sequence is cut into blocks of 1024 from its own start, and each block is
-added up by one fixed tree of elementwise additions; then the blocks' sums likewise. No launch
-shape, thread count or vector width can change a bit. (A tree also errs less than a running sum:
-over 20,000 log-probs about 15 roundings instead of 20,000.)
+If a sum depended on a sequence's position in the row or on its neighbours, training would depend
+on packing. So a sequence is cut into blocks of 1024 from its own start, and each block is added up
+by one fixed tree of elementwise additions; then the blocks' sums likewise. No launch shape, thread
+count or vector width can change a bit. (A tree is also more exact than a running sum: over 20,000
+log-probs about 15 roundings instead of 20,000.)
 """
 
 import torch
@@ -13,6 +13,29 @@ from torch import Tensor
 from redi.kernels.reference import IGNORE_INDEX
 
 BLOCK = 1024
+
+
+def token_weights(
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    signs: Tensor,
+    alpha: float,
+    num_pairs: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """REDI's weights [T] in `dtype`, 0 where masked, and the sequences' lengths [S] int64.
+
+    The length |y| is a sequence's number of unmasked targets. A token's weight is
+    1 / (num_pairs |y|) for sign +1, -alpha / (num_pairs |y|) for -1, 0 for 0.
+    """
+    valid = targets != IGNORE_INDEX
+    counts = torch.zeros(targets.shape[0] + 1, dtype=torch.int64, device=targets.device)
+    torch.cumsum(valid, 0, out=counts[1:])
+    lengths = counts[cu_seqlens.long()].diff()
+    signs = signs.to(dtype)
+    wanted = torch.where(signs < 0, alpha * signs, signs) * (1 / num_pairs)
+    weights = spread_segments(wanted / lengths.clamp(min=1), cu_seqlens, targets.shape[0])
+    return weights.masked_fill(~valid, 0.0), lengths
 
 
 def sum_segments(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -30,28 +53,20 @@ def sum_segments(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def spread_segments(sums: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """[T]: for each token the value [S] of its sequence, 0 behind the last: the sum's gradient."""
-    return torch.cat([sums, sums.new_zeros(1)])[sequence_ids(cu_seqlens, tokens)]
+    """[T]: each token's value is that of its sequence in `sums` [S], 0 after the last sequence.
 
-
-def sequence_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """[T] int64: the sequence each token lies in; S for a token beyond the last one's end."""
+    The gradient of `sum_segments`.
+    """
     positions = torch.arange(tokens, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:].long().contiguous(), positions, right=True)
-
-
-def sequence_lengths(targets: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[S] int64: the number of unmasked targets of each sequence."""
-    counts = torch.zeros(targets.shape[0] + 1, dtype=torch.int64, device=targets.device)
-    torch.cumsum(targets != IGNORE_INDEX, 0, out=counts[1:])
-    return counts[cu_seqlens.long()].diff()
+    sequence = torch.searchsorted(cu_seqlens[1:].long().contiguous(), positions, right=True)
+    return torch.cat([sums, sums.new_zeros(1)])[sequence]
 
 
 def _sum_blocks(values: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     """Sum each block of each sequence; returns the sums and the bounds of the sequences in them.
 
-    A sequence has at least one block. How many there are is only known on the device: the table
-    has room for the most there can be, and rows past the last block sum to 0.
+    A sequence has at least one block. Only the device knows how many there are: the table has room
+    for the largest possible number, and rows after the last block sum to 0.
     """
     tokens, sequences = values.shape[0], bounds.shape[0] - 1
     blocks = (bounds.diff() + BLOCK - 1).div(BLOCK, rounding_mode="floor").clamp(min=1)

@@ -1,13 +1,13 @@
-"""The row kernel in Triton: one program a row of logits, two passes over it.
+"""The softmax kernel in Triton: one program a row of logits, two passes over it.
 
-The formulas are those of `rows.softmax_rows`. Pass 1 reads a row and leaves its log-sum-exp,
-pass 2 reads it again and writes u (p - onehot) over it, rounded once. A row of V = 151,936 is
-594 KiB: too much for an SM, so what pass 2 need not fetch from memory it finds in L2. Pass 1
-therefore goes from the row's end to its start, and pass 2 from the start, where L2 is still warm.
+The formulas are those of `softmax.softmax`. Pass 1 reads a row and computes its log-sum-exp;
+pass 2 reads it again and writes u (p - onehot) over it, rounded once. A row of V = 151,936 takes
+594 KiB, too much for an SM's shared memory, so pass 2 reads from L2 what is still there: pass 1
+goes from the row's end to its start, and pass 2 starts where L2 is still warm.
 
-The gradient in bfloat16 or float16 lies over the float32 row that it is made of: column j takes
-bytes 2 j and 2 j + 1 of the row, its logit bytes 4 j to 4 j + 3. See `_write_gradient` for why no
-logit is lost before it is read.
+The gradient in bfloat16 or float16 overwrites the float32 row: column j takes bytes 2 j and
+2 j + 1 of the row, its logit bytes 4 j to 4 j + 3. `_write_gradient` says why no logit is
+overwritten before it is read.
 """
 
 import torch
@@ -15,47 +15,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redi.kernels.rows import TokenWeights
-from redi.kernels.triton_common import (
-    apply_coefficient,
-    log1p,
-    round_to,
-    token_weight,
-    weight_arguments,
-)
+from redi.kernels.triton_common import apply_coefficient, log1p, round_to
 
 ROUNDED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
-# Columns that a thread has at hand: four loads of 16 bytes. Memory wants 4.3 TB/s / 132 SMs x 1 us
-# = 33 KB in flight on an SM; 1024 threads can have 64 KiB, two such programs twice that.
+# Columns that a thread loads at once: four loads of 16 bytes. To keep memory busy, an SM needs
+# 4.3 TB/s / 132 x 1 us = 33 KB in flight; 1024 threads have 64 KiB, two such programs twice that.
 COLUMNS_PER_THREAD = 16
 MAX_THREADS = 1024
 
-# A load needs a column count that is a multiple of this to be one of 16 bytes.
+# Loads are 16 bytes wide where the number of columns is a multiple of this.
 ALIGNMENT = 16
 
 
-def softmax_rows(
+def softmax(
     logits: Tensor,
     tokens: Tensor,
     targets: Tensor,
-    weights: TokenWeights | None,
+    weights: Tensor | None,
     *,
     coefficient: str,
     dtype: torch.dtype,
     logps: Tensor,
     entropies: Tensor | None = None,
-    scale: Tensor | None = None,
     dlogits: Tensor | None = None,
 ) -> Tensor | None:
-    """`rows.softmax_rows` in one launch; its arguments, and these differences.
+    """`softmax.softmax` in one launch; the arguments are the same, with these differences.
 
     Args:
-        logits: [C, V] float32, unit stride along V. Of each row the columns up to the next
-            multiple of 16 may be read and written, where the row stride leaves room for them.
+        logits: [C, V] float32, unit stride along V. Columns up to the next multiple of 16 may be
+            read and written where the row stride leaves room for them.
 
     Returns:
-        dlogits [C, V], or None without weights. Not given a place they lie over the logits: in
+        dlogits [C, V], or None without weights. If not given, they overwrite the logits: in
         `dtype`, each row at the start of its own storage (a half type's row stride is twice that
         of the logits), or on AMD GPUs as rounded float32 values (see `_write_gradient`).
     """
@@ -67,7 +59,7 @@ def softmax_rows(
         dlogits = logits.view(dtype)[:, :vocab] if as_halves else logits
     block, warps = launch_shape(vocab, 64 if torch.version.hip else 32)
     with torch.cuda.device_of(logits):
-        softmax_rows_kernel[(rows,)](
+        softmax_kernel[(rows,)](
             logits,
             logits.stride(0),
             vocab,
@@ -79,8 +71,7 @@ def softmax_rows(
             dlogits,
             None if dlogits is None else dlogits.stride(0),
             None if dlogits is None else min(_room(logits), _room(dlogits)),
-            *weight_arguments(weights),
-            scale,
+            None if weights is None else weights.contiguous(),
             ROUNDED=ROUNDED[dtype],
             COEFFICIENT=coefficient,
             HALVES_IN_PLACE=dlogits is not None
@@ -95,10 +86,10 @@ def softmax_rows(
 def launch_shape(vocab: int, warp_size: int) -> tuple[int, int]:
     """Columns of a block, and warps of a program.
 
-    A real vocabulary gets 1024 threads: the fewer rows are under way, the more of each is still
-    in L2 when pass 2 comes for it. (At 32 registers a thread an SM runs two such programs: 264
-    rows of 594 KiB on an H100, whose L2 holds 50 MB, a third of them.) A small vocabulary gets as
-    many threads as one block of it needs.
+    A real vocabulary gets 1024 threads: the fewer rows an SM works on, the more of each is still
+    in L2 for pass 2. (At 32 registers a thread an SM runs two such programs: 264 rows of 594 KiB
+    on an H100, whose L2 holds 50 MB, a third of them.) A small vocabulary gets as many threads as
+    one block of it needs.
     """
     block = min(COLUMNS_PER_THREAD * MAX_THREADS, max(128, triton.next_power_of_2(vocab)))
     return block, max(1, block // COLUMNS_PER_THREAD // warp_size)
@@ -110,16 +101,10 @@ def _room(matrix: Tensor) -> int:
     return min(triton.cdiv(columns, ALIGNMENT) * ALIGNMENT, max(matrix.stride(0), columns))
 
 
-# What a kernel reads one entry of may lie anywhere, and a row may have any number of sequences:
-# Triton would else compile anew in mid-training, for an odd chunk or a multiple of 16 sequences.
-@triton.jit(
-    do_not_specialize=["num_sequences"],
-    do_not_specialize_on_alignment=[
-        *("tokens", "targets", "logps", "entropies", "weights", "scale"),
-        *("cu_seqlens", "signs", "lengths"),
-    ],
-)
-def softmax_rows_kernel(
+# The kernel reads single entries of these, so their alignment does not matter: without this Triton
+# would compile again in the middle of training, at the first chunk with an odd start.
+@triton.jit(do_not_specialize_on_alignment=["tokens", "targets", "logps", "entropies", "weights"])
+def softmax_kernel(
     logits,  # [C, V] float32
     logits_stride,
     vocab,  # V
@@ -131,14 +116,7 @@ def softmax_rows_kernel(
     dlogits,  # [C, V], out, perhaps over the logits; None for log-probs alone
     dlogits_stride,
     dlogits_room,  # columns of a row of dlogits that may be written
-    weights,  # [T] float32, or None for those of the sequences:
-    cu_seqlens,  # [S + 1]
-    signs,  # [S]
-    lengths,  # [S]
-    num_sequences,  # S
-    alpha,
-    factor,
-    scale,  # one float32, or None
+    weights,  # [T] float32; along with dlogits
     ROUNDED: tl.constexpr,  # the dtype that the gradient is rounded to
     COEFFICIENT: tl.constexpr,
     HALVES_IN_PLACE: tl.constexpr,
@@ -163,10 +141,7 @@ def softmax_rows_kernel(
         tl.store(entropies + token, log_total - moment / total)
 
     if dlogits is not None:
-        u = token_weight(token, weights, cu_seqlens, signs, lengths, num_sequences, alpha, factor)
-        if scale is not None:
-            u *= tl.load(scale)
-        u, rest = apply_coefficient(u, logp, rest, e_target, COEFFICIENT)
+        u, rest = apply_coefficient(tl.load(weights + token), logp, rest, e_target, COEFFICIENT)
         u /= total
         _write_gradient(
             z,
@@ -191,9 +166,9 @@ def _sum_exponentials(z, z_target, target, vocab, room, MOMENT: tl.constexpr, BL
     The maximum is over all columns, the sums are over those other than the target. The third is
     0 unless MOMENT.
 
-    Each lane of four neighbouring columns keeps a maximum and sums of its own (online softmax,
-    arXiv 1805.02867), so that no thread waits for another until the row's end, and a lane pays
-    one exponential for rescaling to four for columns.
+    Each lane of four neighbouring columns keeps its own maximum and sums (online softmax, arXiv
+    1805.02867): no thread waits for another before the row's end, and a lane computes one
+    exponential for rescaling to four for columns.
     """
     LANES: tl.constexpr = BLOCK // 4
     lane_columns = tl.arange(0, LANES)[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -241,16 +216,16 @@ def _write_gradient(
     HALVES_IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Pass 2: out = u e, but `at_target` at the target; out may lie over z.
+    """Pass 2: out = u e, but `at_target` at the target; out may overwrite z.
 
-    The hazard: halves of block b cover the words of z's block b // 2, which a slower warp of this
-    program may still have to load. Blocks ascend, so b // 2 <= b, and a barrier between the loads
-    of block b and its stores makes sure of all blocks up to b: which is enough for the stores up
-    to block 2 b + 1. So barriers at b = 0, 2, 6, 14, ... are enough, and between them warps run
+    The hazard: halves of block b overwrite the words of z's block b // 2, which a slower warp of
+    this program may not have loaded yet. Blocks ascend, so b // 2 <= b, and a barrier between the
+    loads of block b and its stores guarantees all blocks up to b are loaded, enough for the stores
+    up to block 2 b + 1. So barriers at b = 0, 2, 6, 14, ... suffice, and between them warps run
     freely: one loads while another computes. Other programs have other rows.
 
-    That a barrier waits for loads that are still under way is what PTX says of bar.sync. On AMD
-    GPUs s_barrier does not, so there the gradient keeps float32's place, each thread its own word.
+    PTX's bar.sync waits for outstanding loads. s_barrier of AMD GPUs does not, so there the
+    gradient is stored as float32, each thread over its own word.
     """
     block_columns = tl.arange(0, BLOCK)
     fence = 0

@@ -1,8 +1,8 @@
 """Checks of the arguments of public ops: each error names the argument, what it got, what it needs.
 
-Shapes, dtypes and devices are checked on every call. What lies in a tensor (a target out of
-range, falling cu_seqlens) is checked where that costs no device synchronisation, on the CPU, and
-on other devices with the environment variable REDI_DEBUG=1.
+Shapes, dtypes and devices are checked on every call. A tensor's values (a target out of range,
+falling cu_seqlens) are checked where that needs no device synchronisation, on the CPU, and on other
+devices with the environment variable REDI_DEBUG=1.
 """
 
 import math
@@ -63,7 +63,7 @@ def check_per_token(name: str, values: Tensor, hidden: Tensor) -> None:
 
 
 def check_token_weights(token_weights: Tensor, hidden: Tensor) -> None:
-    """`token_weights` [T] floating, without a gradient of its own."""
+    """`token_weights` [T] floating, not requiring a gradient."""
     _check_tensor("token_weights", token_weights, ("T",), FLOATS)
     check_per_token("token_weights", token_weights, hidden)
     if token_weights.requires_grad:
@@ -73,14 +73,21 @@ def check_token_weights(token_weights: Tensor, hidden: Tensor) -> None:
 def check_sequences(cu_seqlens: Tensor, signs: Tensor, hidden: Tensor) -> None:
     """`cu_seqlens` [S + 1] and `signs` [S] on hidden's device."""
     check_cu_seqlens(cu_seqlens, hidden)
-    _check_tensor("signs", signs, ("S",), INTEGERS)
-    if signs.shape[0] != cu_seqlens.shape[0] - 1:
+    check_per_sequence("signs", signs, cu_seqlens, INTEGERS)
+
+
+def check_per_sequence(
+    name: str, values: Tensor, cu_seqlens: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> None:
+    """`values` [S] on the tokens' device."""
+    _check_tensor(name, values, ("S",), dtypes)
+    if values.shape[0] != cu_seqlens.shape[0] - 1:
         raise ValueError(
-            "signs must have one entry for each sequence, shape "
+            f"{name} must have one entry for each sequence, shape "
             f"({cu_seqlens.shape[0] - 1},) for cu_seqlens of {_shape(cu_seqlens)}, "
-            f"got {_shape(signs)}"
+            f"got {_shape(values)}"
         )
-    check_same_device("signs", signs, hidden)
+    check_same_device(name, values, cu_seqlens)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor) -> None:
@@ -95,9 +102,9 @@ def check_schedule(
     valid_index: Tensor | None,
     chunk_tokens: int | None,
     hidden: Tensor,
-    num_weighted: int | None = None,
+    num_with_grad: int | None = None,
 ) -> None:
-    """`valid_index` [N] with N <= T, `num_weighted` <= N, `chunk_tokens` > 0; None is fine."""
+    """`valid_index` [N] with N <= T, `num_with_grad` <= N, `chunk_tokens` > 0; None is fine."""
     if valid_index is not None:
         _check_tensor("valid_index", valid_index, ("N",), INDICES)
         check_same_device("valid_index", valid_index, hidden)
@@ -106,12 +113,12 @@ def check_schedule(
                 f"valid_index must have at most T = {hidden.shape[0]} entries, "
                 f"got {valid_index.shape[0]}"
             )
-    if num_weighted is not None:
+    if num_with_grad is not None:
         if valid_index is None:
-            raise ValueError("num_weighted counts tokens of valid_index: pass valid_index as well")
-        if not 0 <= num_weighted <= valid_index.shape[0]:
+            raise ValueError("num_with_grad counts tokens of valid_index: pass valid_index as well")
+        if not 0 <= num_with_grad <= valid_index.shape[0]:
             raise ValueError(
-                f"num_weighted must be from 0 to N = {valid_index.shape[0]}, got {num_weighted}"
+                f"num_with_grad must be from 0 to N = {valid_index.shape[0]}, got {num_with_grad}"
             )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be a positive int or None, got {chunk_tokens}")
@@ -119,7 +126,7 @@ def check_schedule(
 
 def check_objective(alpha: float, num_pairs: float) -> None:
     """`alpha` finite and >= 0, `num_pairs` finite and > 0."""
-    # By comparisons alone (NaN fails them too), as torch.compile may see a symbolic number here.
+    # Comparisons alone (NaN fails them too), as torch.compile may pass a symbolic number.
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
     if not 0 < num_pairs < math.inf:
@@ -129,7 +136,7 @@ def check_objective(alpha: float, num_pairs: float) -> None:
 def check_epsilon(epsilon: float) -> None:
     """`epsilon` in [0, 1]."""
     if not 0 <= epsilon <= 1:
-        raise ValueError(f"epsilon must lie in [0, 1], got {epsilon}")
+        raise ValueError(f"epsilon must be in [0, 1], got {epsilon}")
 
 
 def check_dweight(dweight: Tensor, weight: Tensor) -> None:
@@ -154,7 +161,7 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def check_same_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
-    """`tensor` lies where the tokens lie."""
+    """`tensor` is on the tokens' device."""
     if tensor.device != hidden.device:
         raise ValueError(f"{name} must be on {hidden.device} like the tokens, got {tensor.device}")
 
@@ -206,8 +213,10 @@ def check_sequence_values(cu_seqlens: Tensor, tokens: int, signs: Tensor | None 
         raise ValueError(f"signs must be +1, -1 or 0, got {int(signs[i])} at sequence {i}")
 
 
-def check_weight_values(token_weights: Tensor, targets: Tensor) -> None:
-    """Finite weights where the target is not masked; reads the tensors."""
+def check_weight_values(
+    token_weights: Tensor, targets: Tensor, valid_index: Tensor | None, num_with_grad: int | None
+) -> None:
+    """Finite where the target is unmasked, 0 after the first `num_with_grad`; reads the tensors."""
     if not _may_read(targets):
         return
     wrong = ~token_weights.isfinite() & (targets != IGNORE_INDEX)
@@ -216,14 +225,13 @@ def check_weight_values(token_weights: Tensor, targets: Tensor) -> None:
         raise ValueError(
             f"token_weights must be finite, got {float(token_weights[i])} at position {i}"
         )
-
-
-def check_unweighted_values(weights: Tensor, num_weighted: int) -> None:
-    """`weights` of the tokens behind the first `num_weighted` are 0; reads the tensor."""
-    if _may_read(weights) and weights.any():
+    if valid_index is None or num_with_grad is None:
+        return
+    rest = token_weights[valid_index[num_with_grad:].long()]
+    if rest.any():
         raise ValueError(
-            f"valid_index must name the tokens that have a gradient first: behind the first "
-            f"num_weighted = {num_weighted}, {int(weights.count_nonzero())} have a weight"
+            f"valid_index must name the tokens that have a gradient first: after the first "
+            f"num_with_grad = {num_with_grad}, {int(rest.count_nonzero())} have a weight"
         )
 
 

@@ -64,9 +64,9 @@ def concatenate(cases: list[Case]) -> Case:
 
 
 def gradient_of_logits(target: Target, case: Case, coefficient: str, dtype: torch.dtype) -> Tensor:
-    """What the row kernel alone makes of all tokens' logits, with weights from -1 to 1."""
+    """What the softmax kernel alone makes of all tokens' logits, with weights from -1 to 1."""
     z = case.hidden @ case.weight.T
-    dlogits = kernels_of(target.backend).softmax_rows(
+    dlogits = kernels_of(target.backend).softmax(
         z,
         torch.arange(len(z), device=target.device),
         case.targets,
@@ -84,7 +84,7 @@ def gradient_of_logits(target: Target, case: Case, coefficient: str, dtype: torc
 def test_each_token_s_gradient_by_the_logits_sums_to_zero(
     target: Target, logits: str, coefficient: str
 ) -> None:
-    """In the row kernel itself, with and without cancellation near p = 1."""
+    """In the softmax kernel itself, with and without cancellation near p = 1."""
     case = make_case(logits=logits, masked=0.0, device=target.device)
     dlogits = gradient_of_logits(target, case, coefficient, torch.float32)
     scale = dlogits.abs().sum(-1).clamp(min=1e-30)

@@ -14,21 +14,23 @@ from kernel_cases import (
     leaves,
     make_case,
     oracle,
+    relative_error,
     run,
     worst_row,
 )
 from torch import Tensor
 
-from redi.kernels import exponentials, filtered_redi_loss, redi_loss
-from redi.kernels.filter import TileSums, live_tiles, vocabulary_order
+from redi.kernels import filtered_redi_loss, redi_loss, reference
+from redi.kernels.experimental.filter import TILE_COLUMNS, TileSums, kept_tiles, vocabulary_order
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 BF16 = torch.bfloat16
+TARGETS = [Target("torch", "cpu"), *EXP_TARGETS]
 BIAS, ONES = 0, 1  # dimensions of `common_words`
 
 
-@pytest.fixture(params=EXP_TARGETS, ids="-".join)
+@pytest.fixture(params=TARGETS, ids="-".join)
 def target(request: pytest.FixtureRequest) -> Target:
     """Hides the fixture of all backends."""
     return request.param
@@ -95,7 +97,7 @@ def test_a_tile_leaves_at_most_epsilon_out(target: Target) -> None:
         out = filtered_redi_loss(
             *leaves(case).arguments, **case.options, epsilon=epsilon, backend=target.backend
         )
-        tiles = -(-len(case.weight) // exponentials.TILE_COLUMNS)
+        tiles = -(-len(case.weight) // TILE_COLUMNS)
         assert out.sequence_dropped.min() >= 0
         assert out.sequence_dropped.max() <= epsilon * (tiles - 1)
 
@@ -106,6 +108,20 @@ def test_with_epsilon_0_the_gradient_is_exact(target: Target, logits: str) -> No
     out, got = run(partial(filtered_redi_loss, epsilon=0.0), case, backend=target.backend)
     assert_exact(got, case, oracle(case)[1])
     assert not out.sequence_dropped.any()
+
+
+def test_sequences_may_have_weights(target: Target) -> None:
+    case = leaves(make_case(BF16, device=target.device))
+    weights = torch.linspace(0.5, 2, len(case.signs), device=target.device)
+    options = case.options | {"backend": target.backend, "valid_index": case.valid_index}
+    out = filtered_redi_loss(*case.arguments, epsilon=0.0, sequence_weights=weights, **options)
+    got = gradients(out.loss, case.hidden, case.weight)
+    token_weights = case.token_weights * weights.repeat_interleave(case.cu_seqlens.diff())
+    exact = leaves(case.to(torch.float64))
+    loss, _ = reference.signed_cross_entropy(*exact.arguments[:3], token_weights)
+    torch.testing.assert_close(out.loss, loss.float(), rtol=1e-5, atol=1e-5)
+    for value, true in zip(got, gradients(loss, exact.hidden, exact.weight), strict=True):
+        assert relative_error(value, true) < 4e-3
 
 
 @pytest.mark.parametrize("logits", ["random", "logp -80"])
@@ -138,25 +154,25 @@ def test_the_order_gathers_what_is_likely_in_few_tiles() -> None:
     p = (case.hidden.float() @ case.weight.float().T).softmax(1)
     columns = torch.arange(4096)
 
-    def live_share(order: Tensor) -> float:
+    def kept_share(order: Tensor) -> float:
         sums = p[:, order].view(len(p), -1, 128).sum(2)
         tiles = TileSums(sums, torch.ones(len(p)), rows=16, columns=128)
         targets = order.argsort()[case.targets]
-        live, _ = live_tiles(tiles, targets, torch.ones(len(p), dtype=torch.bool), 2.0**-6)
-        return float(live.live.float().mean())
+        kept, _ = kept_tiles(tiles, targets, torch.ones(len(p), dtype=torch.bool), 2.0**-6)
+        return float(kept.kept.float().mean())
 
     order = vocabulary_order(case.hidden, torch.arange(128), case.weight)
     assert torch.equal(order.sort().values, columns)
-    assert live_share(order) < 0.7 * live_share(columns)
+    assert kept_share(order) < 0.7 * kept_share(columns)
 
 
 def test_what_is_left_out_is_not_written_and_what_takes_part_is() -> None:
     pytest.importorskip("triton")
-    from redi.kernels import exponentials_triton
+    from redi.kernels.experimental import exp_gemm_triton
 
-    target = next((t for t in EXP_TARGETS if t.backend == "triton-exp"), None)
-    if target is None:
+    if not EXP_TARGETS:
         pytest.skip("Triton has neither a card nor its interpreter here")
+    (target,) = EXP_TARGETS
     case = common_words(vocab=2048 if target.device == "cpu" else 16_384, device=target.device)
     x, weight, targets = case.hidden, case.weight, case.targets
     tokens = torch.arange(len(x), device=target.device)
@@ -166,7 +182,7 @@ def test_what_is_left_out_is_not_written_and_what_takes_part_is() -> None:
     def written(epsilon: float) -> tuple[Tensor, Tensor, TileSums]:
         """What was stored, poison elsewhere; which of it takes part; and what tiles hold."""
         out = torch.empty(len(x), len(weight), dtype=BF16, device=target.device)
-        gradient = exponentials_triton.exponentials(
+        gradient = exp_gemm_triton.exp_gemm(
             x,
             weight,
             tokens,
@@ -177,26 +193,26 @@ def test_what_is_left_out_is_not_written_and_what_takes_part_is() -> None:
             out=out,
             epsilon=epsilon,
         )
-        tiles, _ = live_tiles(gradient.tiles, targets, tokens >= 0, epsilon)
-        live = tiles.live.repeat_interleave(tiles.rows, 0)[: len(x)]
-        return out, live.repeat_interleave(tiles.columns, 1)[:, : len(weight)], gradient.tiles
+        tiles, _ = kept_tiles(gradient.tiles, targets, tokens >= 0, epsilon)
+        kept = tiles.kept.repeat_interleave(tiles.rows, 0)[: len(x)]
+        return out, kept.repeat_interleave(tiles.columns, 1)[:, : len(weight)], gradient.tiles
 
-    out, live, tiles = written(2.0**-6)
-    assert out[live].isfinite().all()
-    assert out[~live].isnan().float().mean() > 0.5  # still the poison
+    out, kept, tiles = written(2.0**-6)
+    assert out[kept].isfinite().all()
+    assert out[~kept].isnan().float().mean() > 0.5  # still the poison
     shares = (tiles.sums / tiles.totals[:, None]).amax(0)
-    for tile in range(exponentials_triton.FIRST_TILES, len(shares), 4):
+    for tile in range(exp_gemm_triton.FIRST_TILES, len(shares), 4):
         # The tile's largest share is just enough to take part.
-        out, live, _ = written(0.95 * float(shares[tile]))
-        assert out[live].isfinite().all()
+        out, kept, _ = written(0.95 * float(shares[tile]))
+        assert out[kept].isfinite().all()
 
 
-@pytest.mark.skipif(len(EXP_TARGETS) < 2, reason="Triton has neither a card nor its interpreter")
+@pytest.mark.skipif(not EXP_TARGETS, reason="Triton has neither a card nor its interpreter")
 @pytest.mark.parametrize("repaired", [False, True])
 def test_both_backends_leave_the_same_out(repaired: bool) -> None:
     """On the interpreter their tiles are alike; a card's are larger, and it leaves out less."""
     got = []
-    for target in EXP_TARGETS:
+    for target in TARGETS:
         case = common_words(vocab=1100, device=target.device)
         if repaired:  # two tokens whose targets lie so far down that their rows are done again
             other = case.weight[700].float() - case.weight[case.targets[3]].float()
@@ -206,7 +222,7 @@ def test_both_backends_leave_the_same_out(repaired: bool) -> None:
         out, grads = run(partial(filtered_redi_loss, epsilon=2.0**-6), case, backend=target.backend)
         got.append((out.sequence_dropped.cpu(), grads))
     (first, a), (second, b) = got
-    if EXP_TARGETS[1].device == "cuda":
+    if TARGETS[1].device == "cuda":
         assert second.mean() <= first.mean()
         return
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
@@ -226,7 +242,7 @@ def test_tokens_without_a_gradient_lose_nothing_and_any_chunks_will_do(
     for options in (
         {},
         {"valid_index": index, "chunk_tokens": 7},
-        {"valid_index": ordered, "num_weighted": int(weighted.sum()), "chunk_tokens": 9},
+        {"valid_index": ordered, "num_with_grad": int(weighted.sum()), "chunk_tokens": 9},
     ):
         out, got = run(
             partial(filtered_redi_loss, epsilon=2.0**-10),
@@ -290,8 +306,11 @@ def test_an_operand_without_gradient_and_repeated_backward(target: Target) -> No
 
 def test_the_op_keeps_torch_s_contract_and_compiles_without_a_break(target: Target) -> None:
     case = leaves(common_words(tokens=8, vocab=300, hidden=24, device=target.device))
-    arguments = (*case.arguments, case.valid_index, None, 0.8, 4.0, 0.01, target.backend, None)
-    torch.library.opcheck(torch.ops.redi.filtered_redi_loss, (*arguments, True, True))
+    arguments = *case.arguments[:3], case.token_weights, case.valid_index, None, None
+    torch.library.opcheck(
+        torch.ops.redi.signed_cross_entropy,
+        (*arguments, target.backend, "weight", 0.01, (False, True, True)),
+    )
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -313,18 +332,23 @@ def test_the_op_keeps_torch_s_contract_and_compiles_without_a_break(target: Targ
 def test_what_it_cannot_do_is_told() -> None:
     case = make_case(BF16)
     for epsilon in (-0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match=r"epsilon must lie in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"epsilon must be in \[0, 1\]"):
             filtered_redi_loss(*case.arguments, **case.options, epsilon=epsilon)
     with pytest.raises(
         TypeError, match=r"hidden must be bfloat16 for a filter, got torch\.float32"
     ):
         filtered_redi_loss(*case.to(torch.float32).arguments, **case.options, epsilon=0.1)
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton-exp'"):
-        filtered_redi_loss(*case.arguments, **case.options, epsilon=0.1, backend="torch")
+    with pytest.raises(ValueError, match="sequence_weights must have one entry for each sequence"):
+        filtered_redi_loss(
+            *case.arguments, **case.options, epsilon=0.1, sequence_weights=torch.ones(2)
+        )
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'torch', 'triton-exp'"):
+        filtered_redi_loss(*case.arguments, **case.options, epsilon=0.1, backend="triton")
 
 
+@pytest.mark.parametrize("target", EXP_TARGETS, ids="-".join)
 def test_the_exact_loss_is_untouched(target: Target) -> None:
-    """One who never asks for a filter never meets it."""
+    """Without a filter every tile is written and multiplied."""
     case = common_words(device=target.device)
     _, got = run(redi_loss, case, backend=target.backend)
     summed = got.dhidden[:, ONES].double() / case.token_weights

@@ -10,11 +10,12 @@ import torch
 pytest.importorskip("triton")
 
 from redi.bench import tune
-from redi.kernels import backends, exponentials_triton, launches
-from redi.kernels.launches import TABLE, Entry, Launch, read_table, write_entry
+from redi.kernels import backends
+from redi.kernels.experimental import exp_gemm_triton, launches
+from redi.kernels.experimental.launches import TABLE, Entry, Launch, read_table, write_entry
 
 LAUNCH = Launch(
-    rows=16, columns=64, depth=64, warps=4, stages=1, group=2, flatten=False, live_width=64
+    rows=16, columns=64, depth=64, warps=4, stages=1, group=2, flatten=False, kept_width=64
 )
 
 
@@ -69,7 +70,7 @@ def test_auto_chooses_what_was_measured_to_be_faster_at_this_very_size(
     chosen: str,
 ) -> None:
     monkeypatch.setattr(launches, "_ENTRIES", rows)
-    monkeypatch.setattr(backends, "architecture_of", lambda device: "sm_90")
+    monkeypatch.setattr(launches, "architecture_of", lambda device: "sm_90")
     assert backends.choose_backend("auto", torch.device("cuda"), dtype, hidden) == chosen
 
 
@@ -81,7 +82,7 @@ def test_a_gpu_without_a_launch_is_refused_and_another_size_takes_the_nearest(
     monkeypatch.setattr(launches, "architecture_of", lambda device: "sm_90")
     assert launches.launch_for(torch.empty(9, 2048)) == near.launch
     assert launches.launch_for(torch.empty(9, 3584)) == far.launch
-    monkeypatch.setattr(backends, "architecture_of", lambda device: "sm_80")
+    monkeypatch.setattr(launches, "architecture_of", lambda device: "sm_80")
     with pytest.raises(ValueError, match='no launch for the architecture of cuda: use "triton"'):
         backends.choose_backend("triton-exp", torch.device("cuda"), torch.bfloat16)
 
@@ -91,13 +92,13 @@ def test_tuning_writes_the_fastest_launch_that_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong, right = tune.candidates("interpreter", 24)
-    exponentials = exponentials_triton.exponentials
+    exp_gemm = exp_gemm_triton.exp_gemm
 
     def one_of_them_wrong(*args: object, launch: Launch, **options: object) -> object:
-        made = exponentials(*args, launch=launch, **options)
+        made = exp_gemm(*args, launch=launch, **options)
         return replace(made, factors=1.02 * made.factors) if launch == wrong else made
 
-    monkeypatch.setattr(exponentials_triton, "exponentials", one_of_them_wrong)
+    monkeypatch.setattr(exp_gemm_triton, "exp_gemm", one_of_them_wrong)
     path = tmp_path / "launches.json"
     path.write_bytes(TABLE.read_bytes())
     code = tune.main([

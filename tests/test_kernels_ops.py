@@ -39,38 +39,33 @@ def test_custom_ops_keep_their_contract(
     )
     index, counted = (case.valid_index, len(case.valid_index)) if with_index else (None, None)
     ops = torch.ops.redi
-    tail = (target.backend, 2)
+    schedule = index, counted, 2
+    weights = case.token_weights
     for need in ((True, True), (True, False), (False, True)):
         hidden, weight = (
             operand.detach().requires_grad_(needed)
             for operand, needed in zip((case.hidden, case.weight), need, strict=True)
         )
-        opcheck(
-            ops.redi_loss.default,
-            (hidden, weight, *case.arguments[2:], index, counted, 0.8, 3.0, *tail, *need),
-        )
-        weights = case.token_weights
+        options = target.backend, "dft", None, (need[0], *need)
         opcheck(
             ops.signed_cross_entropy.default,
-            (hidden, weight, case.targets, weights, index, counted, "dft", need[0], *tail, *need),
+            (hidden, weight, case.targets, weights, *schedule, *options),
         )
     for keep in (True, False):
         opcheck(
             ops.linear_logprobs.default,
-            (case.hidden, case.weight, case.targets, index, *tail, keep),
+            (case.hidden, case.weight, case.targets, index, target.backend, 2, keep),
         )
     opcheck(
-        ops.redi_value_and_grad.default,
+        ops.accumulate_gradient.default,
         (
             case.hidden.detach(),
             case.weight.detach(),
-            *case.arguments[2:],
-            index,
-            counted,
-            0.8,
-            3.0,
+            case.targets,
+            weights,
+            *schedule,
+            target.backend,
             2.0,
-            *tail,
             torch.zeros(case.weight.shape, device=target.device),
             True,
         ),
@@ -80,6 +75,10 @@ def test_custom_ops_keep_their_contract(
 def test_the_small_ops_keep_their_contract(target: Target) -> None:
     case = small(device=target.device)
     values = torch.randn(case.targets.shape, device=target.device, requires_grad=True)
+    opcheck(
+        torch.ops.redi.token_weights.default,
+        (*case.arguments[2:], 0.8, 3.0, torch.float32, target.backend),
+    )
     opcheck(torch.ops.redi.segment_sum.default, (values, case.cu_seqlens, target.backend))
     sums = torch.randn(3, device=target.device, requires_grad=True)
     opcheck(
@@ -280,17 +279,17 @@ WRONG = [
     ({"num_pairs": 0}, ValueError, "num_pairs must be finite and > 0, got 0"),
     ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', .* got 'cuda'"),
     (
-        {"num_weighted": 3},
+        {"num_with_grad": 3},
         ValueError,
-        "num_weighted counts tokens of valid_index: pass valid_in",
+        "num_with_grad counts tokens of valid_index: pass valid_in",
     ),
     (
-        {"valid_index": lambda _: torch.tensor([0]), "num_weighted": 2},
+        {"valid_index": lambda _: torch.tensor([0]), "num_with_grad": 2},
         ValueError,
-        "num_weighted must be from 0 to N = 1, got 2",
+        "num_with_grad must be from 0 to N = 1, got 2",
     ),
     (
-        {"valid_index": lambda _: small().valid_index, "num_weighted": 1},
+        {"valid_index": lambda _: small().valid_index, "num_with_grad": 1},
         ValueError,
         "valid_index must name the tokens that have a gradient first: .* = 1, [0-9]+ have a weight",
     ),

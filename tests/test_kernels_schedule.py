@@ -12,8 +12,8 @@ from kernel_cases import Case, Target, gradients, leaves, make_case, relative_er
 from torch import Tensor
 
 from redi.kernels import chunked, linear_logprobs, redi_loss, redi_value_and_grad
-from redi.kernels.chunked import fill_waves, split
-from redi.kernels.rows import multiplies_halves
+from redi.kernels.chunk_sizes import fill_waves, split
+from redi.kernels.softmax import multiplies_halves
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -165,7 +165,7 @@ def test_tokens_of_weight_zero_cost_the_logits_alone(target: Target, products: P
     assert not got.dweight.any()
 
 
-def test_num_weighted_tells_a_gpu_which_tokens_cost_the_logits_alone(
+def test_num_with_grad_tells_a_gpu_which_tokens_cost_the_logits_alone(
     target: Target, products: Products
 ) -> None:
     """A GPU must not read the weights, as a CPU does; here it is told, and given another order."""
@@ -176,7 +176,7 @@ def test_num_weighted_tells_a_gpu_which_tokens_cost_the_logits_alone(
     positive = case.token_weights[index] > 0
     index = torch.cat([index[positive], index[~positive]])
     count = int(positive.sum())
-    out, got = run(redi_loss, case, backend=target.backend, valid_index=index, num_weighted=count)
+    out, got = run(redi_loss, case, backend=target.backend, valid_index=index, num_with_grad=count)
     assert products.count(case) == {"logits": len(index), "dhidden": count, "dweight": count}
     torch.testing.assert_close(out.loss, expected[0].loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(out.sequence_logps, expected[0].sequence_logps)

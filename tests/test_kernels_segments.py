@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernel_cases import Target
 
 from redi.kernels import reference, segment_sum
-from redi.kernels.segments import sequence_ids, sequence_lengths
+from redi.kernels.backends import kernels_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -79,11 +79,26 @@ def test_gradients_are_finite_differences() -> None:
     assert torch.autograd.gradgradcheck(lambda v: segment_sum(v, bounds([2, 0, 4, 3])), values)
 
 
-def test_ids_and_lengths_follow_the_bounds() -> None:
-    cu_seqlens = bounds([0, 2, 0, 3, 0], torch.int32)
-    assert sequence_ids(cu_seqlens, 6).tolist() == [1, 1, 3, 3, 3, 5]
-    targets = torch.tensor([5, -100, 1, -100, 2])
-    assert sequence_lengths(targets, cu_seqlens).tolist() == [0, 1, 0, 2, 0]
+def test_token_weights_are_redi_s_and_zero_where_nothing_is_trained(target: Target) -> None:
+    """Masked, of sign 0, or after the last sequence."""
+    lengths, signs = [0, 2, 0, 1, 2, 1100], [1, -1, 1, 0, 1, -1]
+    targets = torch.tensor([5, -100, 7, 1, 2, *range(1100), 3])
+    targets[20:] = -100
+    targets[[30, 1104]] = 9
+    weights, found = kernels_of(target.backend).token_weights(
+        targets.to(target.device),
+        bounds(lengths, torch.int32).to(target.device),
+        torch.tensor(signs, dtype=torch.int8, device=target.device),
+        0.5,
+        4.0,
+        torch.float32,
+    )
+    assert found.tolist() == [0, 1, 0, 1, 2, 17]
+    expected = torch.zeros(1106)
+    expected[0] = -0.5 / 4
+    expected[3:5] = 1 / (4 * 2)
+    expected[[*range(5, 20), 30, 1104]] = -0.5 / (4 * 17)
+    torch.testing.assert_close(weights.cpu(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

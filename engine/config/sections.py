@@ -129,7 +129,7 @@ FILTERED: dict[str, tuple[object, ...]] = {
     "negative_gamma": (0,),
     "normalisation": ("sequence",),
     "length": ("trained",),
-    "backend": ("auto", "torch-exp", "triton-exp"),
+    "backend": ("auto", "torch", "triton-exp"),
 }
 
 
@@ -162,7 +162,7 @@ class ObjectiveConfig(Section, name="objective"):
     filter_epsilon: float = ranged(0.0, SHARE)
     """Makes the gradient approximate (sft, redi; bfloat16): tiles of the vocabulary that hold at
     most this share of each of their tokens' probability are left out; 0: exact."""
-    backend: Literal["auto", "reference", "torch", "torch-exp", "triton", "triton-exp"] = "auto"
+    backend: Literal["auto", "reference", "torch", "triton", "triton-exp"] = "auto"
     """Implementation of the loss op; docs/kernels.md has them all."""
 
     def __post_init__(self) -> None:

@@ -69,11 +69,16 @@ class PackedLoss:
             return self._from_sequences(declared, hidden, weight, batch, totals)
         positive, negative = declared.wanted(self.section)
         # Where incorrect traces are only measured, the op is told so on the host.
-        num_weighted = batch.num_positive_targets if negative == 0 else None
-        if self._is_plain_redi(declared, positive, batch):
+        num_with_grad = batch.num_positive_targets if negative == 0 else None
+        filtered = self.section.filter_epsilon > 0
+        if filtered or self._is_plain_redi(declared, positive, batch):
             op: Callable[..., RediLoss | FilteredRediLoss] = redi_loss
-            if self.section.filter_epsilon:
-                op = partial(filtered_redi_loss, epsilon=self.section.filter_epsilon)
+            if filtered:
+                op = partial(
+                    filtered_redi_loss,
+                    epsilon=self.section.filter_epsilon,
+                    sequence_weights=batch.weights,
+                )
             return op(
                 hidden,
                 weight,
@@ -83,7 +88,7 @@ class PackedLoss:
                 alpha=-negative,
                 num_pairs=totals.units,
                 valid_index=batch.valid_index,
-                num_weighted=num_weighted,
+                num_with_grad=num_with_grad,
                 backend=self.section.backend,
             )
         per_sequence = torch.where(batch.signs > 0, positive, negative) * (batch.signs != 0)
@@ -98,7 +103,7 @@ class PackedLoss:
             ),
             coefficient=declared.coefficient,
             valid_index=batch.valid_index,
-            num_weighted=num_weighted,
+            num_with_grad=num_with_grad,
             backend=self.section.backend,
         )
         return RediLoss(loss, segment_sum(token_logps, batch.cu_seqlens), batch.num_targets)

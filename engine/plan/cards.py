@@ -18,7 +18,7 @@ class Card:
     processors: int
     """Number of streaming multiprocessors."""
     architecture: str
-    """Name as returned by `redi.kernels.launches.architecture_of`."""
+    """Name as returned by `redi.kernels.experimental.launches.architecture_of`."""
 
 
 CARDS = {

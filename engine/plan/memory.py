@@ -39,8 +39,8 @@ from redi.engine.plan.types import StepMemory
 from redi.engine.train.generation_accuracy import HeldOutProblems
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
 from redi.engine.train.step import clip, forward_backward
-from redi.kernels.chunked import gpu_workspace, padded
-from redi.kernels.launches import fastest_backend
+from redi.kernels.chunk_sizes import gpu_workspace, padded
+from redi.kernels.experimental.launches import fastest_backend
 from redi.kernels.logprobs import GPU_KEEP_SHARE
 from redi.kernels.reference import accumulation_dtype
 
@@ -145,9 +145,9 @@ def phase_peaks(
     model = build_model(recipe.model.path or "", config, "varlen")
     model.train()
     section = recipe.objective
-    exponentials = _takes_exponentials(recipe, card, dtype, config.hidden_size)
+    exp_gemm = _uses_exp_gemm(recipe, card, dtype, config.hidden_size)
     filters = section.filter_epsilon > 0
-    objective = PackedLoss(replace(section, backend="torch-exp" if exponentials else "torch"))
+    objective = PackedLoss(replace(section, backend="torch"))
     if section.kind.reference:
         traces = int(load.pack.sequence_ids.max()) + 1
         objective = replace(objective, reference=torch.zeros(traces))
@@ -157,7 +157,7 @@ def phase_peaks(
     with _ranks(ranks):
         shard(student, replace(recipe.shard, compile=False), dtype, device)
         tracker = MemoryTracker(
-            _loss_memory(load, student.head.weight.shape, dtype, exponentials, filters, card)
+            _loss_memory(load, student.head.weight.shape, dtype, exp_gemm, filters, card)
         )
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             student.to_empty(device=device)
@@ -186,13 +186,13 @@ def _loss_memory(
     load: Load,
     head: torch.Size,
     dtype: torch.dtype,
-    exponentials: bool,
+    exp_gemm: bool,
     filters: bool,
     card: Card,
 ) -> LossMemory:
     vocab, hidden_size = head
-    buffer_dtype = dtype if exponentials else accumulation_dtype(dtype)
-    in_place = exponentials or dtype == accumulation_dtype(dtype)  # as `keep_chunks` has it
+    buffer_dtype = dtype if exp_gemm else accumulation_dtype(dtype)
+    in_place = exp_gemm or dtype == accumulation_dtype(dtype)  # as in `keep_chunks`
     worst = LossMemory(0, 0, 0, 0)
     for tokens in load.targets:
         workspace = gpu_workspace(
@@ -210,10 +210,10 @@ def _loss_memory(
     return worst
 
 
-def _takes_exponentials(recipe: Recipe, card: Card, dtype: torch.dtype, hidden_size: int) -> bool:
+def _uses_exp_gemm(recipe: Recipe, card: Card, dtype: torch.dtype, hidden_size: int) -> bool:
     """Whether the loss stores a chunk's exponentials instead of its logits."""
     if recipe.objective.filter_epsilon:
-        return True
+        return recipe.objective.backend != "torch"
     backend = recipe.objective.backend
     if backend == "auto":
         backend = fastest_backend(card.architecture, dtype, hidden_size)

@@ -28,13 +28,7 @@ PARTS = {
 Phase = tuple[Any, ...]
 """Name of a part of a step, chosen by the caller that runs the step."""
 
-_CHUNKED = {
-    "redi_loss",
-    "filtered_redi_loss",
-    "signed_cross_entropy",
-    "linear_logprobs",
-    "linear_logprobs_backward",
-}
+_CHUNKED = {"signed_cross_entropy", "linear_logprobs", "linear_logprobs_backward"}
 """Ops that process the vocabulary in chunks."""
 
 

@@ -34,7 +34,6 @@ from redi.engine.train.preflight import Preflight, check_before_data
 from redi.engine.train.prepare_data import (
     PreparedData,
     check_positions,
-    check_weights_are_one,
     prepare_data,
 )
 from redi.engine.train.run_folder import (
@@ -96,7 +95,14 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         console.say(finished_already)
         return True
     before.check_not_shortened(total, old_total, run_dir)
-    _check_data(recipe, data, found.config)
+    check_positions(
+        data.tokens,
+        data.examples.lengths,
+        data.examples.units,
+        found.config,
+        'set data.max_tokens = {} with data.overlong = "drop" or "truncate", or raise '
+        "model.max_position_embeddings",
+    )
     cost = training_cost(found.config)
     overview = data.summarize(recipe.train.row_tokens, world.size, cost)
     show(overview, str(run_dir), console)
@@ -129,19 +135,6 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
             f"{run_dir}: {error}; the same command resumes from the newest complete checkpoint"
         ) from error
     return finished
-
-
-def _check_data(recipe: Recipe, data: PreparedData, config: Any) -> None:
-    check_positions(
-        data.tokens,
-        data.examples.lengths,
-        data.examples.units,
-        config,
-        'set data.max_tokens = {} with data.overlong = "drop" or "truncate", or raise '
-        "model.max_position_embeddings",
-    )
-    if recipe.objective.filter_epsilon:
-        check_weights_are_one(data)
 
 
 def _recipe_warnings(recipe: Recipe, config: Any) -> list[str]:

@@ -143,15 +143,3 @@ def check_positions(
             f"{positions} positions ({len(over)} of {len(traces)} traces are): "
             f"{advice.format(positions)}"
         )
-
-
-def check_weights_are_one(data: PreparedData) -> None:
-    """A filter knows REDI's own weights alone."""
-    used = np.unique(data.examples.units)
-    weighted = used[data.tokens.weights[used] != 1]
-    if len(weighted):
-        raise InputError(
-            f"{data.tokens.where(int(weighted[0]))}: its weight is "
-            f"{data.tokens.weights[weighted[0]]:g}, and objective.filter_epsilon is for traces of "
-            f"weight 1 ({len(weighted)} of {len(used)} traces have another): leave it out"
-        )

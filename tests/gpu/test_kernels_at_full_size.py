@@ -32,7 +32,7 @@ from redi.kernels import (
     segment_sum,
     signed_cross_entropy,
 )
-from redi.kernels.chunked import buffer_rows, default_chunk_tokens, padded
+from redi.kernels.chunk_sizes import buffer_rows, default_chunk_tokens, padded
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,7 +112,7 @@ def test_a_filter_is_exact_at_0_and_within_its_bound_beyond_at_full_size(size: i
     case = make_row(SCALE.tokens, SCALE.hidden[size])
     index = case.valid_index
     filtered = partial(
-        filtered_redi_loss, backend="triton-exp", valid_index=index, num_weighted=len(index)
+        filtered_redi_loss, backend="triton-exp", valid_index=index, num_with_grad=len(index)
     )
     _, exact = exact_in_chunks(case)
     with syncs_forbidden():

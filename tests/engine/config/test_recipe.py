@@ -98,7 +98,7 @@ MISTAKES = {
     "[data]\npath = 'a'\nmixing_weights = 2\n": "mixing_weights: needs a list of numbers, got 2",
     "[data]\ndataset_mixer = [1]\n": "did you mean data.mixing_weights?",
     "[data]\nteacher_weights.gpt-4.1 = 1\n": 'a name with a dot needs quotes: "gpt-4.1"',
-    "[data]\nteacher_weights = { r1 = 0 }\n": "data.teacher_weights.r1 must be finite and > 0",
+    "[data]\nteacher_weights = { r1 = 0 }\n": "data.teacher_weights.r1 must be > 0",
     "[data]\nteacher_weights = 3\n": "needs a table of numbers such as { r1 = 2.0 }, got 3",
     "[train]\nbatch = 0\n": "train.batch must be >= 1, got 0",
     "[train]\nbatch = 1.5\n": "train.batch: needs a whole number, got 1.5",
@@ -127,7 +127,7 @@ OVERRIDES = {
     ("--train.batch", "many"): "train.batch: needs a whole number, got many",
     ("--model", "folder"): "model is a section, not a key; it has model.path, model.tokenizer",
     ("--data.teacher_weights.gpt-4.1", "x"): "data.teacher_weights.gpt-4.1: needs a number, got x",
-    ("--data.teacher_weights.gpt-4.1", "-2"): "teacher_weights.gpt-4.1 must be finite and > 0",
+    ("--data.teacher_weights.gpt-4.1", "-2"): "teacher_weights.gpt-4.1 must be > 0",
     ("--data.teacher_weights.gpt-4.1",): "needs a number, got nothing",
     ("--train.batch", "-2"): "train.batch must be >= 1, got -2",
 }

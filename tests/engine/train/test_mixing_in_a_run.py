@@ -53,7 +53,7 @@ def test_a_run_trains_and_tells_its_draws_and_resumes_bit_equal_with_the_same_we
     shutil.rmtree(run / "export")
     shutil.rmtree(run / "checkpoints" / "step-4")
     assert main(["train", path]) == 0
-    assert "going on after step 3" in capsys.readouterr().err
+    assert "resumes after step 3" in capsys.readouterr().err
     assert (run / "export" / "model.safetensors").read_bytes() == exported
     assert [line["loss"] for line in steps(run)] == [line["loss"] for line in lines]
 

@@ -185,7 +185,7 @@ def test_a_signal_saves_and_exits_75_and_says_how_to_go_on(
     assert run.end(SOON) == 75, run.stderr
     assert run.stderr.count("stopping: this step is finished and saved first") == 1
     assert ("Ctrl-C again leaves at once" in run.stderr) == (number == signal.SIGINT)
-    assert "the same command goes on from here" in run.stderr
+    assert "the same command resumes from here" in run.stderr
     assert "Traceback" not in run.stderr
     assert main(["train", str(path)]) == 0
     same(run_dir)
@@ -328,7 +328,7 @@ def test_a_finished_run_is_lengthened_and_ends_as_a_straight_one(
     assert main(["train", str(short), "--train.max_steps", str(STEPS)]) == 0
     said = capsys.readouterr().err
     assert f"lengthened from {SHORT} to {STEPS} steps" in said
-    assert f"going on after step {SHORT}" in said
+    assert f"resumes after step {SHORT}" in said
     assert "optim.schedule" not in said
     assert_equal_runs(tmp_path / "run", straight, steps)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -395,7 +395,7 @@ def test_more_epochs_keep_the_first_warm_up_and_warn_of_a_rate_that_had_ended(
     left = [3 * first - step for step in range(first, 3 * first)]
     assert rates[first:] == pytest.approx([1e-3 * n / (3 * first - warmup) for n in left])
     said = " ".join(capsys.readouterr().err.split())
-    assert f'optim.schedule = "linear" had ended at 0 after step {first}' in said
+    assert f'optim.schedule = "linear" had reached 0 after step {first}' in said
 
 
 @pytest.mark.slow

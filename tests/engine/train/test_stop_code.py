@@ -50,7 +50,7 @@ def test_a_stopped_run_is_not_exported_by_the_command_that_follows(
 
     said = stop(process, has_steps)
     assert process.returncode == 75, said
-    assert "the same command goes on" in said
+    assert "the same command resumes" in said
     assert not list((tmp_path / "run").glob("export*"))
 
 

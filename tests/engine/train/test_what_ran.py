@@ -85,10 +85,11 @@ def test_every_layer_of_a_real_run_has_packed_attention_on_each_rank(
         assert found["masks"] == 0, "a mask was built"
         assert found["packed"] >= 2 * LAYERS
     ran = json.loads((tmp_path / "run" / "manifest.json").read_text())["ran"]
-    loss = {"redi_loss": ["torch"]}
+    ops = ("token_weights", "signed_cross_entropy", "segment_sum")
+    loss = {op: ["torch"] for op in ops}
     one = {"attention": "sdpa", "attention_calls": LAYERS, "loss": loss, "liger": {}}
     assert ran == [one] * ranks
-    assert f"ran: attention sdpa in {LAYERS} layers; loss redi_loss (torch)" in done.stderr
+    assert f"ran: attention sdpa in {LAYERS} layers; loss token_weights (torch)" in done.stderr
 
 
 def test_an_empty_model_leaves_the_configuration_of_another_alone(world: Path) -> None:

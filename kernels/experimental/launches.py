@@ -1,8 +1,8 @@
-"""The launch table: which launch of `exponentials_triton` on which GPU, and whether it pays.
+"""The launch table: which launch of `exp_gemm_triton` on which GPU, and whether it is faster.
 
 Committed (`launches.json`) and not searched for at run time: a choice that varied by run or rank
-would break bitwise resume. `python -m redi.bench.tune` measures on a card and writes entries; what
-ships unmeasured says so, and never makes `backend="auto"` choose "triton-exp".
+would break bitwise resume. `python -m redi.bench.tune` measures on a card and writes entries; an
+entry without a measurement never makes `backend="auto"` choose "triton-exp".
 """
 
 import json
@@ -20,9 +20,9 @@ TABLE = Path(__file__).with_name("launches.json")
 
 @dataclass(frozen=True)
 class Launch:
-    """Of the logits product with exponentials, `exponentials_triton.exponentials_kernel`.
+    """Of `exp_gemm_triton.exp_gemm_kernel`.
 
-    A filter leaves out tiles of these rows and columns: with another launch it is another filter.
+    A filter leaves out tiles of these rows and columns, so its result depends on the launch.
     """
 
     rows: int
@@ -32,13 +32,13 @@ class Launch:
     """Of D that one step of a tile's product takes."""
     warps: int
     stages: int
-    """Steps whose operands are under way or at hand in shared memory."""
+    """Steps whose operands are in shared memory or on the way there."""
     group: int
     """Blocks of rows, at most, that share a walk over the columns."""
     flatten: bool
-    """Whether the next tile's operands are fetched during the epilogue. (Not with a filter: its
-    epilogue then needs more registers than there are.)"""
-    live_width: int
+    """Whether the next tile's operands are fetched during the epilogue. (Not with a filter: that
+    needs more registers than there are.)"""
+    kept_width: int
     """Columns of a tile of a filtered product, `filter_triton.py`."""
 
 
@@ -65,7 +65,7 @@ def read_table(path: Path = TABLE) -> list[Entry]:
 
 
 def write_entry(entry: Entry, path: Path = TABLE) -> None:
-    """Put an entry in a file, in the place of the one with its key if there is one."""
+    """Put an entry in a file; it replaces the one with its key."""
 
     def key(row: Entry) -> tuple[str, str, int]:
         return row.architecture, row.dtype, row.hidden

@@ -1,12 +1,12 @@
-"""The two products over live tiles alone, in Triton: what `filter.py` has as masked products.
+"""The two products over kept tiles alone, in Triton: masked products in `filter.py`.
 
 Both are persistent: as many programs as processors go through the tiles of the result, each a loop
-over a list of live tiles of E. The lists are made on the device by sorting (live ones first), so
-the host learns nothing and waits for nothing. Operands come by tensor descriptors (TMA).
+over a list of kept tiles of E. The lists are made on the device by sorting (kept ones first), so
+the host never waits. Operands are loaded by tensor descriptors (TMA).
 
 The tiles of a result differ in work. Those of dW come in the vocabulary's order, that is with the
 busiest first, and those of dX are sorted so; dealt out in turn, no program gets much more than
-another. Beyond the first columns a tile of dW has no live tile at all and is not touched.
+another. Beyond the first columns a tile of dW has no kept tile at all and is not touched.
 """
 
 import torch
@@ -14,26 +14,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redi.kernels.filter import LiveTiles
-from redi.kernels.launches import launch_for
+from redi.kernels.experimental.filter import KeptTiles
+from redi.kernels.experimental.launches import launch_for
 from redi.kernels.triton_common import aligned, descriptor, dot, processors
 
 # Rows of a tile of a result; its width is the launch table's.
 ROWS = 128
-# Of the dimension that is summed over, one step takes so many.
+# One step takes so many of the dimension that is summed over.
 DEPTH = 64
 # What a step loads depends on an index that is itself loaded, and Triton spreads the stages over
 # both: of 7 the operands get 4, on Hopper 4 x 48 KiB.
 WARPS, STAGES = 8, 7
 
 
-def multiply_live_columns(matrix: Tensor, weight: Tensor, tiles: LiveTiles, out: Tensor) -> None:
-    """`filter.multiply_live_columns`; `matrix` as `exponentials` wants its `out`."""
-    found, counts = _live_first(tiles.live)
+def multiply_kept_columns(matrix: Tensor, weight: Tensor, tiles: KeptTiles, out: Tensor) -> None:
+    """`filter.multiply_kept_columns`; `matrix` is an `out` of `exp_gemm`."""
+    found, counts = _kept_first(tiles.kept)
     rows = min(ROWS, tiles.rows)
-    width = launch_for(weight).live_width
+    width = launch_for(weight).kept_width
     with torch.cuda.device_of(matrix):
-        multiply_live_columns_kernel[(processors(matrix.device),)](
+        multiply_kept_columns_kernel[(processors(matrix.device),)](
             descriptor(matrix, rows, DEPTH),
             descriptor(aligned(weight), DEPTH, width),
             out,
@@ -53,14 +53,14 @@ def multiply_live_columns(matrix: Tensor, weight: Tensor, tiles: LiveTiles, out:
         )
 
 
-def add_live_rows(matrix: Tensor, x: Tensor, tiles: LiveTiles, order: Tensor, out: Tensor) -> None:
-    """`filter.add_live_rows`; `matrix` as `exponentials` wants its `out`."""
-    found, counts = _live_first(tiles.live.T)
+def add_kept_rows(matrix: Tensor, x: Tensor, tiles: KeptTiles, order: Tensor, out: Tensor) -> None:
+    """`filter.add_kept_rows`; `matrix` is an `out` of `exp_gemm`."""
+    found, counts = _kept_first(tiles.kept.T)
     rows = min(ROWS, tiles.columns)
     depth = min(DEPTH, tiles.rows)
-    width = launch_for(x).live_width
+    width = launch_for(x).kept_width
     with torch.cuda.device_of(matrix):
-        add_live_rows_kernel[(processors(matrix.device),)](
+        add_kept_rows_kernel[(processors(matrix.device),)](
             descriptor(matrix, depth, rows),
             descriptor(aligned(x), depth, width),
             out,
@@ -80,23 +80,23 @@ def add_live_rows(matrix: Tensor, x: Tensor, tiles: LiveTiles, order: Tensor, ou
         )
 
 
-def _live_first(live: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row the indices [n, m] of what is live, in order and first; and how many [n]."""
-    live = live.int().contiguous()
-    found = live.argsort(dim=1, descending=True, stable=True).int()
-    return found, live.sum(1, dtype=torch.int32)
+def _kept_first(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row the indices [n, m], those of kept tiles first and in order; their number [n]."""
+    kept = kept.int().contiguous()
+    found = kept.argsort(dim=1, descending=True, stable=True).int()
+    return found, kept.sum(1, dtype=torch.int32)
 
 
 @triton.jit(do_not_specialize=["found_stride", "num_rows"])
-def multiply_live_columns_kernel(
+def multiply_kept_columns_kernel(
     matrix,  # descriptor of [C, V], blocks [ROWS, DEPTH]
     weight,  # descriptor of [V, D], blocks [DEPTH, WIDTH]
     out,  # [C, D] float32, out
     out_stride,
-    block_order,  # [blocks] int64: blocks of rows, those with most live tiles first
-    found,  # [blocks, tiles] int32: each block's tiles, the live ones first
+    block_order,  # [blocks] int64: blocks of rows, those with most kept tiles first
+    found,  # [blocks, tiles] int32: each block's tiles, the kept ones first
     found_stride,
-    counts,  # [blocks] int32: how many are live
+    counts,  # [blocks] int32: how many are kept
     num_rows,  # C
     width,  # D
     BLOCK_ROWS: tl.constexpr,  # of a tile of the matrix
@@ -127,15 +127,15 @@ def multiply_live_columns_kernel(
 
 
 @triton.jit(do_not_specialize=["found_stride", "vocab"])
-def add_live_rows_kernel(
+def add_kept_rows_kernel(
     matrix,  # descriptor of [C, V], blocks [DEPTH, ROWS]
     x,  # descriptor of [C, D], blocks [DEPTH, WIDTH]
     out,  # [V, D] float32, added to
     out_stride,
     order,  # [V] int64: which row of `out` a column of the matrix belongs to
-    found,  # [tiles, blocks] int32: blocks of rows of each tile of columns, the live ones first
+    found,  # [tiles, blocks] int32: blocks of rows of each tile of columns, the kept ones first
     found_stride,
-    counts,  # [tiles] int32: how many are live
+    counts,  # [tiles] int32: how many are kept
     vocab,  # V
     width,  # D
     BLOCK_ROWS: tl.constexpr,  # of a tile of the matrix
@@ -164,7 +164,7 @@ def add_live_rows_kernel(
             word = part * ROWS + tl.arange(0, ROWS)
             inside = word < vocab
             row = tl.load(order + word, mask=inside, other=0)
-            # By quarters: the registers do not hold all places and old values beside the sums.
+            # By quarters: the registers do not hold all places and old values next to the sums.
             a, b = sums.reshape(ROWS, 2, WIDTH // 2).permute(0, 2, 1).split()
             aa, ab = a.reshape(ROWS, 2, WIDTH // 4).permute(0, 2, 1).split()
             ba, bb = b.reshape(ROWS, 2, WIDTH // 4).permute(0, 2, 1).split()

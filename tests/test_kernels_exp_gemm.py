@@ -1,12 +1,17 @@
-"""The backends that take the exponentials inside the logits product: what naive ones get wrong.
+"""The backend that takes the exponentials inside the logits product: what naive ones get wrong.
 
-The other tests of the loss ops run for these backends too, among the slow ones.
+Each test runs with the Triton kernels and with the same in plain PyTorch. The other tests of the
+loss ops run for this backend too, among the slow ones.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+
+pytest.importorskip("triton")
+
+import exp_gemm_plain
 import torch
 import torch.nn.functional as F
 from kernel_cases import (
@@ -26,9 +31,13 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from redi.kernels import exponentials, linear_logprobs, redi_loss, reference, signed_cross_entropy
+from redi.kernels import linear_logprobs, redi_loss, reference, signed_cross_entropy
+from redi.kernels.experimental import exp_gemm_triton
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(not EXP_TARGETS, reason="Triton has neither a card nor its interpreter"),
+]
 
 BF16 = torch.bfloat16
 
@@ -43,10 +52,12 @@ SHARP = ("random", "confident", "logp -80")
 OTHERS = [kind for kind in LOGITS if kind not in SHARP]
 
 
-@pytest.fixture(params=EXP_TARGETS, ids="-".join)
-def target(request: pytest.FixtureRequest) -> Target:
+@pytest.fixture(params=["triton", "plain"])
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
     """Hides the fixture of all backends."""
-    return request.param
+    if request.param == "plain":
+        monkeypatch.setattr(exp_gemm_triton, "exp_gemm", exp_gemm_plain.exp_gemm)
+    return EXP_TARGETS[0]
 
 
 def of_tokens(case: Case, backend: str, **options: object) -> tuple[Tensor, Gradients]:
@@ -185,7 +196,7 @@ def test_masked_tokens_and_tokens_of_weight_zero_get_log_probs_and_no_gradient(
     for options in (
         {},
         {"valid_index": index},
-        {"valid_index": ordered, "num_weighted": int(weighted.sum()), "chunk_tokens": 9},
+        {"valid_index": ordered, "num_with_grad": int(weighted.sum()), "chunk_tokens": 9},
     ):
         out, got = run(redi_loss, case, backend=target.backend, **options)
         assert not violations(got, case, exact)
@@ -251,27 +262,31 @@ def test_the_rule_rejects_naive_versions(monkeypatch: pytest.MonkeyPatch) -> Non
     def rejected(got: Gradients, case: Case) -> bool:
         return "dweight" in {text.split(":")[0] for text in violations(got, case, oracle(case)[1])}
 
-    def torch_exp(case: Case) -> Gradients:
-        return run(redi_loss, case, backend="torch-exp")[1]
+    monkeypatch.setattr(exp_gemm_triton, "exp_gemm", exp_gemm_plain.exp_gemm)
+    device = EXP_TARGETS[0].device
 
-    cases = {logits: make_case(BF16, logits=logits) for logits in LOGITS}
+    def plain(case: Case) -> Gradients:
+        return run(redi_loss, case, backend="triton-exp")[1]
+
+    cases = {logits: make_case(BF16, logits=logits, device=device) for logits in LOGITS}
     for case in cases.values():
-        assert not rejected(torch_exp(case), case)
+        assert not rejected(plain(case), case)
     assert not rejected(naive(cases["random"]), cases["random"])  # right: nothing is extreme
     assert rejected(naive(cases["confident"]), cases["confident"])
     assert rejected(naive(cases["beyond 80"], upper_bound=True), cases["beyond 80"])
 
     def is_needed(name: str, instead: object, *cases: Case) -> None:
         for case in cases:
-            assert not rejected(torch_exp(case), case)
+            assert not rejected(plain(case), case)
             with monkeypatch.context() as patch:
-                patch.setattr(exponentials, name, instead)
-                assert rejected(torch_exp(case), case), name
+                patch.setattr(exp_gemm_plain, name, instead)
+                assert rejected(plain(case), case), name
 
     far = "beyond 80", "logp -80", "logp -500"
     is_needed("LARGEST_SUM", torch.inf, *(cases[kind] for kind in far))
     is_needed("SMALL_SHARE", -1.0, cases["confident"])  # R as the tile's sum less e_y
     alike = [
-        make_case(BF16, **CANCELLING, logits=k) for k in ("confident", "logp -80", "logp -500")
+        make_case(BF16, **CANCELLING, logits=k, device=device)
+        for k in ("confident", "logp -80", "logp -500")
     ]
     is_needed("_mantissa", torch.ones_like, *alike)

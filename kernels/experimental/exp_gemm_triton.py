@@ -1,15 +1,41 @@
 """The logits product with the exponential in its epilogue, in Triton: no pass over logits.
 
-The formulas are those of `exponentials.exponentials`. The steps of a chunk, all on one stream and
-without a word to the host:
+The softmax of a row needs its maximum and its sum before an entry can be final, hence the passes
+of `softmax.softmax` over fp32 logits. Here the product's epilogue stores E = bf16(m exp(z - c))
+with a shift c and a factor m known beforehand, and sums of each tile; the division by the row's
+sum S moves to the small operands of the other two products:
+
+    dZ = v (E - S onehot),   v = u / S
+    dX = v (E' W + residue W_y),   dW = E'^T (v X),   E' = E with -R rounded at the target,
+
+where R = S - e_y is the sum over the other columns, and `residue` what rounding took from -R. u is
+the token's weight (`softmax.effective_weights`), W_y the target's row of the lm_head.
+
+Four things make it exact, and versions without them fail the tests (`tests/exp_gemm_plain.py` is
+the same in plain PyTorch):
+
+- The shift is the target's logit z_y, so c <= L, the row's log-sum-exp, and S >= 1. An upper
+  bound of L, as Cauchy-Schwarz gives, exceeds it by hundreds on real states: all of E would be 0.
+  Where c is so far below L that S exceeds `LARGEST_SUM`, the row is computed again with its
+  maximum as the shift.
+- m in [1, 2) is the mantissa of the token's weight. Where one token of the vocabulary has nearly
+  all the probability, S is nearly m and v a power of two, so v X is not rounded. (A plain loss
+  needs none of this, as p - onehot is nearly 1 or -1 there. It shows where hidden states are alike
+  and the gradients of positive and negative traces cancel.)
+- R is summed without the target, as e_y >= 1 would hide it where the target is nearly certain.
+- The target's entry is rounded *inside* both products. To leave e_y in E and subtract S there in
+  float32 afterwards looks more exact, and leaves the rounding of v X, 2^-9 u X, in dW, which for a
+  nearly certain token is far more than its gradient.
+
+The steps of a chunk, all on one stream; the host never waits:
 
 1. `target_logits_kernel`: the shift z_y and log2 m, one program a row.
-2. `exponentials_kernel`: persistent programs, one an SM, go through the tiles of X W^T; operands
-   come and E goes by tensor descriptors (TMA). The epilogue does no more than exp2, row sums, the
-   store, and a mask that the last tile of columns alone needs: what it held beyond that (picking
-   out the target, a maximum) would not fit the registers beside 128 x 256 sums. For a filter
-   (`filter.py`) it goes over the first tiles, the likeliest ones, and then over the others, of
-   which it does not write those that hold too little even beside the first ones alone.
+2. `exp_gemm_kernel`: persistent programs, one an SM, go through the tiles of X W^T; operands and E
+   move by tensor descriptors (TMA). The epilogue does only exp2, row sums, the store, and a mask
+   that only the last tile of columns needs: more (picking out the target, a maximum) would not fit
+   the registers next to 128 x 256 sums. For a filter (`filter.py`) it computes the first tiles,
+   the likeliest ones, and then the others, of which it does not write those that hold too little
+   compared with the first ones alone.
 3. `finalise_kernel`, one program a row: log-prob, factor, the target's entry.
 4. Repair: 2 and 3 again on the blocks of rows in which a row's sum was out of bounds, first for
    the rows' maxima, then with these as shifts. The list of such blocks and its length stay on the
@@ -23,9 +49,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redi.kernels.exponentials import CONFIDENT, LARGEST_SUM, SMALL_SHARE
-from redi.kernels.launches import Launch, launch_for
-from redi.kernels.rows import GradientRows, TileSums, TokenWeights
+from redi.kernels.experimental.filter import TiledRows, TileSums
+from redi.kernels.experimental.launches import Launch, launch_for
 from redi.kernels.triton_common import (
     aligned,
     apply_coefficient,
@@ -34,56 +59,79 @@ from redi.kernels.triton_common import (
     log1p,
     processors,
     round_to,
-    token_weight,
-    weight_arguments,
 )
 
-# As Triton sees them: a kernel may use a module's constants only where they are constexpr.
+# A row whose sum is larger is computed again. Its v = u / S times a hidden state's entry must stay
+# above bfloat16's smallest number, 2^-126, which leaves 34 powers of two to u x. (Beyond, all
+# values stay finite while the gradient silently vanishes.)
+LARGEST_SUM = 2.0**92
+
+# R's share in the target's tile is taken from E, rounded, where it is below this, and otherwise as
+# the tile's float32 sum less e_y. Roundings of E are 2^-9 of the share, which a large share would
+# show in the log-prob; the difference has e_y's own error, 1e-5, too much for a small one.
+SMALL_SHARE = 2.0**-6
+
+# Where R is a smaller part of S than this the log-prob is - log1p(R / e_y).
+CONFIDENT = 2.0**-8
+
+# A kernel may use a module's constants only if they are constexpr.
 _LARGEST_SUM = tl.constexpr(LARGEST_SUM)
 _SMALL_SHARE = tl.constexpr(SMALL_SHARE)
 _CONFIDENT = tl.constexpr(CONFIDENT)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
-# Tiles of columns by which a filter knows what a row's total is at least: in a trial on SmolLM2's
+# A filter bounds a row's total from below by so many tiles of columns: in a trial on SmolLM2's
 # states they spared 91 % of the stores that could be spared, the target alone 4 %.
 FIRST_TILES = 4
 
 
-def exponentials(
+def exp_gemm(
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
     targets: Tensor,
-    weights: TokenWeights | None,
+    weights: Tensor | None,
     *,
     coefficient: str,
     logps: Tensor,
     out: Tensor,
     epsilon: float | None = None,
     launch: Launch | None = None,
-) -> GradientRows | None:
-    """`exponentials.exponentials` in a few launches; its arguments, and these differences.
+) -> TiledRows | None:
+    """Log-probs of the targets and, given weights, the gradient of the loss by the logits.
 
     Args:
-        out: rows begin at multiples of 16 bytes, the first one too.
+        hidden: [C, D] bfloat16, the chunk's hidden states.
+        weight: [V, D] bfloat16, the lm_head. If its rows do not begin at multiples of 16 bytes, or
+            without unit stride along D, it is copied first.
+        tokens: [C] int64: the position in the packed row of each row.
+        targets: [T] int64; in [0, V) at `tokens`.
+        weights: [T] float32, or None for log-probs alone.
+        coefficient: "weight", "dft" or "unlikelihood"; see `softmax.effective_weights`.
+        logps: [T] float32, written at `tokens`; never above 0.
+        out: [C, V] bfloat16, unit stride along V, rows at multiples of 16 bytes, overwritten: the
+            gradient's matrix.
+        epsilon: of a filter: the gradient comes with its `tiles`, and a tile that is certain to be
+            left out need not be written. None: every tile is.
         launch: None takes that of the table.
 
-    An lm_head whose rows do not begin so, or without unit stride along D, is copied first.
+    Returns:
+        The gradient in parts, its matrix `out`; None without weights.
     """
     launch = launch or launch_for(weight)
     hidden, weight = aligned(hidden), aligned(weight)
     rows, vocab = out.shape
     tiles = triton.cdiv(vocab, launch.columns)
     new = partial(torch.empty, dtype=torch.float32, device=hidden.device)
-    z_target, lifts, factors, residues = (new(rows) for _ in range(4))
+    z_target, log2_scale, factors, residues = (new(rows) for _ in range(4))
     # A row's stride that is a multiple of 16 is one thing less to compile for.
     sums = new(rows, triton.cdiv(tiles, 16) * 16)[:, :tiles]
     outside = torch.empty(rows, dtype=torch.int32, device=hidden.device)
     totals = None if epsilon is None or weights is None else new(rows)
-    multiply = partial(_multiply, hidden, weight, out, lifts, sums, launch)
+    multiply = partial(_multiply, hidden, weight, out, log2_scale, sums, launch)
 
     where = tokens.contiguous(), targets.contiguous()
-    weighing = weight_arguments(weights)
+    weights = None if weights is None else weights.contiguous()
 
     def finalise(shifts: Tensor, redone: Tensor | None) -> None:
         finalise_kernel[(rows,)](
@@ -96,14 +144,14 @@ def exponentials(
             *where,
             z_target,
             shifts,
-            lifts,
+            log2_scale,
             logps,
             outside if redone is None else None,
             redone,
             None if weights is None else factors,
             None if weights is None else residues,
             totals,
-            *weighing,
+            weights,
             COEFFICIENT=coefficient,
             BLOCK_ROWS=launch.rows,
             BLOCK_COLUMNS=launch.columns,
@@ -120,9 +168,8 @@ def exponentials(
             hidden.shape[1],
             *where,
             z_target,
-            lifts,
-            *weighing,
-            WEIGHTED=weights is not None,
+            log2_scale,
+            weights,
             BLOCK=1024,
             num_warps=4,
         )
@@ -131,9 +178,9 @@ def exponentials(
         else:
             multiply(z_target, last_tile=FIRST_TILES)
             # A row's total is at least its target's exponential, m, and the sum of the first tiles.
-            # A tenth less, so that a live tile has been written for sure: the total has the
-            # target's logit from a dot of its own, which differs a little from the product's.
-            at_least = torch.maximum(lifts.exp2(), sums[:, :FIRST_TILES].sum(1))
+            # A tenth less, so that every kept tile is certain to be written: the total has the
+            # target's logit from a separate dot, which differs a little from the product's.
+            at_least = torch.maximum(log2_scale.exp2(), sums[:, :FIRST_TILES].sum(1))
             skipping = 0.9 * epsilon * at_least, (targets[tokens] // launch.columns).int()
             multiply(z_target, first_tile=FIRST_TILES, skipping=skipping)
         finalise(z_target, None)
@@ -149,15 +196,15 @@ def exponentials(
         finalise(shifts, redone)
     if weights is None:
         return None
-    held = None if totals is None else TileSums(sums, totals, launch.rows, launch.columns)
-    return GradientRows(out, factors, residues, held)
+    tiles_held = None if totals is None else TileSums(sums, totals, launch.rows, launch.columns)
+    return TiledRows(out, factors, residues, tiles_held)
 
 
 def _multiply(
     hidden: Tensor,
     weight: Tensor,
     out: Tensor,
-    lifts: Tensor,
+    log2_scale: Tensor,
     sums: Tensor,
     launch: Launch,
     shifts: Tensor,
@@ -168,13 +215,13 @@ def _multiply(
     repair: tuple[Tensor, Tensor] | None = None,
     maxima: bool = False,
 ) -> None:
-    """Launch `exponentials_kernel`, one program a processor."""
-    exponentials_kernel[(processors(hidden.device),)](
+    """Launch `exp_gemm_kernel`, one program per processor."""
+    exp_gemm_kernel[(processors(hidden.device),)](
         descriptor(hidden, launch.rows, launch.depth),
         descriptor(weight, launch.columns, launch.depth),
         descriptor(out, launch.rows, launch.columns),
         shifts,
-        lifts,
+        log2_scale,
         sums,
         sums.stride(0),
         *(skipping or (None, None)),
@@ -195,13 +242,8 @@ def _multiply(
     )
 
 
-# What a kernel reads one entry of may lie anywhere: Triton would else compile anew for odd chunks.
-@triton.jit(
-    do_not_specialize=["num_sequences"],
-    do_not_specialize_on_alignment=[
-        *("tokens", "targets", "weights", "cu_seqlens", "signs", "lengths"),
-    ],
-)
+# Single entries are read of these: see `softmax_triton.softmax_kernel`.
+@triton.jit(do_not_specialize_on_alignment=["tokens", "targets", "weights"])
 def target_logits_kernel(
     hidden,  # [C, D]
     hidden_stride,
@@ -211,15 +253,8 @@ def target_logits_kernel(
     tokens,  # [C] int64
     targets,  # [T] int64
     z_target,  # [C] float32, out
-    lifts,  # [C] float32, out: log2 of the weight's mantissa
-    weights,  # [T] float32, or None for those of the sequences:
-    cu_seqlens,  # [S + 1]
-    signs,  # [S]
-    lengths,  # [S]
-    num_sequences,  # S
-    alpha,
-    factor,
-    WEIGHTED: tl.constexpr,  # whether there are weights of either kind
+    log2_scale,  # [C] float32, out: log2 of the weight's mantissa
+    weights,  # [T] float32, or None
     BLOCK: tl.constexpr,
 ):
     """The target's logit of each row, and what its exponentials are multiplied with."""
@@ -233,22 +268,21 @@ def target_logits_kernel(
         w = tl.load(weight + target * weight_stride + columns, mask=columns < depth, other=0.0)
         products += x.to(tl.float32) * w.to(tl.float32)
     tl.store(z_target + row, tl.sum(products, 0))
-    lift = 0.0
-    if WEIGHTED:
-        w = token_weight(token, weights, cu_seqlens, signs, lengths, num_sequences, alpha, factor)
-        bits = w.to(tl.uint32, bitcast=True)
+    log2_m = 0.0
+    if weights is not None:
+        bits = tl.load(weights + token).to(tl.uint32, bitcast=True)
         mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)  # in [1, 2)
-        lift = tl.log2(mantissa)
-    tl.store(lifts + row, lift)
+        log2_m = tl.log2(mantissa)
+    tl.store(log2_scale + row, log2_m)
 
 
 @triton.jit(do_not_specialize=["rows", "most_in_group", "first_tile", "last_tile"])
-def exponentials_kernel(
+def exp_gemm_kernel(
     hidden,  # descriptor of [C, D], blocks [BLOCK_ROWS, BLOCK_DEPTH]
     weight,  # descriptor of [V, D], blocks [BLOCK_COLUMNS, BLOCK_DEPTH]
     e,  # descriptor of [C, V], blocks [BLOCK_ROWS, BLOCK_COLUMNS], out
     shifts,  # [C] float32
-    lifts,  # [C] float32, log2 m
+    log2_scale,  # [C] float32, log2 m
     sums,  # [C, tiles] float32, out: of E, or the largest logit of each tile
     sums_stride,
     skip_below,  # [C] float32: a tile whose rows hold no more is not written; or None
@@ -306,10 +340,10 @@ def exponentials_kernel(
             tl.store(place, tl.max(z, 1), mask=row < rows)
         else:
             shift = tl.load(shifts + row, mask=row < rows, other=0.0)
-            lift = tl.load(lifts + row, mask=row < rows, other=0.0)
+            log2_m = tl.load(log2_scale + row, mask=row < rows, other=0.0)
             # First the difference, which is exact where z is near the shift: equal probabilities
             # are then rounded alike in all rows of one weight.
-            values = tl.exp2((z - shift[:, None]) * _LOG2_E + lift[:, None])
+            values = tl.exp2((z - shift[:, None]) * _LOG2_E + log2_m[:, None])
             # Beyond V logits are 0, and exp(0 - shift) may be anything.
             if first_column + BLOCK_COLUMNS > vocab:
                 values = tl.where(column[None, :] < vocab, values, 0.0)
@@ -325,12 +359,7 @@ def exponentials_kernel(
                 e.store([first_row, first_column], round_to(values, tl.bfloat16))
 
 
-@triton.jit(
-    do_not_specialize=["num_sequences"],
-    do_not_specialize_on_alignment=[
-        *("tokens", "targets", "logps", "weights", "cu_seqlens", "signs", "lengths"),
-    ],
-)
+@triton.jit(do_not_specialize_on_alignment=["tokens", "targets", "logps", "weights"])
 def finalise_kernel(
     e,  # [C, V] bfloat16; with `factors` the target's entry is replaced
     e_stride,
@@ -342,20 +371,14 @@ def finalise_kernel(
     targets,  # [T] int64
     z_target,  # [C] float32
     shifts,  # [C] float32
-    lifts,  # [C] float32
+    log2_scale,  # [C] float32
     logps,  # [T] float32, out
     outside,  # [C] int32, out: whether the row's sum is out of bounds; or None
     redone,  # [blocks of rows]: not 0 where to do anything at all; or None for everywhere
     factors,  # [C] float32, out, or None for log-probs alone
     residues,  # [C] float32, out
     totals,  # [C] float32, out: S; or None
-    weights,  # [T] float32, or None for those of the sequences:
-    cu_seqlens,  # [S + 1]
-    signs,  # [S]
-    lengths,  # [S]
-    num_sequences,  # S
-    alpha,
-    factor,
+    weights,  # [T] float32; along with factors
     COEFFICIENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -371,8 +394,8 @@ def finalise_kernel(
     e_row = e + row * e_stride
     z_y = tl.load(z_target + row)
     from_shift = z_y - tl.load(shifts + row)
-    lift = tl.load(lifts + row)
-    e_target = tl.exp2(from_shift * _LOG2_E + lift)
+    log2_m = tl.load(log2_scale + row)
+    e_target = tl.exp2(from_shift * _LOG2_E + log2_m)
 
     tile = tl.arange(0, BLOCK_TILES)
     target_tile = target // BLOCK_COLUMNS
@@ -380,22 +403,21 @@ def finalise_kernel(
     others = tl.sum(tl.where(tile == target_tile, 0.0, tile_sums), 0)
     difference = tl.sum(tl.where(tile == target_tile, tile_sums, 0.0), 0) - e_target
     column = target_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    beside = (column < vocab) & (column != target)
-    share = tl.sum(tl.load(e_row + column, mask=beside, other=0.0).to(tl.float32), 0)
+    others_in_tile = (column < vocab) & (column != target)
+    share = tl.sum(tl.load(e_row + column, mask=others_in_tile, other=0.0).to(tl.float32), 0)
     rest = others + tl.where(share < _SMALL_SHARE, share, difference)
 
     total = rest + e_target
     logp = tl.where(
         rest < _CONFIDENT * total,
         -log1p(rest / e_target),
-        from_shift - tl.log(total / tl.exp2(lift)),
+        from_shift - tl.log(total / tl.exp2(log2_m)),
     )
     tl.store(logps + token, logp)
     if outside is not None:
         tl.store(outside + row, tl.where(rest <= _LARGEST_SUM, 0, 1))  # NaN too is out of bounds
     if factors is not None:
-        u = token_weight(token, weights, cu_seqlens, signs, lengths, num_sequences, alpha, factor)
-        u, rest = apply_coefficient(u, logp, rest, e_target, COEFFICIENT)
+        u, rest = apply_coefficient(tl.load(weights + token), logp, rest, e_target, COEFFICIENT)
         at_target = round_to(-rest, tl.bfloat16)
         tl.store(e_row + target, at_target)
         tl.store(factors + row, u / total)

@@ -1,8 +1,8 @@
-"""What becomes of one chunk of logits: log-probs, and the gradient in the logits' own storage.
+"""The softmax step of a chunk of logits: log-probs, and the gradient over the logits.
 
-This is the seam between backends. `chunked.py` makes the logits and uses the gradient; between
-them stands a `RowKernel`: `softmax_rows` here, in plain PyTorch, or its twin in
-`softmax_triton.py`. Read this one first: the formulas are the same.
+This is where backends differ. `chunked.py` makes the logits and multiplies the gradient; the
+`SoftmaxKernel` between them is `softmax` here, in plain PyTorch, or its twin in
+`softmax_triton.py`. The formulas are the same: read this one first.
 """
 
 from dataclasses import dataclass
@@ -11,72 +11,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Below this, 1 - p counts as this: the unlikelihood of a token that is certain stays finite, and
-# so does the product of its coefficient, weight / 2^-100, with the (underflowing) other columns.
+# 1 - p counts as at least this: the unlikelihood of a certain token stays finite, and so does the
+# product of its coefficient, weight / 2^-100, with the (underflowing) other columns.
 MIN_ONE_MINUS_P = 2.0**-100
 
-# Rows of logits that go through all the steps of `softmax_rows` before the next ones do, on a
-# CPU: they stay in its second-level cache meanwhile.
+# On a CPU a block of rows goes through all steps at once, so that it stays in the second-level
+# cache.
 CPU_BLOCK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
-class SequenceWeights:
-    """Token weights that depend on a token's sequence s alone, REDI's among them.
-
-    w = factor / |y_s| for sign +1, -alpha factor / |y_s| for sign -1, 0 for sign 0. A backend may
-    work them out where it needs them: no [T] tensor has to exist.
-    """
-
-    cu_seqlens: Tensor
-    """[S + 1] int32 or int64."""
-    signs: Tensor
-    """[S] any integer dtype."""
-    lengths: Tensor
-    """[S] int64: |y_s|, the unmasked targets of each sequence."""
-    alpha: float
-    factor: float
-    """1 / num_pairs, times what else multiplies the gradient."""
-
-    def of_sequences(self, dtype: torch.dtype) -> Tensor:
-        """[S]; 0 for a sequence without unmasked targets."""
-        signs = self.signs.to(dtype)
-        wanted = torch.where(signs < 0, self.alpha * signs, signs) * self.factor
-        return (wanted / self.lengths.clamp(min=1)).masked_fill(self.lengths == 0, 0.0)
-
-    def of_tokens(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """[C]: the weights of the tokens at the positions `tokens` [C]."""
-        ends = self.cu_seqlens[1:].long().contiguous()
-        sequences = torch.searchsorted(ends, tokens, right=True)
-        weights = self.of_sequences(dtype)
-        return torch.cat([weights, weights.new_zeros(1)])[sequences]  # 0 behind the last sequence
-
-
-TokenWeights = Tensor | SequenceWeights
-"""[T] in the accumulation dtype, or a rule for them."""
-
-
-def weights_at(weights: TokenWeights, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C]: the weights of the tokens at the positions `tokens` [C]."""
-    return weights[tokens] if isinstance(weights, Tensor) else weights.of_tokens(tokens, dtype)
-
-
-@dataclass(frozen=True)
-class TileSums:
-    """How the exponentials E of a chunk are spread over the tiles in which they were made."""
-
-    sums: Tensor
-    """[C, tiles] float32: of each row's exponentials in each tile of columns."""
-    totals: Tensor
-    """[C] float32: of each row's exponentials."""
-    rows: int
-    """Of a tile."""
-    columns: int
-
-
-@dataclass(frozen=True)
 class GradientRows:
-    """A chunk's dZ = factors (matrix + residues onehot), in the parts that the products take.
+    """A chunk's gradient by the logits, dZ = factors (matrix + residues onehot).
 
     dX = factors (matrix W + residues W_y) and dW = matrix^T (factors X), W_y the target's row.
     """
@@ -84,35 +30,32 @@ class GradientRows:
     matrix: Tensor
     """[C, V], the operand of both products."""
     factors: Tensor | None = None
-    """[C] float32; None stands for 1."""
+    """[C] float32; None: 1."""
     residues: Tensor | None = None
-    """[C] float32: what the target's entry lost when it was rounded to the matrix's dtype. In dW
-    it is one rounding among many; in dX it would weigh against a sum that nearly cancels."""
-    tiles: TileSums | None = None
-    """Where a filter asked. Tiles that hold too little for it may not have been written."""
+    """[C] float32: what rounding took from the target's entry; None: 0. dW is a sum over tokens
+    and needs no such correction; in dX the rounding would show where the row nearly cancels."""
 
 
-class RowKernel(Protocol):
-    """Signature of `softmax_rows`, which see."""
+class SoftmaxKernel(Protocol):
+    """Signature of `softmax`."""
 
     def __call__(
         self,
         logits: Tensor,
         tokens: Tensor,
         targets: Tensor,
-        weights: TokenWeights | None,
+        weights: Tensor | None,
         *,
         coefficient: str,
         dtype: torch.dtype,
         logps: Tensor,
         entropies: Tensor | None = None,
-        scale: Tensor | None = None,
         dlogits: Tensor | None = None,
     ) -> Tensor | None: ...
 
 
 def token_losses(logps: Tensor, weights: Tensor, coefficient: str) -> Tensor:
-    """Each token's term of the loss; both arguments and the result share one shape and dtype.
+    """Each token's term of the loss; arguments and result have one shape and dtype.
 
     A token of weight 0 contributes 0 whatever its log-prob, -inf included.
     """
@@ -128,9 +71,9 @@ def token_losses(logps: Tensor, weights: Tensor, coefficient: str) -> Tensor:
 def effective_weights(
     weights: Tensor, logps: Tensor, odds_against: Tensor, coefficient: str
 ) -> Tensor:
-    """-d token_losses / d logps: the weight u that makes the gradient of the logits u (p - onehot).
+    """-d token_losses / d logps: the u that makes the gradient by the logits u (p - onehot).
 
-    For dft u = w p. For unlikelihood of w < 0, u = w p / (1 - p), w over the odds against.
+    dft: u = w p. unlikelihood, w < 0: u = w p / (1 - p), that is w over the odds against.
     """
     if coefficient == "dft":
         return weights * logps.exp()
@@ -139,35 +82,33 @@ def effective_weights(
     return weights
 
 
-def softmax_rows(
+def softmax(
     logits: Tensor,
     tokens: Tensor,
     targets: Tensor,
-    weights: TokenWeights | None,
+    weights: Tensor | None,
     *,
     coefficient: str,
     dtype: torch.dtype,
     logps: Tensor,
     entropies: Tensor | None = None,
-    scale: Tensor | None = None,
     dlogits: Tensor | None = None,
 ) -> Tensor | None:
     """Log-probs of the targets and, given weights, the gradient of the loss by the logits.
 
     Args:
-        logits: [C, V] float32 or float64, contiguous rows; destroyed.
-        tokens: [C] int64: which token of the packed row each row of the logits belongs to.
+        logits: [C, V] float32 or float64, contiguous rows; overwritten.
+        tokens: [C] int64: the position in the packed row of each row of the logits.
         targets: [T] int64; in [0, V) at `tokens`.
-        weights: w of the tokens, or None for log-probs alone.
+        weights: [T] in the logits' dtype, or None for log-probs alone.
         coefficient: "weight", "dft" or "unlikelihood"; see `effective_weights`.
         dtype: what the gradient is rounded to, once.
         logps: [T] in the logits' dtype, written at `tokens`; never above 0.
-        entropies: [T] likewise, - sum_j p_j log p_j, where wanted.
-        scale: a scalar on the device that multiplies the weights.
-        dlogits: [C, V] of `dtype`, where to put the gradient; None leaves it to the kernel.
+        entropies: [T] likewise, - sum_j p_j log p_j; None: not computed.
+        dlogits: [C, V] of `dtype`, where to write the gradient; None: the kernel chooses.
 
     Returns:
-        dlogits [C, V] = u (p - onehot), or None without weights. Not given a place they have
+        dlogits [C, V] = u (p - onehot), or None without weights. If the kernel chooses, they have
         `dtype` where the device multiplies halves into float32 (`multiplies_halves`), else they
         hold the rounded values in the logits' dtype and storage.
 
@@ -179,8 +120,7 @@ def softmax_rows(
     """
     targets = targets[tokens]
     if weights is not None:
-        weights = weights_at(weights, tokens, logits.dtype)
-        weights = weights if scale is None else weights * scale
+        weights = weights[tokens]
         if dlogits is None:
             separate = dtype != logits.dtype and multiplies_halves(logits.device)
             dlogits = torch.empty_like(logits, dtype=dtype) if separate else logits
@@ -217,9 +157,9 @@ def softmax_rows(
 
 
 def multiplies_halves(device: torch.device) -> bool:
-    """Whether `mm(half, half, out_dtype=float32)` exists there; elsewhere the operands are cast.
+    """Whether `mm(half, half, out_dtype=float32)` exists there; elsewhere operands are cast.
 
-    That is on NVIDIA's GPUs from compute capability 8.0: bfloat16 needs it.
+    NVIDIA GPUs from compute capability 8.0 on have it: bfloat16 needs that.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
