@@ -7,9 +7,9 @@ BIN = $(VENV)/bin
 .PHONY: train test slow lint types kernels
 
 train: $(VENV)/.installed
-	$(BIN)/python -m redi.engine.quickstart.task make runs/quickstart
+	$(BIN)/python -m redi.engine.quickstart make runs/quickstart
 	OMP_NUM_THREADS=1 $(BIN)/redi train $(addprefix engine/recipes/quickstart-, sft.toml control.toml redi.toml)
-	OMP_NUM_THREADS=1 $(BIN)/python -m redi.engine.quickstart.task report runs/quickstart
+	OMP_NUM_THREADS=1 $(BIN)/python -m redi.engine.quickstart report runs/quickstart
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest --import-mode=importlib -n 2 --dist loadfile

@@ -1,5 +1,8 @@
-"""The command `redi`. Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped by a
-signal: the same command resumes."""
+"""The command `redi`.
+
+Exit codes: 0 success, 1 the run failed, 2 invalid input, 75 stopped by a signal (the same command
+resumes).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from redi.engine.config.parse import build_parser, check_overrides, explain, loa
 from redi.engine.config.sections import DataConfig, ModelConfig, Recipe, TrainConfig, check_replicas
 from redi.engine.errors import InputError, RunError, Stopped
 from redi.engine.extras import missing_packages
-from redi.engine.hub import is_asked_for
+from redi.engine.hub import needs_hub
 from redi.engine.plan.cards import CARDS, MFU, Cluster
 from redi.engine.train.signals import StopRequest
 
@@ -29,10 +32,10 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: try again."""
+"""Exit code after a signal: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 RANK_0_SECONDS = 5.0
-"""How long the other ranks leave rank 0 to say what is wrong."""
+"""Seconds that the other ranks wait, so that rank 0 prints the error first."""
 
 USAGE = """\
 usage: redi COMMAND ...
@@ -40,23 +43,23 @@ usage: redi COMMAND ...
 Train language models on correct and incorrect reasoning traces: SFT, then REDI.
 
 commands:
-  prepare openr1 DATA [MORE ...] --out FOLDER               OpenR1-Math-Raw to the paper's sets
-  prepare RECIPE.toml [MORE.toml ...]                       tokenize, show what would be trained
-  plan RECIPE.toml [MORE.toml ...] [--ranks N --card NAME]  packing, steps, memory, time; no card
-  train RECIPE.toml [MORE.toml ...] [--section.key value]   train; the same line again resumes
-  evaluate MODEL --data FILE [FILE ...]                     sample, check answers, pass@k
-  logprobs MODEL --data FILE [FILE ...] --out FILE.parquet  what a model says of each trace
-  export RUN [--step N]                                     write a checkpoint as a model folder
-  report RUN [MORE ...]                                     table and curves of runs
-  doctor                                                    what this machine has; tests the loss
+  prepare openr1 DATA [MORE ...] --out DIR                  select the paper's sets from raw data
+  prepare RECIPE.toml [MORE.toml ...]                       tokenize and summarize training data
+  plan RECIPE.toml [MORE.toml ...] [--ranks N --card NAME]  estimate memory and time; needs no GPU
+  train RECIPE.toml [MORE.toml ...] [--section.key value]   train; the same command resumes
+  evaluate MODEL --data FILE [FILE ...]                     sample, check answers, report pass@k
+  logprobs MODEL --data FILE [FILE ...] --out FILE.parquet  score each trace under a model
+  export RUN [--step N]                                     convert a checkpoint to Hugging Face
+  report RUN [MORE ...]                                     print a table and draw curves of runs
+  doctor                                                    show versions, devices; test the loss
 
 examples:
   redi train sft.toml redi.toml                  both stages; the second starts from the first
-  redi train redi.toml --objective.alpha 0.5     one value changed
+  redi train redi.toml --objective.alpha 0.5     override one value
   torchrun --nproc-per-node 8 -m redi.engine.cli train redi.toml
 
-`redi COMMAND --help` lists every option, `redi --version` says which this is. Exit codes: 0 done,
-1 the run failed, 2 wrong input, 75 stopped by a signal (the same command resumes).
+`redi COMMAND --help` lists every option, `redi --version` prints the version. Exit codes:
+0 success, 1 the run failed, 2 invalid input, 75 stopped by a signal (the same command resumes).
 """
 
 PREPARE_EXAMPLES = """\
@@ -73,14 +76,14 @@ examples:
 
 
 def prepare(argv: Sequence[str]) -> None:
-    """`redi prepare`: select the paper's sets from raw rows, or fill the cache of recipes."""
+    """`redi prepare`: select the paper's sets from raw rows, or tokenize the data of recipes."""
     from redi.engine.console import Console
 
     if argv and argv[0] == "openr1":
         from redi.engine.commands.prepare_options import parse_prepare
 
         options = parse_prepare(argv[1:])
-        _tell_of_the_hub("model", options.tokenizer)
+        _announce_hub("model", options.tokenizer)
         _find_data(*options.data)
 
         from redi.engine.commands.prepare import select_openr1
@@ -89,12 +92,16 @@ def prepare(argv: Sequence[str]) -> None:
         return
     parser = build_parser(
         "redi prepare",
-        "Tokenize the data of recipes into the cache and show what would be trained. "
-        "`redi prepare openr1 --help`: select the paper's sets from OpenR1-Math-Raw.",
+        "Tokenize the data of recipes into the cache and print a summary of it.\n"
+        "To select the paper's sets from OpenR1-Math-Raw, see `redi prepare openr1 --help`.",
         PREPARE_EXAMPLES,
     )
-    parser.add_argument("--ranks", type=int, default=1, help="of the run, for rank efficiency")
-    parser.add_argument("--report", type=Path | None, help="folder of report.json and lengths.png")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="ranks of the run, for rank efficiency"
+    )
+    parser.add_argument(
+        "--report", type=Path | None, help="directory of report.json and lengths.png"
+    )
     arguments = parser.parse_args(list(argv))
     if arguments.ranks < 1:
         raise InputError(f"ranks must be >= 1, got {arguments.ranks}")
@@ -110,29 +117,29 @@ def prepare(argv: Sequence[str]) -> None:
 
 
 def plan(argv: Sequence[str]) -> None:
-    """`redi plan`: how recipes would pack, fit and last on cards that are not there."""
+    """`redi plan`: estimate packing, memory and time of recipes without a GPU."""
     from redi.engine.console import Console
 
     parser = build_parser(
         "redi plan",
-        "Packing, steps, memory and time of recipes on a number of cards; trains nothing. Needs "
-        "neither a card nor weights: a folder with config.json and tokenizer will do.",
+        "Estimate packing, steps, memory and time of recipes on a number of GPUs. Trains nothing.\n"
+        "Needs neither a GPU nor weights: the model's config.json and tokenizer are enough.",
         PLAN_EXAMPLES,
     )
-    parser.add_argument("--ranks", type=int, default=1, help="cards of the run")
-    parser.add_argument("--card", default="h100", help=", ".join(CARDS))
+    parser.add_argument("--ranks", type=int, default=1, help="number of ranks, one GPU each")
+    parser.add_argument("--card", default="h100", help=f"GPU model: {', '.join(CARDS)}")
     parser.add_argument(
-        "--mfu", type=float, default=MFU, help="assumed share of the card's bfloat16 peak"
+        "--mfu", type=float, default=MFU, help="assumed fraction of the GPU's bfloat16 peak"
     )
-    parser.add_argument("--json", type=Path | None, help="file for all figures")
+    parser.add_argument("--json", type=Path | None, help="write all figures to this file")
     arguments = parser.parse_args(list(argv))
     cluster = Cluster(arguments.ranks, arguments.card.lower(), arguments.mfu)
-    if target := arguments.json:  # before minutes of work
+    if target := arguments.json:  # checked before minutes of work
         if not target.absolute().parent.is_dir():
-            raise InputError(f"json: {target.parent}: no such folder")
+            raise InputError(f"json: {target.parent}: no such directory")
         if target.is_dir():
-            raise InputError(f"json: {target} is a folder; name a file")
-    recipes = _with_models(parser, arguments.recipes, argv, "its shape and tokenizer are needed")
+            raise InputError(f"json: {target} is a directory; name a file")
+    recipes = _with_models(parser, arguments.recipes, argv, "its config and tokenizer are needed")
     check_overrides([recipe for _, recipe in recipes], argv)
     for _, recipe in recipes:
         check_replicas(recipe.shard, cluster.ranks)
@@ -145,16 +152,22 @@ def plan(argv: Sequence[str]) -> None:
 def _with_models(
     parser: ArgumentParser, paths: Sequence[str], argv: Sequence[str], why: str
 ) -> list[tuple[str, Recipe]]:
-    """Recipes whose data is there, by path; one that trains the export of another has its model.
+    """Load recipes and check that their data exists.
+
+    A recipe that trains the export of an earlier one gets that recipe's model, because the export
+    need not exist yet.
 
     Args:
-        why: a model is needed, for messages.
+        why: reason why a model is needed, for the message if there is none.
+
+    Returns:
+        (path, recipe) pairs.
     """
     recipes = [(path, load_recipe(parser, path, argv)) for path in paths]
     for path, recipe in recipes:
         _find_data_of(path, recipe)
     resolved: list[tuple[str, Recipe]] = []
-    exports: dict[Path, ModelConfig] = {}  # of runs that need not have begun
+    exports: dict[Path, ModelConfig] = {}  # of runs that need not have started
     for path, recipe in recipes:
         model = recipe.model
         if model.path is None:
@@ -169,8 +182,11 @@ def _with_models(
 
 
 def _as_exported(trained: ModelConfig, wanted: ModelConfig) -> ModelConfig:
-    """What `wanted` will be of the export of a run of `trained`: that has what `trained` changed,
-    and `wanted` may change it again."""
+    """Model settings for training the export of a run of `trained`.
+
+    The export keeps the changes that `trained` made to the model's config; `wanted` may override
+    them.
+    """
     return replace(
         wanted,
         path=trained.path,
@@ -181,15 +197,15 @@ def _as_exported(trained: ModelConfig, wanted: ModelConfig) -> ModelConfig:
 
 
 def train(argv: Sequence[str]) -> None:
-    """`redi train`: run recipes in order, each from the export of the one before.
+    """`redi train`: run recipes in order; each starts from the export of the previous one.
 
     Raises:
-        Stopped: a signal ended it early.
+        Stopped: a signal stopped it early.
     """
     finished = True
     with StopRequest(verbose=_rank() == 0) as stop:
         try:
-            with stop.interruptible():  # takes seconds
+            with stop.interruptible():  # imports take seconds
                 recipes, quiet = _read_recipes(argv)
 
                 from redi.engine.console import Console
@@ -200,18 +216,20 @@ def train(argv: Sequence[str]) -> None:
                 for recipe in recipes:
                     finished = run_recipe(recipe, world, console, stop)
                     if not finished:
-                        break  # the next would start from an unfinished run
+                        break  # the next recipe would start from an unfinished run
         except KeyboardInterrupt:
             if _rank() == 0:
-                print("stopped before training began; the same command goes on", file=sys.stderr)
+                print("stopped before training started; the same command resumes", file=sys.stderr)
             raise Stopped from None
-    if not finished:  # raised only now: leaving the world, ranks wait for each other
+    if not finished:  # raised only here: ranks wait for each other when they leave the world
         raise Stopped
 
 
 def _read_recipes(argv: Sequence[str]) -> tuple[list[Recipe], bool]:
-    """What `redi train` is to run, with every default filled in; and whether quietly."""
-    parser = build_parser("redi train", "Train by recipe; the same command again resumes.")
+    """Recipes for `redi train` with all defaults resolved, and whether `--quiet` is given."""
+    parser = build_parser(
+        "redi train", "Train recipes in order. The same command resumes a stopped run."
+    )
     arguments = parser.parse_args(list(argv))
     paths = arguments.recipes
     recipes = [load_recipe(parser, path, argv) for path in paths]
@@ -221,32 +239,34 @@ def _read_recipes(argv: Sequence[str]) -> tuple[list[Recipe], bool]:
         folder = recipe.run.dir or f"runs/{Path(path).stem}"
         if any(folder == other.run.dir for _, other in resolved):
             raise InputError(
-                f"{path}: run.dir {folder} is also that of the recipe before it; name each its own "
-                "in the recipes, not by --run.dir, which applies to all"
+                f"{path}: run.dir {folder} is also used by an earlier recipe; set a different "
+                "run.dir in each recipe (--run.dir applies to all)"
             )
         model = recipe.model
         if model.path is None:
             if not resolved:
                 raise InputError(
-                    f"{path}: model.path is missing (only a recipe that follows another may "
-                    "leave it out)"
+                    f"{path}: model.path is missing; only a recipe that follows another may "
+                    "leave it out"
                 )
             model = replace(model, path=str(Path(resolved[-1][1].run.dir or "") / "export"))
-        _find_data_of(path, recipe)  # before the first has trained for hours
+        _find_data_of(path, recipe)  # checked before the first recipe trains for hours
         resolved.append((path, replace(recipe, model=model, run=replace(recipe.run, dir=folder))))
     return [recipe for _, recipe in resolved], arguments.quiet
 
 
 def export(argv: Sequence[str]) -> None:
-    """`redi export`: a checkpoint of a run as a Hugging Face folder."""
+    """`redi export`: write a checkpoint of a run as a Hugging Face directory."""
     parser = _parser(
         "export",
-        "Write a checkpoint as a Hugging Face folder, RUN/export-step-N.",
+        "Write a checkpoint as a Hugging Face model directory, RUN/export-step-N.",
         "redi export runs/redi              the newest checkpoint",
         "redi export runs/redi --step 500",
     )
-    parser.add_argument("run", help="a run folder")
-    parser.add_argument("--step", type=int | None, help="which checkpoint; left out: the newest")
+    parser.add_argument("run", help="run directory")
+    parser.add_argument(
+        "--step", type=int | None, help="step of the checkpoint; if omitted, the newest"
+    )
     args = parse_arguments(parser, argv)
 
     from redi.engine.commands.export import export_run
@@ -263,7 +283,7 @@ def evaluate(argv: Sequence[str]) -> None:
     from redi.engine.evaluate.options import parse_evaluate
 
     options = parse_evaluate(argv)
-    _tell_of_the_hub("model", options.model)
+    _announce_hub("model", options.model)
     _find_data(*options.data)
 
     from redi.engine.evaluate.command import run
@@ -272,22 +292,26 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 def logprobs(argv: Sequence[str]) -> None:
-    """`redi logprobs`: per-trace log-probs and entropies as Parquet."""
+    """`redi logprobs`: write per-trace log-probs and entropies as Parquet."""
     parser = _parser(
         "logprobs",
         "Write each trace's log-prob (sum and mean) and mean entropy under a model, as Parquet.",
         "redi logprobs model --data traces.jsonl --out scores.parquet",
     )
-    parser.add_argument("model", help="run folder, model folder or hub name")
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="as data.path")
-    parser.add_argument("--out", required=True, metavar="FILE.parquet", help="what is written")
+    parser.add_argument("model", help="run directory, model directory or hub name")
     parser.add_argument(
-        "--template", choices=["chat", "none"], help="left out: the run's, else chat"
+        "--data", nargs="+", required=True, metavar="FILE", help="traces, as for data.path"
     )
-    parser.add_argument("--system_prompt", type=str | None, help="left out: the run's")
-    parser.add_argument("--row_tokens", type=int, default=32768, help="as train.row_tokens")
+    parser.add_argument("--out", required=True, metavar="FILE.parquet", help="output file")
+    parser.add_argument(
+        "--template", choices=["chat", "none"], help="if omitted, the run's, else chat"
+    )
+    parser.add_argument("--system_prompt", type=str | None, help="if omitted, the run's")
+    parser.add_argument(
+        "--row_tokens", type=int, default=32768, help="tokens per pack, as train.row_tokens"
+    )
     args = parse_arguments(parser, argv)
-    _tell_of_the_hub("model", args.model)
+    _announce_hub("model", args.model)
     _find_data(*args.data)
 
     from redi.engine.train.run_folder import trained_prompts
@@ -319,10 +343,10 @@ def logprobs(argv: Sequence[str]) -> None:
 
 
 def doctor(argv: Sequence[str]) -> None:
-    """`redi doctor`: versions, devices, what a run here will use, and a self-test."""
+    """`redi doctor`: show versions, devices and backends, and test the loss."""
     parser = _parser(
         "doctor",
-        "What this machine has, what a run here uses and why; tests the loss.",
+        "Show versions, devices and which backends a run here uses and why; test the loss.",
         "redi doctor",
     )
     parse_arguments(parser, argv)
@@ -334,48 +358,48 @@ def doctor(argv: Sequence[str]) -> None:
 
 
 def report(argv: Sequence[str]) -> None:
-    """`redi report`: runs as a table and as curves."""
+    """`redi report`: show runs as a table and as curves."""
     parser = _parser(
         "report",
-        "Print a table of runs and draw their curves into the first one's folder, curves.png.",
+        "Print a table of runs and draw their curves into curves.png in the first directory.",
         "redi report runs/redi",
         "redi report runs/redi-alpha-0.5 runs/redi-alpha-0.8      side by side",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     args = parse_arguments(parser, argv)
 
-    from redi.engine.commands.report import report
+    from redi.engine.commands.report import report_runs
 
-    print(report([Path(run) for run in args.runs]))
+    print(report_runs([Path(run) for run in args.runs]))
 
 
 def _find_data_of(path: str, recipe: Recipe) -> None:
     if not all(recipe.data.paths):
         raise InputError(f"{path}: data.path is missing")
-    _tell_of_the_hub("model", recipe.model.path, recipe.model.tokenizer)
+    _announce_hub("model", recipe.model.path, recipe.model.tokenizer)
     _find_data(*recipe.data.paths)
     if recipe.eval.paths:
         _find_data(*recipe.eval.paths)
 
 
 def _find_data(*paths: str) -> None:
-    """InputError for a file that is not there: before torch is imported, which takes seconds."""
+    """Raise InputError for a missing file, before importing torch, which takes seconds."""
     from redi.engine.data.sources import find_sources
 
     hub = [source.name for source in find_sources(paths) if source.kind == "hub"]
-    _tell_of_the_hub("dataset", *(name.partition(":")[0] for name in hub))
+    _announce_hub("dataset", *(name.partition(":")[0] for name in hub))
 
 
-def _tell_of_the_hub(kind: Literal["model", "dataset"], *names: str | None) -> None:
-    """A mistyped path may pass for a name on the hub: nobody should wait for it unknowing."""
+def _announce_hub(kind: Literal["model", "dataset"], *names: str | None) -> None:
+    """Announce hub look-ups: a mistyped path can pass for a hub name, and looking it up is slow."""
     for name in dict.fromkeys(names):
-        if name and _rank() == 0 and is_asked_for(name, kind):
-            notice = f"{name}: not on this machine, so it is looked for on the Hugging Face hub"
+        if name and _rank() == 0 and needs_hub(name, kind):
+            notice = f"{name}: no local path and not cached; looking it up on the Hugging Face hub"
             print(notice, file=sys.stderr, flush=True)
 
 
 def _parser(command: str, description: str, *examples: str) -> ArgumentParser:
-    """The parser of a command without a recipe."""
+    """Parser of a command that takes no recipe."""
     lines = "\n".join(f"  {example}" for example in examples)
     return command_parser(f"redi {command}", description, f"examples:\n{lines}")
 
@@ -393,10 +417,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the command; returns the exit code."""
+    """Run the command line `argv` (default: sys.argv[1:]) and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not faulthandler.is_enabled():
-        faulthandler.enable(2)  # a crash in native code should say where Python was
+        faulthandler.enable(2)  # print the Python stack if native code crashes
     if missing := missing_packages():
         return _fail(missing, 2)
     if argv and argv[0] == "--version":
@@ -407,11 +431,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     before = signal.getsignal(signal.SIGTERM)
     try:
-        if argv[0] != "train":  # which has handlers of its own, to finish the step
+        if argv[0] != "train":  # train installs its own handlers, to finish the step
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         if argv[0] not in COMMANDS:
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+            hint = f"did you mean {near[0]}?" if near else f"available: {', '.join(COMMANDS)}"
             raise InputError(f"unknown command {argv[0]}; {hint}")
         COMMANDS[argv[0]](argv[1:])
     except ArgumentError as error:
@@ -426,29 +450,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOPPED
     except KeyboardInterrupt:
         return _fail("interrupted", STOPPED)
-    except BrokenPipeError:  # `redi doctor | head`: whoever read stdout has seen enough
+    except BrokenPipeError:  # `redi doctor | head`: the reader closed stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except SystemExit as request:  # --help of a command
         return int(request.code or 0)
     finally:
         signal.signal(signal.SIGTERM, before)
-        # Where a KeyboardInterrupt has left code made from text (dataclasses, on import), CPython
-        # ends `python -m` by SIGINT although it was caught; running other text undoes that.
+        # If a KeyboardInterrupt left code compiled from a string (dataclasses, on import), CPython
+        # exits `python -m` by SIGINT although it was caught; running another string resets that.
         exec("")
     return 0
 
 
 def _rank() -> int:
-    """This process's number under torchrun; 0 without it."""
+    """Rank of this process under torchrun; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def _fail(text: str, code: int) -> int:
-    """One line on stderr. Under torchrun rank 0 speaks for all.
+    """Print one line on stderr; returns `code`. Under torchrun rank 0 reports a shared error.
 
-    The first rank to exit has torchrun end the others, so those wait for rank 0 to have spoken;
-    one that is still alive then has met a fault of its own.
+    torchrun ends all ranks when the first one exits. The other ranks wait, so that rank 0 prints
+    first; a rank that is alive after the wait failed alone and prints its own error.
     """
     rank = _rank()
     if rank:

@@ -1,7 +1,7 @@
-"""What people read while a command runs: lines, tables and one progress line, all on stderr.
+"""Console output while a command runs: lines, tables and one progress line, all on stderr.
 
-stdout stays free for what a command was asked for (a path, a result). Off a terminal everything is
-plain lines; `--quiet` leaves only warnings and errors.
+stdout is reserved for a command's result (a path, a table). If stderr is not a terminal, output is
+plain lines. `--quiet` leaves only warnings and errors.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import IO
 from tqdm import tqdm
 
 PLAIN_SECONDS = 10.0
-"""Seconds between progress lines where the output is no terminal."""
+"""Seconds between progress lines if the output is not a terminal."""
 
 
 class Console:
-    """Speaks for rank 0.
+    """Prints on rank 0.
 
     Args:
-        active: whether this process speaks at all.
-        quiet: only warnings.
+        active: whether this process prints anything.
+        quiet: print only warnings.
     """
 
     def __init__(self, active: bool = True, quiet: bool = False) -> None:
@@ -32,32 +32,34 @@ class Console:
         self.is_terminal = sys.stderr.isatty()
 
     def say(self, text: str) -> None:
-        """A line, above the progress line if there is one."""
+        """Print a line, above the progress line if there is one."""
         if self.shows:
             tqdm.write(text, file=sys.stderr)
             sys.stderr.flush()
 
     def warn(self, text: str) -> None:
-        """A line that `--quiet` does not hide."""
+        """Print a warning, which `--quiet` does not hide."""
         if self.active:
             tqdm.write(f"warning: {text}", file=sys.stderr)
             sys.stderr.flush()
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table; see `print_table`."""
+        """Print a table; see `print_table`."""
         if self.shows:
             print_table(title, columns, rows, file=sys.stderr)
 
     def bar(self, what: str, unit: str) -> tqdm:
-        """A counter of unknown end, on a terminal only."""
+        """Counter without a known total; shown only on a terminal."""
         return tqdm(desc=what, unit=f" {unit}", disable=not (self.shows and self.is_terminal))
 
     def progress(self, what: str, total: int, done: int = 0, *, endpoints: bool = True) -> Progress:
-        """Progress towards `total`, of which an earlier attempt did `done`.
+        """Start a progress line that counts up to `total`.
 
         Args:
-            what: is counted, in the singular.
-            endpoints: off a terminal, the first and the last update are shown too.
+            what: the counted unit, in the singular.
+            total: units in all.
+            done: units that an earlier attempt has completed.
+            endpoints: whether plain output also shows the first and the last update.
         """
         return Progress(self, what, total, done, endpoints)
 
@@ -65,11 +67,12 @@ class Console:
 def print_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], file: IO[str]
 ) -> None:
-    """Print a table to `file`; where that is no terminal, without styles and never cut off.
+    """Print a table to `file`. If that is not a terminal, print without styles and never truncate.
 
     Args:
-        title, columns: empty ones are left out.
-        rows: one text for each column; a column of figures alone is set flush right.
+        title, columns: empty strings are not printed.
+        rows: one string per column. A column of numbers is right-aligned.
+        file: an open text file, such as sys.stdout.
     """
     from rich import box
     from rich.console import Console as RichConsole
@@ -94,12 +97,12 @@ def print_table(
 
 
 class Progress:
-    """One progress line on a terminal; otherwise a plain line every ten seconds."""
+    """One progress line on a terminal; otherwise a plain line every PLAIN_SECONDS."""
 
     def __init__(self, console: Console, what: str, total: int, done: int, endpoints: bool) -> None:
         self._plain = console.shows and not console.is_terminal
         self._what, self._total, self._done, self._endpoints = what, total, done, endpoints
-        self._first = -1  # what the first update came to
+        self._first = -1  # units done after the first update; -1 before it
         self._after_first = self._last = time.monotonic()
         self._bar = tqdm(
             total=total,
@@ -110,9 +113,10 @@ class Progress:
         )
 
     def update(self, more: int, *figures: str) -> None:
-        """Count `more` as done and show figures; from the second update on also the time left.
+        """Add `more` completed units and show figures.
 
-        The first takes longer than the others: libraries compile and warm up.
+        The time left is shown from the second update on. The first one is not representative,
+        because libraries compile and warm up.
         """
         now = time.monotonic()
         self._done += more
@@ -132,5 +136,5 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop updating and leave the bar on the screen."""
         self._bar.close()

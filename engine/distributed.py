@@ -1,4 +1,4 @@
-"""Processes and devices: one process is a world of one, so that one loop serves all."""
+"""Process group and devices. A single process is a world of size 1, so one loop serves all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from redi.engine.errors import InputError, RunError
 # Rank 0 may tokenize for hours while the others wait.
 PREPARE_TIMEOUT = timedelta(hours=24)
 
-# What rank 0 tells the others of how its work ended.
+# How rank 0's work ended, as published to the other ranks, and the error that they then raise.
 OUTCOMES = {"input": InputError, "stop": KeyboardInterrupt, "run": RunError}
 
 T = TypeVar("T")
@@ -28,15 +28,15 @@ T = TypeVar("T")
 
 @dataclass
 class World:
-    """Where this process stands.
+    """This process among all processes of a run.
 
     Attributes:
-        rank, size: among all processes.
-        device: what this process computes on.
-        store: key-value store shared by all ranks, for waits that outlast a collective's timeout.
-        checkpoint_group: gloo group of its own for background saves; on the default group their
+        rank, size: rank of this process and number of processes.
+        device: device of this process.
+        store: key-value store shared by all ranks, for waits longer than a collective's timeout.
+        checkpoint_group: separate gloo group for background saves; on the default group their
             collectives would interleave with training's and hang.
-        calls: how many times `rank0_first` ran, the same on every rank.
+        calls: number of `rank0_first` calls, equal on every rank.
     """
 
     rank: int
@@ -48,21 +48,21 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and speaks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def any_rank(self, here: bool) -> bool:
-        """Whether `here` is true on any rank. Collective; waits for the device."""
+        """Return whether `here` is true on any rank. Collective; synchronizes with the device."""
         flag = torch.tensor(float(here), device=self.device)
         dist.all_reduce(flag)
         return bool(flag)
 
     def rank0_first(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0, then on the others, who find its result on disk.
+        """Run `work` on rank 0, then on the other ranks, which find its result on disk.
 
         Raises:
-            InputError, KeyboardInterrupt: on every rank, when rank 0's `work` raised it.
-            RunError: likewise; any other error of rank 0 is one on the others.
+            InputError, KeyboardInterrupt: on every rank, if `work` raised it on rank 0.
+            RunError: likewise. Any other error on rank 0 is a RunError on the other ranks.
         """
         if self.size == 1:
             return work()
@@ -87,25 +87,25 @@ class World:
 
 @contextmanager
 def join_world() -> Iterator[World]:
-    """Join the world that torchrun describes in the environment, else make one of one process.
+    """Join the process group that torchrun set up in the environment, else create one of size 1.
 
     Raises:
-        InputError: this rank has no card.
-        RunError: in the block, another rank was lost.
+        InputError: there is no GPU for this rank.
+        RunError: another rank was lost inside the block.
     """
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
             raise InputError(
-                f"local rank {local_rank} has no card: this machine has "
+                f"local rank {local_rank} has no GPU: this machine has "
                 f"{torch.cuda.device_count()}; lower --nproc-per-node"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    # gloo beside nccl: host-side collectives must not touch the card's stream.
+    # gloo in addition to nccl: host-side collectives must not touch the GPU's stream.
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     if "RANK" in os.environ:
         shared, rank, size = next(rendezvous("env://"))
@@ -123,15 +123,15 @@ def join_world() -> Iterator[World]:
             checkpoint_group=dist.new_group(backend="gloo"),
         )
         yield world
-        # Without torchrun the store is rank 0's, which must not be the first to leave.
+        # Without torchrun rank 0 hosts the store, so it must not leave first.
         dist.barrier(world.checkpoint_group)
     except RuntimeError as error:
-        # gloo's errors have no type of their own.
+        # gloo raises plain RuntimeErrors.
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
         cause = str(error).partition(". ")[0]
         raise RunError(
-            f"another rank was lost ({cause}); the same command goes on from the newest complete "
+            f"another rank was lost ({cause}); the same command resumes from the newest complete "
             "checkpoint"
         ) from error
     finally:
@@ -139,11 +139,12 @@ def join_world() -> Iterator[World]:
 
 
 def _own_store(shared: dist.Store, rank: int, size: int) -> dist.Store:
-    """The part of a store that the ranks of this start, and none before it, have written in.
+    """Prefix of the store that only the ranks of this start have written to.
 
-    torchrun keeps its store when it starts the ranks again (torch 2.13): some would meet at the
-    addresses of the dead and wait for them. No number that it gives is the same on all machines and
-    another at each start, so rank 0 draws a name, and answers each rank that has read it.
+    torchrun keeps its store when it restarts the ranks (torch 2.13), so some ranks would connect
+    to addresses of dead processes and wait. No number from torchrun is equal on all machines and
+    different at each start. So rank 0 draws a random name and acknowledges each rank that has read
+    it.
     """
     name = uuid.uuid4().hex
     if rank == 0:

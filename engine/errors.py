@@ -1,33 +1,33 @@
-"""The ways a command ends before its work is done, each with its own exit code."""
+"""Exceptions that end a command early, each with its own exit code."""
 
 from collections.abc import Sequence
 
 MOST_FAULTS = 20
-"""Faulty rows that are named one by one."""
+"""Maximum number of faulty rows that a message lists."""
 
 
 class InputError(Exception):
-    """The user's input is wrong: exit code 2.
+    """Invalid user input: exit code 2.
 
-    The message is one line that says what is wrong, where (file, row, column or key) and what
-    to do about it; for several faulty rows, a line each. It is shown without a traceback.
+    The message is one line: what is wrong, where (file, row, column or key) and the remedy;
+    several faulty rows have a line each. It is shown without a traceback.
     """
 
 
 class RunError(Exception):
-    """The input was right but the run failed: exit code 1."""
+    """The run failed although the input is valid: exit code 1."""
 
 
 class Stopped(Exception):
     """A signal stopped the command: exit code 75 (EX_TEMPFAIL). The same command resumes.
 
-    Not 0: in `redi train a.toml && redi export runs/a` the second must not run on half a run. A
-    message, if there is one, is shown as a line.
+    The exit code is not 0, so that in `redi train a.toml && redi export runs/a` the export does not
+    use an unfinished run. The message, if any, is printed as one line.
     """
 
 
 def faulty_rows(faults: Sequence[str]) -> InputError:
-    """The error of faulty rows: a line for each of the first MOST_FAULTS, and how many more."""
+    """InputError that lists the first MOST_FAULTS faulty rows, a line each, and counts the rest."""
     shown = list(faults[:MOST_FAULTS])
     if len(faults) > MOST_FAULTS:
         shown.append(f"... and {len(faults) - MOST_FAULTS:,} more")

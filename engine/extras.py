@@ -1,11 +1,11 @@
-"""Whether the packages of the extra `engine` are installed. It imports none of them."""
+"""Check that the packages of the extra `engine` are installed, without importing them."""
 
 import re
 from importlib.metadata import PackageNotFoundError, requires, version
 
 
 def missing_packages() -> str:
-    """One line that names the packages and the command that installs them; empty: all are there."""
+    """One line with the missing packages and how to install them; empty if none is missing."""
     missing = []
     for requirement in requires("redi-engine") or []:
         name = re.match(r"[\w.-]+", requirement)

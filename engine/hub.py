@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub: told from paths, and asked for without the client's warnings."""
+"""Distinguish Hugging Face hub names from paths, and silence the hub client's warnings."""
 
 import re
 from collections.abc import Iterator
@@ -8,22 +8,22 @@ from typing import Literal
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
-NO_HUB_NAME = 'nor a hub name ("owner/name", with no folder "owner" here)'
-"""Ends the message on what is neither on disk nor a name that the hub is asked for."""
+NO_HUB_NAME = 'nor a hub name ("owner/name", with no directory "owner" here)'
+"""End of the message for a name that is neither a local path nor a hub name."""
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether the hub is asked for `name`: "owner/name", unless it lies in a folder that is here.
+    """True if `name` has the form "owner/name" and there is no local directory "owner".
 
-    A mistyped path in such a folder would otherwise wait for the hub's answer.
+    With such a directory, `name` is a mistyped path, for which a hub look-up would only cost time.
     """
     return bool(_HUB_NAME.fullmatch(name)) and not Path(name).parent.is_dir()
 
 
-def is_asked_for(name: str, kind: Literal["model", "dataset"]) -> bool:
-    """Whether `name` lies neither on disk nor in the hub client's cache.
+def needs_hub(name: str, kind: Literal["model", "dataset"]) -> bool:
+    """True if `name` is neither a local path nor cached, so that the hub will be contacted.
 
-    The client then asks the hub; without a network it tries for 23 s, which no setting shortens.
+    Without a network the client retries for 23 s; no setting shortens that.
     """
     from huggingface_hub import constants  # imported late: local files need no hub
 
@@ -32,8 +32,8 @@ def is_asked_for(name: str, kind: Literal["model", "dataset"]) -> bool:
 
 
 @contextmanager
-def asking_the_hub() -> Iterator[None]:
-    """Leaves out the hub client's warning of each attempt: its error says what came of them."""
+def quiet_hub_client() -> Iterator[None]:
+    """Suppress the hub client's warning for each retry; its final error has the cause."""
     from huggingface_hub.utils import logging  # imported late: slow, and local files need no hub
 
     before = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""`redi doctor`: what this machine has, what a run here uses and why, and a test of the loss."""
+"""`redi doctor`: versions, devices, the backends that a run uses, and a test of the loss."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ PACKAGES = (
     "wandb",
 )
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-3}
-"""Relative Frobenius error of the gradients against float64 that the self-test allows."""
+"""Relative Frobenius error of the gradients against float64 that the self-test accepts."""
 SHAPE = {"cpu": (1024, 8192, 256), "cuda": (2048, 32_768, 1024)}
 """Tokens, vocabulary and hidden size of the self-test."""
 
-Row = tuple[str, str]
+Row = tuple[str, str]  # of a table
 Loss = Callable[..., RediLoss]
 
 
 def versions() -> list[Row]:
-    """Python, the machine and every package that matters; "not installed" where it is absent."""
+    """Versions of Python, the platform and the relevant packages, or "not installed"."""
     rows = [("python", platform.python_version()), ("machine", platform.platform())]
     for name in PACKAGES:
         try:
@@ -58,7 +58,7 @@ def versions() -> list[Row]:
 
 
 def devices() -> list[Row]:
-    """Processor, memory, cards, and the folder of the token cache with what is free there."""
+    """CPU, GPUs with free memory, and the token cache's directory with free disk space."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [("cpu", f"{cores} cores, torch uses {torch.get_num_threads()} threads")]
     for index in range(torch.cuda.device_count()):
@@ -73,7 +73,7 @@ def devices() -> list[Row]:
         )
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
-        reason = "no card is visible" if built else "this torch is built for CPUs"
+        reason = "no GPU is visible" if built else "this torch is built for CPUs"
         rows.append(("cuda", f"none: {reason}"))
     cache = DataConfig().cache_dir
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
@@ -82,7 +82,7 @@ def devices() -> list[Row]:
 
 
 def choices(device: torch.device) -> list[Row]:
-    """What "auto" comes to in a run on this machine, with the reason."""
+    """What "auto" selects in a run on this machine, with the reason."""
     dtype = compute_dtype("auto", device)
     attention, why = choose_attention("auto", device, dtype)
     problem = liger_problem(device)
@@ -91,7 +91,10 @@ def choices(device: torch.device) -> list[Row]:
         ("compute dtype", str(dtype).removeprefix("torch.")),
         ("attention", f"{attention}: {why}"),
         ("loss backend", choose_backend("auto", device)),
-        ("liger-kernel layers", "off: " + problem if problem else "on, where it knows the model"),
+        (
+            "liger-kernel layers",
+            "off: " + problem if problem else "on, if liger-kernel supports the model",
+        ),
         ("collectives", distributed),
         (
             "torchrun",
@@ -110,10 +113,10 @@ def _pip(extra: str) -> str:
 
 
 def self_test(device: torch.device) -> tuple[list[Row], bool]:
-    """One forward and backward of the loss: its errors against float64, and its speed.
+    """Run forward and backward of the loss; measure errors against float64 and speed.
 
     Returns:
-        The rows, and whether the errors are within TOLERANCE.
+        Rows of a table, and whether the errors are within TOLERANCE.
     """
     dtype = compute_dtype("auto", device)
     num_tokens, vocabulary, width = SHAPE[device.type]
@@ -147,9 +150,9 @@ def self_test(device: torch.device) -> tuple[list[Row], bool]:
     ]
     flops = 6.0 * num_tokens * vocabulary * width
     good = all(error <= TOLERANCE[dtype] for error in errors)
-    limit = f"at most {TOLERANCE[dtype]:g} is right"
+    limit = f"limit {TOLERANCE[dtype]:g}"
     rows = [
-        ("verdict", "right" if good else "WRONG: do not train here; please report this table"),
+        ("result", "correct" if good else "WRONG: do not train here; please report this table"),
         ("error of the hidden gradient", f"{errors[0]:.1e} ({limit})"),
         ("error of the lm_head gradient", f"{errors[1]:.1e} ({limit})"),
         (
@@ -167,7 +170,7 @@ def _wait(device: torch.device) -> None:
 
 
 def examine() -> bool:
-    """Print all of it; returns whether the self-test passed."""
+    """Print all tables; returns whether the self-test passed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print_table("versions", ("", ""), versions(), sys.stdout)
     print_table("machine", ("", ""), devices(), sys.stdout)

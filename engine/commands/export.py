@@ -1,4 +1,4 @@
-"""`redi export`: a checkpoint as a Hugging Face folder, without a device for the model."""
+"""`redi export`: convert a checkpoint to a Hugging Face directory, without a GPU."""
 
 from __future__ import annotations
 
@@ -20,21 +20,25 @@ from redi.engine.train.checkpoint import complete_checkpoints
 
 
 def export_run(run_dir: Path, step: int | None) -> Path:
-    """`redi export`: write a checkpoint of a run, the newest or that of `step`.
+    """Write a checkpoint of a run as a Hugging Face directory.
+
+    Args:
+        run_dir: run directory.
+        step: step of the checkpoint; None: the newest.
 
     Returns:
-        The folder, `RUN/export-step-N`.
+        The directory, `RUN/export-step-N`.
 
     Raises:
-        InputError: no such run or checkpoint.
+        InputError: there is no such run or checkpoint.
     """
     if not (run_dir / "recipe.toml").is_file():
-        raise InputError(f"{run_dir} is not a run folder (it has no recipe.toml)")
+        raise InputError(f"{run_dir} is not a run directory (it has no recipe.toml)")
     checkpoints = complete_checkpoints(run_dir)
     if not checkpoints or (step is not None and step not in checkpoints):
         have = ", ".join(map(str, sorted(checkpoints))) or "none"
         wanted = "" if step is None else f" of step {step}"
-        raise InputError(f"{run_dir} has no complete checkpoint{wanted}; it has: {have}")
+        raise InputError(f"{run_dir} has no complete checkpoint{wanted}; available: {have}")
     transformers_logging.disable_progress_bar()
     step = max(checkpoints) if step is None else step
     recipe = tomllib.loads((run_dir / "recipe.toml").read_text(encoding="utf-8"))
@@ -54,12 +58,14 @@ def export_run(run_dir: Path, step: int | None) -> Path:
 def _checkpointed(
     checkpoint: Path, model: PreTrainedModel, files: dict[str, list[str]]
 ) -> Iterator[torch.Tensor]:
-    """The master weights of a checkpoint in the order of `files`, a file's worth in memory."""
+    """Yield a checkpoint's master weights in the order of `files`; memory holds one file's."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for names in files.values():
         state = {f"model.{name}": torch.empty(shapes[name]) for name in names}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it loads in a single process, which is meant
+            warnings.simplefilter(
+                "ignore"
+            )  # dcp warns of loading in a single process, which is intended
             dcp.load({"model": state}, checkpoint_id=checkpoint, no_dist=True)
         for name in names:
             yield state.pop(f"model.{name}")

@@ -1,4 +1,4 @@
-"""`redi logprobs`: what a model says of each trace, as a table that people select traces by."""
+"""`redi logprobs`: score each trace under a model and write a table, for selecting traces."""
 
 from __future__ import annotations
 
@@ -29,32 +29,34 @@ from redi.engine.train.score_traces import model_key, score_traces
 def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) -> None:
     """Score every trace of `[data]` under `[model]` and write one Parquet row for each.
 
-    Columns: row ("file.jsonl:12"), trace (number in the data), correct, teacher, tokens (scored:
-    the completion with its end, without it where data.eos leaves it out), logp_sum, logp_mean and
-    entropy_mean (nats a token; float64).
+    Columns: row ("file.jsonl:12"), trace (index in the data), correct, teacher, tokens (scored
+    tokens: the completion with its end, or without it if data.eos leaves it out), logp_sum,
+    logp_mean and entropy_mean (nats per token; float64).
 
     Args:
-        recipe: its `[model]`, `[data]`, `train.row_tokens` and `train.dtype` count; a run folder as
-            `model.path` means its export.
-        out: the file; it appears whole.
+        recipe: `[model]`, `[data]`, `train.row_tokens` and `train.dtype` are used. If `model.path`
+            is a run directory, its export is scored.
+        out: Parquet file; it is replaced atomically.
+        world: this process.
+        console: output of warnings and progress.
 
     Raises:
-        InputError: wrong model or data, a trace longer than a row or than the model has
-            positions, a place that cannot be written.
+        InputError: the model or data are invalid, a trace is longer than a pack or than the
+            model's context, or `out` cannot be written.
         RunError: the disk is full.
     """
     model = replace(recipe.model, path=model_path(recipe.model.path or "", "MODEL"))
     recipe = replace(recipe, model=model)
     if not out.parent.is_dir():
-        raise InputError(f"--out: {out.parent} is no folder")
+        raise InputError(f"--out: {out.parent} is not a directory")
     if out.is_dir():
-        raise InputError(f"--out: {out} is a folder; name a file in it")
+        raise InputError(f"--out: {out} is a directory; name a file in it")
     if out.suffix != ".parquet":
-        raise InputError(f"--out: {out} is written as Parquet: name it {out.stem}.parquet")
+        raise InputError(f"--out: {out} is not a .parquet file; name it {out.stem}.parquet")
     partial = out.with_name(f"{out.name}.partial")
     if world.is_main:
         try:
-            partial.touch()  # told now, not after hours
+            partial.touch()  # fails now, not after hours
             partial.unlink()
         except OSError as error:
             raise InputError(f"--out: {out} cannot be written: {error.strerror}") from None
@@ -64,25 +66,25 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
     for line in unread_warnings(tokens.unread):
         console.warn(line)
     lengths = tokens.lengths
-    if recipe.data.eos == "left_out":  # what the run did not train is not scored
+    if recipe.data.eos == "left_out":  # the run did not train the end, so it is not scored
         end = load_tokenizer(recipe.model.tokenizer or recipe.model.path or "").eos_token_id
         lengths = lengths - closed_by(tokens, end)
     longest = int(np.argmax(lengths))
     if lengths[longest] > recipe.train.row_tokens:
         raise InputError(
             f"{tokens.where(longest)}: {lengths[longest]} tokens are more than --row_tokens = "
-            f"{recipe.train.row_tokens}: raise it"
+            f"{recipe.train.row_tokens}; raise it"
         )
     check_positions(
         tokens,
         lengths,
         np.arange(len(tokens)),
         config,
-        "leave them out, or raise max_position_embeddings in the model's config.json",
+        "remove them, or raise max_position_embeddings in the model's config.json",
     )
-    digest = None
+    fingerprint = None
     if world.is_main:
-        digest = model_fingerprint(recipe.model.path or "", recipe.data.cache_dir)
+        fingerprint = model_fingerprint(recipe.model.path or "", recipe.data.cache_dir)
     dtype = compute_dtype(recipe.train.dtype, world.device)
     student, _ = build_student(recipe, config, dtype, world, console)
     scores = score_traces(
@@ -90,13 +92,13 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
         tokens,
         np.arange(len(tokens)),
         lengths,
-        model=model_key(student, recipe.model.path or "", digest, dtype),
+        model=model_key(student, recipe.model.path or "", fingerprint, dtype),
         row_tokens=recipe.train.row_tokens,
         cost=training_cost(config),
         world=world,
         console=console,
     )
-    if student.ran is not None:  # None: every score was cached
+    if student.ran is not None:  # None if every score was cached
         report_what_ran(student.ran, None, world, console)
     if not world.is_main:
         return

@@ -1,7 +1,7 @@
-"""`redi prepare`: from raw rows to the sets that are trained on, and from a recipe to its tokens.
+"""`redi prepare`: select training sets from raw rows, and tokenize the data of a recipe.
 
-`redi prepare openr1` selects D_SFT and D_Pref (`select_openr1`); `redi prepare RECIPE.toml` fills
-the token cache of a recipe and shows what would be trained (`fill_cache`).
+`redi prepare openr1` selects D_SFT and D_Pref (`select_openr1`). `redi prepare RECIPE.toml` fills
+the token cache of a recipe and prints a summary of the training data (`fill_cache`).
 """
 
 from __future__ import annotations
@@ -39,19 +39,22 @@ from redi.engine.model.flops import training_cost
 from redi.engine.train.prepare_data import prepare_data
 
 _PAIRS_TOGETHER = 64
-"""Pairs whose tokens are counted in one call."""
+"""Pairs per call of the tokenizer."""
 
 
 def select_openr1(options: PrepareOptions, console: Console) -> dict[str, int]:
-    """Write OUT/sft.jsonl, OUT/pref.jsonl and OUT/report.json; nothing if any row is wrong.
+    """Write OUT/sft.jsonl, OUT/pref.jsonl and OUT/report.json; nothing if any row is faulty.
 
-    Rows are streamed: memory holds a few numbers of each kept one. Their order is that of
+    Rows are streamed: memory holds a few numbers for each selected row. The order is that of
     `datasets.Dataset.shuffle(seed)` over all rows read, as in the paper.
 
-    Returns the report's counts: rows and generations that each rule left out, problems by what
-    they have, rows of the two sets.
+    Returns:
+        The counts of report.json: rows and generations that each rule removed, problems by whether
+        they have correct and incorrect generations, rows of the two sets.
 
-    Raises InputError naming the faulty rows, RunError if OUT cannot be written.
+    Raises:
+        InputError: rows are faulty; the message lists them.
+        RunError: OUT cannot be written.
     """
     sources = find_sources(options.data)
     for notice in unread_splits(options.data):
@@ -89,7 +92,9 @@ def select_openr1(options: PrepareOptions, console: Console) -> dict[str, int]:
             pref.add_all(limits.kept(waiting, counts))
             place = _shuffled_places(counts["rows read"], options.seed)
             if not sft.rows:
-                raise InputError(f"{', '.join(options.data)}: the rules leave no correct trace")
+                raise InputError(
+                    f"{', '.join(options.data)}: no correct trace is left; relax the options"
+                )
             counts["rows of sft.jsonl"] = sft.write(out / "sft.jsonl", place)
             counts["rows of pref.jsonl"] = pref.write(out / "pref.jsonl", place)
         report = {"options": asdict(options), "counts": _in_order(counts)}
@@ -102,7 +107,7 @@ def select_openr1(options: PrepareOptions, console: Console) -> dict[str, int]:
 
 
 def _in_order(counts: Counter[str]) -> dict[str, int]:
-    """As the rules follow one another."""
+    """Counts in the order in which the rules are applied."""
     kinds = ("rows read", "rows", "generations", "problems", "pairs before", "pairs", "rows of")
 
     def place(what: str) -> int:
@@ -112,12 +117,12 @@ def _in_order(counts: Counter[str]) -> dict[str, int]:
 
 
 def _shuffled_places(count: int, seed: int) -> np.ndarray:
-    """int64 [count]: where `datasets.Dataset.shuffle(seed)` puts each row."""
+    """int64 [count]: position of each row after `datasets.Dataset.shuffle(seed)`."""
     return np.argsort(np.random.default_rng(seed).permutation(count))
 
 
 class _Limits:
-    """The rules on length, which need a tokenizer."""
+    """Length limits, which need a tokenizer."""
 
     def __init__(self, options: PrepareOptions) -> None:
         self._tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
@@ -127,7 +132,7 @@ class _Limits:
     def kept(
         self, pairs: Sequence[tuple[int, dict[str, Any]]], counts: Counter[str]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The pairs within the limits; the others are counted."""
+        """Yield the pairs within the limits; add the others to `counts`."""
         texts = {pair[key] for _, pair in pairs for key in ("prompt", "chosen", "rejected")}
         tokens = self._count(list(texts))
         for index, pair in pairs:
@@ -150,10 +155,10 @@ class _Limits:
 
 
 class _Spool:
-    """Lines on disk in the order of reading, to be written out in another one.
+    """Lines on disk in reading order, to be written in a different order.
 
     Attributes:
-        rows: the row that each line came from.
+        rows: input row of each line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -163,7 +168,7 @@ class _Spool:
         self._starts = [0]
 
     def add(self, row: int, value: dict[str, Any]) -> None:
-        """Append the line of a row, which may have several."""
+        """Append a line of an input row, which may have several lines."""
         line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
         self._file.write(line)
         self.rows.append(row)
@@ -175,7 +180,7 @@ class _Spool:
             self.add(row, value)
 
     def write(self, target: Path, places: np.ndarray) -> int:
-        """Write the lines to `target`, rows at their places; returns how many there are."""
+        """Write the lines to `target`, sorted by the places of their rows; returns their number."""
         order = np.argsort(places[np.array(self.rows, dtype=np.int64)], kind="stable")
         partial = self._path.with_suffix(".ordered")
         with self._file, partial.open("wb") as file:
@@ -189,29 +194,30 @@ class _Spool:
 def fill_cache(
     recipe: Recipe, world: World, console: Console, ranks: int, report: Path | None
 ) -> None:
-    """Tokenize the sets of a recipe, unless the cache has them, and show what would be trained.
+    """Tokenize the data of a recipe, unless it is cached, and print a summary of it.
 
     Args:
         recipe: resolved; `model.path` is set.
         world: this process.
-        console: where the tables go.
-        ranks: of the run to come, for its rank efficiency.
-        report: folder of report.json and lengths.png; None: no report.
+        console: output of tables and warnings.
+        ranks: number of ranks of the planned run, for its rank efficiency.
+        report: directory of report.json and lengths.png; None: no report.
 
-    Raises InputError for anything wrong with the recipe, the data, the tokenizer or the folder.
+    Raises:
+        InputError: the recipe, data or tokenizer are invalid, or `report` cannot be written.
     """
     config = model_config(recipe, weights=False)
     check_vocabulary(recipe, config)
     data = prepare_data(recipe, world, console)
-    overview = data.summarize(recipe.train.row_tokens, ranks, training_cost(config))
-    show(overview, ", ".join(recipe.data.paths), console)
+    summary = data.summarize(recipe.train.row_tokens, ranks, training_cost(config))
+    show(summary, ", ".join(recipe.data.paths), console)
     found = summarize_by_source(data.tokens, data.examples, recipe.data.max_tokens)
-    console.table("where the traces come from", ORIGIN_COLUMNS, origin_rows(found))
+    console.table("traces by source", ORIGIN_COLUMNS, origin_rows(found))
     console.table("", ("", ""), share_rows(found))
-    for warning in warnings(overview):
+    for warning in warnings(summary):
         console.warn(warning)
     if report is not None:
-        content = {"overview": asdict(overview), "breakdown": asdict(found)}
+        content = {"overview": asdict(summary), "breakdown": asdict(found)}
         try:
             report.mkdir(parents=True, exist_ok=True)
             (report / "report.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""`redi report RUN ...`: what training runs came to, as a table and as curves, side by side."""
+"""`redi report RUN ...`: compare training runs in a table and as curves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from redi.engine.errors import InputError
 from redi.engine.train.metrics import read_metrics
 from redi.engine.train.run_folder import is_finished
 
-# Okabe and Ito's colours: told apart by colour-blind eyes too.
+# Okabe and Ito's palette, distinguishable for colour-blind readers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 KEYS = ("loss", "positive_logp", "negative_logp", "grad_norm", "tokens", "seconds", "tokens_per_s")
@@ -22,55 +22,55 @@ KEYS = ("loss", "positive_logp", "negative_logp", "grad_norm", "tokens", "second
 
 @dataclass(frozen=True)
 class Curves:
-    """metrics.jsonl of one run."""
+    """Contents of metrics.jsonl of one run."""
 
     name: str
     steps: list[dict[str, Any]]
-    """The step lines."""
+    """Lines of steps."""
     held_out: list[dict[str, Any]]
-    """The lines of `[eval]`."""
-    verdicts: list[dict[str, Any]]
-    """The lines of `[guard]`."""
+    """Lines of `[eval]`."""
+    guard_events: list[dict[str, Any]]
+    """Lines of `[guard]`."""
     finished: bool
 
 
 def read_run(run_dir: Path) -> Curves:
-    """The metrics of a run folder.
+    """Read the metrics of a run directory.
 
     Raises:
-        InputError: it is none, or has no step yet.
+        InputError: it is not a run directory, has no step yet, or metrics.jsonl is damaged.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
-        raise InputError(f"{run_dir}: not a run folder (it has no metrics.jsonl)")
+        raise InputError(f"{run_dir}: not a run directory (it has no metrics.jsonl)")
     lines = read_metrics(path)
     steps = [line for line in lines if "loss" in line]
     if not steps:
-        raise InputError(f"{path}: no step has been made yet")
+        raise InputError(f"{path}: no step has finished yet")
     for line in steps:
         if not all(isinstance(line.get(key), float | int | None) for key in KEYS):
             raise InputError(f"{path}: step {line['step']} is damaged")
     held_out = [line for line in lines if line.get("event") == "eval"]
-    verdicts = [line for line in lines if line.get("event") in ("collapse", "not_finite")]
-    return Curves(run_dir.name, steps, held_out, verdicts, is_finished(run_dir))
+    guard_events = [line for line in lines if line.get("event") in ("collapse", "not_finite")]
+    return Curves(run_dir.name, steps, held_out, guard_events, is_finished(run_dir))
 
 
-def report(run_dirs: Sequence[Path]) -> Path:
-    """Print a table of the runs and draw their curves into the first one's folder.
+def report_runs(run_dirs: Sequence[Path]) -> Path:
+    """Print a table of the runs and draw their curves into the first run's directory.
 
     Returns:
-        The picture.
+        Path of the picture.
     """
     runs = [read_run(folder) for folder in run_dirs]
     columns = ["", *(run.name for run in runs)]
     print_table("", columns, _rows(runs), sys.stdout)
     picture = run_dirs[0] / "curves.png"
-    draw(runs, picture)
+    draw_curves(runs, picture)
     return picture
 
 
 def _rows(runs: Sequence[Curves]) -> list[list[str]]:
-    """Each figure of each run; ends are means over the first and last tenth of the steps."""
+    """One row per figure. "a to b" are means over the first and the last tenth of the steps."""
 
     def ends(key: str) -> Callable[[Curves], str]:
         def show(run: Curves) -> str:
@@ -114,14 +114,14 @@ def _rows(runs: Sequence[Curves]) -> list[list[str]]:
 
 
 def _steps(run: Curves) -> str:
-    """How many, and how the run ended where it did not finish in peace."""
+    """Number of steps, and how the run ended, if not normally."""
     count = f"{run.steps[-1]['step']:,}" + ("" if run.finished else ", unfinished")
-    if not run.verdicts:
+    if not run.guard_events:
         return count
-    last = run.verdicts[-1]
+    last = run.guard_events[-1]
     if last.get("goes_on", True):
-        return f"{count}, collapse warned of at step {last['step']:,}"
-    what = "collapsed" if last["event"] == "collapse" else "ended as not finite"
+        return f"{count}, collapse warning at step {last['step']:,}"
+    what = "collapsed" if last["event"] == "collapse" else "not finite"
     return f"{run.steps[-1]['step']:,}, {what} at step {last['step']:,}"
 
 
@@ -134,8 +134,8 @@ def _median(run: Curves, key: str) -> str:
     return f"{value:,.0f}" if value > 10 else f"{value:.3f}"
 
 
-def draw(runs: Sequence[Curves], path: Path) -> None:
-    """Loss, log-probs of both signs (dots: held out), gradient norm and speed over the steps."""
+def draw_curves(runs: Sequence[Curves], path: Path) -> None:
+    """Plot loss, log-probs of both signs (dots: held-out), gradient norm and speed by step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -152,7 +152,7 @@ def draw(runs: Sequence[Curves], path: Path) -> None:
             logps.plot(seen, _floats(run.held_out, key), "o", color=colour, ms=3)
     titles = {
         loss: "loss",
-        logps: "log-prob of a token: positives, negatives (dashed), held out (dots)",
+        logps: "log-prob per token: positives, negatives (dashed), held-out (dots)",
         norm: "gradient norm before clipping",
         speed: "tokens/s",
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from redi.engine.errors import InputError
-from redi.engine.hub import NO_HUB_NAME, asking_the_hub, is_hub_name
+from redi.engine.hub import NO_HUB_NAME, is_hub_name, quiet_hub_client
 
 FILE_KINDS = ("jsonl", "json", "parquet", "csv")
 _SPLIT = re.compile(r":[\w.\[\]%-]+$")
@@ -134,7 +134,7 @@ def hub_dataset(name: str) -> Any:
 
     repository, _, split = name.partition(":")
     try:
-        with asking_the_hub():
+        with quiet_hub_client():
             return datasets.load_dataset(repository, split=split)
     except Exception as error:  # the hub client raises a great many types
         problem = " ".join(str(error).split())[:300]

@@ -17,7 +17,7 @@ import xxhash
 
 from redi.engine.data.traces import Message, Trace, as_messages
 from redi.engine.errors import InputError
-from redi.engine.hub import NO_HUB_NAME, asking_the_hub, is_hub_name
+from redi.engine.hub import NO_HUB_NAME, is_hub_name, quiet_hub_client
 
 TEMPLATES = ("chat", "none")
 _PROBE = "redi probe message"
@@ -300,7 +300,7 @@ def load_tokenizer(path: str) -> Any:
     if not (Path(path).is_dir() or is_hub_name(path)):
         raise InputError(f"{path}: no such folder with a tokenizer, {NO_HUB_NAME}")
     try:
-        with asking_the_hub():
+        with quiet_hub_client():
             tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
     except Exception as error:  # transformers and the hub client raise a great many types
         problem = " ".join(str(error).split())[:300]

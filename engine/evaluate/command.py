@@ -1,9 +1,9 @@
 """`redi evaluate`: sample completions of problems, check their answers, report pass@k.
 
-An evaluation's folder holds `evaluation.json` (what was asked for, and of what), written first;
-`samples.jsonl`, a line a completion, flushed batch by batch; and `summary.json`, written last.
-Completions are generated longest prompt first, an order that hangs on the data alone: one that was
-interrupted goes on behind its last whole batch, and ends with the samples that it would have had.
+The output directory holds `evaluation.json` (settings and versions), written first;
+`samples.jsonl`, a line per completion, flushed after each batch; and `summary.json`, written last.
+Completions are generated longest prompt first, an order that depends only on the data. So an
+interrupted evaluation resumes after its last complete batch and yields the same samples.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from redi.engine.console import Console, print_table
 from redi.engine.data.sources import unread_splits
 from redi.engine.errors import InputError, RunError, Stopped
 from redi.engine.evaluate.options import EvaluateOptions
-from redi.engine.evaluate.task import Task, prepare
+from redi.engine.evaluate.task import Evaluation, prepare_evaluation
 from redi.engine.generation.checkers import Checker, open_checker
 from redi.engine.generation.generate import Completion, generate_batches, vllm_batches
 from redi.engine.generation.scoring import score
@@ -34,17 +34,18 @@ from redi.engine.train.run_folder import manifest, trained_prompts
 
 
 def run(options: EvaluateOptions) -> dict[str, Any]:
-    """Evaluate, going on from where an earlier attempt stopped, and print the table.
+    """Evaluate, resuming an earlier attempt if there is one, and print the table.
 
     Returns:
-        What summary.json holds.
+        Contents of summary.json.
 
     Raises:
-        InputError: options, data or model are wrong, or the folder holds another evaluation.
-        RunError: it was interrupted, or ran out of memory.
+        InputError: options, data or model are invalid, or the directory holds another evaluation.
+        Stopped: it was interrupted.
+        RunError: it ran out of memory.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("redi evaluate is one process: start it without torchrun")
+        raise InputError("redi evaluate runs in one process; start it without torchrun")
     transformers_logging.disable_progress_bar()
     console = Console(quiet=options.quiet)
     template, system_prompt, eos, warning = trained_prompts(
@@ -54,10 +55,10 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         console.warn(warning)
     if eos == "left_out":
         console.warn(
-            f'{options.model}: trained with data.eos = "left_out", without the ends of traces: '
-            "a completion ends where the model before training would, else at max_new_tokens"
+            f'{options.model}: trained with data.eos = "left_out", without the ends of traces; '
+            "a completion ends as with the model before training, else at max_new_tokens"
         )
-    task = prepare(replace(options, template=template, system_prompt=system_prompt))
+    task = prepare_evaluation(replace(options, template=template, system_prompt=system_prompt))
     for line in unread_splits(options.data):
         console.warn(line)
     folder = task.folder
@@ -66,10 +67,10 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     total = len(task.requests)
     done = _cut_to_batches(samples, options.batch_size, total)
     if done == total:
-        console.say(f"{folder}: finished already; samples.jsonl holds all {total} samples")
+        console.say(f"{folder}: already finished; samples.jsonl holds all {total} samples")
     else:
         if done:
-            console.say(f"{folder}: going on after {done} of {total} samples")
+            console.say(f"{folder}: resuming after {done} of {total} samples")
         _begin(task)
         _sample(task, samples, done, console)
     facts = json.loads(_facts_file(folder).read_text(encoding="utf-8"))
@@ -81,26 +82,26 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def _check_same(folder: Path, settings: dict[str, Any]) -> None:
-    """A folder belongs to one evaluation."""
+    """Raise InputError if the directory holds anything but this evaluation."""
     path = _facts_file(folder)
     if not path.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"out: {folder} exists and holds no evaluation; name another")
+            raise InputError(f"out: {folder} exists and holds no evaluation; choose another out")
         return
     try:
         old = json.loads(path.read_text(encoding="utf-8"))["settings"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error}); name another out") from None
+        raise InputError(f"{path}: damaged ({error}); choose another out") from None
     for name, value in settings.items():
         if old.get(name) != value:
             raise InputError(
                 f"out: {folder} holds an evaluation with another {name} ({old.get(name)}, now "
-                f"{value}); name another out, or change it back to go on"
+                f"{value}); choose another out, or change it back to resume"
             )
 
 
 def _cut_to_batches(path: Path, batch_size: int, total: int) -> int:
-    """Cut what a killed attempt left behind its last whole batch. Returns the samples kept."""
+    """Truncate the file after its last complete batch; returns the number of samples kept."""
     if not path.exists():
         return 0
     with path.open("rb") as file:
@@ -117,19 +118,19 @@ def _cut_to_batches(path: Path, batch_size: int, total: int) -> int:
 
 
 def _check_columns(path: Path, line: bytes) -> None:
-    """Samples of an older version have other columns, and one file must not hold both."""
+    """Raise InputError for samples of an older version: a file must not mix columns."""
     try:
         is_current = "traces" in json.loads(line)
     except (ValueError, TypeError):
-        raise InputError(f"{path}:1: not valid JSON; name another out") from None
+        raise InputError(f"{path}:1: not valid JSON; choose another out") from None
     if not is_current:
         raise InputError(
-            f"{path}: has the columns of an older version of redi (no traces); name another out"
+            f"{path}: written by an older version of redi (no traces); choose another out"
         )
 
 
-def _begin(task: Task) -> None:
-    """Start the folder, unless an earlier attempt has."""
+def _begin(task: Evaluation) -> None:
+    """Create the directory and evaluation.json, unless an earlier attempt has."""
     folder = task.folder
     if _facts_file(folder).is_file():
         return
@@ -146,11 +147,11 @@ def _facts_file(folder: Path) -> Path:
     return folder / "evaluation.json"
 
 
-def _sample(task: Task, path: Path, done: int, console: Console) -> None:
-    """Generate, check and write what is not done."""
+def _sample(task: Evaluation, path: Path, done: int, console: Console) -> None:
+    """Generate, check and write the samples that are not done."""
     options = task.options
-    units = iter(task.units[done:])
-    progress = console.progress("sample", len(task.units), done)
+    places = iter(task.places[done:])
+    progress = console.progress("sample", len(task.places), done)
     made = correct = tokens = 0
     began = time.monotonic()
     try:
@@ -159,7 +160,7 @@ def _sample(task: Task, path: Path, done: int, console: Console) -> None:
             path.open("a", encoding="utf-8") as file,
         ):
             for batch in _batches(task, done):
-                lines = [_line(task, *next(units), completion, check) for completion in batch]
+                lines = [_line(task, *next(places), completion, check) for completion in batch]
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
                 file.flush()
                 made += len(lines)
@@ -169,47 +170,47 @@ def _sample(task: Task, path: Path, done: int, console: Console) -> None:
                 progress.update(len(lines), f"accuracy {correct / made:.3f}", f"{speed:,.0f} tok/s")
     except KeyboardInterrupt:
         raise Stopped(
-            f"interrupted: {path} holds the samples so far; the same command goes on from there"
+            f"interrupted: {path} holds the samples so far; the same command resumes"
         ) from None
     except torch.OutOfMemoryError:
         raise RunError(
-            f"out of memory with batch_size {options.batch_size}: the same command with a smaller "
-            "one goes on from there"
+            f"out of memory with batch_size {options.batch_size}; the same command with a smaller "
+            "batch_size resumes"
         ) from None
     finally:
         progress.close()
 
 
 def _line(
-    task: Task, problem_index: int, sample: int, completion: Completion, check: Checker
+    task: Evaluation, problem_index: int, sample: int, completion: Completion, check: Checker
 ) -> dict[str, Any]:
-    """A completion with its verdict, as samples.jsonl has it."""
+    """Line of samples.jsonl: a completion and whether it is correct."""
     problem, prompt = task.problems[problem_index], task.prompts[problem_index]
-    verdict = check(prompt, completion.text, problem.answer)
+    result = check(prompt, completion.text, problem.answer)
     plain = problem.prompt
     return {
         "problem": problem_index,
         "id": problem.id,
         "sample": sample,
-        # The columns of the row shape `traces`: samples can be trained on as they are.
+        # Columns of the data format `traces`, so that samples are valid training data.
         "prompt": plain if isinstance(plain, str) else [asdict(message) for message in plain],
         "traces": [
             {
                 "text": completion.text,
-                "correct": verdict.correct,
+                "correct": result.correct,
                 "teacher": task.options.model,
                 "finished": completion.ended,
             }
         ],
         "rendered_prompt": prompt,
-        "extracted": verdict.extracted,
+        "extracted": result.extracted,
         "answer": problem.answer,
         "ended": completion.ended,
         "tokens": completion.tokens,
     }
 
 
-def _batches(task: Task, done: int) -> Iterator[list[Completion]]:
+def _batches(task: Evaluation, done: int) -> Iterator[list[Completion]]:
     requests, batch_size = task.requests[done:], task.options.batch_size
     if task.engine == "vllm":
         return vllm_batches(task.model_path, task.dtype, requests, task.sampling, batch_size)
@@ -217,8 +218,8 @@ def _batches(task: Task, done: int) -> Iterator[list[Completion]]:
     return generate_batches(model, task.encoder.tokenizer, requests, task.sampling, batch_size)
 
 
-def _benchmarks(task: Task, path: Path) -> list[dict[str, Any]]:
-    """Scores of each file, and of all if there are several, from the samples on disk."""
+def _benchmarks(task: Evaluation, path: Path) -> list[dict[str, Any]]:
+    """Scores of each data file, and of all if there are several, from the samples on disk."""
     shape = (len(task.problems), task.options.samples)
     correct, ended = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     tokens = np.zeros(shape, dtype=np.int64)
@@ -250,7 +251,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _print_scores(benchmarks: Sequence[dict[str, Any]]) -> None:
-    """The benchmarks of summary.json as a table in per cent, on stdout."""
+    """Print the benchmarks of summary.json as a table in percent, on stdout."""
     ks = [k for k in benchmarks[0]["pass_at"] if k != 1]
     columns = ("data", "problems", "samples", "pass@1", "+-")
     rows = [
@@ -258,21 +259,21 @@ def _print_scores(benchmarks: Sequence[dict[str, Any]]) -> None:
             Path(row["name"]).name,
             f"{row['problems']:,}",
             str(row["samples"]),
-            _per_cent(row["pass_at_1"]),
-            f"{_per_cent(row['sem_over_samples'])} | {_per_cent(row['sem_over_problems'])}",
-            *(_per_cent(row["pass_at"][k]) for k in ks),
-            _per_cent(row["truncated"]),
+            _percent(row["pass_at_1"]),
+            f"{_percent(row['sem_over_samples'])} | {_percent(row['sem_over_problems'])}",
+            *(_percent(row["pass_at"][k]) for k in ks),
+            _percent(row["truncated"]),
             f"{row['mean_tokens']:,.0f}",
         )
         for row in benchmarks
     ]
     print_table(
-        "per cent; +-: standard error over samples | over problems",
-        (*columns, *(f"pass@{k}" for k in ks), "cut off", "tokens"),
+        "percent; +-: standard error over samples | over problems",
+        (*columns, *(f"pass@{k}" for k in ks), "truncated", "tokens"),
         rows,
         file=sys.stdout,
     )
 
 
-def _per_cent(share: float | None) -> str:
+def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"

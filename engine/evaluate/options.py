@@ -1,4 +1,4 @@
-"""The options of `redi evaluate`."""
+"""Options of `redi evaluate`."""
 
 from __future__ import annotations
 
@@ -12,78 +12,78 @@ from redi.engine.config.ranges import AT_LEAST_1, NOT_NEGATIVE, Range, check_ran
 
 EXAMPLES = """\
 examples:
-  redi evaluate runs/redi --data test.jsonl                       one sample a problem, T = 0.6
+  redi evaluate runs/redi --data test.jsonl                       one sample per problem, T = 0.6
   redi evaluate runs/redi --data aime24.jsonl math500.parquet --samples 16
   redi evaluate Qwen/Qwen2.5-Math-1.5B --data test.csv --temperature 0 --limit 100
   redi evaluate runs/quickstart/redi --data runs/quickstart/test.jsonl --answer_pattern '(.)$'
 
-The same line again goes on where it was stopped; when all is done it prints the table again.
+The same command resumes after an interruption; once finished, it prints the table again.
 """
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What is evaluated, and how."""
+    """Settings of an evaluation."""
 
     model: str
-    """A run folder (its export), a Hugging Face folder, or a hub name."""
+    """A run directory (its export), a Hugging Face directory, or a hub name."""
     data: list[str]
-    """Problems: JSONL, JSON, Parquet or CSV files (gzip too), folders of them, or hub names. A
-    row needs a prompt (prompt, problem or question) and an answer (answer or solution)."""
+    """Problems: JSONL, JSON, Parquet or CSV files (also gzip), directories of them, or hub names.
+    A row needs a prompt (prompt, problem or question) and an answer (answer or solution)."""
     samples: int = ranged(1, AT_LEAST_1)
-    """Completions of each problem."""
+    """Completions per problem."""
     temperature: float = ranged(0.6, NOT_NEGATIVE)
-    """0: greedy."""
+    """Sampling temperature; 0: greedy decoding."""
     top_p: float = ranged(0.95, Range(0, 1, open_low=True))
-    """Tokens outside the smallest set whose probability reaches it are never drawn."""
+    """Nucleus sampling: draw from the smallest set of tokens with at least this probability."""
     max_new_tokens: int | None = ranged(None, AT_LEAST_1)
-    """Tokens of a completion at most; left out: what the longest prompt leaves of the model's
-    positions, 32768 at most."""
+    """Maximum tokens of a completion. If omitted: the model's context less the longest prompt, at
+    most 32768."""
     k: list[int] | None = None
-    """Which pass@k; left out: 1, 2, 4, ... up to the number of samples."""
+    """Which pass@k to report. If omitted: 1, 2, 4, ... up to the number of samples."""
     checker: Literal["auto", "math", "exact"] = "auto"
-    """math: equal by math-verify. exact: letter by letter. auto: exact with answer_pattern, else
-    math."""
+    """math: equal according to math-verify. exact: equal as text. auto: exact with answer_pattern,
+    else math."""
     answer_pattern: str | None = None
-    """For exact: a regular expression whose one group holds the answer; its last match counts.
-    Left out: the last boxed answer, else what follows the last ####, else the last line."""
+    """For exact: a regular expression with one group, the answer; its last match counts. If
+    omitted: the last boxed answer, else the text after the last ####, else the last line."""
     template: Literal["chat", "none"] | None = None
-    """chat: the tokenizer's chat template; none: the prompt as it is; left out: the run's, else
+    """chat: the tokenizer's chat template. none: the unchanged prompt. If omitted: the run's, else
     chat."""
     system_prompt: str | None = None
-    """System message of conversations that have none; left out: the run's, if MODEL is one."""
+    """System message of conversations without one. If omitted: the run's, if MODEL is a run."""
     limit: int | None = ranged(None, AT_LEAST_1)
-    """Problems of each file at most."""
+    """Maximum problems per file."""
     seed: int = ranged(0, NOT_NEGATIVE)
-    """A sample is fixed by the seed, its prompt and its number among the prompt's samples."""
+    """Random seed. A sample depends only on the seed, its prompt and its sample number."""
     batch_size: int = ranged(64, AT_LEAST_1)
-    """Completions that run side by side; less needs less memory. It may differ on resume."""
+    """Completions generated together; lower values need less memory. May change on resume."""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """auto: vLLM when it is installed and there is a CUDA device, else transformers."""
+    """auto: vLLM if it is installed and a CUDA device is available, else transformers."""
     device: str = "auto"
-    """auto: cuda if there is one, else cpu."""
+    """auto: cuda if available, else cpu."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: bfloat16 on CUDA, else float32."""
     out: str | None = None
-    """Folder of samples.jsonl and summary.json; left out: evaluate-DATA in the run folder, for
-    other models runs/evaluate-MODEL-DATA."""
+    """Directory of samples.jsonl and summary.json. If omitted: evaluate-DATA in the run directory,
+    for other models runs/evaluate-MODEL-DATA."""
     quiet: bool = False
-    """Print the table and nothing else."""
+    """Print only the table."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
-                f"samples = {self.samples} with temperature 0 would be {self.samples} times the "
-                "same; raise the temperature, or leave samples out"
+                f"samples = {self.samples} with temperature 0 would give {self.samples} equal "
+                "completions; raise temperature, or remove samples"
             )
         for k in self.ks:
             if not 1 <= k <= self.samples:
                 raise ValueError(
-                    f"k must lie between 1 and the number of samples, {self.samples}; got {k}"
+                    f"k must be between 1 and the number of samples, {self.samples}; got {k}"
                 )
         if self.checker == "math" and self.answer_pattern is not None:
-            raise ValueError('answer_pattern needs the checker "exact"')
+            raise ValueError('answer_pattern needs the checker "exact"; remove one')
         if self.answer_pattern is not None:
             try:
                 answer_pattern(self.answer_pattern)
@@ -92,16 +92,17 @@ class EvaluateOptions:
 
     @property
     def ks(self) -> list[int]:
-        """Which pass@k, in order."""
+        """Sorted k of the reported pass@k."""
         if self.k is not None:
             return sorted(set(self.k))
         return [2**power for power in range(self.samples.bit_length())]
 
 
 def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
-    """The options of a command line.
+    """Parse the arguments that follow `redi evaluate`.
 
-    Raises InputError or ArgumentError: an unknown or missing option, or a wrong value.
+    Raises:
+        InputError, ArgumentError: an option is unknown, missing or has an invalid value.
     """
     parser = command_parser(
         "redi evaluate",
@@ -109,9 +110,9 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
         EXAMPLES,
         "redi evaluate MODEL --data FILE [FILE ...] [options]",
     )
-    parser.add_argument("model", metavar="MODEL", help="run folder, model folder or hub name")
+    parser.add_argument("model", metavar="MODEL", help="run directory, model directory or hub name")
     parser.add_argument("--data", nargs="+", metavar="FILE", required=True, help="problems")
-    parser.add_argument("--k", nargs="+", type=int, metavar="K", help="which pass@k")
-    parser.add_argument("--quiet", action="store_true", help="print the table and nothing else")
+    parser.add_argument("--k", nargs="+", type=int, metavar="K", help="which pass@k to report")
+    parser.add_argument("--quiet", action="store_true", help="print only the table")
     parser.add_class_arguments(EvaluateOptions, skip={"model", "data", "k", "quiet"})
     return parse_options(parser, argv, EvaluateOptions)

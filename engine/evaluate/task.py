@@ -1,4 +1,4 @@
-"""What `redi evaluate` is about to do: everything that is known before a model is loaded."""
+"""Preparation of an evaluation: everything that is known before the model is loaded."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from redi.engine.model.sharding import compute_dtype
 from redi.engine.train.run_folder import RECIPE, model_path
 
 MOST_NEW_TOKENS = 32768
-"""Where the model's positions leave more: as many as the paper's evaluation."""
+"""Upper limit of the default of max_new_tokens: the value of the paper's evaluation."""
 
-# What a resumed evaluation may change: the same samples, with batch_size and device to rounding.
+# A resumed evaluation may change these: samples stay equal (up to rounding for batch_size, device).
 MAY_CHANGE_ON_RESUME = ("batch_size", "device", "k", "out", "quiet")
 
 
 @dataclass(frozen=True)
-class Task:
+class Evaluation:
     """An evaluation, ready to run."""
 
     options: EvaluateOptions
     folder: Path
-    """Where samples and figures go."""
+    """Output directory."""
     problems: list[Problem]
     prompts: list[str]
-    """Each problem's prompt as the model sees it."""
-    units: list[tuple[int, int]]
+    """Rendered prompt of each problem, as the model gets it."""
+    places: list[tuple[int, int]]
     """(problem, sample) of each completion, in the order of generation."""
     requests: list[Request]
-    """The same, as the generator takes them."""
+    """The same completions, as input of the generator."""
     sampling: Sampling
     model_path: str
     model_config: Any
@@ -51,14 +51,14 @@ class Task:
     device: torch.device
     dtype: torch.dtype
     settings: dict[str, Any]
-    """What shapes the samples and their verdicts; it may not change on resume."""
+    """Everything that affects the samples or their correctness; fixed on resume."""
 
 
-def prepare(options: EvaluateOptions) -> Task:
-    """Read the problems, find model and tokenizer, settle what `auto` means here.
+def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
+    """Read the problems, find model and tokenizer, and resolve `auto` on this machine.
 
     Raises:
-        InputError: options, data or model are wrong, or do not fit each other.
+        InputError: options, data or model are invalid, or do not match each other.
     """
     problems = read_problems(options.data, options.limit)
     path = model_path(options.model, "MODEL")
@@ -82,19 +82,19 @@ def prepare(options: EvaluateOptions) -> Task:
         "max_new_tokens": max_new_tokens,
         "engine": engine,
         "dtype": str(dtype).removeprefix("torch."),
-        # By content: the same bytes may lie elsewhere.
+        # Identified by content, since the files may be moved.
         "model": model_fingerprint(path, DataConfig().cache_dir) or path,
         "data": xxhash.xxh3_128_hexdigest(repr([(p.prompt, p.answer) for p in problems]).encode()),
         "tokenizer": encoder.digest(),
         "rendered probe": encoder.rendering(),
     }
-    return Task(
+    return Evaluation(
         options=options,
         folder=Path(options.out) if options.out else _default_folder(options),
         problems=problems,
         prompts=prompts,
-        units=[divmod(place, options.samples) for place in order],
-        requests=[requests[place] for place in order],
+        places=[divmod(index, options.samples) for index in order],
+        requests=[requests[index] for index in order],
         sampling=Sampling(max_new_tokens, options.temperature, options.top_p, options.seed),
         model_path=path,
         model_config=config,
@@ -120,26 +120,26 @@ def _default_folder(options: EvaluateOptions) -> Path:
 def _room(
     wanted: int | None, problems: Sequence[Problem], ids: Sequence[tuple[int, ...]], config: Any
 ) -> int:
-    """New tokens of a completion: as wanted, else what the longest prompt leaves."""
+    """Maximum new tokens: as requested, else the context less the longest prompt."""
     text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
     longest = max(range(len(ids)), key=lambda index: len(ids[index]))
     length, where = len(ids[longest]), problems[longest].where
     if (most := max(map(max, ids))) >= text_config.vocab_size:
         raise InputError(
-            f"MODEL: the tokenizer gives token {most}, the model's vocabulary has "
-            f"{text_config.vocab_size}"
+            f"MODEL: the tokenizer yields token {most}, but the model's vocabulary has "
+            f"{text_config.vocab_size} tokens"
         )
     if positions is None:
         return wanted or MOST_NEW_TOKENS
     if length >= positions:
         raise InputError(
-            f"{where}: the prompt has {length} tokens, the model only {positions} positions"
+            f"{where}: the prompt has {length} tokens, but the model's context is {positions}"
         )
     if wanted is not None and length + wanted > positions:
         raise InputError(
-            f"max_new_tokens: {where} has a prompt of {length} tokens and the model {positions} "
-            f"positions, which leaves {positions - length}, not {wanted}"
+            f"max_new_tokens: {where} has a prompt of {length} tokens and the model a context of "
+            f"{positions}, which leaves {positions - length}, not {wanted}"
         )
     return wanted or min(MOST_NEW_TOKENS, positions - length)
 
@@ -150,9 +150,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch is built without CUDA
         problem = str(error).strip().split("\n")[0]
-        raise InputError(f"device: {name!r} is not to be had here: {problem}") from None
+        raise InputError(f"device {name!r} is not available: {problem}") from None
     return device
 
 

@@ -1,6 +1,6 @@
-r"""Rewrites written answers into forms that math-verify reads. Text only: it does the mathematics.
+r"""Rewrite answers as text into forms that math-verify parses; math-verify does the mathematics.
 
-Each rule is narrow on purpose: a rule that strips too much accepts wrong answers.
+Each rule is narrow on purpose: a rule that strips too much accepts incorrect answers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import unicodedata
 from collections import Counter
 from decimal import Decimal
 
-# Characters that mean the same in any text. Not NFKC, which would turn x² into x2.
+# Characters with one meaning in any text. NFKC is not used, because it turns x² into x2.
 _CHARACTERS: dict[int, str | None] = {
     **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full-width ASCII
     **dict.fromkeys(map(ord, "\u00a0\u2002\u2003\u2007\u2008\u2009\u200a\u202f\u205f\u3000"), " "),
@@ -18,7 +18,7 @@ _CHARACTERS: dict[int, str | None] = {
     **{ord(minus): "-" for minus in "\u2212\ufe63"},
     **{ord("。"): ".", ord("、"): ","},
 }
-# Characters of a formula. Not for prose, where a command outside $...$ is no formula.
+# Characters of a formula. Not for prose, because a command outside $...$ is not a formula.
 _SYMBOLS = str.maketrans(
     {
         **{"°": r"^\circ ", "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ", "≈": r"\approx "},
@@ -34,30 +34,30 @@ _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
 
 _SPACE = r"(?:\\[,;:! ]|~|\s)"
 _TEXT = r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mathit|boldsymbol|mbox)"
-# A command or a mark around the whole answer that changes how it looks, not what it is.
+# A command or mark around the whole answer that changes only its appearance.
 _WRAPPED = re.compile(
     rf"(?:{_TEXT}|\\underline)\s*\{{([^{{}}]*)\}}"
     r"|\*\*([^*]+)\*\*|`([^`]+)`|\\\((.+)\\\)|\\\[(.+)\\\]|\$+([^$]+)\$+"
 )
-# 1{,}234  1{\small,}234: a comma in braces separates thousands and nothing else.
+# 1{,}234  1{\small,}234: a comma in braces only separates thousands.
 _BRACED_COMMA = re.compile(
     r"(?<=\d)\{\s*(?:\\[a-z]+\s*)?,\s*\}(?=\d{3})|(?<=\d)(?:\\!,|,\\!)(?=\d{3})"
 )
-# 1 234 567  1\,234: groups of three digits. Each group needs its three.
+# 1 234 567  1\,234: groups of exactly three digits.
 _SPACED = re.compile(
     rf"(?<![\d.,])(?<!\d\s)[1-9]\d{{0,2}}(?:{_SPACE}\d{{3}})+(?![\d,/^])(?!{_SPACE}\d)"
 )
 _MIXED = re.compile(r"(?<![\d./^_])(\d+)\s+(\d+)/(\d+)(?![\d/])")  # 3 1/2
 # {1,30} here and below: int() refuses numbers of more than 4300 digits.
 _REPEATING = re.compile(r"(?<![\d.])(\d{0,30})\.(\d{0,30})\\overline\{(\d{1,30})\}")
-# 1.5e3  1.5\times 10^{3}. Not behind /, ^ or _, where the factor belongs to more than 1.5.
+# 1.5e3  1.5\times 10^{3}. Not after /, ^ or _, which bind more than the 1.5.
 _SCIENTIFIC = re.compile(
     r"(?<![\w.\\^/])(\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})"
     r"(?:[eE]([-+]?\d{1,3})(?!\w|\.\d)"
     r"|\s*(?:\\times|\\cdot|×|·|⋅|\*|[xX])\s*10\s*\^\s*"
     r"(?:\{\s*([-+]?\d{1,3})\s*\}|\(?([-+]?\d{1,3})(?!\d)\)?))"
 )
-# math-verify rounds decimals to six places, where 0.0000016 would equal 0.0000021.
+# math-verify rounds decimals to six places, so 0.0000016 would equal 0.0000021.
 _SMALL = re.compile(r"(?<![\d.])0?\.0000\d{1,30}(?!\d)")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALED = re.compile(
@@ -68,7 +68,7 @@ _CURRENCY = r"(?:\\\$|[$€£¥₹]|\\pounds|\\euro|USD|EUR|GBP|Rs\.?)"
 _MONEY = re.compile(
     rf"([-+]?)(?:\\text\{{\s*)?({_CURRENCY})\s*\}}?{_SPACE}*(?=[-+]?[\d.])(.+)", re.DOTALL
 )
-_MONEY_BEHIND = re.compile(rf"([-+]?[\d.,]*\d){_SPACE}*({_CURRENCY})")
+_MONEY_AFTER = re.compile(rf"([-+]?[\d.,]*\d){_SPACE}*({_CURRENCY})")
 _POWER = r"(?:\^\{?-?\d\}?)?"
 _PIECE = rf"{_TEXT}\s*\{{[^{{}}]*\}}{_POWER}"
 _MARKED_UNIT = re.compile(  # \text{ m}^3  \text{km}/\text{h}  \frac{\text{km}}{\text{h}}
@@ -76,7 +76,7 @@ _MARKED_UNIT = re.compile(  # \text{ m}^3  \text{km}/\text{h}  \frac{\text{km}}{
     rf"(?:{_SPACE}*(?:/|\\cdot)?{_SPACE}*{_PIECE})*)",
     re.DOTALL,
 )
-# Words without \text: after a number alone, since 5 x is a product.
+# Words without \text: only after a plain number, since 5 x is a product.
 _NUMBER = (
     r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+|\d+/\d+|\d+:\d\d|"
     r"\d*\\pi|\d*\\sqrt\{\d+\}|\d*\\[dt]?frac\{\d+\}\{\d+\})"
@@ -85,7 +85,7 @@ _PLAIN_UNIT = re.compile(
     rf"({_NUMBER})({_SPACE}*)([A-Za-z][A-Za-z /.]*{_POWER}(?:/[a-z]+{_POWER})?)"
 )
 _TEMPERATURE = re.compile(r"(.*\\circ\}?)\s*(?:\\text\{\s*)?([CF])\}?")
-# Units of which one is not another. Other words are not compared: 12 apples may be 12 fruits.
+# Units that differ from each other. Other words are not compared: 12 apples may be 12 fruits.
 _UNITS = {
     alias: names.split()[0]
     for names in (
@@ -98,7 +98,7 @@ _UNITS = {
     )
     for alias in names.split()
 }  # fmt: skip
-# Words that change the number or say that there is no single one.
+# Words that change the number, or that make it more than one number.
 _NO_UNIT = re.compile(
     r"\b(?:percent|percentage|pct|or|and|to|more|less|than|most|least|not|dozen|half|"
     r"halve|third|quarter|tenth|hundredth|"
@@ -114,19 +114,19 @@ _BOUND = re.compile(
 
 
 def clean_characters(text: str) -> str:
-    """Full-width characters, odd spaces and minus signs as ASCII."""
+    """Replace full-width characters, special spaces and minus signs by ASCII."""
     return text.translate(_CHARACTERS)
 
 
 def clean_prose(text: str) -> str:
-    """`clean_characters`, with the numbers that math-verify does not find in prose rewritten."""
-    # A number is found after a space; Chinese and Japanese write none.
+    """`clean_characters`, and rewrite numbers that math-verify does not find in prose."""
+    # math-verify needs a space before a number; Chinese and Japanese have none.
     text = re.sub(r"(?<=[\u3040-\u9fff：，。])(?=[-−－\d０-９$])", " ", text)
     return scientific(_FRACTION.sub(_vulgar, clean_characters(text)))
 
 
 def clean_formula(text: str) -> str:
-    r"""An answer without what only changes its look: Unicode symbols, \text{...}, **...**."""
+    r"""Remove what only changes an answer's appearance: Unicode symbols, \text{...}, **...**."""
     text = _FRACTION.sub(_vulgar, clean_characters(text))
     text = _RAISED.sub(lambda found: f"^{{{_narrow(found[0])}}}", text)
     text = _LOWERED.sub(lambda found: f"_{{{_narrow(found[0])}}}", text)
@@ -143,7 +143,7 @@ def clean_formula(text: str) -> str:
 
 
 def clean_numbers(text: str) -> str:
-    """Thousands, mixed numbers, repeating decimals and small ones in plain digits."""
+    """Rewrite thousands, mixed numbers, repeating and small decimals in plain digits."""
     text = _BRACED_COMMA.sub("", text)
     text = _SPACED.sub(lambda found: re.sub(_SPACE, "", found[0]), text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
@@ -153,18 +153,18 @@ def clean_numbers(text: str) -> str:
 
 
 def scientific(text: str) -> str:
-    """1.5e3 and 1.5 x 10^3 as 1500; exact, since math-verify rounds decimals to six places."""
+    """Rewrite 1.5e3 and 1.5 x 10^3 as 1500; exact, as math-verify rounds to six places."""
     return _SCIENTIFIC.sub(
         lambda found: _exact(found[1], int(found[2] or found[3] or found[4])), text
     )
 
 
 def split_unit(text: str) -> tuple[str, list[str]]:
-    """The answer without its unit, and the unit's parts in a common spelling ([] if unknown)."""
-    if (found := _MONEY.fullmatch(text)) or (found := _MONEY_BEHIND.fullmatch(text)):
+    """Split off the unit; returns the answer and the unit's parts, normalized ([] if unknown)."""
+    if (found := _MONEY.fullmatch(text)) or (found := _MONEY_AFTER.fullmatch(text)):
         if found.re is _MONEY:
-            value, behind = split_unit(found[1] + found[3])
-            return value, behind or _unit(found[2])
+            value, unit = split_unit(found[1] + found[3])
+            return value, unit or _unit(found[2])
         return found[1], _unit(found[2])
     if found := _TEMPERATURE.fullmatch(text):
         return found[1], [found[2]]
@@ -180,7 +180,7 @@ def split_unit(text: str) -> tuple[str, list[str]]:
 
 
 def bounds(text: str) -> str | None:
-    r"""What follows an answer and makes it a range: 12\text{ or more}. math-verify drops it."""
+    r"""Word that turns an answer into a range, which math-verify drops: 12\text{ or more}."""
     found = _BOUND.search(text)
     return found[1].lower() if found else None
 
@@ -197,9 +197,9 @@ def _singular(word: str) -> str:
 
 
 def split_choice(text: str) -> tuple[str | None, str | None]:
-    r"""The letters of a choice and its value: (B) 12 -> "B", "12"; A and C -> "AC", None.
+    r"""Letters of a choice and its value: (B) 12 -> "B", "12"; A and C -> "AC", None.
 
-    (None, None) if the answer is no choice.
+    (None, None) if the answer is not a choice.
     """
     text = re.sub(rf"{_TEXT}\s*\{{([^{{}}]*)\}}", r"\1", text)
     text = re.sub(rf"\*\*|{_SPACE}+", lambda found: "" if found[0] == "**" else " ", text).strip()
@@ -210,19 +210,19 @@ def split_choice(text: str) -> tuple[str | None, str | None]:
     if re.fullmatch("[A-J]{2,}", letters) and len(set(letters)) == len(letters):
         return letters, None
     if found := re.fullmatch(r"\(?([A-J]) ?[).:] ?(.+)", text, re.DOTALL):
-        # Another letter, another choice: (A) 5 and (B) 6 chooses nothing.
+        # A second letter is a second choice: (A) 5 and (B) 6 is ambiguous.
         return (None, None) if re.search(r"\b[A-J]\b", found[2]) else (found[1], found[2].strip())
     return None, None
 
 
 def same_letters(given: str, right: str) -> bool:
-    """Several letters are a set, except where the right ones are out of order: a ranking."""
+    """Compare letters as a set; if the correct ones are unsorted, they are a ranking: in order."""
     given, ordered = given.upper(), "".join(sorted(right))
     return "".join(sorted(given)) == right if right == ordered else given == right
 
 
 def split_base(text: str) -> tuple[str, int] | None:
-    """The digits and the base of a number as 1011_2."""
+    """Digits and base of a number such as 1011_2."""
     found = re.fullmatch(r"\(?(\d[\dA-F]{0,99})\)?_\{?(\d{1,2})\}?", text.replace(" ", ""))
     if not found:
         return None
@@ -233,7 +233,7 @@ def split_base(text: str) -> tuple[str, int] | None:
 
 
 def elements(text: str) -> list[str]:
-    """The parts of a list between its outermost commas."""
+    """Parts of a list, split at its outermost commas."""
     parts, depth = [""], 0
     for character in text.replace(r"\{", "{").replace(r"\}", "}"):
         depth += (character in "([{") - (character in ")]}")
@@ -245,14 +245,14 @@ def elements(text: str) -> list[str]:
 
 
 def is_tuple(text: str) -> bool:
-    """True if (...) with a comma is the whole answer."""
+    """True if the whole answer is (...) with a comma."""
     text = text.replace(r"\left", "").replace(r"\right", "")
     inner = text[1:-1]
     return text[:1] + text[-1:] == "()" and len(elements(inner)) > 1 and len(elements(text)) == 1
 
 
 def repeats(text: str) -> list[int]:
-    """How often the elements of a list without brackets are repeated, most first."""
+    """Counts of equal elements of a list without brackets, largest first."""
     return sorted(Counter(elements(text)).values(), reverse=True)
 
 
@@ -266,7 +266,7 @@ def _vulgar(found: re.Match[str]) -> str:
 
 
 def _exact(digits: str, exponent: int) -> str:
-    """digits * 10^exponent as a whole number or a fraction."""
+    """digits * 10^exponent as an integer or a fraction."""
     _, figures, places = Decimal(digits).as_tuple()
     whole = int("".join(map(str, figures)))
     exponent += int(places)

@@ -1,4 +1,4 @@
-"""Whether a completion's answer is the right one."""
+"""Checkers: decide whether a completion's answer is correct."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from redi.engine.data.final_answer import BOX, closing_brace, final_answer
 from redi.engine.generation import answer_forms as forms
 
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-# Three letters, or two that are a word: xy is a product, and equals yx.
+# Three letters or more, or a two-letter word: xy is a product, equal to yx.
 _WORDS = re.compile(
     r"(?:[^\W\d_]{3,}|\b(?:am|an|as|at|be|by|do|go|if|in|is|it|no|of|ok|on|or|pm|so|to|up|us|we)\b)"
     r"(?:[\s'-]+[^\W\d_]+)*",
@@ -29,7 +29,7 @@ _ANSWER_IS = re.compile(
 )
 _REASON = re.compile(r"[\s,;]*\b(?:because|since)\b.*", re.IGNORECASE)
 _THINK = re.compile(r"</?think(?:ing)?>")
-# Boxes that final_answer does not know: \framebox{7}, \boxed 7.
+# Boxes that final_answer does not handle: \framebox{7}, \boxed 7.
 _OTHER_BOX = re.compile(r"\\framebox\s*(?=\{)|\\boxed\s+(-?[\d.]+|[A-J])\b")
 _OPEN_BOX = re.compile(r"\\(?:f|frame)?box(?:ed)?\s*$")
 _START_SECONDS = 120.0
@@ -37,27 +37,27 @@ _START_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What a checker found."""
+    """Result of a checker."""
 
     extracted: str | None
-    """The answer as the completion has it; None: there is none."""
+    """Answer found in the completion, or None."""
     correct: bool
 
 
 Checker = Callable[[str, str, str], CheckResult]
-"""(prompt, completion, right answer) -> verdict."""
+"""(prompt, completion, correct answer) -> result."""
 
 
 class ExactChecker:
-    r"""Right when the completion's answer is the right answer, letter by letter.
+    r"""Compares the answers as text.
 
-    The completion's answer is the group of the pattern's last match, if a pattern is given; else
-    the marked one (`final_answer`), else the last line with text in it. Runs of white space count
-    as one space, $ around the answer and a full stop behind it do not count.
+    The completion's answer is the group of the pattern's last match, if there is a pattern; else
+    the marked answer (`final_answer`), else the last non-empty line. Before comparison, runs of
+    white space become one space, and $ around the answer and a final full stop are removed.
     """
 
     def __init__(self, pattern: str | None = None) -> None:
-        """Raises ValueError for a pattern that is no regular expression with one group."""
+        """Raises ValueError if the pattern is not a regular expression with one group."""
         self._pattern = None if pattern is None else answer_pattern(pattern)
 
     def __call__(self, prompt: str, completion: str, answer: str) -> CheckResult:
@@ -81,17 +81,18 @@ def _plain(text: str) -> str:
 
 
 class MathChecker:
-    r"""Right when the answers are mathematically equal, by the library math-verify.
+    r"""Compares the answers mathematically, by the library math-verify.
 
-    Thoughts (<think>) do not count; a text that ends in a thought or an open box has no answer.
-    The completion's answer is the marked one (`final_answer`), else what math-verify finds, which
-    is the last formula or number unless words such as "the answer is" point to one. A right answer
-    that is words, or the letter of a choice, is compared as text, whatever the case: as a formula
-    it would be a product of letters, equal to any anagram. Unmarked, such an answer is what
-    follows the last "answer is" or "answer:", else the last line.
+    Text in <think> is ignored; a text that ends in a thought or an open box has no answer. The
+    completion's answer is the marked one (`final_answer`), else what math-verify finds: the last
+    formula or number, unless words such as "the answer is" point to another. If the correct answer
+    is words or the letter of a choice, it is compared as case-insensitive text: as a formula it
+    would be a product of letters, equal to any anagram. An unmarked answer of that kind is the text
+    after the last "answer is" or "answer:", else the last line.
 
-    Answers are compared in a process of its own, which is killed after `seconds`: an answer such
-    as 9^{9^{9^9}} keeps Python busy for ever, where no signal reaches it. Such an answer is wrong.
+    Answers are compared in a separate process, which is killed after `seconds`: an answer such as
+    9^{9^{9^9}} computes practically forever and cannot be interrupted by a signal. It counts as
+    incorrect.
     """
 
     def __init__(self, seconds: float = 5.0) -> None:
@@ -101,32 +102,32 @@ class MathChecker:
 
     def __call__(self, prompt: str, completion: str, answer: str) -> CheckResult:
         """Compare; the prompt does not count."""
-        said = _conclusion(completion)
-        if said is None:
+        conclusion = _conclusion(completion)
+        if conclusion is None:
             return CheckResult(None, False)
-        marked = final_answer(said)
-        if not (marked or said).strip():
+        marked = final_answer(conclusion)
+        if not (marked or conclusion).strip():
             return CheckResult(marked, False)
         right = forms.clean_formula(answer)
         if marked is None and (_words(right) or forms.split_choice(right)[0]):
-            pointed = _unmarked_words(said)
-            # A choice with its value may be answered by the value alone, somewhere in the text.
+            pointed = _unmarked_words(conclusion)
+            # A choice that has a value may be answered by that value, anywhere in the text.
             _, value = forms.split_choice(right)
             if value is None or forms.split_choice(forms.clean_formula(pointed))[0]:
                 return CheckResult(pointed, self._same(forms.clean_formula(pointed), right))
             right = value
         if marked is None:
             value, _ = forms.split_unit(forms.scientific(forms.clean_numbers(right)))
-            return self._ask(forms.clean_prose(said), None, value)
+            return self._ask(forms.clean_prose(conclusion), None, value)
         return CheckResult(marked, self._same(forms.clean_formula(marked), right))
 
     def _same(self, given: str, right: str) -> bool:
-        """Whether two cleaned answers are equal."""
+        """Return whether two cleaned answers are equal."""
         if given == right:
             return True
         letters, value = forms.split_choice(right)
         given_letters, given_value = forms.split_choice(given)
-        if (words := _words(right)) and not (letters and given_letters):  # ACD may be both
+        if (words := _words(right)) and not (letters and given_letters):  # ACD: word or choices
             return _words(given) == words
         if letters and (given_letters or not value):
             if not given_letters or not forms.same_letters(given_letters, letters):
@@ -153,24 +154,24 @@ class MathChecker:
             forms.is_tuple(given) or forms.repeats(given)[0] != forms.repeats(right)[0]
         ):
             return False
-        # 2e-1 is 0.2, or Euler's number twice, less one: right if it is equal in either reading.
+        # 2e-1 is 0.2, or 2 * e - 1: correct if the answers are equal in either reading.
         readings = {(given, right), (forms.scientific(given), forms.scientific(right))}
         return any(self._ask("", *reading).correct for reading in sorted(readings))
 
     def _ask(self, completion: str, marked: str | None, answer: str) -> CheckResult:
-        """What math-verify finds, in the process of its own."""
+        """Result of math-verify, from the separate process."""
         connection = self._connection or self._start()
         try:
             connection.send((completion, marked, answer))
             if connection.poll(self._seconds):
                 return connection.recv()
-        except (EOFError, OSError):  # the worker died: out of memory, or too deep a recursion
+        except (EOFError, OSError):  # the worker died: out of memory, or recursion too deep
             pass
         self.close()
         return CheckResult(marked, False)
 
     def _start(self) -> Connection:
-        # spawn: a fork of a process that runs torch's threads may hang.
+        # spawn: a fork of a process with torch's threads may hang.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._worker = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -182,7 +183,7 @@ class MathChecker:
         return self._connection
 
     def close(self) -> None:
-        """End the process; the next comparison starts another."""
+        """Kill the process; the next comparison starts a new one."""
         if self._worker is not None and self._connection is not None:
             self._worker.kill()
             self._worker.join()
@@ -192,13 +193,13 @@ class MathChecker:
 
 @contextmanager
 def open_checker(name: str, pattern: str | None = None) -> Iterator[Checker]:
-    """The checker "math", "exact", or "auto": exact if a pattern is given, else math.
+    """Open the checker "math", "exact", or "auto" (exact if there is a pattern, else math).
 
     Raises:
-        ValueError: an unknown name, or a pattern that is wrong or for the checker "math".
+        ValueError: the name is unknown, or the pattern is invalid or given for the checker "math".
     """
     if name not in ("auto", "math", "exact"):
-        raise ValueError(f"unknown checker {name!r}; known: auto, math, exact")
+        raise ValueError(f"unknown checker {name!r}; available: auto, math, exact")
     if name == "math" and pattern is not None:
         raise ValueError('a pattern for the answer needs the checker "exact"')
     if name == "exact" or pattern is not None:
@@ -209,39 +210,39 @@ def open_checker(name: str, pattern: str | None = None) -> Iterator[Checker]:
 
 
 def _conclusion(completion: str) -> str | None:
-    """The text that holds the answer: what follows the thinking. None if it was cut off."""
+    """Text after the thinking, which contains the answer; None if it was truncated."""
     start = 0
     for tag in _THINK.finditer(completion):
         start = tag.end() if tag[0].startswith("</") else -1
     if start < 0:
         return None
-    said = _OTHER_BOX.sub(
+    text = _OTHER_BOX.sub(
         lambda box: rf"\boxed{{{box[1]}}}" if box[1] else r"\boxed", completion[start:]
     )
-    opened = list(BOX.finditer(said))
-    if _OPEN_BOX.search(said) or (opened and closing_brace(said, opened[-1].end()) is None):
+    opened = list(BOX.finditer(text))
+    if _OPEN_BOX.search(text) or (opened and closing_brace(text, opened[-1].end()) is None):
         return None
-    return said
+    return text
 
 
 def _words(text: str) -> str | None:
-    """The text in lower case if it is words and no formula."""
+    """The text in lower case if it is words, None if it is a formula."""
     plain = _plain(_TEXT_COMMAND.sub(r"\1", text)).removeprefix("(").removesuffix(")")
     return plain.casefold() if _WORDS.fullmatch(plain) else None
 
 
 def _unmarked_words(completion: str) -> str:
-    said = list(_ANSWER_IS.finditer(completion))
-    if not said:
+    found = list(_ANSWER_IS.finditer(completion))
+    if not found:
         return completion.strip().splitlines()[-1]
-    return _REASON.sub("", said[-1][1] or said[-1][2])
+    return _REASON.sub("", found[-1][1] or found[-1][2])
 
 
 def _serve(connection: Connection) -> None:
-    """The worker: answers until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other end to handle
-    logging.disable()  # math-verify warns that it has no time limit: the limit is the process's
-    import math_verify  # noqa: F401  # imported before the clock runs
+    """Worker process: serve comparisons until the connection closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
+    logging.disable()  # math-verify warns of a missing time limit; the process has one
+    import math_verify  # noqa: F401  # imported before the time limit applies
 
     connection.send(None)
     while True:
@@ -258,11 +259,11 @@ def _compare(completion: str, marked: str | None, answer: str) -> CheckResult:
     found = parse(completion if marked is None else _boxed(marked), parsing_timeout=None)
     extracted = marked or (str(found[-1]) if found else None)
     right = parse(_boxed(answer), parsing_timeout=None)
-    # 1 <= x < 2 is the interval [1, 2).
+    # allow_set_relation_comp: 1 <= x < 2 equals the interval [1, 2).
     correct = verify(right, found, allow_set_relation_comp=True, timeout_seconds=None)
     return CheckResult(extracted, correct)
 
 
 def _boxed(answer: str) -> str:
-    # Where math-verify looks first, and reads a formula in full.
+    # math-verify looks for a box first, and parses the whole formula in it.
     return f"\\boxed{{{answer.strip().strip('$')}}}"

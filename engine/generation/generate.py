@@ -1,10 +1,10 @@
-"""Completions of a causal LM by transformers' `generate`: in batches, every sample reproducible.
+"""Batched, reproducible completions of a causal LM by transformers' `generate`.
 
-Each sample has a random stream of its own, seeded by (seed, prompt, sample number), and takes one
-number from it per token: the place where the cumulated probabilities pass that number is the next
-token (inverse transform sampling). Other prompts, their order, the batch size and what was
-generated before therefore leave a sample alone, up to rounding: a batch of another shape may
-change the last bits of a logit. The same batches on the same machine give the same bits.
+Each sample has a separate random stream, seeded by (seed, prompt, sample number), and takes one
+number from it per token. The next token is the first whose cumulative probability exceeds that
+number (inverse transform sampling). So a sample does not depend on other prompts, their order, the
+batch size or earlier generation, except for rounding: a different batch shape may change the last
+bits of a logit. The same batches on the same machine give identical bits.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from redi.engine.model.attention import NAME as PACKED_ATTENTION
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn."""
+    """Sampling settings."""
 
     max_new_tokens: int
-    """Tokens of a completion at most, its end included."""
+    """Maximum tokens of a completion, including its end."""
     temperature: float = 0.0
-    """Divides the logits; 0: the likeliest token, no randomness."""
+    """Divisor of the logits; 0: greedy decoding."""
     top_p: float = 1.0
-    """Tokens outside the smallest set whose probability reaches it are never drawn."""
+    """Nucleus sampling: draw from the smallest set of tokens with at least this probability."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,19 +50,19 @@ class Sampling:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion that is wanted."""
+    """Request for one completion."""
 
     prompt: tuple[int, ...]
     """Token ids, at least one."""
     sample: int
-    """Which of the prompt's samples: with `Sampling.seed`, what its random stream hangs on."""
+    """Sample number within the prompt; part of the seed of the random stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,11 @@ class Completion:
     """One generated completion."""
 
     text: str
-    """Without special tokens."""
+    """Text without special tokens."""
     tokens: int
-    """Generated tokens, the end included."""
+    """Number of generated tokens, including the end."""
     ended: bool
-    """False: cut off at `max_new_tokens`."""
+    """False if truncated at `max_new_tokens`."""
 
 
 def generate(
@@ -86,13 +86,15 @@ def generate(
     samples: int = 1,
     batch_size: int = 64,
 ) -> list[list[Completion]]:
-    """`samples` completions of each prompt, in the order of `prompts`.
+    """Generate `samples` completions of each prompt, in the order of `prompts`.
 
     Args:
-        model: a causal LM; left as it was.
-        tokenizer: the model's.
-        prompts: texts as the model is to see them, chat template and all.
-        batch_size: sequences that run side by side.
+        model: a causal LM; its state is restored afterwards.
+        tokenizer: the model's tokenizer.
+        prompts: rendered texts, with the chat template applied.
+        sampling: sampling settings.
+        samples: completions per prompt.
+        batch_size: sequences generated together.
 
     Raises:
         ValueError: a prompt has no token.
@@ -113,14 +115,14 @@ def generate(
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 ) -> list[tuple[int, ...]]:
-    """Token ids of each prompt, without special tokens beyond those in its text.
+    """Token ids of each prompt; no special tokens are added to its text.
 
     Raises:
         ValueError: a prompt has no token.
     """
     if not prompts:  # transformers cannot tokenize an empty batch
         return []
-    # verbose: else it warns of sequences longer than the tokenizer's nominal maximum.
+    # verbose=False suppresses the warning about sequences beyond the tokenizer's nominal maximum.
     encoded = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
     for number, prompt in enumerate(encoded):
         if not prompt:
@@ -129,7 +131,7 @@ def encode_prompts(
 
 
 def longest_first(requests: Sequence[Request]) -> list[int]:
-    """The order to generate in: little padding, and what needs most memory comes first."""
+    """Indices by falling prompt length: little padding, and the largest batch runs first."""
     return sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt))
 
 
@@ -141,24 +143,29 @@ def generate_batches(
     batch_size: int,
     *,
     in_step: bool = False,
-    break_off: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[Completion]]:
-    """Yields the completions of `batch_size` requests at a time, in the order of `requests`.
+    """Yield the completions of `batch_size` requests at a time, in the order of `requests`.
 
-    Stops a sequence at the tokenizer's EOS and at those of the model's generation config, from
-    which nothing else is taken: its sampling defaults would change the result unseen.
+    A sequence ends at the tokenizer's EOS and at the end tokens of the model's generation config.
+    Nothing else is taken from that config: its sampling defaults would silently change the result.
 
     Args:
-        in_step: every rank runs as many forwards of a batch as the slowest, because the model's
-            blocks are sharded over them. Each must then have as many batches as the others.
-        break_off: asked for each token; True ends the batch's sequences there. The next batch
-            begins all the same, if it is asked for.
+        model: a causal LM; its state is restored after each batch.
+        tokenizer: the model's tokenizer.
+        requests: completions to generate.
+        sampling: sampling settings.
+        batch_size: sequences generated together.
+        in_step: for sharded blocks: every rank runs as many forwards per batch as the slowest one.
+            All ranks must then have the same number of batches.
+        should_stop: called for each token; True ends the sequences of the current batch. Later
+            batches still start if the caller continues to iterate.
     """
     ends = end_tokens(model, tokenizer)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=False,  # the draw is made by the last logits processor
+        do_sample=False,  # the last logits processor samples
         eos_token_id=ends,
         pad_token_id=pad,
     )
@@ -171,22 +178,22 @@ def generate_batches(
                 attention_mask=mask.to(model.device),
                 generation_config=config,
                 logits_processor=_processors(batch, sampling),
-                stopping_criteria=StoppingCriteriaList([_BreakOff(break_off)]),
+                stopping_criteria=StoppingCriteriaList([_StopIf(should_stop)]),
                 synced_gpus=in_step,
             )
         new_tokens = output[:, ids.shape[1] :].tolist()
         yield [_completion(tokenizer, tokens, set(ends)) for tokens in new_tokens]
 
 
-class _BreakOff(StoppingCriteria):
-    """Ends every sequence when asked to."""
+class _StopIf(StoppingCriteria):
+    """Ends every sequence once a condition is true."""
 
-    def __init__(self, asked: Callable[[], bool]) -> None:
-        self._asked = asked
+    def __init__(self, condition: Callable[[], bool]) -> None:
+        self._condition = condition
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.BoolTensor:
-        """Whether each sequence [batch] ends here."""
-        ends = torch.full(input_ids.shape[:1], self._asked(), device=input_ids.device)
+        """Return for each sequence [batch] whether it ends here."""
+        ends = torch.full(input_ids.shape[:1], self._condition(), device=input_ids.device)
         return cast(torch.BoolTensor, ends)
 
 
@@ -197,13 +204,13 @@ def vllm_batches(
     sampling: Sampling,
     batch_size: int,
 ) -> Iterator[list[Completion]]:
-    """As `generate_batches`, by vLLM, which loads the model at `path` itself.
+    """Like `generate_batches`, with vLLM, which loads the model from `path`.
 
-    vLLM draws by its own rule: its samples are not those of `generate_batches`.
+    vLLM has its own sampling algorithm, so the samples differ from those of `generate_batches`.
     """
     from vllm import LLM, SamplingParams
 
-    # generation_config="vllm": no sampling defaults of the model's.
+    # generation_config="vllm": ignore the model's sampling defaults.
     llm = LLM(path, dtype=str(dtype).removeprefix("torch."), generation_config="vllm")
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
@@ -217,7 +224,7 @@ def vllm_batches(
             for request in batch
         ]
         prompts = [{"prompt_token_ids": list(request.prompt)} for request in batch]
-        outputs = [answer.outputs[0] for answer in llm.generate(prompts, params, use_tqdm=False)]
+        outputs = [found.outputs[0] for found in llm.generate(prompts, params, use_tqdm=False)]
         yield [
             Completion(output.text, len(output.token_ids), output.finish_reason == "stop")
             for output in outputs
@@ -225,20 +232,20 @@ def vllm_batches(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a completion: the tokenizer's EOS, then those of the generation config."""
+    """Token ids that end a completion: the tokenizer's EOS, then the generation config's."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     listed = configured if isinstance(configured, list) else [configured]
     return list(dict.fromkeys(e for e in (tokenizer.eos_token_id, *listed) if e is not None))
 
 
 def _left_padded(prompts: Sequence[tuple[int, ...]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask [batch, longest], int64: every prompt ends in the last column."""
+    """Ids and attention mask, int64 [batch, longest], with each prompt's end in the last column."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    for index, prompt in enumerate(prompts):
+        ids[index, width - len(prompt) :] = torch.tensor(prompt)
+        mask[index, width - len(prompt) :] = 1
     return ids, mask
 
 
@@ -258,7 +265,9 @@ def _processors(batch: Sequence[Request], sampling: Sampling) -> LogitsProcessor
         processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_p < 1:
             processors.append(TopPLogitsWarper(float(sampling.top_p)))
-        processors.append(_OwnStreams([_stream(sampling.seed, request) for request in batch]))
+        processors.append(
+            _SampleFromStreams([_stream(sampling.seed, request) for request in batch])
+        )
     return processors
 
 
@@ -267,34 +276,34 @@ def _stream(seed: int, request: Request) -> np.random.Generator:
     return np.random.default_rng([seed, request.sample, prompt])
 
 
-class _OwnStreams(LogitsProcessor):
-    """Draws each row's token with a number from the row's own stream.
+class _SampleFromStreams(LogitsProcessor):
+    """Draws the next token of each sequence with a number from that sequence's random stream.
 
-    The drawn token keeps the only finite score, so that taking the largest, which is what
-    `generate` does next, takes it.
+    The drawn token gets the only finite score, so the argmax that `generate` takes next selects it.
     """
 
     def __init__(self, streams: Sequence[np.random.Generator]) -> None:
         self._streams = streams
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [batch, V] of the next token, in which the drawn one alone is finite."""
+        """Return scores [batch, V] in which only the drawn token is finite."""
         numbers = [stream.random() for stream in self._streams]
         drawn = torch.tensor(numbers, dtype=torch.float64, device=scores.device)[:, None]
-        # float64: cumulated over 150,000 tokens in fp32, the rare ones would lose their share.
-        cumulated = scores.double().softmax(-1).cumsum(-1)
-        # right: the first that is larger, hence never a token of probability 0.
-        token = torch.searchsorted(cumulated, drawn * cumulated[:, -1:], right=True)
+        # float64: an fp32 cumsum over 150,000 tokens would lose the probability of rare ones.
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        # right=True: the first larger entry, so a token of probability 0 is never drawn.
+        token = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
         token = token.clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
 @contextmanager
 def _generation_state(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, attention that knows padding and a cache, and no defaults of the model's.
+    """Set evaluation mode, an attention with padding and cache, and `config`; restore afterwards.
 
-    `generate` fills whatever `config` leaves open from the model's own generation config (a
-    repetition penalty, for one); a model in training has packed attention, which has no cache.
+    `generate` fills unset fields of `config` from the model's generation config (such as a
+    repetition penalty), so that is replaced. A model in training has packed attention, which has
+    no cache.
     """
     training, defaults = model.training, model.generation_config
     attention = model.config._attn_implementation

@@ -1,4 +1,4 @@
-"""From verdicts to figures: accuracy, pass@k and their standard errors."""
+"""Scores of checked samples: accuracy, pass@k and their standard errors."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What n samples of each of P problems say; shares of 1, not per cent."""
+class BenchmarkScores:
+    """Scores of n samples of each of P problems, as fractions of 1."""
 
     problems: int
     samples: int
-    """Of each problem."""
+    """n, per problem."""
     pass_at_1: float
     """Mean accuracy over all samples."""
     sem_over_samples: float | None
-    """Standard deviation (n - 1) of the n samples' whole-benchmark scores / sqrt(n), as the paper
-    gives it: how far another n samples of these problems would lie. None for one sample."""
+    """Standard deviation (ddof = 1) of the n whole-benchmark scores / sqrt(n), as in the paper: the
+    uncertainty from drawing other samples of the same problems. None for one sample."""
     sem_over_problems: float | None
-    """Standard deviation (P - 1) of the problems' accuracies / sqrt(P): how far other problems of
-    the kind would lie. None for one problem."""
+    """Standard deviation (ddof = 1) of the problems' accuracies / sqrt(P): the uncertainty from
+    drawing other problems of the same kind. None for one problem."""
     pass_at: dict[int, float]
-    """k -> unbiased pass@k, the mean over problems."""
+    """k -> unbiased pass@k, averaged over problems."""
 
 
-def score(correct: np.ndarray, ks: Sequence[int] = (1,)) -> Scores:
-    """Scores of verdicts.
+def score(correct: np.ndarray, ks: Sequence[int] = (1,)) -> BenchmarkScores:
+    """Score the checked samples of a benchmark.
 
     Args:
         correct: bool [problems, samples], both at least 1.
-        ks: which pass@k, each from 1 to the number of samples.
+        ks: the k of pass@k, each from 1 to the number of samples.
 
     Raises:
-        ValueError: no verdicts, or a k out of range.
+        ValueError: `correct` is empty or not 2-D, or a k is out of range.
     """
     if correct.ndim != 2 or not correct.size:
         raise ValueError(f"correct must be [problems, samples], got shape {correct.shape}")
     problems, samples = correct.shape
     counts = correct.sum(axis=1)
-    return Scores(
+    return BenchmarkScores(
         problems=problems,
         samples=samples,
         pass_at_1=float(correct.mean()),
@@ -55,32 +55,32 @@ def score(correct: np.ndarray, ks: Sequence[int] = (1,)) -> Scores:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate that at least one of k samples is correct, of `correct` in `samples`.
+    """Unbiased estimate of the probability that at least one of k samples is correct.
 
-    1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1), as a product of factors
-    below 1, which cannot overflow.
+    With c = `correct` and n = `samples`: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv
+    2107.03374, eq. 1), computed as a product of factors below 1, which cannot overflow.
 
     Raises:
         ValueError: not 0 <= correct <= samples, or not 1 <= k <= samples.
     """
     if not 0 <= correct <= samples:
-        raise ValueError(f"correct must lie in [0, {samples}], got {correct}")
+        raise ValueError(f"correct must be in [0, {samples}], got {correct}")
     if not 1 <= k <= samples:
-        raise ValueError(f"k must lie in [1, {samples}], the number of samples; got {k}")
-    # Every factor 1 - k / i of C(n - c, k) / C(n, k); one is 0 or below if k of them must hit.
+        raise ValueError(f"k must be in [1, {samples}], the number of samples; got {k}")
+    # With fewer than k incorrect samples a factor 1 - k / i would be <= 0; the result is exactly 1.
     if samples - correct < k:
         return 1.0
     return float(1 - np.prod(1 - k / np.arange(samples - correct + 1, samples + 1)))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, of at least one value; the error of one alone is NaN."""
+    """Mean and standard error of at least one value; the error of a single value is NaN."""
     error = _standard_error(np.asarray(values, dtype=float))
     return float(np.mean(values)), math.nan if error is None else error
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """Mean of first - second, pair by pair, and its standard error."""
+    """Mean and standard error of the paired differences first - second."""
     return mean_and_error([a - b for a, b in zip(first, second, strict=True)])
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from redi.engine.errors import InputError
-from redi.engine.hub import NO_HUB_NAME, asking_the_hub, is_hub_name
+from redi.engine.hub import NO_HUB_NAME, is_hub_name, quiet_hub_client
 
 
 def find_config(path: str, name: str, weights: bool = True) -> Any:
@@ -41,7 +41,7 @@ def find_config(path: str, name: str, weights: bool = True) -> Any:
     elif not is_hub_name(path):
         raise InputError(f"{name}: {path}: no such directory, {NO_HUB_NAME}")
     try:
-        with asking_the_hub():
+        with quiet_hub_client():
             return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # an invalid field raises errors of many types
         here = "" if folder.is_dir() else "no such directory; the hub: "

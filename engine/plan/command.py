@@ -1,15 +1,13 @@
-"""`redi plan`: what a recipe will take of time and memory on cards that are not there yet.
+"""`redi plan`: estimates a recipe's time and memory without a GPU.
 
-The packing is that of training, step by step; memory is counted (`memory.py`); time follows from
-the flops of the packed rows and from an assumption, the share of a card's peak that is reached.
+Packing is identical to training's, step by step. Memory is counted (`memory.py`). Time follows from
+the flops of the packs and an assumed fraction of the GPU's peak.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +21,29 @@ from redi.engine.distributed import join_world
 from redi.engine.errors import InputError
 from redi.engine.model.build import check_vocabulary, model_config
 from redi.engine.model.flops import run_cost, training_cost
-from redi.engine.plan.cards import Card, Cluster
+from redi.engine.plan.cards import Cluster
 from redi.engine.plan.display import show_plan
 from redi.engine.plan.memory import RESERVE, Load, cache_memory, step_memory
 from redi.engine.plan.types import Alternative, PackedRun, Plan, WorstStep
 from redi.engine.train.prepare_data import PreparedData, check_positions, prepare_data
 
 PACKED_STEPS = 500
-"""Steps that are packed; of a longer run so many, evenly spread."""
+"""Maximum number of packed steps; for a longer run they are evenly spaced."""
 
 
 def plan_recipes(
     recipes: list[tuple[str, Recipe]], cluster: Cluster, console: Console, target: Path | None
 ) -> list[Plan]:
-    """Plan recipes and show the tables.
+    """Plan recipes and print the tables.
 
     Args:
-        recipes: path and resolved recipe; `model.path` is set.
-        cluster: what they would run on.
-        console: where the tables go.
-        target: JSON file; None: none is written.
+        recipes: (path, resolved recipe) pairs; `model.path` is set.
+        cluster: the GPUs to plan for.
+        console: output of tables and warnings.
+        target: JSON file to write; None: no file.
 
-    Raises InputError for anything wrong with a recipe, its data, its model or the target.
+    Raises:
+        InputError: a recipe, its data or model are invalid, or `target` cannot be written.
     """
     plans = []
     content = []
@@ -60,14 +59,14 @@ def plan_recipes(
             config,
             "lower data.max_tokens to {}, or raise model.max_position_embeddings",
         )
-        overview = data.summarize(recipe.train.row_tokens, cluster.ranks, training_cost(config))
-        show(overview, path, console)
-        for warning in warnings(overview):
+        summary = data.summarize(recipe.train.row_tokens, cluster.ranks, training_cost(config))
+        show(summary, path, console)
+        for warning in warnings(summary):
             console.warn(warning)
         plan = make_plan(recipe, config, data, cluster, console)
         show_plan(plan, path, console)
         plans.append(plan)
-        content.append({"recipe": path, "overview": asdict(overview)} | asdict(plan))
+        content.append({"recipe": path, "overview": asdict(summary)} | asdict(plan))
     if target is not None:
         try:
             target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -79,19 +78,20 @@ def plan_recipes(
 def make_plan(
     recipe: Recipe, config: Any, data: PreparedData, cluster: Cluster, console: Console
 ) -> Plan:
-    """Packing, memory and time of a recipe.
+    """Estimate packing, memory and time of a recipe.
 
     Args:
         recipe: resolved.
         config: its model's configuration.
-        data: what it trains.
-        cluster: what it would run on.
-        console: shows the progress of packing.
+        data: its training data.
+        cluster: the GPUs to plan for.
+        console: output of the progress of packing.
 
-    Raises InputError for a model or a backend that cannot be planned.
+    Raises:
+        InputError: the model or the backend is not supported.
     """
     if recipe.objective.backend == "reference":
-        raise InputError('objective.backend: "reference" is no backend to plan for; use "auto"')
+        raise InputError('objective.backend: plan does not support "reference"; use "auto"')
     packing, load = pack_run(recipe, config, data, cluster.ranks, console)
     card = cluster.figures
     memory = step_memory(recipe, config, load, cluster.ranks, card)
@@ -102,8 +102,7 @@ def make_plan(
         generating += cache_memory(recipe, config, data.held_out.problems)
     alternatives = []
     if memory.total > card_memory:
-        trial = _Trial(recipe, load, cluster.ranks)
-        alternatives = _alternatives(trial, config, data, card, memory.total, card_memory)
+        alternatives = _alternatives(recipe, config, data, load, cluster, memory.total, card_memory)
     step_seconds = packing.slowest_flops / (cluster.mfu * card.peak_flops)
     seconds = step_seconds * packing.steps
     return Plan(
@@ -122,12 +121,12 @@ def make_plan(
 
 @dataclass(frozen=True)
 class _PackedStep:
-    """A step as training lays it out."""
+    """A step, packed as in training."""
 
     step: int
     packing: Packing
-    rows: list[np.ndarray]
-    """Indices of traces, of each row of each micro-step and rank."""
+    packs: list[np.ndarray]
+    """Indices of the traces in each pack, of all micro-steps and ranks."""
     flops: np.ndarray
     """float64 [micro-steps, ranks]."""
 
@@ -135,14 +134,17 @@ class _PackedStep:
 def pack_run(
     recipe: Recipe, config: Any, data: PreparedData, ranks: int, console: Console
 ) -> tuple[PackedRun, Load]:
-    """Pack the steps of a run as training will.
+    """Pack the steps of a run as in training.
 
     Args:
         recipe: resolved.
         config: its model's configuration.
-        data: what it trains.
-        ranks: of the run.
-        console: shows the progress.
+        data: its training data.
+        ranks: number of ranks.
+        console: output of the progress.
+
+    Returns:
+        The packing's figures, and the properties that determine memory.
     """
     lengths, total = data.examples.lengths, data.schedule.total_steps
     chosen = np.unique(np.linspace(1, total, min(total, PACKED_STEPS)).round().astype(int))
@@ -155,8 +157,8 @@ def pack_run(
     progress.close()
 
     worst = min(steps, key=lambda step: step.packing.rank_efficiency)
-    rows = [row for step in steps for row in step.rows if len(row)]
-    fullest = max(rows, key=lambda row: int(lengths[row].sum()))
+    packs = [traces for step in steps for traces in step.packs if len(traces)]
+    fullest = max(packs, key=lambda traces: int(lengths[traces].sum()))
     trained = lengths - data.tokens.prompt_lengths
     run = PackedRun(
         steps=total,
@@ -166,13 +168,13 @@ def pack_run(
         most_micro_steps=max(len(step.flops) for step in steps),
         rank_efficiency=float(np.mean([step.packing.rank_efficiency for step in steps])),
         worst=WorstStep(worst.step, worst.packing.rank_efficiency, worst.packing.bound),
-        fullest_row=int(lengths[fullest].sum()),
+        fullest_pack=int(lengths[fullest].sum()),
         flops=float(np.mean([step.flops.sum() for step in steps])),
         slowest_flops=float(np.mean([step.flops.max(axis=1).sum() for step in steps])),
     )
     return run, Load(
-        row=build_batch(data.tokens, fullest, lengths[fullest]),
-        targets=frozenset(int(trained[row].sum()) for row in rows),
+        pack=build_batch(data.tokens, fullest, lengths[fullest]),
+        targets=frozenset(int(trained[traces].sum()) for traces in packs),
         micro_steps=run.most_micro_steps,
     )
 
@@ -180,7 +182,7 @@ def pack_run(
 def _pack_step(
     step: int, data: PreparedData, row_tokens: int, ranks: int, balanced: Cost, run: Cost
 ) -> _PackedStep:
-    """Args: `balanced` is what training packs by, `run` what a row's flops are."""
+    """Pack a step; `balanced` is the cost that training balances, `run` the flops of a trace."""
     traces = _traces(step, data)
     lengths = data.examples.lengths[traces]
     packing = pack(
@@ -194,87 +196,61 @@ def _pack_step(
     return _PackedStep(
         step,
         packing,
-        [traces[row] for rows in packing.rows for row in rows],
-        np.array([[flops[row].sum() for row in rows] for rows in packing.rows]),
+        [traces[pack] for micro_step in packing.rows for pack in micro_step],
+        np.array([[flops[one].sum() for one in micro_step] for micro_step in packing.rows]),
     )
 
 
 def _traces(step: int, data: PreparedData) -> np.ndarray:
-    """Indices of a step's traces."""
+    """Indices of the traces of a step."""
     return data.examples.units[data.schedule.units(step)].reshape(-1)
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """What a change is tried on."""
-
-    recipe: Recipe
-    load: Load
-    ranks: int
-
-    def with_shard(self, **changes: Any) -> _Trial:
-        return replace(
-            self, recipe=replace(self.recipe, shard=replace(self.recipe.shard, **changes))
-        )
-
-
 def _alternatives(
-    trial: _Trial, config: Any, data: PreparedData, card: Card, peak: int, card_memory: int
+    recipe: Recipe,
+    config: Any,
+    data: PreparedData,
+    load: Load,
+    cluster: Cluster,
+    peak: int,
+    card_memory: int,
 ) -> list[Alternative]:
-    """What may be changed, what costs least time first, up to what fits; see `Plan`."""
+    """Recipe changes that lower the peak, cheapest in time first; see `Plan.alternatives`."""
+    shard = recipe.shard
+    per_micro_step = {"reduce": "micro_step"} if cluster.ranks > 1 else {}
+    changes: list[tuple[str, dict[str, Any], Load]] = []
+    if shard.replicate > 1:
+        changes.append(("shard.replicate = 1", {"replicate": 1}, load))
+    if per_micro_step and shard.reduce == "step" and load.micro_steps > 1:
+        changes.append(('shard.reduce = "micro_step"', per_micro_step, load))
+    modes = ("none", "selective", "full")
+    changes += [
+        (f'shard.checkpointing = "{mode}"', {"checkpointing": mode}, load)
+        for mode in modes[modes.index(shard.checkpointing) + 1 :]
+    ]
+    longest = _longest_pack(data)
+    if longest.num_tokens < load.pack.num_tokens:
+        # Shorter packs make more micro-steps, whose gradients stay unsharded unless reduced.
+        change = f"train.row_tokens = {longest.num_tokens}, the length of the longest trace"
+        if per_micro_step and shard.reduce == "step":
+            change += ', and shard.reduce = "micro_step"'
+        shorter = Load(longest, frozenset([len(longest.valid_index)]), micro_steps=2)
+        changes.append((change, per_micro_step, shorter))
+
     found = []
-    for change, tried in _changes(trial, data):
-        changed = tried(trial)
-        if changed is None:
-            continue
-        lower = step_memory(changed.recipe, config, changed.load, changed.ranks, card).total
-        if lower >= peak:
-            continue
-        trial, peak = changed, lower
-        found.append(Alternative(change, peak, peak <= card_memory))
+    for change, fields, changed_load in changes:
+        changed = replace(recipe, shard=replace(shard, **fields))
+        lower = step_memory(changed, config, changed_load, cluster.ranks, cluster.figures).total
+        if lower < peak:
+            shard, peak = changed.shard, lower
+            found.append(Alternative(change, peak, peak <= card_memory))
         if peak <= card_memory:
             break
     return found
 
 
-def _changes(
-    trial: _Trial, data: PreparedData
-) -> Iterator[tuple[str, Callable[[_Trial], _Trial | None]]]:
-    """Changes by name; each gives None where there is nothing to change."""
-
-    def reduce(trial: _Trial) -> _Trial | None:
-        accumulates = trial.load.micro_steps > 1 and trial.recipe.shard.reduce == "step"
-        return trial.with_shard(reduce="micro_step") if accumulates and trial.ranks > 1 else None
-
-    def shorter(trial: _Trial) -> _Trial | None:
-        if longest.num_tokens >= trial.load.row.num_tokens:
-            return None
-        load = Load(longest, frozenset([len(longest.valid_index)]), micro_steps=2)
-        trial = replace(trial, load=load)
-        return reduce(trial) or trial
-
-    shard, longest = trial.recipe.shard, _longest_row(data)
-    if shard.replicate > 1:
-        yield "shard.replicate = 1", partial(_Trial.with_shard, replicate=1)
-    yield 'shard.reduce = "micro_step"', reduce
-    if shard.checkpointing == "none":
-        change = partial(_Trial.with_shard, checkpointing="selective")
-        yield 'shard.checkpointing = "selective"', change
-    if shard.checkpointing != "full":
-        yield 'shard.checkpointing = "full"', partial(_Trial.with_shard, checkpointing="full")
-    rows = f"train.row_tokens = {longest.num_tokens}, as the longest trace has"
-    if trial.ranks > 1 and shard.reduce == "step":
-        rows += ', and shard.reduce = "micro_step"'
-    yield rows, shorter
-    ranks = 2 * trial.ranks
-    while ranks <= trial.recipe.train.batch * data.examples.units.shape[1]:
-        yield f"{ranks} ranks", partial(replace, ranks=ranks)
-        yield 'shard.reduce = "micro_step"', reduce
-        ranks *= 2
-
-
-def _longest_row(data: PreparedData) -> PackedBatch:
-    """The longest trace alone, or the longest pair where pairs share a row."""
+def _longest_pack(data: PreparedData) -> PackedBatch:
+    """The longest trace, or the longest pair if pairs share a pack."""
     examples = data.examples
     groups = examples.units if examples.keep_pairs_together > 1 else examples.units.reshape(-1, 1)
     longest = groups[np.argmax(examples.lengths[groups].sum(axis=1))]

@@ -1,12 +1,12 @@
-"""What a training step takes of a card's memory, counted without a card.
+"""Estimates the GPU memory of a training step, without a GPU.
 
-One rank's step is run on tensors that have shapes but no memory (`FakeTensorMode`), by the code
-that trains: FSDP2 over a process group without other processes, recomputation, loss, clipping,
-AdamW. Every storage is counted from its making to its end. All blocks being alike, memory is linear
-in their number: two shallow models are run, and each phase's peak is continued to the real depth.
+One rank's step runs on tensors with shapes but no memory (`FakeTensorMode`), by the training code:
+FSDP2 over a process group without other processes, recomputation, loss, clipping, AdamW. Every
+storage is counted from its allocation to its release. All blocks are alike, so memory is linear in
+their number: two shallow models are run, and each phase's peak is extrapolated to the real depth.
 
-Not counted: what CUDA, NCCL and cuBLAS take for themselves, and what the allocator's blocks leave
-unused between tensors (`RESERVE`).
+Not counted: memory of CUDA, NCCL and cuBLAS, and unused gaps between tensors in the allocator's
+blocks (`RESERVE`).
 """
 
 from __future__ import annotations
@@ -45,39 +45,39 @@ from redi.kernels.logprobs import GPU_KEEP_SHARE
 from redi.kernels.reference import accumulation_dtype
 
 RESERVE = 0.1
-"""Share of a card left to CUDA, NCCL, cuBLAS and the allocator's gaps. An assumption."""
+"""Fraction of GPU memory reserved for CUDA, NCCL, cuBLAS and the allocator's gaps (assumed)."""
 
 SHALLOW = 3
-"""Blocks of the smaller model that is run: a first, a last and one like all between them."""
+"""Blocks of the smaller model: the first, the last, and one that represents all others."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What of a run's packing decides its memory."""
+    """Properties of a run's packing that determine its memory."""
 
-    row: PackedBatch
-    """The fullest."""
+    pack: PackedBatch
+    """The fullest pack."""
     targets: frozenset[int]
-    """Trained tokens of each row. The loss's chunk need not be largest for the fullest row, as it
-    is cut to fill the card's processors."""
+    """Trained tokens of each pack. The loss's chunk is sized to fill the GPU's processors, so it
+    is not always largest for the fullest pack."""
     micro_steps: int
-    """Of a step, at most."""
+    """Maximum per step."""
 
 
 def step_memory(recipe: Recipe, config: Any, load: Load, ranks: int, card: Card) -> StepMemory:
-    """The peak of a rank's step.
+    """Peak memory of a rank in one training step.
 
-    Counted are flash attention, transformers' own layers and blocks that are not compiled.
+    Assumes flash attention, transformers' own layers and uncompiled blocks.
 
     Args:
         recipe: resolved; `model.path` is set.
         config: the model's configuration; no weights are needed.
-        load: the rows.
-        ranks: of the run.
-        card: decides the chunks of the loss.
+        load: packs of the step.
+        ranks: number of ranks.
+        card: the GPU; it determines the chunks of the loss.
 
     Raises:
-        InputError: the model is not built as training needs it.
+        InputError: training does not support the model's architecture.
     """
     depth = config.num_hidden_layers
     if depth <= SHALLOW + 1:
@@ -93,7 +93,7 @@ def step_memory(recipe: Recipe, config: Any, load: Load, ranks: int, card: Card)
 
 
 def cache_memory(recipe: Recipe, config: Any, problems: HeldOutProblems) -> int:
-    """Bytes of the keys and values of a batch of `problems` with the longest completions."""
+    """Bytes of the keys and values of a batch of `problems` at the maximum completion length."""
     dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     tokens = problems.longest_prompt + problems.new_tokens(config)
@@ -112,90 +112,94 @@ def _of_depth(config: Any, blocks: int) -> Any:
 def _continued(
     few: dict[Phase, Counter[str]], more: dict[Phase, Counter[str]], blocks: int
 ) -> Iterator[tuple[Phase, Counter[str]]]:
-    """Peaks of a model of so many blocks more than `few` has; `more` has one more.
+    """Extrapolate peaks to a model with `blocks` more blocks than that of `few`.
 
-    A block has its like in the deeper model at the same distance from the first one, or from the
-    last; for those between the two memory lies between as well.
+    `more` has the peaks of a model with one block more than `few`. A block corresponds to the block
+    of the deeper model at the same distance from the first or from the last one; memory in between
+    is bounded by these two.
     """
     for phase, parts in few.items():
-        likes = {phase}
+        partners = {phase}
         if len(phase) == 3:
             micro_step, name, block = phase
-            likes = {phase} if block < SHALLOW - 1 else set()
-            likes |= {(micro_step, name, block + 1)} if block > 0 else set()
-        for like in likes:
-            longer = more[like]
-            names = parts.keys() | longer.keys()
+            partners = {phase} if block < SHALLOW - 1 else set()
+            partners |= {(micro_step, name, block + 1)} if block > 0 else set()
+        for partner in partners:
+            deeper = more[partner]
+            names = parts.keys() | deeper.keys()
             yield (
                 phase,
-                Counter({n: parts[n] + blocks * (longer[n] - parts[n]) for n in names}),
+                Counter({n: parts[n] + blocks * (deeper[n] - parts[n]) for n in names}),
             )
 
 
 def phase_peaks(
     recipe: Recipe, config: Any, load: Load, ranks: int, card: Card
 ) -> dict[Phase, Counter[str]]:
-    """Bytes by part at the peak of each phase: (micro-step, name) or (micro-step, name, block)."""
-    device = torch.device("cpu")  # stands for the card: FSDP2 asks a device for its streams
+    """Phase -> bytes by part at its peak.
+
+    A phase is (micro-step, name) or (micro-step, name, block).
+    """
+    device = torch.device("cpu")  # not CUDA: FSDP2 would need its streams
     dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))
     model = build_model(recipe.model.path or "", config, "varlen")
     model.train()
     section = recipe.objective
-    exponentials = _takes_exponentials(recipe, card, dtype, config.hidden_size)
+    exp_gemm = _uses_exp_gemm(recipe, card, dtype, config.hidden_size)
     filters = section.filter_epsilon > 0
     objective = PackedLoss(replace(section, backend="torch"))
     if section.kind.reference:
-        traces = int(load.row.sequence_ids.max()) + 1
+        traces = int(load.pack.sequence_ids.max()) + 1
         objective = replace(objective, reference=torch.zeros(traces))
     student = Student(model, objective)
-    # The second micro-step finds what the first has left, and so does any later one.
-    rows = [load.row] * min(load.micro_steps, 2)
+    # The second micro-step starts with what the first has left, like any later one.
+    packs = [load.pack] * min(load.micro_steps, 2)
     with _ranks(ranks):
         shard(student, replace(recipe.shard, compile=False), dtype, device)
-        ledger = MemoryTracker(
-            _loss_memory(load, student.head.weight.shape, dtype, exponentials, filters, card)
+        tracker = MemoryTracker(
+            _loss_memory(load, student.head.weight.shape, dtype, exp_gemm, filters, card)
         )
-        with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             student.to_empty(device=device)
-            ledger.settle("masters")
+            tracker.settle("masters")
             optimizer = make_optimizer(student, recipe.optim)
             for parameter in student.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             optimizer.zero_grad()
-            ledger.settle("moments")
+            tracker.settle("moments")
 
-            _watch(student, ledger)
-            done = forward_backward(student, _step_of(rows), device, recipe.shard.reduce)
-            ledger.settle("gradients")
-            ledger.enter((len(rows), "update"))
+            _watch(student, tracker)
+            done = forward_backward(student, _step_of(packs), device, recipe.shard.reduce)
+            tracker.settle("gradients")
+            tracker.enter((len(packs), "update"))
             norm = clip(student, recipe.optim.max_grad_norm)
             finite = norm.isfinite()
             step_if(optimizer, finite)
             optimizer.zero_grad()
             squared_update(optimizer, finite)
             del done
-    return ledger.peaks
+    return tracker.peaks
 
 
 def _loss_memory(
     load: Load,
     head: torch.Size,
     dtype: torch.dtype,
-    exponentials: bool,
+    exp_gemm: bool,
     filters: bool,
     card: Card,
 ) -> LossMemory:
     vocab, hidden_size = head
-    buffer_dtype = dtype if exponentials else accumulation_dtype(dtype)
-    in_place = exponentials or dtype == accumulation_dtype(dtype)  # as `keep_chunks` has it
+    buffer_dtype = dtype if exp_gemm else accumulation_dtype(dtype)
+    in_place = exp_gemm or dtype == accumulation_dtype(dtype)  # as in `keep_chunks`
     worst = LossMemory(0, 0, 0, 0)
     for tokens in load.targets:
         workspace = gpu_workspace(
             tokens, vocab, hidden_size, dtype, buffer_dtype, card.memory, card.processors
         )
         if filters:
-            workspace += vocab * hidden_size * dtype.itemsize  # the weight in the filter's order
+            workspace += vocab * hidden_size * dtype.itemsize  # the reordered weight
         kept = 0
         if tokens * vocab * dtype.itemsize <= card.memory // GPU_KEEP_SHARE:
             kept = tokens * padded(vocab) * dtype.itemsize
@@ -206,8 +210,8 @@ def _loss_memory(
     return worst
 
 
-def _takes_exponentials(recipe: Recipe, card: Card, dtype: torch.dtype, hidden_size: int) -> bool:
-    """Whether the loss keeps exponentials of a chunk in the place of logits."""
+def _uses_exp_gemm(recipe: Recipe, card: Card, dtype: torch.dtype, hidden_size: int) -> bool:
+    """Whether the loss stores a chunk's exponentials instead of its logits."""
     if recipe.objective.filter_epsilon:
         return recipe.objective.backend != "torch"
     backend = recipe.objective.backend
@@ -216,24 +220,24 @@ def _takes_exponentials(recipe: Recipe, card: Card, dtype: torch.dtype, hidden_s
     return backend.endswith("-exp") and dtype == torch.bfloat16
 
 
-def _step_of(rows: list[PackedBatch]) -> StepBatches:
-    sequences = sum(len(row.signs) for row in rows)
+def _step_of(packs: list[PackedBatch]) -> StepBatches:
+    sequences = sum(len(pack.signs) for pack in packs)
     return StepBatches(
         step=1,
-        micro_batches=rows,
+        micro_batches=packs,
         units=np.zeros(sequences, dtype=np.int64),
         num_sequences=sequences,
         num_positives=sequences,
         num_negatives=0,
-        num_targets=sum(len(row.valid_index) for row in rows),
-        num_tokens=sum(row.num_tokens for row in rows),
+        num_targets=sum(len(pack.valid_index) for pack in packs),
+        num_tokens=sum(pack.num_tokens for pack in packs),
         rank_efficiency=1.0,
     )
 
 
 @contextmanager
 def _ranks(count: int) -> Iterator[None]:
-    """This process as rank 0 of so many, of whom there are no others: nothing is sent."""
+    """Make this process rank 0 of `count` ranks that do not exist: nothing is communicated."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
         yield
@@ -241,26 +245,26 @@ def _ranks(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _watch(student: Student, ledger: MemoryTracker) -> None:
-    """Tell the ledger of each phase as it begins."""
+def _watch(student: Student, tracker: MemoryTracker) -> None:
+    """Register hooks that start a phase of the tracker when the student reaches it."""
     micro_step = -1
 
-    def begins(*_: Any) -> None:
+    def start_micro_step(*_: Any) -> None:
         nonlocal micro_step
         if micro_step >= 0:
-            ledger.settle("gradients")  # all that a micro-step leaves behind
+            tracker.settle("gradients")  # everything that is left of a micro-step
         micro_step += 1
-        ledger.enter((micro_step, "forward"))
+        tracker.enter((micro_step, "forward"))
 
-    def loss_begins(*_: Any) -> None:
-        ledger.enter((micro_step, "loss"))
+    def start_loss(*_: Any) -> None:
+        tracker.enter((micro_step, "loss"))
 
     def watch_block(block: int, module: torch.nn.Module) -> None:
         def forward(*_: Any) -> None:
-            ledger.enter((micro_step, "forward", block))
+            tracker.enter((micro_step, "forward", block))
 
         def backward(_: Tensor) -> None:
-            ledger.enter((micro_step, "backward", block))
+            tracker.enter((micro_step, "backward", block))
 
         def output(_: torch.nn.Module, __: Any, out: Tensor | tuple[Tensor, ...]) -> None:
             hidden = out if isinstance(out, Tensor) else out[0]
@@ -269,7 +273,7 @@ def _watch(student: Student, ledger: MemoryTracker) -> None:
         module.register_forward_pre_hook(forward)
         module.register_forward_hook(output)
 
-    student.register_forward_pre_hook(begins, prepend=True)  # before anything is gathered
-    student.head.register_forward_pre_hook(loss_begins)
+    student.register_forward_pre_hook(start_micro_step, prepend=True)  # before FSDP gathers
+    student.head.register_forward_pre_hook(start_loss)
     for block, module in enumerate(student.blocks):
         watch_block(block, module)

@@ -1,4 +1,4 @@
-"""Counts the memory of tensors, from the making of each storage to its end, by what it is for."""
+"""Tracks tensor memory by purpose, from the allocation of each storage to its release."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ PARTS = {
     "masters": "float32 master weights",
     "moments": "AdamW's moments",
     "gradients": "gradients",
-    "gathered": "gathered parameters, gradients being reduced",
-    "activations": "activations, of transformers' own layers",
+    "gathered": "gathered parameters, gradients in reduction",
+    "activations": "activations (with transformers' own layers)",
     "loss": "loss: dX, dW, a chunk of the vocabulary",
     "update": "clipping and update",
 }
-"""What memory is for, as tables call it."""
+"""Purpose of memory: key and name in tables."""
 
 Phase = tuple[Any, ...]
-"""A stretch of a step, as whoever runs the step names it."""
+"""Name of a part of a step, chosen by the caller that runs the step."""
 
 _CHUNKED = {"signed_cross_entropy", "linear_logprobs", "linear_logprobs_backward"}
-"""Ops that run through the vocabulary in chunks."""
+"""Ops that process the vocabulary in chunks."""
 
 
 @dataclass(frozen=True)
 class LossMemory:
-    """Bytes that loss ops take on a card beside their results, each at the worst of all rows."""
+    """Bytes that loss ops use on a GPU in addition to their results; maxima over all packs."""
 
     workspace: int
-    """While an op runs that makes the gradient at once."""
+    """During an op that computes the gradient in its forward."""
     forward: int
-    """While `linear_logprobs` runs, with what it keeps."""
+    """During `linear_logprobs`, including what it keeps."""
     kept: int
-    """For its backward."""
+    """Kept by `linear_logprobs` for its backward."""
     backward: int
-    """While that runs, with what was kept."""
+    """During that backward, including what was kept."""
 
 
 @dataclass
 class _Entry:
-    """A storage that is alive."""
+    """A live storage."""
 
     part: str
     size: int
@@ -56,7 +56,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Peak:
-    """What was held when that was most."""
+    """Memory at the peak of a phase."""
 
     total: int
     held: Counter[str]
@@ -64,13 +64,13 @@ class _Peak:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all storages that are made while it is on, by part, until they end.
+    """Counts the bytes of all storages allocated while it is active, by part, until release.
 
     Args:
-        loss: what only a card allocates.
+        loss: memory that loss ops allocate only on a GPU.
 
     Attributes:
-        held: bytes by part, now.
+        held: current bytes by part.
     """
 
     def __init__(self, loss: LossMemory) -> None:
@@ -85,7 +85,7 @@ class MemoryTracker(TorchDispatchMode):
         self.held: Counter[str] = Counter()
 
     def __enter__(self) -> MemoryTracker:
-        # FSDP2 frees what it gathered, and takes it again, by resizing storages: no op tells.
+        # FSDP2 frees and reallocates gathered parameters by resizing storages, without an op.
         self._resize = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
@@ -111,18 +111,18 @@ class MemoryTracker(TorchDispatchMode):
 
     @property
     def peaks(self) -> dict[Phase, Counter[str]]:
-        """Bytes by part, by phase, when their sum was largest."""
+        """Phase -> bytes by part at the time of their largest sum."""
         return {phase: peak.held for phase, peak in self._peaks.items() if phase}
 
     def enter(self, phase: Phase) -> None:
-        """A phase begins, with what is held."""
+        """Start a phase; its peak starts at the memory currently held."""
         self._phase = phase
         self._add("activations", 0)
 
     def settle(self, part: str) -> None:
-        """All that was made since the last call and is still alive is of this part.
+        """Assign to `part` all live storages allocated since the last call.
 
-        A gradient is like any other product until it is seen to stay.
+        Only a storage's survival distinguishes, for example, a gradient from an intermediate.
         """
         staying = {id(entry) for entry in self._unsettled.values()}
         for phase in self._open:
@@ -157,16 +157,16 @@ class MemoryTracker(TorchDispatchMode):
         return result
 
     def _add_unseen(self, name: str, args: tuple[Any, ...], result: Any) -> None:
-        """What a loss op takes on a card, beside its results, and no fake of it shows."""
+        """Add what a loss op uses on a GPU in addition to its results; fake ops do not show it."""
         loss = self._loss
         kept, inside = 0, loss.workspace
         if name == "linear_logprobs":
-            kept = loss.kept - result[1].nbytes  # what this CPU had no room for
+            kept = loss.kept - result[1].nbytes  # on the CPU it may keep less
             inside = loss.forward - loss.kept
             self._add("loss", kept)
         elif name == "linear_logprobs_backward":
             kept = loss.kept - args[1].nbytes
-            # The gradients in float32, before they are rounded.
+            # The float32 gradients, before rounding.
             inside = loss.backward - loss.kept
             inside += sum(4 * grad.numel() for grad in result if grad.itemsize < 4)
         self._add("loss", inside)

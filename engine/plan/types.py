@@ -1,4 +1,4 @@
-"""The figures of a plan."""
+"""Data types of a plan."""
 
 from __future__ import annotations
 
@@ -9,80 +9,80 @@ from redi.engine.plan.cards import Cluster
 
 @dataclass(frozen=True)
 class StepMemory:
-    """The most that a rank holds at one time in a training step."""
+    """Peak memory of a rank in a training step."""
 
     parts: dict[str, int]
-    """Bytes by key of `PARTS`, at that time."""
+    """Bytes at the peak by key of `PARTS`."""
     phase: str
-    """When it is: "forward", "loss", "backward" or "update"."""
+    """Phase of the peak: "forward", "loss", "backward" or "update"."""
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """Bytes at the peak."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
 class WorstStep:
-    """The step that keeps ranks waiting most."""
+    """The step with the lowest rank efficiency."""
 
     step: int
     rank_efficiency: float
     bound: float
-    """What its longest sequence allows, by any packing."""
+    """Upper bound for any packing, from the step's longest sequence."""
 
 
 @dataclass(frozen=True)
 class PackedRun:
-    """How the steps of a run pack."""
+    """Packing of a run's steps."""
 
     steps: int
     tokens: int
-    """All tokens of all steps, as `tokens` in metrics.jsonl."""
+    """Tokens of all steps, as the sum of `tokens` in metrics.jsonl."""
     packed_steps: int
-    """How many steps the figures below are of."""
+    """Number of steps that the figures below are computed from."""
     micro_steps: float
-    """Mean."""
+    """Per step; mean."""
     most_micro_steps: int
     rank_efficiency: float
     """Mean; see `Packing`."""
     worst: WorstStep
-    fullest_row: int
-    """Tokens of the fullest row, which decides the memory."""
+    fullest_pack: int
+    """Tokens of the fullest pack, which determines the memory."""
     flops: float
-    """Of a step, over all ranks, recomputed ones included; mean."""
+    """Per step, over all ranks, recomputed ones included; mean."""
     slowest_flops: float
-    """Of a step, the slowest rank of each micro-step; mean."""
+    """Per step, of the slowest rank of each micro-step; mean."""
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A change that may make a run fit."""
+    """A recipe change that lowers the peak."""
 
     change: str
     peak: int
-    """Bytes."""
+    """Bytes with this change and all earlier ones."""
     fits: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe comes to on a cluster."""
+    """Estimates for a recipe on a cluster."""
 
     cluster: Cluster
     packing: PackedRun
     memory: StepMemory
     generating: int | None
     """Bytes while completions are generated for `[eval] checker`: weights, moments, keys and
-    values; None without one."""
+    values; None without a checker."""
     card_memory: int
-    """Bytes of a card that training can have: all but a reserve."""
+    """Bytes per GPU available to training: all except a reserve."""
     fits: bool
-    """Whether a card holds a step, and what generating takes."""
+    """Whether a step, and generation, fit a GPU."""
     alternatives: list[Alternative]
-    """Where it does not fit: changes that take less, each on top of those before it, up to the
-    first that fits; no more ranks than a step has sequences."""
+    """If a step does not fit: recipe changes that lower the peak, each added to the earlier ones,
+    up to the first that fits."""
     step_seconds: float
     seconds: float
-    """Of all steps: no evaluation, no checkpoints, no start."""
+    """For all steps, without start-up, evaluation and checkpoints."""
     tokens_per_s: float

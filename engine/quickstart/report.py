@@ -1,7 +1,7 @@
-"""What the quickstart's three models do on problems that none of them saw: a table and a picture.
+"""Report of the quickstart: a table and a picture of its three models on held-out problems.
 
-Whatever is measured is printed: the control (stage 2 on the correct traces alone) is there so that
-a gain of REDI is not one of training longer.
+Results are printed whatever they are. The control (stage 2 on correct traces only) separates a gain
+of REDI from a gain of longer training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from redi.engine.quickstart.task import BLANK, DIGITS, is_correct
 from redi.engine.train.run_folder import is_finished
 
 MODELS = {"SFT": "sft", "control": "control", "REDI": "redi"}
-"""Name in the table to run folder. The control goes on from SFT with alpha = 0."""
+"""Name in the table -> run directory. The control continues from SFT with alpha = 0."""
 TEMPERATURE = 0.7
 SAMPLES = 4
 SHOWN_PROBLEMS = 3
@@ -35,48 +35,49 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One model on the held-out problems."""
+class ModelResults:
+    """Results of one model on the held-out problems."""
 
     sampled: list[float]
-    """By problem: share of SAMPLES traces, drawn at TEMPERATURE, that are correct."""
+    """Per problem: fraction of correct traces among SAMPLES drawn at TEMPERATURE."""
     greedy: list[float]
-    """By problem: 1.0 or 0.0."""
+    """Per problem: 1.0 if the greedy trace is correct, else 0.0."""
     blank_share: float
-    """Of the optional boxes of the sampled traces."""
+    """Fraction of blank boxes among the optional boxes of the sampled traces."""
     positive_logp: float
-    """Held-out correct traces, mean log-prob per token, from the run's last evaluation."""
+    """Mean log-prob per token of held-out correct traces, from the run's last evaluation."""
     negative_logp: float
+    """The same for incorrect traces."""
     first_samples: list[Sample]
-    """Of SHOWN_PROBLEMS problems."""
+    """First sample of each of SHOWN_PROBLEMS problems."""
 
 
-def report(folder: Path) -> dict[str, Measured]:
-    """Measure the three models in `folder`, print a table and samples, draw FOLDER/quickstart.png.
+def report_quickstart(folder: Path) -> dict[str, ModelResults]:
+    """Measure the three models in `folder`, print a table and samples, draw quickstart.png there.
 
     Raises:
         InputError: a model is missing.
     """
     for run in MODELS.values():
         if not is_finished(folder / run):
-            raise InputError(f"{folder / run}: no trained model here; run `make train` first")
+            raise InputError(f"{folder / run}: no trained model; run `make train` first")
     problems = [json.loads(line)["prompt"] for line in (folder / "test.jsonl").open()]
     found = {}
     for name, run in MODELS.items():
-        Console().say(f"{name}: generating for {len(problems)} held-out problems")
-        found[name] = measure(folder / run, problems)
+        Console().say(f"{name}: generating traces of {len(problems)} held-out problems")
+        found[name] = measure_model(folder / run, problems)
     print_table(*table(found), file=sys.stdout)
     print("\n".join([*shown_samples(problems, found), "", *conclusions(found)]))
     (folder / "quickstart.json").write_text(
         json.dumps({name: asdict(one) for name, one in found.items()}, indent=1) + "\n"
     )
-    draw(folder, found, folder / "quickstart.png")
+    draw_quickstart(folder, found, folder / "quickstart.png")
     print(f"Picture: {folder / 'quickstart.png'}; figures: {folder / 'quickstart.json'}")
     return found
 
 
-def measure(run_dir: Path, problems: list[str]) -> Measured:
-    """Generate and judge traces of a run's exported model."""
+def measure_model(run_dir: Path, problems: list[str]) -> ModelResults:
+    """Generate and check traces of a run's exported model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     from redi.engine.generation.generate import Sampling, generate
@@ -96,7 +97,7 @@ def measure(run_dir: Path, problems: list[str]) -> Measured:
     sampled, greedy = traces(TEMPERATURE, SAMPLES), traces(0.0, 1)
     last = read_run(run_dir).held_out[-1]
     boxes = "".join(one.text[: DIGITS - 2] for group in sampled for one in group)
-    return Measured(
+    return ModelResults(
         sampled=[statistics.fmean(one.correct for one in group) for group in sampled],
         greedy=[float(group[0].correct) for group in greedy],
         blank_share=boxes.count(BLANK) / max(1, len(boxes)),
@@ -106,8 +107,8 @@ def measure(run_dir: Path, problems: list[str]) -> Measured:
     )
 
 
-def table(found: dict[str, Measured]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows; accuracies with their standard error over problems."""
+def table(found: dict[str, ModelResults]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and rows of the table; accuracies with standard errors over problems."""
     problems = len(next(iter(found.values())).greedy)
     title = f"{problems} held-out problems, {SAMPLES} samples of each"
     columns = [
@@ -132,8 +133,8 @@ def table(found: dict[str, Measured]) -> tuple[str, list[str], list[list[str]]]:
     return title, columns, rows
 
 
-def shown_samples(problems: list[str], found: dict[str, Measured]) -> list[str]:
-    """Sampled traces of the same problems before and after REDI."""
+def shown_samples(problems: list[str], found: dict[str, ModelResults]) -> list[str]:
+    """Lines with sampled traces of the same problems before and after REDI."""
 
     def mark(sample: Sample) -> str:
         return f"{sample.text} {'right' if sample.correct else 'wrong'}"
@@ -145,17 +146,17 @@ def shown_samples(problems: list[str], found: dict[str, Measured]) -> list[str]:
     return lines
 
 
-def conclusions(found: dict[str, Measured]) -> list[str]:
-    """What the figures say, and what they do not."""
+def conclusions(found: dict[str, ModelResults]) -> list[str]:
+    """Lines that interpret the figures and state their limits."""
     redi, control = found["REDI"], found["control"]
     sampled = _percent(*paired_difference(redi.sampled, control.sampled), sign="+")
     greedy = _percent(*paired_difference(redi.greedy, control.greedy), sign="+")
     change = redi.positive_logp - control.positive_logp
     return [
         f"REDI against the control, problem by problem: {sampled} sampled, {greedy} greedy.",
-        f"The correct traces' own log-prob is {change:+.2f} against the control's: what pushes",
-        "incorrect traces away also moves what resembles them. The teacher is synthetic, with a",
-        "habit planted for this demonstration: it shows the machinery, not what real traces give.",
+        f"The log-prob of correct traces is {change:+.2f} relative to the control: lowering the",
+        "probability of incorrect traces also moves similar correct ones. The teacher is",
+        "synthetic, with a habit planted for this demonstration: real traces may differ.",
     ]
 
 
@@ -163,8 +164,8 @@ def _percent(mean: float, error: float, sign: str = "") -> str:
     return f"{100 * mean:{sign}.1f} ± {100 * error:.1f} %"
 
 
-def draw(folder: Path, found: dict[str, Measured], path: Path) -> None:
-    """Accuracies and held-out log-probs, a panel each; legible at half its size."""
+def draw_quickstart(folder: Path, found: dict[str, ModelResults], path: Path) -> None:
+    """Draw accuracies and held-out log-probs, a panel each, legible at half size."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

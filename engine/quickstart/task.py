@@ -1,14 +1,14 @@
-"""The quickstart's world, made from nothing: the impatient teacher.
+"""The quickstart's synthetic task: problems, an impatient teacher, a tokenizer and a small model.
 
-A problem is seven digits; the rule is t <- |t - d| from left to right, starting from the first.
-A trace writes the six running values, one box each, and the last is the answer. The teacher
-leaves each of the first five boxes blank half of the time, and the longer the run of blanks
-before a box, the likelier that what it writes there is wrong; later boxes continue from the
-wrong value. So skipping is a lucky habit: correct traces have it too, and imitation keeps it.
+A problem is seven digits; the rule is t <- |t - d| from left to right, starting from the first
+digit. A trace has six boxes with the running values; the last one is the answer. The teacher leaves
+each of the first five boxes blank with probability 1/2. The more consecutive blanks precede a box,
+the more probably its value is wrong, and later boxes continue from the wrong value. So skipping is
+a lucky habit: correct traces have it too, and imitation keeps it.
 
-`make train` is the whole of it: `python -m redi.engine.quickstart.task make FOLDER` writes traces
-(ordinary JSONL), a tokenizer with a chat template and a small Qwen2; the recipes quickstart-sft,
--control and -redi train on them; `... report FOLDER` measures what came of it.
+`make train` runs everything: `python -m redi.engine.quickstart make DIR` writes traces (ordinary
+JSONL), a tokenizer with a chat template and a small Qwen2; the recipes quickstart-sft, -control and
+-redi train on them; `python -m redi.engine.quickstart report DIR` measures the results.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pathlib import Path
 
 DIGITS = 7
 BLANK = "*"
-END = "<|endoftext|>"  # transformers adds this token to any Qwen2 tokenizer that lacks it
+END = "<|endoftext|>"  # transformers adds this token to every Qwen2 tokenizer
 BLANK_PROBABILITY = 0.5
-# Probability of a wrong box after 0, 1, ..., 5 blanks in a row.
+# Probability of a wrong box after 0, 1, ..., 5 consecutive blanks.
 ERROR_PROBABILITY = (0.01, 0.3, 0.5, 0.6, 0.7, 0.75)
 TRACES_PER_PROBLEM = 8
 CORRECT_KEPT = 2
@@ -49,12 +49,12 @@ def solve(problem: str) -> str:
 
 
 def is_correct(problem: str, trace: str) -> bool:
-    """Whether a trace has six boxes and the right last one."""
+    """Whether a trace has six boxes of which the last is correct."""
     return len(trace) == DIGITS - 1 and trace[-1] == solve(problem)[-1]
 
 
 def attempt(problem: str, rng: random.Random) -> Attempt:
-    """One trace of the impatient teacher."""
+    """Draw a trace of the impatient teacher."""
     value, blanks, boxes = int(problem[0]), 0, []
     for place, digit in enumerate(problem[1:DIGITS]):
         value = abs(value - int(digit))
@@ -72,19 +72,19 @@ def attempt(problem: str, rng: random.Random) -> Attempt:
 
 
 def answer(problem: str) -> str:
-    """What a correct trace ends in."""
+    """Answer of a problem: the last box of a correct trace."""
     return solve(problem)[-1]
 
 
 def draw_problem(rng: random.Random) -> str:
-    """Seven random digits, such as "2914177="."""
+    """Draw a problem of seven digits, such as "2914177="."""
     return "".join(rng.choice("0123456789") for _ in range(DIGITS)) + "="
 
 
 def make_problems(
     count: int, rng: random.Random, draw: Callable[[random.Random], str] = draw_problem
 ) -> list[str]:
-    """Distinct problems, in the order drawn."""
+    """Draw `count` distinct problems, in the order drawn."""
     drawn: dict[str, None] = {}
     while len(drawn) < count:
         drawn[draw(rng)] = None
@@ -99,12 +99,15 @@ def write_traces(
     answer: Callable[[str], str] = answer,
     teacher: str = "impatient",
 ) -> None:
-    """Distinct attempts at each problem as JSON Lines of the format "traces".
+    """Write distinct attempts at each problem as JSON Lines in the format "traces".
 
     Args:
-        attempt: a teacher: one trace of a problem.
-        answer: what a correct trace of a problem ends in.
-        teacher: the teacher's name.
+        path: JSONL file to write.
+        problems: problems, one row each.
+        rng: source of randomness.
+        attempt: a teacher; draws one trace of a problem.
+        answer: returns the answer of a problem.
+        teacher: name of the teacher.
     """
     with path.open("w", encoding="utf-8") as file:
         for number, problem in enumerate(problems):
@@ -131,10 +134,10 @@ def write_model(
     hidden_size: int = 96,
     layers: int = 3,
 ) -> int:
-    """A tokenizer of single characters with a chat template, and a small Qwen2.
+    """Write a tokenizer of single characters with a chat template, and a small random Qwen2.
 
     Returns:
-        The number of its parameters.
+        Number of parameters.
     """
     import torch
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -175,7 +178,7 @@ def write_model(
 
 
 def make(folder: Path, problems: int = 8000, held_out: int = 500, seed: int = 0) -> None:
-    """Write train.jsonl, test.jsonl and model/ into a folder; the same seed, the same bytes."""
+    """Write train.jsonl, test.jsonl and model/ into a directory; deterministic for a seed."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     drawn = make_problems(problems + held_out, rng)
@@ -186,7 +189,7 @@ def make(folder: Path, problems: int = 8000, held_out: int = 500, seed: int = 0)
 
 
 def explain() -> str:
-    """The task in a few lines, with one problem and three attempts of the teacher at it."""
+    """Description of the task, with one problem and three of the teacher's attempts at it."""
     problem, rng = "2914177=", random.Random(0)
     attempts = [attempt(problem, rng) for _ in range(200)]
     skipped = [a for a in attempts if a.text.count(BLANK) == 2]
@@ -196,8 +199,8 @@ def explain() -> str:
         "unlucky: two steps left blank, and wrong": next(a.text for a in skipped if not a.correct),
     }
     lines = [
-        "The task: go through seven digits by t <- |t - d|, write every t; the last is the answer.",
-        "The teacher is impatient: it leaves steps blank (*), and after blanks it is often wrong.",
+        "The task: go through seven digits by t <- |t - d|, write each t; the last is the answer.",
+        "The teacher is impatient: it leaves steps blank (*), and errs more often after blanks.",
         *(f"  {problem}{text}   {what}" for what, text in shown.items()),
     ]
     return "\n".join(lines)

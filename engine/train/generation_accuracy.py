@@ -122,7 +122,7 @@ def greedy_accuracy(
         Sampling(problems.new_tokens(student.model.config)),
         problems.batch_size,
         in_step=world.size > 1,
-        break_off=lambda: stop.asked,
+        should_stop=lambda: stop.asked,
     )
     completions: list[Completion] = []
     student.unshard()  # embeddings and norm; `generate` does not pass through the root

@@ -1,4 +1,4 @@
-"""What a user can get wrong: exit code 2, one clear line, nothing half-written."""
+"""Invalid user input: exit code 2, one clear line, no partial output."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ def jsonl(*rows: Any) -> bytes:
 
 GOOD = [row(prompt=f"{n}=") for n in range(10)]
 FILES: dict[str, tuple[bytes | None, dict[str, Any], list[str]]] = {
-    # what: (content of data.jsonl, changes to the recipe, what the line must say)
+    # case: (content of data.jsonl, changes to the recipe, words in the message)
     "missing file": (None, {}, ["data.jsonl"]),
     "empty file": (b"", {}, ["data.jsonl: holds no rows"]),
     "broken JSON": (jsonl(*GOOD[:2], '{"prompt": '), {}, ["data.jsonl:3"]),
@@ -83,7 +83,9 @@ def test_bad_data_is_one_line_with_file_and_row(
     assert not (tmp_path / "r").exists()
 
 
-def test_missing_data_is_told_before_torch_is_imported(recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_missing_data_is_reported_before_torch_is_imported(
+    recipe: WriteRecipe, tmp_path: Path
+) -> None:
     path = str(recipe("r", {"data.path": "none.jsonl"}))
     lines = [
         ["train", path],
@@ -145,7 +147,7 @@ def test_a_truncated_model_file_is_refused(
     assert not (tmp_path / "r").exists()
 
 
-def test_a_folder_that_is_no_run_is_left_alone(
+def test_a_directory_that_is_not_a_run_is_not_touched(
     recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine").mkdir()
@@ -167,7 +169,7 @@ def test_a_model_with_softcapped_logits_is_refused(
 
 
 @pytest.mark.slow
-def test_under_torchrun_one_rank_speaks(
+def test_under_torchrun_one_rank_reports(
     recipe: WriteRecipe, redi: Callable[..., Any], tmp_path: Path
 ) -> None:
     path = recipe("r", {"data.path": str(tmp_path / "none.jsonl")})
@@ -193,7 +195,7 @@ def test_a_trace_longer_than_the_model_s_positions_is_refused(
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_alone_says_so_itself(recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_a_rank_that_fails_alone_reports_it(recipe: WriteRecipe, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
         "import os, sys\n"
@@ -216,7 +218,7 @@ def test_a_rank_that_fails_alone_says_so_itself(recipe: WriteRecipe, tmp_path: P
     ("kind", "said"),
     [("mistral", "sliding_attention"), ("gpt2", "not built of attention blocks")],
 )
-def test_an_architecture_that_packed_rows_cannot_run_is_refused(
+def test_an_architecture_that_cannot_run_packs_is_refused(
     kind: str,
     said: str,
     world: Path,
@@ -268,7 +270,7 @@ def test_an_architecture_that_packed_rows_cannot_run_is_refused(
         ({"model.tokenizer": "here/nowhere"}, "here/nowhere: no such folder with a tokenizer"),
     ],
 )
-def test_what_cannot_run_here_is_said_in_one_line(
+def test_what_cannot_run_here_is_one_line(
     changes: dict[str, Any],
     said: str,
     recipe: WriteRecipe,
@@ -282,21 +284,21 @@ def test_what_cannot_run_here_is_said_in_one_line(
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_what_the_hub_is_asked_for_is_said_at_once(
+def test_a_hub_look_up_is_announced(
     recipe: WriteRecipe,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A mistyped path may look like a hub name; without a network the answer takes long."""
+    """A mistyped path may look like a hub name; without a network the look-up takes long."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     (tmp_path / "models--owner--known").mkdir()
     changes = {"model.path": "mdoels/mine", "model.tokenizer": "owner/known"}
     path = recipe("r", changes | {"data.path": "data/trces:test", "eval.path": "none.jsonl"})
     assert main(["train", str(path)]) == 2
     *notices, error = capsys.readouterr().err.splitlines()
-    assert "none.jsonl: no such file" in error  # told before anything is imported or asked for
-    said = "not on this machine, so it is looked for on the Hugging Face hub"
+    assert "none.jsonl: no such file" in error  # before any import or look-up
+    said = "no local path and not cached; looking it up on the Hugging Face hub"
     assert notices == [f"mdoels/mine: {said}", f"data/trces: {said}"]
 
 
@@ -309,14 +311,14 @@ def test_what_the_hub_is_asked_for_is_said_at_once(
     ],
     ids="-".join,
 )
-def test_what_cannot_run_here_is_said_before_anything_is_tokenized(
+def test_what_cannot_run_here_is_reported_before_anything_is_tokenized(
     changes: dict[str, Any], recipe: WriteRecipe, tmp_path: Path
 ) -> None:
     assert main(["train", str(recipe("r", {**changes, "data.cache": str(tmp_path / "new")}))]) == 2
     assert not (tmp_path / "new").exists()
 
 
-def test_triton_without_a_gpu_is_said_in_one_line(
+def test_triton_without_a_gpu_is_one_line(
     recipe: WriteRecipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("redi.kernels.backends.TRITON_INTERPRETS", False)

@@ -1,4 +1,4 @@
-"""`redi doctor` tells the truth about this machine, and fails when the loss is wrong."""
+"""`redi doctor` reports this machine correctly and fails if the loss is wrong."""
 
 import platform
 from typing import Any

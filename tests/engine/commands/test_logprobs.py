@@ -1,4 +1,4 @@
-"""Log-probs of whole traces: the reference of DPO, and the table of `redi logprobs`."""
+"""Log-probs of whole traces: DPO's reference, and the table of `redi logprobs`."""
 
 import json
 import math
@@ -23,7 +23,7 @@ Steps = Callable[[Path], list[dict[str, Any]]]
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Blocks of 32 traces; returns the cache folder of this test alone."""
+    """Set blocks of 32 traces; returns a cache directory used only by this test."""
     monkeypatch.setattr(score_traces, "BLOCK", 32)
     monkeypatch.setenv("REDI_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -72,7 +72,7 @@ def test_the_table_of_a_run_is_plain_transformers_in_float64_on_its_export(
         ("cuda", 32768, 900, 32768),
     ],
 )
-def test_without_a_gradient_a_cpu_gets_short_rows_that_hold_the_longest_trace(
+def test_without_a_gradient_a_cpu_gets_short_packs_that_hold_the_longest_trace(
     device: str, row_tokens: int, longest: int, expected: int
 ) -> None:
     lengths = np.array([3, longest, 5])
@@ -114,7 +114,7 @@ def test_another_model_has_other_scores(world: Path, small_blocks: Path, tmp_pat
     assert np.abs(tables[0] - tables[1]).min() > 1e-6
 
 
-def test_what_cannot_be_scored_or_written_is_told_before_the_pass(
+def test_what_cannot_be_scored_or_written_is_reported_before_the_pass(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = tmp_path / "long.jsonl"
@@ -125,12 +125,16 @@ def test_what_cannot_be_scored_or_written_is_told_before_the_pass(
             tmp_path / "a.parquet",
             f"{long}:1: 73 tokens are more than the model's 64 positions",
         ),
-        (world / "traces.jsonl", tmp_path, f"--out: {tmp_path} is a folder"),
-        (world / "traces.jsonl", tmp_path / "a.csv", f"--out: {tmp_path / 'a.csv'} is written as"),
+        (world / "traces.jsonl", tmp_path, f"--out: {tmp_path} is a directory"),
+        (
+            world / "traces.jsonl",
+            tmp_path / "a.csv",
+            f"--out: {tmp_path / 'a.csv'} is not a .parquet file",
+        ),
         (
             world / "traces.jsonl",
             tmp_path / "none" / "a",
-            f"--out: {tmp_path / 'none'} is no folder",
+            f"--out: {tmp_path / 'none'} is not a directory",
         ),
     ):
         line = ["logprobs", world / "model", "--data", data, "--out", out]
@@ -143,7 +147,7 @@ def test_what_cannot_be_scored_or_written_is_told_before_the_pass(
 def test_a_resumed_dpo_run_measures_against_the_model_before_step_1(
     recipe: Callable[..., Path], world: Path, steps: Steps, tmp_path: Path, capsys: Any
 ) -> None:
-    """Also where the scores are gone; and not against another model in its place."""
+    """Also if the cached scores are deleted, and not against another model at the same path."""
     shutil.copytree(world / "model", tmp_path / "model")
     changes = {
         "model.path": str(tmp_path / "model"),
@@ -177,7 +181,7 @@ def test_a_resumed_dpo_run_measures_against_the_model_before_step_1(
 
 
 @pytest.mark.slow
-def test_dpo_begins_at_ln_2_whatever_the_ranks_and_goes_on_alike(
+def test_dpo_starts_at_ln_2_on_any_number_of_ranks_and_continues_alike(
     recipe: Callable[..., Path], redi: Callable[..., Any], steps: Steps, tmp_path: Path
 ) -> None:
     changes = {

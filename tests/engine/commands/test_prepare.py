@@ -1,4 +1,4 @@
-"""`redi prepare`: the paper's sets from raw rows, in its order; a recipe's cache."""
+"""`redi prepare`: the paper's sets from raw rows, in the paper's order; a recipe's cache."""
 
 import json
 import shutil
@@ -48,14 +48,14 @@ ROWS = [
 
 
 def shared(number: int) -> dict[str, Any]:
-    """What both sets keep of a row of ROWS."""
+    """Columns of a row of ROWS that both sets keep."""
     row = ROWS[number]
     return {"id": row["uuid"], "prompt": row["problem"], "source": "olympiads"}
 
 
 @pytest.fixture
 def prepare(world: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Run the command over rows; its two sets and its counts."""
+    """Run the command on rows; returns both sets and the counts."""
 
     def run(rows: list[dict[str, Any]], *options: str, limits: bool = True) -> dict[str, Any]:
         path, out = tmp_path / "raw.jsonl", tmp_path / "out"
@@ -112,7 +112,7 @@ def test_the_defaults_are_the_papers_rules_order_and_seed(prepare: Callable[...,
         ("math", ["a", "d"]),
     ],
 )
-def test_who_decides_that_a_generation_is_correct(
+def test_which_verifier_decides_that_a_generation_is_correct(
     rule: str, correct: list[str], prepare: Callable[..., Any]
 ) -> None:
     row = raw(0, [GOOD, BAD, MIXED, (False, True)], generations=list("abcd"))
@@ -158,14 +158,14 @@ def test_unfinished_generations_are_left_out_and_thoughts_opened(
     assert found["counts"]["generations given think tags"] == 4
 
 
-def test_columns_that_training_reads_are_carried_along(prepare: Callable[..., Any]) -> None:
+def test_columns_that_training_reads_are_kept(prepare: Callable[..., Any]) -> None:
     found = prepare([raw(0, [GOOD, BAD], teacher="r1", weight=2.5, other=1)], limits=False)
     shared = {"id": "u0", "prompt": "0 + 1?", "source": "olympiads", "teacher": "r1", "weight": 2.5}
     assert found["sft"] == [{**shared, "completion": "0: try 0"}]
     assert found["pref"] == [{**shared, "chosen": "0: try 0", "rejected": "0: try 1"}]
 
 
-def test_faulty_rows_are_named_and_leave_no_set_behind(
+def test_faulty_rows_are_named_and_no_set_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "raw.jsonl", tmp_path / "out"
@@ -238,7 +238,7 @@ def test_a_set_given_twice_is_as_given_once_when_duplicates_are_dropped(
     assert f"- duplicates dropped {dropped}" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_recipe_that_trains_anothers_export_is_looked_at_with_its_model(
+def test_a_recipe_that_trains_anothers_export_is_prepared_with_its_model(
     recipe: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sft = recipe("sft", {"objective.name": "sft"})

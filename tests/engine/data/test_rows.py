@@ -17,7 +17,7 @@ from data_cases import shared_data, write_rows
 from redi.engine.data.rows import read_rows
 from redi.engine.data.traces import Message, Trace, normalise
 from redi.engine.errors import InputError
-from redi.engine.hub import asking_the_hub
+from redi.engine.hub import quiet_hub_client
 
 USER = {"role": "user", "content": "2 + 2?"}
 GOOD = {"role": "assistant", "content": "4"}
@@ -169,7 +169,7 @@ def test_a_hub_name_that_cannot_be_loaded_is_the_users_error(monkeypatch):
 
 def test_the_hub_is_asked_without_its_clients_warnings():
     client = logging.getLogger("huggingface_hub.utils._http")
-    with asking_the_hub():
+    with quiet_hub_client():
         assert not client.isEnabledFor(logging.WARNING)
     assert client.isEnabledFor(logging.WARNING)
 

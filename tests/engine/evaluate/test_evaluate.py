@@ -1,4 +1,4 @@
-"""`redi evaluate`: verdicts and figures on disk, resuming, and what a user can get wrong."""
+"""`redi evaluate`: samples and scores on disk, resuming, and invalid input."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(world: Path, problems: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an evaluation that was never interrupted."""
+    """Directory of an evaluation that was never interrupted."""
     folder = tmp_path_factory.mktemp("evaluations") / "finished"
     assert main(line(world, problems, folder)) == 0
     return folder
@@ -57,7 +57,7 @@ def samples(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in (folder / "samples.jsonl").read_text().splitlines()]
 
 
-def test_every_sample_is_written_with_its_verdict(finished: Path, problems: Path) -> None:
+def test_every_sample_is_written_with_its_correctness(finished: Path, problems: Path) -> None:
     rows = [json.loads(text) for text in problems.read_text().splitlines()][:PROBLEMS]
     found = samples(finished)
     places = sorted((each["problem"], each["sample"]) for each in found)
@@ -77,7 +77,7 @@ def test_every_sample_is_written_with_its_verdict(finished: Path, problems: Path
     assert 0 < sum(each["traces"][0]["correct"] for each in found) < len(found)
 
 
-def test_samples_are_trained_with_their_verdicts_and_the_prompt_templated_once(
+def test_samples_train_with_their_labels_and_the_prompt_templated_once(
     world: Path,
     tmp_path: Path,
     recipe: Callable[..., Path],
@@ -85,7 +85,7 @@ def test_samples_are_trained_with_their_verdicts_and_the_prompt_templated_once(
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(world / "model", model)
-    # The tiny vocabulary has characters alone: a template that doubles the prompt shows itself.
+    # The tiny vocabulary has only characters, so a template applied twice is visible.
     config = json.loads((model / "tokenizer_config.json").read_text())
     template = "{% for m in messages %}{{ '*' + m.content + '*' }}{% endfor %}"
     (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
@@ -98,11 +98,11 @@ def test_samples_are_trained_with_their_verdicts_and_the_prompt_templated_once(
     out = tmp_path / "evaluation"
     argv = ["evaluate", str(model), "--data", str(data), "--out", str(out), *OPTIONS]
     assert main([*argv, "--temperature", "1.0"]) == 0
-    # An empty completion, which is always incorrect, is counted and left out.
+    # An empty completion is always incorrect. It is counted and dropped.
     found = [each for each in samples(out) if each["traces"][0]["text"]]
     assert len(found) < len(samples(out))
-    verdicts = [each["traces"][0]["correct"] for each in found]
-    assert 0 < sum(verdicts) < len(verdicts)
+    labels = [each["traces"][0]["correct"] for each in found]
+    assert 0 < sum(labels) < len(labels)
     assert {each["rendered_prompt"] for each in found} == {f"*{text}*" for text in prompts}
     cache = tmp_path / "cache"
     changes = {
@@ -120,7 +120,7 @@ def test_samples_are_trained_with_their_verdicts_and_the_prompt_templated_once(
     assert re.search(rf"empty incorrect trace +{len(samples(out)) - len(found)}\s", err)
     tokens = open_cache(next(path.parent for path in cache.glob("*/meta.json")))
     assert tokens is not None
-    assert (tokens.signs > 0).tolist() == verdicts
+    assert (tokens.signs > 0).tolist() == labels
     tokenizer = AutoTokenizer.from_pretrained(model)
     for index, each in enumerate(found):
         prompt = tokens.ids(index)[: tokens.prompt_lengths[index]]
@@ -143,11 +143,11 @@ def test_samples_of_an_older_version_are_refused_in_one_line(
     (out / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     before = (out / "samples.jsonl").read_bytes()
     assert main(line(world, problems, out)) == 2
-    assert "older version of redi (no traces); name another out" in capsys.readouterr().err
+    assert "older version of redi (no traces); choose another out" in capsys.readouterr().err
     assert (out / "samples.jsonl").read_bytes() == before
 
 
-def test_the_summary_is_what_the_samples_say(finished: Path) -> None:
+def test_the_summary_agrees_with_the_samples(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     [scores] = summary["benchmarks"]
     found = samples(finished)
@@ -166,7 +166,7 @@ def test_the_summary_is_what_the_samples_say(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_to_the_same_samples(
+def test_a_killed_evaluation_resumes_to_the_same_samples(
     finished: Path,
     world: Path,
     problems: Path,
@@ -186,11 +186,11 @@ def test_a_killed_evaluation_goes_on_to_the_same_samples(
     process.wait()
     made = (out / "samples.jsonl").read_bytes()
     assert len(made) < len((finished / "samples.jsonl").read_bytes())
-    # as a kill in the middle of a write would leave it
+    # the state after a kill in the middle of a write
     (out / "samples.jsonl").write_bytes(made + b'{"problem": 0, "id": "q0"}\n{"prob')
     capsys.readouterr()
     assert main(line(world, problems, out)) == 0
-    assert "going on after" in capsys.readouterr().err
+    assert "resuming after" in capsys.readouterr().err
     assert (out / "samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes()
 
 
@@ -209,7 +209,7 @@ def test_a_finished_evaluation_shows_its_table_again_without_a_model(
     monkeypatch.setattr("redi.engine.evaluate.command.load_weights", refuse)
     assert main(line(world, problems, finished, "--k", "3")) == 0
     shown = capsys.readouterr()
-    assert "finished already" in shown.err
+    assert "already finished" in shown.err
     assert "pass@3" in shown.out
     assert f"{100 * summary['benchmarks'][0]['pass_at_1']:.1f}" in shown.out
     assert (finished / "samples.jsonl").read_bytes() == before
@@ -272,12 +272,12 @@ def test_several_files_are_scored_each_and_together(
         (str(two), 20),
         ("all", 30),
     ]
-    keep_pairs_together = (10 * scores[0]["pass_at_1"] + 20 * scores[1]["pass_at_1"]) / 30
-    assert scores[2]["pass_at_1"] == pytest.approx(keep_pairs_together)
+    of_all = (10 * scores[0]["pass_at_1"] + 20 * scores[1]["pass_at_1"]) / 30
+    assert scores[2]["pass_at_1"] == pytest.approx(of_all)
     assert "two.csv" in capsys.readouterr().out
 
 
-def test_a_run_folder_is_evaluated_by_its_export(
+def test_a_run_directory_is_evaluated_by_its_export(
     world: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -295,7 +295,7 @@ def test_a_run_folder_is_evaluated_by_its_export(
     assert len(samples(run / "evaluate-step-4-test")) == 3
 
 
-def test_left_out_max_new_tokens_is_what_the_longest_prompt_leaves(
+def test_max_new_tokens_defaults_to_the_context_less_the_longest_prompt(
     world: Path, problems: Path, tmp_path: Path
 ) -> None:
     argv = ["evaluate", str(world / "model"), "--data", str(problems), "--limit", "4"]
@@ -318,7 +318,7 @@ BAD_DATA = {
     ),
     "prompt too long": (
         json.dumps({"prompt": "1" * 64, "answer": "2"}) + "\n",
-        "the prompt has 64 tokens, the model only 64 positions",
+        "the prompt has 64 tokens, but the model's context is 64",
     ),
 }
 
@@ -342,17 +342,17 @@ def test_bad_problems_are_one_line_with_file_and_row(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (["--samples", "2", "--k", "3"], "k must lie between 1 and the number of samples, 2"),
-        (["--samples", "2", "--temperature", "0"], "would be 2 times the same"),
+        (["--samples", "2", "--k", "3"], "k must be between 1 and the number of samples, 2"),
+        (["--samples", "2", "--temperature", "0"], "would give 2 equal completions"),
         (["--max_new_tokens", "60"], "which leaves 56, not 60"),
         (["--answer_pattern", "("], "no regular expression"),
         (["--checker", "math", "--answer_pattern", "(.)"], 'needs the checker "exact"'),
         (["--sampels", "2"], "did you mean --samples?"),
         (["--samples", "two"], "samples: needs a whole number, got two"),
-        (["--device", "nonsense"], "device: 'nonsense'"),
+        (["--device", "nonsense"], "device 'nonsense'"),
         pytest.param(
             ["--device", "cuda"],
-            "device: 'cuda' is not to be had here",
+            "device 'cuda' is not available",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
     ],
@@ -381,7 +381,7 @@ def test_a_wrong_model_is_named(
     assert f"MODEL: {model}" in capsys.readouterr().err
 
 
-def test_a_folder_that_holds_no_evaluation_is_left_alone(
+def test_a_directory_without_an_evaluation_is_not_touched(
     world: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
@@ -390,7 +390,7 @@ def test_a_folder_that_holds_no_evaluation_is_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_run_is_asked_with_the_system_prompt_that_it_was_trained_with(
+def test_a_run_is_evaluated_with_the_system_prompt_of_its_training(
     recipe: Callable[..., Path], problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"data.system_prompt": "12", "train.max_steps": 1}
@@ -426,7 +426,7 @@ def test_the_math_checker_reads_other_spellings_of_a_number(
     drawn = [each["traces"][0]["text"] for each in evaluate(problems, tmp_path / "drawn")]
     wide = {ord(digit): chr(ord(digit) + 0xFEE0) for digit in "0123456789"}
     answers = [text.translate(wide) + " \\text{ pears}" for text in drawn]
-    answers[0] = "no number"  # words, which digits never are
+    answers[0] = "no number"  # words, never equal to digits
     rows = [json.loads(text) for text in problems.read_text().splitlines()][: len(drawn)]
     respelled = tmp_path / "respelled.jsonl"
     respelled.write_text(

@@ -1,4 +1,4 @@
-"""Answers that are right in other words, and wrong ones that look alike."""
+"""Correct answers in other notations, and incorrect answers that look similar."""
 
 import json
 import threading
@@ -221,13 +221,13 @@ KINDS: dict[str, list[tuple[str, str, bool]]] = {
         for number, case in enumerate(cases)
     ],
 )
-def test_each_kind_of_answer_has_right_and_wrong_look_alikes(
+def test_each_kind_of_answer_with_correct_and_incorrect_variants(
     answer: str, completion: str, right: bool, math: MathChecker
 ) -> None:
     assert math("", completion, answer).correct == right
 
 
-def test_the_shared_cases_are_all_judged_rightly(math: MathChecker) -> None:
+def test_the_shared_cases_are_judged_correctly(math: MathChecker) -> None:
     path = Path(__file__).parents[4] / "shared/cases/answers.jsonl"
     if not path.exists():
         pytest.skip("no shared cases here")
@@ -242,12 +242,12 @@ def test_the_shared_cases_are_all_judged_rightly(math: MathChecker) -> None:
 
 
 @pytest.mark.parametrize(("answer", "completion"), RIGHT)
-def test_equal_answers_are_right(answer: str, completion: str, math: MathChecker) -> None:
+def test_equal_answers_are_correct(answer: str, completion: str, math: MathChecker) -> None:
     assert math("", completion, answer).correct
 
 
 @pytest.mark.parametrize(("answer", "completion"), WRONG)
-def test_other_answers_are_wrong(answer: str, completion: str, math: MathChecker) -> None:
+def test_other_answers_are_incorrect(answer: str, completion: str, math: MathChecker) -> None:
     assert not math("", completion, answer).correct
 
 
@@ -257,19 +257,19 @@ def test_the_extracted_answer_is_reported(math: MathChecker) -> None:
     assert math("", "nothing", "3").extracted is None
 
 
-def test_an_answer_that_never_finishes_computing_is_wrong_in_time(math: MathChecker) -> None:
+def test_an_answer_that_never_finishes_computing_times_out_as_incorrect(math: MathChecker) -> None:
     began = time.monotonic()
     assert not math("", r"\boxed{9^{9^{9^{9}}}}", "5").correct
     assert time.monotonic() - began < 30
-    assert math("", r"\boxed{\frac{10}{2}}", "5").correct  # and the next is checked
+    assert math("", r"\boxed{\frac{10}{2}}", "5").correct  # the next answer is checked normally
 
 
-def test_answers_are_checked_outside_the_main_thread_too(math: MathChecker) -> None:
-    verdicts = []
-    thread = threading.Thread(target=lambda: verdicts.append(math("", r"\boxed{4/2}", "2")))
+def test_answers_are_also_checked_outside_the_main_thread(math: MathChecker) -> None:
+    results = []
+    thread = threading.Thread(target=lambda: results.append(math("", r"\boxed{4/2}", "2")))
     thread.start()
     thread.join()
-    assert verdicts[0].correct
+    assert results[0].correct
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_answers_are_checked_outside_the_main_thread_too(math: MathChecker) -> N
         ("####", None),
     ],
 )
-def test_the_marked_answer_is_the_last_whole_box_else_behind_the_hashes(
+def test_the_marked_answer_is_the_last_complete_box_else_after_the_hashes(
     text: str, marked: str | None
 ) -> None:
     assert final_answer(text) == marked

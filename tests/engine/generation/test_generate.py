@@ -1,4 +1,4 @@
-"""Generation against plain forwards without padding, cache or batches."""
+"""Generation compared with plain forwards without padding, cache or batches."""
 
 import random
 from dataclasses import replace
@@ -31,7 +31,7 @@ def tokenizer(world: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def model(world: Path) -> Any:
-    """The small world's model with logits that depend strongly on what came before."""
+    """Model of the fixture `world`, with logits that depend strongly on the preceding tokens."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(world / "model")
@@ -62,7 +62,7 @@ def next_probabilities(model: Any, tokenizer: Any, prompt: str, temperature: flo
 
 
 def first_tokens(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, n: int) -> np.ndarray:
-    """How often each token was drawn first, as shares."""
+    """Frequency of each token as the first one drawn."""
     counts = np.zeros(len(tokenizer))
     for completion in generate(model, tokenizer, [prompt], sampling, samples=n, batch_size=n)[0]:
         token = completion.text or tokenizer.eos_token
@@ -72,23 +72,23 @@ def first_tokens(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, n:
 
 def test_greedy_batches_of_ragged_prompts_equal_plain_forwards(model: Any, tokenizer: Any) -> None:
     expected = [greedy_one_by_one(model, tokenizer, prompt, 20) for prompt in PROMPTS]
-    assert len({c.text for c in expected}) == len(PROMPTS)  # else it would prove little
+    assert len({c.text for c in expected}) == len(PROMPTS)  # so that the comparison is meaningful
     for batch_size in (1, 2, 5):
         found = generate(model, tokenizer, PROMPTS, Sampling(20), batch_size=batch_size)
         assert [each for (each,) in found] == expected
 
 
-def test_a_sequence_stops_at_its_end_and_says_when_it_had_none(model: Any, tokenizer: Any) -> None:
+def test_a_sequence_stops_at_its_end_and_reports_a_missing_end(model: Any, tokenizer: Any) -> None:
     sampling = Sampling(12, temperature=1.5)
     [completions] = generate(model, tokenizer, ["12="], sampling, samples=200)
     ended = [c for c in completions if c.ended]
     assert 20 < len(ended) < 180
-    # One character a token here: the end is counted as a token and is no text.
+    # Each token is one character here. The end counts as a token but adds no text.
     assert all(c.tokens == len(c.text) + 1 <= 12 for c in ended)
     assert all(c.tokens == len(c.text) == 12 for c in completions if not c.ended)
 
 
-def test_a_sequence_stops_at_the_ends_of_the_generation_config_too(
+def test_a_sequence_also_stops_at_the_ends_of_the_generation_config(
     model: Any, tokenizer: Any
 ) -> None:
     free = generate(model, tokenizer, PROMPTS, Sampling(20))
@@ -125,7 +125,7 @@ def test_top_p_draws_from_the_smallest_set_that_reaches_it(model: Any, tokenizer
     assert (abs(found - kept) <= 4.5 * np.sqrt(kept * (1 - kept) / 6000) + 1e-9).all()
 
 
-def test_a_sample_depends_on_its_seed_prompt_and_number_alone(model: Any, tokenizer: Any) -> None:
+def test_a_sample_depends_only_on_its_seed_prompt_and_number(model: Any, tokenizer: Any) -> None:
     sampling = Sampling(15, temperature=1.0, top_p=0.95, seed=7)
     expected = generate(model, tokenizer, PROMPTS, sampling, samples=6)
     assert len({c.text for row in expected for c in row}) > 25
@@ -162,12 +162,12 @@ def test_sampling_defaults_of_the_model_change_nothing(model: Any, tokenizer: An
     )
     try:
         assert generate(model, tokenizer, PROMPTS, sampling, samples=2) == expected
-        assert model.generation_config.top_k == 1  # left as it was
+        assert model.generation_config.top_k == 1  # restored
     finally:
         model.generation_config = defaults
 
 
-def test_a_model_in_training_generates_the_same_and_is_left_as_it_was(
+def test_a_model_in_training_generates_the_same_and_is_restored(
     world: Path, model: Any, tokenizer: Any
 ) -> None:
     from transformers import AutoModelForCausalLM

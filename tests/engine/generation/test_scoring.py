@@ -1,4 +1,4 @@
-"""Accuracy, pass@k and standard errors against exact combinatorics and brute force."""
+"""Accuracy, pass@k and standard errors, checked by exact combinatorics and brute force."""
 
 import math
 from fractions import Fraction
@@ -23,20 +23,20 @@ def test_pass_at_k_is_the_published_formula(samples: int, data: st.DataObject) -
 
 @pytest.mark.parametrize("correct", range(7))
 @pytest.mark.parametrize("k", range(1, 7))
-def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(correct: int, k: int) -> None:
+def test_pass_at_k_is_the_fraction_of_subsets_with_a_correct_sample(correct: int, k: int) -> None:
     samples = [True] * correct + [False] * (6 - correct)
     subsets = list(combinations(samples, k))
     assert pass_at_k(6, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
-def test_pass_at_k_stays_finite_where_binomials_overflow_floats() -> None:
+def test_pass_at_k_stays_finite_if_binomials_overflow_floats() -> None:
     exact = 1 - Fraction(math.comb(9990, 5000), math.comb(10000, 5000))
     assert pass_at_k(10000, 10, 5000) == pytest.approx(float(exact), rel=1e-9)
 
 
 @pytest.mark.parametrize(("samples", "correct", "k"), [(4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5)])
 def test_counts_out_of_range_are_refused(samples: int, correct: int, k: int) -> None:
-    with pytest.raises(ValueError, match="must lie in"):
+    with pytest.raises(ValueError, match="must be in"):
         pass_at_k(samples, correct, k)
 
 
@@ -61,6 +61,6 @@ def test_one_sample_has_no_standard_error_over_samples() -> None:
     assert found.sem_over_problems == pytest.approx(0.5)
 
 
-def test_no_verdicts_are_refused() -> None:
+def test_an_empty_table_is_refused() -> None:
     with pytest.raises(ValueError, match="got shape"):
         score(np.zeros((0, 4), dtype=bool))

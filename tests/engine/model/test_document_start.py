@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from redi.engine.cli import main
 from redi.engine.data.cache import open_cache
 from redi.engine.evaluate.options import parse_evaluate
-from redi.engine.evaluate.task import prepare
+from redi.engine.evaluate.task import prepare_evaluation
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_prepare_trains_the_start_and_evaluate_prompts_with_it(
     data = tmp_path / "problems.jsonl"
     data.write_text(json.dumps({"prompt": row["prompt"], "answer": "1"}) + "\n")
     line = [str(begun), "--data", str(data), "--template", "none", "--out", str(tmp_path / "out")]
-    [request] = prepare(parse_evaluate(line)).requests
+    [request] = prepare_evaluation(parse_evaluate(line)).requests
     assert list(request.prompt) == expected
     assert main(["evaluate", *line, "--max_new_tokens", "3", "--answer_pattern", "(.)$"]) == 0
     [sample] = map(json.loads, (tmp_path / "out" / "samples.jsonl").read_text().splitlines())

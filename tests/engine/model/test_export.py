@@ -176,8 +176,8 @@ def test_a_tokenizer_that_does_not_fit_on_the_disk_is_told_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["export", "nowhere"], "is not a run folder"),
-        (["export", "RUN", "--step", "3"], "no complete checkpoint of step 3; it has: 4"),
+        (["export", "nowhere"], "is not a run directory"),
+        (["export", "RUN", "--step", "3"], "no complete checkpoint of step 3; available: 4"),
     ],
 )
 def test_what_cannot_be_exported_is_an_input_error(

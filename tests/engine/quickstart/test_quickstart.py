@@ -1,4 +1,4 @@
-"""The quickstart: its teacher, what its report counts, and (slow) that REDI gains what it says."""
+"""The quickstart: its teacher, the figures of its report, and (slow) the gain of REDI."""
 
 import json
 import random
@@ -17,7 +17,7 @@ RECIPES = Path(quickstart.__file__).parents[1] / "recipes"
 
 
 def train(folder: Path, *, sft_steps: int, redi_steps: int) -> None:
-    """Both stages and the control as `make train` runs them, in another folder and shorter."""
+    """Run both stages and the control like `make train`, in another directory and shorter."""
     for run, steps in (("sft", sft_steps), ("control", redi_steps), ("redi", redi_steps)):
         model = folder / "model" if run == "sft" else folder / "sft" / "export"
         arguments = {
@@ -55,20 +55,20 @@ def test_the_teacher_errs_more_the_longer_it_skips() -> None:
             right[run][1] += 1
     shares = [good / count for good, count in right.values()]
     assert shares == sorted(shares, reverse=True)
-    # Straight after five blanks nothing else can have gone wrong.
+    # After five blanks the last box is the only one that can be wrong.
     assert shares[5] == pytest.approx(1 - quickstart.ERROR_PROBABILITY[5], abs=0.05)
 
 
 @pytest.mark.parametrize(
-    ("trace", "verdict"),
+    ("trace", "correct"),
     [("762161", True), ("*****1", True), ("762162", False), ("76216", False), ("7621611", False)],
 )
-def test_only_six_boxes_with_the_right_last_one_are_correct(trace: str, verdict: bool) -> None:
+def test_only_six_boxes_with_a_correct_last_one_are_correct(trace: str, correct: bool) -> None:
     assert quickstart.solve("2914177=") == "762161"
-    assert quickstart.is_correct("2914177=", trace) is verdict
+    assert quickstart.is_correct("2914177=", trace) is correct
 
 
-def test_the_data_are_distinct_labelled_rightly_and_held_out(tmp_path: Path) -> None:
+def test_the_data_are_distinct_correctly_labelled_and_held_out(tmp_path: Path) -> None:
     quickstart.make(tmp_path, problems=300, held_out=30, seed=1)
     rows = {
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()]
@@ -91,15 +91,15 @@ def test_the_data_are_distinct_labelled_rightly_and_held_out(tmp_path: Path) -> 
 def test_the_explanation_shows_a_correct_a_lucky_and_an_unlucky_trace() -> None:
     shown = re.findall(r"(\d{7}=)([\d*]{6}) +(\w+)", quickstart.explain())
     assert [kind for *_, kind in shown] == ["correct", "lucky", "unlucky"]
-    verdicts = [quickstart.is_correct(problem, trace) for problem, trace, _ in shown]
-    assert verdicts == [True, True, False]
+    labels = [quickstart.is_correct(problem, trace) for problem, trace, _ in shown]
+    assert labels == [True, True, False]
     assert ["*" in trace for _, trace, _ in shown] == [False, True, True]
 
 
-def test_the_report_prints_what_a_recount_of_its_figures_gives(
+def test_the_printed_report_agrees_with_its_json(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = quickstart_report.report(trained)
+    found = quickstart_report.report_quickstart(trained)
     printed = capsys.readouterr().out
     written = json.loads((trained / "quickstart.json").read_text())
     assert list(found) == list(written) == ["SFT", "control", "REDI"]
@@ -133,14 +133,14 @@ def test_the_last_held_out_log_probs_are_those_of_the_exported_model(trained: Pa
             taken = logps.gather(1, ids["input_ids"][0, 8:, None])
             means[kind].append(taken.mean().item())
     assert means[True]
-    one = quickstart_report.measure(trained / "redi", [row["prompt"] for row in rows])
+    one = quickstart_report.measure_model(trained / "redi", [row["prompt"] for row in rows])
     assert one.positive_logp == pytest.approx(torch.tensor(means[True]).mean().item(), rel=1e-5)
     assert one.negative_logp == pytest.approx(torch.tensor(means[False]).mean().item(), rel=1e-5)
 
 
-def test_a_report_before_training_says_what_to_do(tmp_path: Path) -> None:
+def test_a_report_before_training_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="run `make train` first"):
-        quickstart_report.report(tmp_path)
+        quickstart_report.report_quickstart(tmp_path)
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_redi_gains_on_the_control_and_unlearns_the_habit(
 ) -> None:
     quickstart.make(tmp_path)
     train(tmp_path, sft_steps=1400, redi_steps=100)
-    found = quickstart_report.report(tmp_path)
+    found = quickstart_report.report_quickstart(tmp_path)
 
     def mean(values: list[Any]) -> float:
         return sum(values) / len(values)

@@ -236,7 +236,7 @@ def test_a_signal_while_tokenizing_ends_at_once_and_leaves_no_run(
     run.wait_for(lambda: tokenizes(tmp_path))
     run.send(number, number)
     assert run.end(SOON) == 75, run.stderr
-    assert run.stderr == "stopped before training began; the same command goes on\n"
+    assert run.stderr == "stopped before training started; the same command resumes\n"
     assert not tokenizes(tmp_path)
     assert not (tmp_path / "run").exists()
 

@@ -108,10 +108,10 @@ def test_the_report_shows_the_greedy_accuracy_of_checked_answers(
     [
         ([], True, "4"),
         ([], False, "4, unfinished"),
-        ([("collapse", 2, True)], True, "4, collapse warned of at step 2"),
-        ([("collapse", 2, True)], False, "4, unfinished, collapse warned of at step 2"),
+        ([("collapse", 2, True)], True, "4, collapse warning at step 2"),
+        ([("collapse", 2, True)], False, "4, unfinished, collapse warning at step 2"),
         ([("collapse", 2, True), ("collapse", 4, False)], False, "4, collapsed at step 4"),
-        ([("not_finite", 4, False)], False, "4, ended as not finite at step 4"),
+        ([("not_finite", 4, False)], False, "4, not finite at step 4"),
     ],
 )
 def test_the_report_says_what_became_of_a_run(
@@ -123,9 +123,8 @@ def test_the_report_says_what_became_of_a_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(
-        "redi.engine.commands.report.draw", lambda *_: None
-    )  # takes most of the time
+    # Drawing takes most of the time.
+    monkeypatch.setattr("redi.engine.commands.report.draw_curves", lambda *_: None)
     lines = (run[0] / "metrics.jsonl").read_text()
     for event, step, goes_on in events:
         lines += json.dumps({"event": event, "step": step, "goes_on": goes_on}) + "\n"
@@ -140,7 +139,7 @@ def test_the_report_says_what_became_of_a_run(
 def test_a_report_of_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        f"redi: {tmp_path}: not a run folder (it has no metrics.jsonl)\n"
+        f"redi: {tmp_path}: not a run directory (it has no metrics.jsonl)\n"
     )
 
 
