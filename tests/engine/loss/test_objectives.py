@@ -284,7 +284,7 @@ def test_a_pair_longer_than_a_row_is_the_users_to_solve(tmp_path: Path) -> None:
 USERS_MISTAKES = {
     "name = 'dpo'": "objective.beta is missing: dpo needs it",
     "name = 'dpo'\nbeta = 0.0": "objective.beta must be > 0, got 0.0",
-    "name = 'dpo'\nbeta = 0.1\nlabel_smoothing = 0.5": "label_smoothing must lie in [0, 0.5)",
+    "name = 'dpo'\nbeta = 0.1\nlabel_smoothing = 0.5": "label_smoothing must be in [0, 0.5)",
     "name = 'redi'\nbeta = 0.1": "objective.beta is not used by redi (but by simpo, dpo)",
     "name = 'sft'\nalpha = 0.5": "objective.alpha is not used by sft",
     "name = 'simpo'\nbeta = 2.0\nmargin = inf": "objective.margin must be finite",
