@@ -1,7 +1,7 @@
-"""What each objective is called, which keys it reads and what it draws.
+"""The objectives by name: the recipe keys that each one reads and the units that it trains on.
 
-The formulas are in `loss/objectives.py`. They need torch; recipes are checked before torch is
-imported, and by this table alone.
+The formulas are in `loss/objectives.py` and need torch. A recipe is checked against this table
+alone, before torch is imported.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 UnitKind = Literal["positives", "traces", "pairs", "margins"]
-"""What the schedule draws: correct traces, all traces, pairs whose traces are packed independently,
-or pairs that stay in one pack because their loss depends on both."""
+"""The units of training: correct traces, all traces, pairs whose traces are packed independently,
+or pairs that stay in one pack because their loss depends on both traces."""
 
 
 @dataclass(frozen=True)
 class ObjectiveKind:
-    """What a recipe and the schedule need to know of an objective."""
+    """The properties of an objective that a recipe and the schedule depend on."""
 
     units: UnitKind
     parameters: tuple[str, ...]
@@ -24,7 +24,7 @@ class ObjectiveKind:
     normalisations: tuple[str, ...] = ("sequence",)
     """The values of `normalisation` it accepts; one value if the formula fixes the mean."""
     reference: bool = False
-    """True if it needs the log-probs of the model before step 1."""
+    """True if the loss needs the log-probs of the model as it was before step 1."""
 
     @property
     def keys(self) -> tuple[str, ...]:

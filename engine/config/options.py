@@ -1,4 +1,4 @@
-"""Command-line parsers, and one clear line for each mistake on a command line."""
+"""Command-line parsers. Each mistake on a command line becomes a message of one line."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ def command_parser(
     parser_class: type[ArgumentParser] | None = None,
     **settings: Any,
 ) -> ArgumentParser:
-    """A command's parser. It raises instead of exiting, and the examples end its help.
+    """Make a command's parser. It raises instead of exiting; its help ends with the examples.
 
     Args:
-        command: "redi evaluate", say.
-        examples: an indented line each.
-        usage: left out: made from the arguments.
-        parser_class: left out: jsonargparse's own.
-        settings: for jsonargparse.
+        command: the start of the command line, such as "redi evaluate".
+        description: the first paragraph of the help.
+        examples: indented lines, one per example.
+        usage: by default made from the arguments.
+        parser_class: by default jsonargparse's parser.
+        settings: further arguments of the parser.
     """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -50,14 +51,19 @@ def command_parser(
 
 
 def _help_formatter() -> type[HelpFormatter]:
-    """Help that shows defaults and leaves the examples on lines of their own."""
+    """Help that shows defaults and keeps the line breaks of the examples."""
     from jsonargparse import DefaultHelpFormatter
 
     return type("Formatter", (RawDescriptionHelpFormatter, DefaultHelpFormatter), {})
 
 
 def parse_arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
-    """Parse a command line; InputError for an option that its command does not have."""
+    """Parse a command line.
+
+    Raises:
+        InputError: the command does not have an option.
+        ArgumentError: any other mistake.
+    """
     try:
         return parser.parse_args(list(argv))
     except ArgumentError as error:
@@ -71,8 +77,8 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str], options: type[Opt
     """Parse a command line into the dataclass whose fields are the parser's arguments.
 
     Raises:
-        InputError, ArgumentError: an unknown or missing option, or a value of a wrong type or out
-            of range.
+        InputError, ArgumentError: an option is unknown or missing, or a value has the wrong type
+            or is out of range.
     """
     try:
         return options(**vars(parser.parse_args(list(argv))))
@@ -85,7 +91,7 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str], options: type[Opt
 
 
 def _explain(error: str, options: Any, command: str) -> str | None:
-    """One clear line for jsonargparse's message of several; None if that is clear."""
+    """One line instead of jsonargparse's message of several; None if no rule applies."""
     types = {f.name: f.type for f in fields(options)}
     if problem := _unknown_option(error, types, command):
         return problem
@@ -97,12 +103,12 @@ def _explain(error: str, options: Any, command: str) -> str | None:
 
 
 def _unknown_option(error: str, options: Iterable[str], command: str) -> str | None:
-    """One clear line for an option that a command does not have; None for another error.
+    """One line for an option that a command does not have; None for any other error.
 
     Args:
         error: jsonargparse's message.
-        options: the command's, without their dashes.
-        command: the start of the command line, "redi evaluate".
+        options: the command's options, without dashes.
+        command: the start of the command line, such as "redi evaluate".
     """
     found = re.search(r"nrecognized arguments: (-*)([^\s=]+)", error)
     if not found:
@@ -114,7 +120,7 @@ def _unknown_option(error: str, options: Iterable[str], command: str) -> str | N
 
 
 def plain_type(annotation: object) -> str:
-    """A type annotation in a user's words."""
+    """A type annotation in plain English."""
     text = str(annotation).replace("Literal", "one of ").replace("| None", "")
     text = re.sub(r"list\[one of (\[[^]]*\])\]", r"a list of \1", text)
     text = text.replace("tuple[float, float]", "two numbers such as [0.9,0.999]")

@@ -1,7 +1,7 @@
 """Reads a recipe: TOML with dotted overrides from the command line.
 
-`load_recipe` is the only way in. Every mistake that a user can make in a recipe ends as one
-`InputError` that names the file and the key.
+The entry point is `load_recipe`. Every mistake in a recipe raises one `InputError` that names the
+file and the key.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from redi.engine.errors import InputError
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-# What the help calls the arguments that argparse names by their variables.
+# Names of the arguments in the help, by their names in argparse.
 ARGUMENTS = {
     "recipes": "RECIPE.toml",
     "runs": "RUN",
@@ -33,19 +33,14 @@ ARGUMENTS = {
     "out": "--out",
 }
 
-# What people coming from other trainers type.
+# Keys of TRL, transformers and axolotl whose spelling is far from the key here.
 ALIASES = {
     "learning_rate": "optim.lr",
     "batch_size": "train.batch",
     "per_device_train_batch_size": "train.batch",
     "num_train_epochs": "train.epochs",
     "num_epochs": "train.epochs",
-    "dataset_mixer": "data.mixing_weights",
-    "interleave_probs": "data.mixing_weights",
     "max_length": "data.max_tokens",
-    "max_seq_length": "data.max_tokens",
-    "max_prompt_length": "data.max_prompt_tokens",
-    "max_completion_length": "data.max_completion_tokens",
     "model_name_or_path": "model.path",
     "output_dir": "run.dir",
     "warmup_ratio": "optim.warmup",
@@ -53,13 +48,10 @@ ALIASES = {
     "gradient_checkpointing": "shard.checkpointing",
     "save_steps": "run.save_every",
     "eval_steps": "eval.every",
-    "chat_template": "data.template",
-    "loss_type": "objective.name",
-    "adam_epsilon": "optim.eps",
 }
 
 _DOT = "\x1f"
-"""Replaces a dot in a name of a table while jsonargparse, which splits at dots, reads it."""
+"""Replaces the dots in a name of a table during parsing: jsonargparse splits at dots."""
 
 TRAIN_EXAMPLES = """\
 examples:
@@ -69,7 +61,7 @@ examples:
 
 
 def build_parser(prog: str, description: str, examples: str = TRAIN_EXAMPLES) -> ArgumentParser:
-    """The parser of one recipe: `recipes...` and every dotted key as an option."""
+    """Make the parser of recipes: `recipes...`, and every dotted key as an option."""
     parser = command_parser(
         prog,
         description,
@@ -81,14 +73,14 @@ def build_parser(prog: str, description: str, examples: str = TRAIN_EXAMPLES) ->
     )
     parser.add_argument("recipes", nargs="+", metavar="RECIPE.toml", help="run in this order")
     parser.add_argument("--quiet", action="store_true", help="only warnings and errors")
-    parser.add_argument("--recipe", action="config", help=SUPPRESS)  # how load_recipe gives one
+    parser.add_argument("--recipe", action="config", help=SUPPRESS)  # for load_recipe
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
     return parser
 
 
 def _recipe_parser() -> type[ArgumentParser]:
-    """A parser that takes `--data.teacher_weights.NAME` with dots in NAME."""
+    """A parser that accepts `--data.teacher_weights.NAME` with dots in NAME."""
     from jsonargparse import ArgumentParser, Namespace
 
     class RecipeParser(ArgumentParser):
@@ -102,10 +94,10 @@ def _recipe_parser() -> type[ArgumentParser]:
 
 
 def _whole_names(argv: Sequence[str]) -> list[str]:
-    """A command line whose options `--data.teacher_weights.NAME` keep NAME whole, dots and all.
+    """Protect the dots in NAME of each option `--data.teacher_weights.NAME`.
 
     Raises:
-        InputError: one that sets no number.
+        InputError: the value of such an option is not a finite number.
     """
     words = list(argv)
     for place, word in enumerate(words):
@@ -126,16 +118,16 @@ def _whole_names(argv: Sequence[str]) -> list[str]:
 
 
 def load_recipe(parser: ArgumentParser, path: str, argv: Sequence[str]) -> Recipe:
-    """Read one recipe file and lay the overrides of the command line over it.
+    """Read one recipe file and apply the overrides of the command line.
 
     Args:
         parser: made by `build_parser`.
-        path: the recipe.
-        argv: the whole command line after the command's name, overrides included.
+        path: the recipe file.
+        argv: the whole command line after the command's name, with the overrides.
 
     Raises:
-        InputError: the file is missing or no TOML, a key is unknown, a value has the wrong type
-            or lies outside its range.
+        InputError: the file is missing or not TOML, a key is unknown, or a value has the wrong
+            type or is out of range.
     """
     if not Path(path).is_file():
         kind = "a folder, not a recipe file" if Path(path).is_dir() else "no such recipe file"
@@ -171,12 +163,12 @@ def load_recipe(parser: ArgumentParser, path: str, argv: Sequence[str]) -> Recip
     for key in unused_keys(objective):
         if key in content.get("objective", {}) and f"objective.{key}" not in overridden:
             raise InputError(f"{path}: {_not_used(key, objective.name)}")
-    # An override applies to all recipes of a command; one that it means nothing to is as without.
+    # An override applies to all recipes of a command. A recipe that does not use it ignores it.
     return replace(recipe, objective=_without(objective, unused_keys(objective)))
 
 
 def check_overrides(recipes: Sequence[Recipe], argv: Sequence[str]) -> None:
-    """InputError for an override of `[objective]` that none of the recipes uses."""
+    """Raise InputError if none of the recipes uses an override of `[objective]`."""
     overridden = {a[2:].split("=")[0] for a in argv if a.startswith("--objective.")}
     names = list(dict.fromkeys(recipe.objective.name for recipe in recipes))
     used = {key for name in names for key in OBJECTIVES[name].keys}
@@ -186,7 +178,7 @@ def check_overrides(recipes: Sequence[Recipe], argv: Sequence[str]) -> None:
 
 
 def unused_keys(objective: ObjectiveConfig) -> list[str]:
-    """Parameters that have another than their default value, and that the objective never reads."""
+    """Parameters that differ from their default but that the objective does not read."""
     default = ObjectiveConfig()
     return [
         f.name
@@ -206,7 +198,7 @@ def _not_used(key: str, name: str) -> str:
 
 
 def explain(error: Exception) -> str:
-    """One clear line for what jsonargparse says in several."""
+    """One line instead of jsonargparse's message of several."""
     text = str(error)
     if found := re.search(r"unrecognized arguments: --([\w.-]+)", text):
         return _unknown(found[1])
@@ -230,7 +222,7 @@ def _expected(key: str) -> str:
 
 
 def _origin(text: str, path: str, overridden: set[str]) -> str:
-    """The file, unless the command line set the key that is wrong."""
+    """The file as a prefix, or nothing if the command line set the wrong key."""
     return "" if any(key in text for key in overridden) else f"{path}: "
 
 
@@ -259,7 +251,7 @@ def _dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as TOML (keys without a value are left out)."""
+    """The resolved recipe as TOML, without the keys that have no value."""
     import tomli_w
 
     content = {

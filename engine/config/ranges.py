@@ -1,4 +1,4 @@
-"""The range of a number, declared at its field and checked in one place."""
+"""Ranges of numbers: declared in the metadata of a field, checked by `check_ranges`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Range:
     low: float = -math.inf
     high: float = math.inf
     open_low: bool = False
-    """The lower bound itself is excluded."""
+    """Exclude the lower bound itself."""
     open_high: bool = False
-    """The upper bound itself is excluded."""
+    """Exclude the upper bound itself."""
 
     def problem(self, value: float) -> str | None:
         """What `value` must be, or None if it is in the range."""
@@ -26,7 +26,7 @@ class Range:
             return None
         if self.high < math.inf:
             left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-            return f"lie in {left}{self.low:g}, {self.high:g}{right}"
+            return f"be in {left}{self.low:g}, {self.high:g}{right}"
         bound = f"{'>' if self.open_low else '>='} {self.low:g}" if self.low > -math.inf else ""
         finite = "" if math.isfinite(value) else "finite"
         return f"be {' and '.join(filter(None, (finite, bound)))}"
@@ -40,24 +40,24 @@ SHARE = Range(0, 1)
 
 
 def ranged(default: Any, allowed: Range) -> Any:
-    """A dataclass field with a range; None, where it is allowed, is in every range."""
+    """A dataclass field with a range. If None is allowed, it is in every range."""
     return field(default=default, metadata=in_range(allowed))
 
 
 def in_range(allowed: Range) -> dict[str, Range]:
-    """The metadata of a field whose value, or whose every value, is in a range."""
+    """The metadata of a field whose value (or each of its values) must be in a range."""
     return {"range": allowed}
 
 
 def check_ranges(section: Any, prefix: str = "") -> None:
-    """Check every number of a dataclass, also in lists, tuples and the values of dicts.
+    """Check every number of a dataclass, including those in lists, tuples and dict values.
 
     Args:
         section: an instance of a dataclass with fields made by `ranged`.
         prefix: put before a field's name in the message, such as "train.".
 
     Raises:
-        ValueError: one is out of its range; the message names the field, the range and the value.
+        ValueError: a number is out of range; the message names field, range and value.
     """
     for declared in fields(section):
         if (allowed := declared.metadata.get("range")) is None:

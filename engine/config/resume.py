@@ -1,4 +1,4 @@
-"""Which keys of a recipe may differ when its run resumes."""
+"""The keys of a recipe that may change when its run resumes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from redi.engine.config.sections import Recipe
 
-# What a resumed run may change: nothing here alters the mathematics.
+# None of these keys changes the mathematics of training.
 MAY_CHANGE_ON_RESUME = (
     "guard.max_skips",
     "guard.collapse",
@@ -29,9 +29,13 @@ MAY_CHANGE_ON_RESUME = (
 
 
 def changed_keys(old: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """Keys that differ from a resolved recipe read back from a run folder and may not.
+    """The keys that changed although they must not.
 
-    A key that the old recipe does not have (it is younger) had its default value.
+    A key that the old recipe lacks was added to the engine later; it counts as its default.
+
+    Args:
+        old: the resolved recipe in the run folder, by section.
+        recipe: the recipe that resumes the run.
     """
     before, now = asdict(Recipe()), asdict(recipe)
     for section, values in old.items():
@@ -46,5 +50,5 @@ def changed_keys(old: Mapping[str, Any], recipe: Recipe) -> list[str]:
 
 
 def _as_list(value: Any) -> Any:
-    # TOML gives back a tuple as a list.
+    # A tuple comes back from TOML as a list.
     return list(value) if isinstance(value, tuple) else value

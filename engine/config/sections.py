@@ -1,4 +1,4 @@
-"""The recipe: one frozen dataclass a section, with the range of each number at its field."""
+"""The recipe: one frozen dataclass per section; each field declares the range of its number."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from redi.engine.errors import InputError
 
 
 class Section:
-    """A section of the recipe; its numbers are checked when it is made."""
+    """A section of the recipe. Construction checks the ranges of its numbers."""
 
     section: ClassVar[str]
 
@@ -37,94 +37,94 @@ class Section:
 
 @dataclass(frozen=True)
 class ModelConfig(Section, name="model"):
-    """Which model is trained."""
+    """The model to train."""
 
     path: str | None = None
-    """Folder (or hub name) of a transformers causal LM in safetensors; left out: the export of
-    the recipe before this one."""
+    """Folder (or hub name) of a transformers causal LM in safetensors; default: the export of the
+    previous recipe of the command."""
     tokenizer: str | None = None
-    """Folder (or hub name) of the tokenizer; left out: `path`."""
+    """Folder (or hub name) of the tokenizer; default: `path`."""
     rope_theta: float | None = ranged(None, POSITIVE)
-    """Base of the rotary position embedding, in place of the model's own."""
+    """Base of the rotary position embedding; default: the model's. The export keeps it."""
     max_position_embeddings: int | None = ranged(None, POSITIVE)
-    """Longest context, in place of the model's own; the export keeps both."""
+    """Longest context, in tokens; default: the model's. The export keeps it."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
-    """flash-attn (3, 4 or 2, what suits the card), torch's varlen attention, or SDPA document by
-    document; auto: the first of them that the machine has."""
+    """flash: flash-attn (version 3, 4 or 2, depending on the GPU); varlen: torch's varlen
+    attention; sdpa: SDPA, one document at a time; auto: the first of these that is available."""
     liger: Literal["auto", "off"] = "auto"
-    """liger-kernel's RMSNorm, RoPE and SwiGLU; auto: on CUDA when installed."""
+    """liger-kernel's RMSNorm, RoPE and SwiGLU; auto: used on CUDA if installed."""
 
 
 @dataclass(frozen=True)
 class DataConfig(Section, name="data"):
-    """Which traces it is trained on, and how they become tokens."""
+    """The traces to train on and their tokenization."""
 
     path: str | list[str] = ""
-    """JSONL, JSON, Parquet or CSV files (gzip too), folders of them (sub-folders too), or hub
-    names."""
+    """JSONL, JSON, Parquet or CSV files (optionally gzipped), folders of such files (searched
+    recursively), or hub names."""
     mixing_weights: list[float] = field(default_factory=list, metadata=in_range(POSITIVE))
-    """One number a path: how often an epoch draws each of its pairs (SFT: sequences). 2: twice;
-    0.5: another half each epoch; none given: once."""
+    """One number per path: how often an epoch draws each of its pairs (SFT: sequences). 2: twice;
+    0.5: a different half each epoch; default: once."""
     format: Literal["auto", "preference", "prompt-completion", "messages", "traces", "openr1"] = (
         "auto"
     )
-    """The shape of a row; auto: told from the columns of each row."""
+    """Row format; auto: detected from the columns of each row."""
     teachers: list[str] = field(default_factory=list)
-    """Only these teachers' traces are trained on (column teacher); none named: all."""
+    """Train only on the traces of these teachers (column teacher); empty: all."""
     teacher_weights: dict[str, float] = field(default_factory=dict, metadata=in_range(POSITIVE))
-    """Factor on the weight of a teacher's traces, { r1 = 2.0 }; 1 for the others."""
+    """Factor on the weight of a teacher's traces, such as { r1 = 2.0 }; other teachers: 1."""
     template: Literal["chat", "none"] = "chat"
-    """chat: the tokenizer's chat template; none: prompt, completion and end token as they are."""
+    """chat: the tokenizer's chat template; none: prompt, completion and end token, unchanged."""
     system_prompt: str | None = None
-    """System message of conversations that have none."""
+    """System message added to conversations that have none."""
     pairing: Literal["zip", "first", "all"] = "zip"
-    """Problems with several traces: i-th correct with i-th incorrect; only the first of each
-    (the paper); or every correct with every incorrect."""
+    """How a problem with several traces forms pairs. zip: i-th correct with i-th incorrect; first:
+    the first of each (the paper); all: every correct with every incorrect."""
     duplicates: Literal["keep", "drop"] = "keep"
-    """drop: equal traces of a problem with one verdict are used once, and so are equal pairs
-    (SFT: traces) of several problems; equal is token for token, and the first stays."""
+    """drop: use equal traces of a problem with the same verdict once, and equal pairs (SFT: traces)
+    of different problems once. Equal means token for token; the first is kept."""
     max_tokens: int = ranged(19800, Range(2))
     """Longest sequence (prompt and completion), in tokens."""
     max_prompt_tokens: int | None = ranged(None, AT_LEAST_1)
-    """Longest prompt; left out: as long as the sequence allows."""
+    """Longest prompt, in tokens; default: limited by max_tokens alone."""
     max_completion_tokens: int | None = ranged(None, AT_LEAST_1)
-    """Longest completion with its end; left out: as long as the sequence allows."""
+    """Longest completion with its end, in tokens; default: limited by max_tokens alone."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """What happens to a sequence over one of these limits; a prompt is never cut, its trace
-    dropped."""
+    """What happens to a sequence over one of these limits. truncate cuts completions only: a trace
+    whose prompt is too long is dropped."""
     control_tokens: Literal["allow", "error"] = "allow"
-    """Traces that spell a control token of the tokenizer (an end of turn, say): counted and warned
-    of, or refused."""
+    """Traces whose text contains a control token of the tokenizer, such as an end of turn. allow:
+    count them and warn; error: refuse them."""
     eos: Literal["trained", "left_out"] = "trained"
-    """left_out: the end-of-sequence token that closes a trace is not trained (the authors' stage 1,
-    where the padding token is the same)."""
+    """left_out: do not train the end-of-sequence token that closes a trace (the authors' stage 1,
+    where it is also the padding token)."""
     cache: str | None = None
-    """Folder of tokenized sets; left out: $REDI_CACHE, else ~/.cache/redi."""
+    """Folder of the token cache; default: $REDI_CACHE, else ~/.cache/redi."""
     processes: int = ranged(0, NOT_NEGATIVE)
-    """Processes that tokenize; 0: one per core, 8 at most."""
+    """Processes for tokenizing; 0: one per core, at most 8."""
     workers: int = ranged(0, NOT_NEGATIVE)
-    """Processes that load ahead during training; 0: none."""
+    """Processes that load batches ahead during training; 0: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.mixing_weights) not in (0, len(self.paths)):
             raise ValueError(
-                "data.mixing_weights must have one number a path, got "
+                "data.mixing_weights must have one number per path, got "
                 f"{len(self.mixing_weights)} for {len(self.paths)}"
             )
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The inputs as a tuple, whichever way they were written."""
+        """The inputs as a tuple; `path` may be one string or a list."""
         return (self.path,) if isinstance(self.path, str) else tuple(self.path)
 
     @property
     def cache_dir(self) -> Path:
-        """The folder of tokenized sets."""
+        """The folder of the token cache."""
         return Path(self.cache or os.environ.get("REDI_CACHE") or Path.home() / ".cache" / "redi")
 
 
-# What filtered_redi_loss can do.
+# The values for which filtered_redi_loss is implemented, by key.
 FILTERED: dict[str, tuple[object, ...]] = {
     "negative_gamma": (0,),
     "normalisation": ("sequence",),
@@ -135,35 +135,35 @@ FILTERED: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class ObjectiveConfig(Section, name="objective"):
-    """What is minimised; docs/objectives.md has the formulas."""
+    """The loss; docs/objectives.md has the formulas."""
 
     name: str = "sft"
     """sft: -log p of correct traces. redi: the same plus alpha * log p of incorrect ones. signed:
-    every trace by itself with its row's weight. dft, unlikelihood, simper, simpo, dpo: as their
-    papers have them."""
+    each trace separately, with the weight of its row. dft, unlikelihood, simper, simpo, dpo: as in
+    their papers."""
     alpha: float = ranged(0.8, NOT_NEGATIVE)
-    """Weight of the incorrect traces (arXiv 2505.24850); 0: positives alone."""
+    """Weight of the incorrect traces (arXiv 2505.24850); 0: only positives are trained."""
     positive_weight: float = ranged(1.0, NOT_NEGATIVE)
     """Weight of the correct traces (signed)."""
     negative_gamma: float = ranged(0.0, NOT_NEGATIVE)
-    """Multiplies a negative's term by exp(negative_gamma * mean log-prob) (redi); 0: not."""
+    """Multiplies a negative's term by exp(negative_gamma * mean log-prob) (redi); 0: off."""
     beta: float | None = ranged(None, POSITIVE)
-    """Scale of the margin of log-probs (dpo, simpo: they need it)."""
+    """Scale of the margin of log-probs; required by dpo and simpo."""
     margin: float = ranged(1.0, FINITE)
-    """How far the positive's scaled log-prob is to be ahead: the SimPO paper's gamma (simpo)."""
+    """Target margin of the positive's scaled log-prob: gamma of the SimPO paper (simpo)."""
     label_smoothing: float = ranged(0.0, Range(0, 0.5, open_high=True))
-    """Share of pairs taken to be labelled the wrong way round (dpo)."""
+    """Assumed share of pairs whose labels are swapped (dpo)."""
     normalisation: Literal["sequence", "token", "none"] = "sequence"
-    """Mean over each sequence first; one mean over all tokens of the step (sft, dft, signed); or
-    a mean over sequences of sums (signed)."""
+    """sequence: mean over each sequence first; token: one mean over all tokens of the step (sft,
+    dft, signed); none: mean over sequences of sums over tokens (signed)."""
     length: Literal["trained", "original"] = "trained"
-    """What |y| counts: the tokens that are trained, or those before truncation (the authors' code:
-    a truncated trace weighs less)."""
+    """The length |y|. trained: number of trained tokens; original: tokens before truncation (as in
+    the authors' code; a truncated trace weighs less)."""
     filter_epsilon: float = ranged(0.0, SHARE)
-    """Makes the gradient approximate (sft, redi; bfloat16): tiles of the vocabulary that hold at
-    most this share of each of their tokens' probability are left out; 0: exact."""
+    """Skip tiles of the vocabulary that hold at most this share of the probability of each token;
+    the gradient becomes approximate (sft, redi; bfloat16). 0: exact."""
     backend: Literal["auto", "reference", "torch", "triton", "triton-exp"] = "auto"
-    """Implementation of the loss op; docs/kernels.md has them all."""
+    """Implementation of the loss op; docs/kernels.md lists all."""
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
@@ -191,88 +191,89 @@ class ObjectiveConfig(Section, name="objective"):
         if self.length != "trained" and self.normalisation != "sequence":
             raise ValueError(
                 f'objective.length = "{self.length}" is not used with objective.normalisation = '
-                f'"{self.normalisation}", which divides by no |y|; remove one of them'
+                f'"{self.normalisation}", which does not divide by |y|; remove one of them'
             )
 
     @property
     def kind(self) -> ObjectiveKind:
-        """Which keys it reads, and what it draws."""
+        """The keys that the objective reads and the units that it trains on."""
         return OBJECTIVES[self.name]
 
 
 @dataclass(frozen=True)
 class OptimConfig(Section, name="optim"):
-    """AdamW and its schedule."""
+    """AdamW and its learning rate schedule."""
 
     lr: float = ranged(1e-5, NOT_NEGATIVE)
     """Peak learning rate."""
     weight_decay: float = ranged(1e-4, NOT_NEGATIVE)
-    """Decoupled weight decay; norms and biases are left out."""
+    """Decoupled weight decay; norms and biases are excluded."""
     betas: tuple[float, float] = ranged((0.9, 0.999), Range(0, 1, open_high=True))
     """Decay rates of AdamW's two moments."""
     eps: float = ranged(1e-8, POSITIVE)
     """AdamW's epsilon."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the learning rate after warm-up; linear and cosine end at 0."""
+    """Decay of the learning rate after warm-up; linear and cosine end at 0."""
     warmup: float = ranged(0.1, SHARE)
-    """Share of the steps over which the rate rises from 0."""
+    """Share of the steps during which the learning rate rises from 0."""
     max_grad_norm: float = ranged(1.0, NOT_NEGATIVE)
-    """Gradients are clipped to this l2 norm; 0: not clipped."""
+    """Clip gradients to this l2 norm; 0: no clipping."""
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section, name="train"):
-    """Steps and their size."""
+    """Number and size of the steps."""
 
     batch: int = ranged(32, AT_LEAST_1)
-    """Pairs of an optimizer step over all ranks; sequences in SFT."""
+    """Pairs per optimizer step over all ranks (SFT: sequences)."""
     epochs: int | None = ranged(None, AT_LEAST_1)
-    """Passes over the data; training ends at the earlier of epochs and max_steps (neither: 1)."""
+    """Passes over the data. Training ends at epochs or max_steps, whichever comes first; without
+    either after 1 epoch."""
     max_steps: int | None = ranged(None, AT_LEAST_1)
-    """Optimizer steps at most."""
+    """Most optimizer steps."""
     row_tokens: int = ranged(32768, Range(2))
-    """Tokens of a packed row: what one rank runs in one micro-step."""
+    """Most tokens of a pack, the packed row that one rank runs in one micro-step."""
     seed: int = ranged(42, NOT_NEGATIVE)
-    """Draws the batches."""
+    """Seed of the order of the data and of dropout."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Compute dtype over fp32 masters, and dtype of the export; auto: bfloat16 on CUDA."""
+    """Dtype of computation (master weights are fp32) and of the export; auto: bfloat16 on CUDA."""
     deterministic: bool = False
-    """Bitwise repeatable on CUDA, at some cost in speed (a CPU is always so)."""
+    """Make runs on CUDA bitwise reproducible, at some cost in speed (runs on a CPU always are)."""
 
 
 @dataclass(frozen=True)
 class ShardConfig(Section, name="shard"):
-    """How the model lies on the devices."""
+    """How the model is distributed over devices."""
 
     replicate: int = ranged(1, AT_LEAST_1)
-    """Copies of the sharded model (HSDP); 1: sharded over all ranks."""
+    """Copies of the sharded model (HSDP); 1: shard over all ranks."""
     reduce: Literal["step", "micro_step"] = "step"
-    """When gradients are summed over ranks: once a step, for which each rank holds all of them in
-    float32 between micro-steps; or after each micro-step, for models too large for that."""
+    """When gradients are summed over ranks. step: once per step; each rank holds all gradients in
+    float32 between micro-steps. micro_step: after each one, for models too large for that."""
     checkpointing: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in backward: none, all but matrix products, all."""
+    """Activations recomputed in backward: none; selective: all but matrix products; full: all."""
     compile: bool = False
-    """torch.compile each transformer block; beside checkpointing only with an attention
-    that a graph can hold: not SDPA document by document, not flash-attn 4."""
+    """Apply torch.compile to each transformer block. Together with checkpointing this needs an
+    attention that works inside a graph: neither SDPA per document nor flash-attn 4."""
 
 
 @dataclass(frozen=True)
 class EvalConfig(Section, name="eval"):
-    """Held-out log-probs during training, and greedy accuracy."""
+    """Evaluation during training: held-out log-probs and greedy accuracy."""
 
     path: str | list[str] | None = None
-    """Held-out traces, in the format of the training data."""
+    """Held-out traces, in the same formats as the training data."""
     every: int = ranged(100, AT_LEAST_1)
-    """Steps between evaluations; the first is before step 1, the last after the last step."""
+    """Steps between evaluations. Evaluation also runs before step 1 and after the last step."""
     checker: Literal["none", "math", "exact"] = "none"
-    """math, exact: greedy completions of the held-out problems are checked against their column
-    answer, as in `redi evaluate`."""
+    """math, exact: generate greedy completions of the held-out problems and check them against the
+    column answer, as in `redi evaluate`."""
     answer_pattern: str | None = None
-    """For exact: a regular expression whose one group holds the answer."""
+    """For exact: a regular expression with one group, which holds the answer."""
     max_new_tokens: int = ranged(1024, AT_LEAST_1)
-    """Tokens of a checked completion at most; the model's positions may end it earlier."""
+    """Most tokens of a checked completion; the model's context may end it earlier."""
     batch_size: int = ranged(64, AT_LEAST_1)
-    """Checked completions that a rank runs side by side."""
+    """Checked completions that a rank generates at a time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -290,7 +291,7 @@ class EvalConfig(Section, name="eval"):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The held-out inputs as a tuple, empty when there are none."""
+        """The held-out inputs as a tuple, empty if there are none."""
         if self.path is None:
             return ()
         return (self.path,) if isinstance(self.path, str) else tuple(self.path)
@@ -298,36 +299,36 @@ class EvalConfig(Section, name="eval"):
 
 @dataclass(frozen=True)
 class GuardConfig(Section, name="guard"):
-    """What stops a run that has gone wrong; docs/training.md says how it is told."""
+    """Checks that stop a failing run; docs/training.md describes how they detect it."""
 
     max_skips: int = ranged(3, AT_LEAST_1)
-    """Steps in a row whose loss or gradient is not finite: each is left out, the last ends the
-    run."""
+    """Consecutive steps with a loss or gradient that is not finite, after which the run stops. Each
+    such step is skipped."""
     collapse: Literal["stop", "warn", "off"] = "stop"
-    """What happens when the log-prob of correct traces plunges while updates surge; stop: a
-    warning first, the end when it goes on."""
+    """What happens if the log-prob of correct traces plunges while updates surge. stop: warn first,
+    stop the run if it continues."""
 
 
 @dataclass(frozen=True)
 class RunConfig(Section, name="run"):
-    """Where the run lives."""
+    """The run folder: checkpoints and metrics."""
 
     dir: str | None = None
-    """Run folder; left out: runs/<name of the recipe>."""
+    """Run folder; default: runs/<name of the recipe>."""
     save_every: int = ranged(100, AT_LEAST_1)
     """Steps between checkpoints; the last step is always saved."""
     keep: int = ranged(2, NOT_NEGATIVE)
-    """Newest checkpoints kept; 0: all. Up to two older ones stay while the collapse guard may yet
-    have to name one."""
+    """Number of newest checkpoints to keep; 0: all. Up to two older ones are kept while the
+    collapse guard may still refer to one."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
-    """Where metrics go beside metrics.jsonl."""
+    """Where to write metrics in addition to metrics.jsonl."""
     resume: bool = True
-    """Go on from the newest complete checkpoint of the run folder."""
+    """Resume from the newest complete checkpoint in the run folder."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A resolved recipe."""
+    """A resolved recipe: every key has its value."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -358,11 +359,11 @@ TABLES = tuple(
     for f in fields(section)
     if str(f.type).startswith("dict[str, float]")
 )
-"""Keys whose value is a table of numbers by name."""
+"""Keys whose value is a table of named numbers."""
 
 
 def check_replicas(section: ShardConfig, world_size: int) -> None:
-    """InputError unless the copies of the model divide the ranks evenly."""
+    """Raise InputError unless `replicate` divides the number of ranks."""
     if world_size % section.replicate:
         raise InputError(
             f"shard.replicate = {section.replicate} does not divide the {world_size} ranks of "

@@ -196,8 +196,8 @@ def _pack_step(
     return _PackedStep(
         step,
         packing,
-        [traces[pack] for micro_step in packing.rows for pack in micro_step],
-        np.array([[flops[one].sum() for one in micro_step] for micro_step in packing.rows]),
+        [traces[own] for packs in packing.packs for own in packs],
+        np.array([[flops[own].sum() for own in packs] for packs in packing.packs]),
     )
 
 

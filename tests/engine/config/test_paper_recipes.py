@@ -1,4 +1,4 @@
-"""The paper's recipes: its settings, and two steps of each with a small model of the same kind."""
+"""The recipes of the paper: their settings, and two steps of each with a small model."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def test_every_setting_has_its_recipe() -> None:
 
 @pytest.fixture(scope="module")
 def openr1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty rows in the shape of OpenR1-Math-Raw; the filter leaves twelve."""
+    """Twenty rows of OpenR1-Math-Raw, of which the filter keeps twelve."""
     rng = random.Random(1)
     path = tmp_path_factory.mktemp("openr1") / "rows.jsonl"
     rows = []

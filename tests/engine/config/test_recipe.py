@@ -1,4 +1,4 @@
-"""Recipes and the command line: what is read, and one clear line for every mistake."""
+"""Recipes and the command line: values are read; each mistake gives one clear line."""
 
 import time
 import tomllib
@@ -48,7 +48,7 @@ def test_the_resolved_recipe_reads_back_the_same(
     assert changed_keys(tomllib.loads(path.read_text()), first) == []
 
 
-def test_a_run_older_than_a_key_goes_on_with_its_default(recipe: WriteRecipe) -> None:
+def test_a_key_that_an_old_run_lacks_counts_as_its_default(recipe: WriteRecipe) -> None:
     first = load(recipe("a"))
     old = tomllib.loads(dump_recipe(first))
     del old["data"]["pairing"], old["objective"]["alpha"]
@@ -93,12 +93,12 @@ MISTAKES = {
     "[objective]\nname = 'dop'\n": "objective.name: dop is unknown; available: sft, redi,",
     "[objective]\nalpha = nan\n": "objective.alpha must be finite",
     "[objective]\nname = 'redi'\nnormalisation = 'token'\n": "objective.normalisation",
-    "[data]\npath = 'a'\nmixing_weights = [2, 1]\n": "must have one number a path, got 2 for 1",
+    "[data]\npath = 'a'\nmixing_weights = [2, 1]\n": "must have one number per path, got 2 for 1",
     "[data]\npath = 'a'\nmixing_weights = [nan]\n": "must be finite and > 0, got nan",
     "[data]\npath = 'a'\nmixing_weights = 2\n": "mixing_weights: needs a list of numbers, got 2",
-    "[data]\ndataset_mixer = [1]\n": "did you mean data.mixing_weights?",
+    "num_train_epochs = 1\n": "did you mean train.epochs?",
     "[data]\nteacher_weights.gpt-4.1 = 1\n": 'a name with a dot needs quotes: "gpt-4.1"',
-    "[data]\nteacher_weights = { r1 = 0 }\n": "data.teacher_weights.r1 must be > 0",
+    "[data]\nteacher_weights = { r1 = 0 }\n": "data.teacher_weights.r1 must be > 0, got 0",
     "[data]\nteacher_weights = 3\n": "needs a table of numbers such as { r1 = 2.0 }, got 3",
     "[train]\nbatch = 0\n": "train.batch must be >= 1, got 0",
     "[train]\nbatch = 1.5\n": "train.batch: needs a whole number, got 1.5",
@@ -127,7 +127,7 @@ OVERRIDES = {
     ("--train.batch", "many"): "train.batch: needs a whole number, got many",
     ("--model", "folder"): "model is a section, not a key; it has model.path, model.tokenizer",
     ("--data.teacher_weights.gpt-4.1", "x"): "data.teacher_weights.gpt-4.1: needs a number, got x",
-    ("--data.teacher_weights.gpt-4.1", "-2"): "teacher_weights.gpt-4.1 must be > 0",
+    ("--data.teacher_weights.gpt-4.1", "-2"): "teacher_weights.gpt-4.1 must be > 0, got -2",
     ("--data.teacher_weights.gpt-4.1",): "needs a number, got nothing",
     ("--train.batch", "-2"): "train.batch must be >= 1, got -2",
 }
@@ -141,7 +141,7 @@ def test_a_mistake_on_the_command_line_exits_2_with_one_line(
     err = capsys.readouterr().err
     assert OVERRIDES[override] in err
     assert err.count("\n") == 1
-    assert ".toml" not in err  # the file is not to blame
+    assert ".toml" not in err  # the file is not at fault
 
 
 @pytest.mark.parametrize("argv", [["train"], ["train", "no.toml"], ["trian", "x"], []])
@@ -174,7 +174,7 @@ def test_what_is_missing_is_named_as_the_help_names_it(
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "expected"),
     [
         ("report run --out x", "unknown option --out; `redi report --help` lists all"),
         ("export run --stp=3", "unknown option --stp; did you mean --step?"),
@@ -188,13 +188,13 @@ def test_what_is_missing_is_named_as_the_help_names_it(
         ("prepare openr1 d.jsonl --outt x", "unknown option --outt; did you mean --out?"),
     ],
 )
-def test_an_unknown_option_is_answered_by_those_of_its_command(
-    line: str, said: str, capsys: pytest.CaptureFixture[str]
+def test_an_unknown_option_is_reported_with_a_remedy(
+    line: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(line.split()) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert said in err
+    assert expected in err
 
 
 def test_ctrl_c_is_one_line(

@@ -345,7 +345,7 @@ def test_bad_problems_are_one_line_with_file_and_row(
         (["--samples", "2", "--k", "3"], "k must be between 1 and the number of samples, 2"),
         (["--samples", "2", "--temperature", "0"], "would give 2 equal completions"),
         (["--max_new_tokens", "60"], "which leaves 56, not 60"),
-        (["--answer_pattern", "("], "no regular expression"),
+        (["--answer_pattern", "("], "not a regular expression"),
         (["--checker", "math", "--answer_pattern", "(.)"], 'needs the checker "exact"'),
         (["--sampels", "2"], "did you mean --samples?"),
         (["--samples", "two"], "samples: needs a whole number, got two"),

@@ -62,7 +62,7 @@ def test_sft_has_no_negatives_to_tell_of(
         ({"train.dtype": "float32"}, 'needs bfloat16: set train.dtype = "bfloat16"'),
         ({"objective.backend": "triton"}, "filter_epsilon needs objective.backend = 'auto' or"),
         ({"objective.negative_gamma": 1.0}, "filter_epsilon needs objective.negative_gamma = 0"),
-        ({"objective.filter_epsilon": 2.0}, "objective.filter_epsilon must lie in [0, 1], got 2.0"),
+        ({"objective.filter_epsilon": 2.0}, "objective.filter_epsilon must be in [0, 1], got 2.0"),
         ({"objective.name": "unlikelihood"}, "objective.filter_epsilon"),
     ],
 )

@@ -134,7 +134,7 @@ def rows_of(tokens: TokenizedTraces, of: ObjectiveConfig, row_tokens: int) -> li
         cost=Cost(1.0, 0.0),
         keep_pairs_together=examples.keep_pairs_together,
     )
-    chosen = [sequences[row] for step in packing.rows for row in step] + [sequences[:0]]
+    chosen = [sequences[own] for step in packing.packs for own in step] + [sequences[:0]]
     batches = [build_batch(tokens, row, examples.lengths[row]) for row in chosen]
     return [replace(batch, targets=_in_vocabulary(batch.targets)) for batch in batches]
 
@@ -284,7 +284,7 @@ def test_a_pair_longer_than_a_row_is_the_users_to_solve(tmp_path: Path) -> None:
 USERS_MISTAKES = {
     "name = 'dpo'": "objective.beta is missing: dpo needs it",
     "name = 'dpo'\nbeta = 0.0": "objective.beta must be > 0, got 0.0",
-    "name = 'dpo'\nbeta = 0.1\nlabel_smoothing = 0.5": "label_smoothing must lie in [0, 0.5)",
+    "name = 'dpo'\nbeta = 0.1\nlabel_smoothing = 0.5": "label_smoothing must be in [0, 0.5)",
     "name = 'redi'\nbeta = 0.1": "objective.beta is not used by redi (but by simpo, dpo)",
     "name = 'sft'\nalpha = 0.5": "objective.alpha is not used by sft",
     "name = 'simpo'\nbeta = 2.0\nmargin = inf": "objective.margin must be finite",

@@ -147,7 +147,7 @@ def test_ranks_of_which_one_has_the_signal_end_together(
     ("change", "said"),
     [
         ({"eval.path": None}, "needs eval.path"),
-        ({"eval.answer_pattern": "("}, "eval.answer_pattern: '(' is no regular expression"),
+        ({"eval.answer_pattern": "("}, "eval.answer_pattern: '(' is not a regular expression"),
         ({"eval.checker": "math", "eval.answer_pattern": "(.)"}, 'needs eval.checker = "exact"'),
         ({"eval.max_new_tokens": 0}, "eval.max_new_tokens must be >= 1, got 0"),
         ({"eval.checker": "maths"}, "eval.checker: needs one of"),
