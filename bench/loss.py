@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redi.bench import contenders, rivals
-from redi.bench.contenders import Absent, Contender, Method, Result
+from redi.bench import baselines, peers
+from redi.bench.baselines import Absent, Contender, Method, Result
 from redi.bench.inputs import Operands, Sizes, make_operands, sizes_of_states
 from redi.bench.measure import peak_cuda, peak_resident, problem_line, time_in_turns
 from redi.bench.report import draw, environment, print_table, write_record
 from redi.kernels import reference
 
-METHODS: dict[str, Method] = contenders.METHODS | rivals.METHODS
+METHODS: dict[str, Method] = baselines.METHODS | peers.METHODS
 
 # Relative Frobenius errors of the gradients, and the largest absolute error of a log-prob, above
 # which a contender of this project is wrong.
@@ -129,7 +129,7 @@ def peak_extra_mib(name: str, contender: Contender, sizes: Sizes) -> float:
     if sizes.device == "cuda":
         return peak_cuda(contender.step)
     context = get_context("forkserver")
-    context.set_forkserver_preload(["redi.bench.rivals"])
+    context.set_forkserver_preload(["redi.bench.peers"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak_resident, name, sizes).result()
 

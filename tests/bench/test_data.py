@@ -1,4 +1,4 @@
-"""The benchmarks of data: the rivals pack as they are said to, and the loader is fast enough."""
+"""Benchmarks of data: the usual ways pack as described, and the loader is fast enough."""
 
 import json
 

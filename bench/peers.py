@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from redi.bench.contenders import (
+from redi.bench.baselines import (
     Absent,
     Contender,
     MeanLoss,
