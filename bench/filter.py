@@ -6,8 +6,8 @@
 Runs the model over the completions of traces. For each order of the vocabulary and each rule that
 selects tiles, the table has the share of tiles kept (at best the relative cost of the gradient's
 two products), the probability left out, and the errors of the gradients against the full ones in
-float32. Rules: "sum", a tile's share of a token's probability, is this project's; "largest", its largest
-probability, is that of other projects. `--states FILE` writes hidden states and lm_head for
+float32. Rules: "sum", a tile's share of a token's probability, is this project's; "largest", its
+largest probability, is that of other projects. `--states FILE` writes hidden states and lm_head for
 `redi.bench.loss --states FILE`, which times the filter. Needs the extra `engine`.
 """
 

@@ -339,8 +339,8 @@ without either would be trained wrongly, so it is refused in one line, before da
 | gpt-oss | `gpt_oss` | no: sliding attention and sinks |
 | Qwen3.5, Qwen3-Next | `qwen3_5`, `qwen3_next` | no: linear attention |
 
-The type is `model_type` in the model's config.json. A checkpoint's configuration may differ from the
-type's default: `redi plan` with your recipe checks yours.
+The type is `model_type` in the model's config.json. A checkpoint's configuration may differ from
+the type's default: `redi plan` with your recipe checks yours.
 
 A test makes the table below. For each type it builds a model of four small layers with the type's
 default features, saves and loads it as a run does, and trains it on a pack of three documents, in
