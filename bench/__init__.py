@@ -1,7 +1,7 @@
-"""Benchmarks, each a program: `python -m redi.bench.NAME`.
+"""Benchmarks, each a program: `python -m redi.bench.NAME`; README.md lists them.
 
-They import at the top what they measure. Where that is a package which an installation of the
-kernels alone leaves out, the program ends with one line instead of a traceback.
+They import what they measure at the top. If a package is missing because only the kernels are
+installed, the program ends with one line instead of a traceback.
 """
 
 import sys
@@ -17,7 +17,7 @@ def _name_the_extra(
         _traceback(kind, error, trace)
         return
     extra = "triton" if error.name == "triton" else "engine"
-    # Not sys.stderr: torch.distributed's own hook, which calls this one, has put a buffer there.
+    # Not sys.stderr: the hook of torch.distributed, which calls this one, replaces it by a buffer.
     print(
         f"{error.name} is not installed: pip install 'redi-engine[{extra}]'",
         file=sys.__stderr__,

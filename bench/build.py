@@ -1,9 +1,9 @@
-"""Builds the Triton kernels ahead of time and lists what each takes of a GPU; no card is needed.
+"""Builds the Triton kernels ahead of time, without a GPU, and lists the resources each needs.
 
     python -m redi.bench.build [--targets sm_90 gfx942]
 
-For each variant that the loss ops launch: registers a thread, shared memory, and what must be 0,
-stack and spilled registers. The binaries are those that the GPU would run.
+For each variant that the loss ops launch: registers per thread, shared memory, and stack and
+spilled registers, which must be 0. The binaries are those that the GPU runs.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class Build:
     shared_bytes: int
     """Of a program."""
     stack_bytes: int
-    """Of a thread: local memory that it has to reserve."""
+    """Local memory reserved per thread."""
     spills: int
     """Instructions that move registers to or from local memory (AMD: registers spilled)."""
     assembly: str
@@ -306,7 +306,7 @@ def build(variant: Variant, target: str) -> Build:
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """SASS, and the resource usage of the one function in it, by the tool in Triton's package."""
+    """SASS and resource usage of the only function, from the tool in Triton's package."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -318,7 +318,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def _build_nth(target: str, number: int) -> Build:
-    """A kernel cannot be sent to another process; its place among the variants can."""
+    """Build a variant by its index, since a kernel cannot be sent to another process."""
     return build(variants(TARGETS[target])[number], target)
 
 
@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set: unset it, as interpreted kernels are not compiled")
+        parser.error("TRITON_INTERPRET is set, so nothing would be compiled: unset it")
     print(f"Triton {triton.__version__}")
     print(f"{'kernel':24}{'target':8}{'registers':>10}{'shared B':>10}{'stack B':>9}{'spills':>8}")
     jobs = [(t, n) for t in options.targets for n in range(len(variants(TARGETS[t])))]

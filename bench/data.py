@@ -1,12 +1,12 @@
-"""How fast training is fed: packed batches on one core, a set found again, a large set opened.
+"""How fast data reach training: the loader on one core, reuse of a cache, start of a large set.
 
 `python -m redi.bench.data` makes token caches of random ids in a temporary folder and times
 
-- the loader, without workers, on traces of R1-like lengths: tokens a second of one core;
-- finding a cache again and forming pairs, for as many traces as the paper trains on;
-- a set of millions of short traces, to its first step; and the overview of it.
+- the loader, without workers, on traces of R1-like lengths: tokens per second of one core;
+- opening a cache of as many traces as the paper trains on;
+- a set of millions of short traces, to its first step; and its summary.
 
-Seconds are those of one core; files lie in the disk cache. The engine's dependencies are needed.
+Seconds are CPU time of one core, with files in the disk cache. Needs the extra `engine`.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def write(folder: Path, lengths: np.ndarray) -> None:
 
 
 def start(folder: Path) -> tuple[Iterator[StepBatches], Callable[[], Summary]]:
-    """What a run does with a cache before its first step: its steps, and the overview if asked."""
+    """Open a cache as a run does; returns its steps, and a function that makes its summary."""
     tokens = open_cache(folder)
     assert tokens is not None
     examples = select(
@@ -77,14 +77,14 @@ def start(folder: Path) -> tuple[Iterator[StepBatches], Callable[[], Summary]]:
     loader = StepLoader(
         tokens, examples, schedule, row_tokens=ROW_TOKENS, rank=0, world_size=1, cost=COST
     )
-    overview = partial(
+    summary = partial(
         summarize, tokens, examples, schedule, row_tokens=ROW_TOKENS, world_size=1, cost=COST
     )
-    return loader.steps(0), overview
+    return loader.steps(0), summary
 
 
 def measure(folder: Path, traces: int, millions: float) -> dict[str, float]:
-    """The three figures; `traces` of R1-like lengths, then `millions` of three tokens."""
+    """The figures: R1-like lengths, `traces` of three tokens, `millions` of three tokens."""
     rng = np.random.default_rng(0)
     drawn = rng.lognormal(np.log(5700), 0.7, 4096)
     write(folder / "long", np.clip(drawn, 300, 19_000).astype(np.int64))
@@ -116,23 +116,23 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure and print; write JSON where asked."""
+    """Measure and print; write JSON to --out."""
     parser = argparse.ArgumentParser(
         prog="python -m redi.bench.data",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--traces", type=int, default=131_000, help="of the set found again")
+    parser.add_argument("--traces", type=int, default=131_000, help="of the cache that is opened")
     parser.add_argument("--millions", type=float, default=10, help="traces of the large set")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), args.traces, args.millions)
     print(f"loader: {results['loader_tokens_per_s']:,.0f} tokens/s on one core")
-    print(f"cache of {args.traces:,} traces found again: {results['found_again_s']:.3f} s")
-    first_step, overview = results["large_first_step_s"], results["large_overview_s"]
+    print(f"cache of {args.traces:,} traces opened: {results['found_again_s']:.3f} s")
+    first_step, summary = results["large_first_step_s"], results["large_overview_s"]
     print(f"{args.millions:g} M traces: to the first step {first_step:.2f} s")
-    print(f"{args.millions:g} M traces: overview {overview:.2f} s")
+    print(f"{args.millions:g} M traces: summary {summary:.2f} s")
     if args.out:
         record = {**environment("cpu"), "results": results}
         args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

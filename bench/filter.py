@@ -1,15 +1,14 @@
-"""What a filter of the gradient leaves out of a real model's, by order, rule and epsilon.
+"""How much of a real model's gradient a filter leaves out, by order, rule and epsilon.
 
     python -m redi.bench.models smollm2 runs/smollm2
     python -m redi.bench.filter runs/smollm2 ../shared/data/long_cot_gsm8k.jsonl.gz
 
-The completions of traces go through the model. Of each way to order the vocabulary and to tell
-which tiles take part, the table has the share of tiles that do (which is what the two products of
-the gradient then cost, at best), the probability left out and the errors of the gradients, against
-all of it in float32. The rules: "sum", a tile's share of a token's probability, is this project's;
-"largest", its largest probability, is what others take. `--states FILE` keeps hidden states and
-lm_head for `redi.bench.loss --states FILE`, which times the filter. The engine's dependencies are
-needed.
+Runs the model over the completions of traces. For each order of the vocabulary and each rule that
+selects tiles, the table has the share of tiles kept (at best the relative cost of the gradient's
+two products), the probability left out, and the errors of the gradients against the full ones in
+float32. Rules: "sum", a tile's share of a token's probability, is this project's; "largest", its
+largest probability, is that of other projects. `--states FILE` writes hidden states and lm_head for
+`redi.bench.loss --states FILE`, which times the filter. Needs the extra `engine`.
 """
 
 import argparse
@@ -45,7 +44,7 @@ class States:
     targets: Tensor
     """[N] int64."""
     lengths: list[int]
-    """Of the traces; of the first the first part may be missing."""
+    """Of the traces, completions only; the last one may be cut."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Line:
     rule: str
     epsilon: float
     live: float
-    """Share of the tiles that take part."""
+    """Share of the tiles kept."""
     dropped: float
     """Mean over tokens of the probability left out."""
     largest_dropped: float
@@ -66,7 +65,7 @@ class Line:
 
 
 def read_states(model_path: Path, files: list[Path], tokens: int) -> States:
-    """The first so many tokens of traces of the files in turn."""
+    """The first `tokens` tokens of traces, one trace from each file in turn."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
@@ -83,7 +82,7 @@ def read_states(model_path: Path, files: list[Path], tokens: int) -> States:
 
 
 def orders(states: States) -> dict[str, Tensor]:
-    """[V] int64 by name: columns, those first that ought to be likely."""
+    """[V] int64 by name: columns, those expected to be likely first."""
     vocab = len(states.weight)
     everything = torch.zeros(vocab)
     for x in states.hidden.split(ROWS):
@@ -100,7 +99,7 @@ def orders(states: States) -> dict[str, Tensor]:
 
 
 def lines(states: States) -> Iterator[Line]:
-    """Half of the traces count as incorrect ones: their tokens weigh -alpha."""
+    """The lines of the table; every second trace counts as incorrect, with weight -alpha."""
     hidden, weight, targets = states.hidden, states.weight, states.targets
     signs = torch.cat(
         [torch.full((n,), (1.0, -ALPHA)[i % 2]) for i, n in enumerate(states.lengths)]
@@ -167,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m redi.bench.filter", description=(__doc__ or "").partition("\n\n")[0]
     )
-    parser.add_argument("model", type=Path, help="folder that redi.bench.models wrote")
+    parser.add_argument("model", type=Path, help="folder written by redi.bench.models")
     parser.add_argument("traces", type=Path, nargs="+", help="files of traces")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--states", type=Path, help="write the states here, safetensors")

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Runs the GPU tests, then the loss benchmark at full size (ours against the floor, then the peers
-# beside ours), on one card, within 10 minutes:
+# Runs the GPU tests, then the loss benchmark at full size (this project's op and the floor, then the
+# peers), on one GPU, within 10 minutes:
 #
 #     bench/gpu.sh [FOLDER]        JSON and pictures go to FOLDER (default bench/results)
 #
-# Each part has a time limit of its own; a part that fails does not stop the others, and makes the
-# exit status 1. The checkout need not be installed; torch and pytest must be. Variables change what
-# is run, so that it can be tried without a card:
+# Each part has a time limit; a part that fails does not stop the others, and makes the exit status 1.
+# torch and pytest must be installed, this checkout need not be. Environment variables change what is
+# run, for a trial without a GPU:
 #
 #     DEVICE=cpu DTYPE=float32 TOKENS=64 VOCAB=512 HIDDEN=256 bench/gpu.sh /tmp/results
 #
-# On a CPU the GPU tests are left out. CONTENDERS says who is measured, in both kinds of runs.
+# On a CPU the GPU tests are left out. CONTENDERS sets the methods measured, in both kinds of runs.
 set -uo pipefail
 here=$PWD
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ out=${1:-$PWD/bench/results}
 python=${PYTHON:-python3}  # always with -P: a folder here is called kernels, as a package is
 device=${DEVICE:-cuda}
 
-# This checkout as the package `redi`, whatever else is installed.
+# This checkout as the package `redi`, even if another one is installed.
 links=$(mktemp -d)
 trap 'rm -rf "$links"' EXIT
 mkdir "$links/redi"
@@ -45,8 +45,8 @@ part() {
 if [[ $device == cuda ]]; then
     part 165 "GPU tests" "$python" -P -m pytest --import-mode=importlib -q -m gpu tests/gpu
 fi
-# loss SECONDS TURNS HIDDEN INPUTS LABEL WHO...: one run, TURNS seconds of it turns, so that
-# compiling, the float64 check and the record find time.
+# loss SECONDS TURNS HIDDEN INPUTS LABEL WHO...: one run with TURNS seconds of turns; the rest is for
+# compilation, the float64 check and the record.
 loss() {
     part "$1" "loss, D $3, $4 inputs, $5" "$python" -P -m redi.bench.loss \
         --device "$device" --dtype "${DTYPE:-bfloat16}" --tokens "${TOKENS:-32768}" \
@@ -55,7 +55,7 @@ loss() {
         "${@:6}" ${CONTENDERS:+--contenders $CONTENDERS}
 }
 
-# Ours first: a peer that hangs or spoils its process then costs no figure of ours.
+# This project's op first: a peer that hangs or breaks its process then loses no figure of it.
 for hidden in ${HIDDEN:-1536 3584}; do
     for inputs in ${INPUTS:-trained random}; do
         loss 55 15 "$hidden" "$inputs" ours \

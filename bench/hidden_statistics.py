@@ -1,14 +1,14 @@
-"""How a trained model's logits are distributed, measured on SmolLM2-135M over real traces.
+"""The distribution of a trained model's logits, measured on SmolLM2-135M over real traces.
 
     python -m redi.bench.models smollm2 runs/smollm2
     python -m redi.bench.hidden_statistics runs/smollm2 ../shared/data/*gsm8k*
 
-writes `smollm2_hidden.json` beside this file, from which `redi.bench.inputs` makes operands of any
-size. The completions of some traces of each file go through the model and its lm_head, a few
-minutes on a CPU. Of a random sample of their tokens it records the log-probs of the target and of
-its strongest competitors, what is left for all other tokens (the bulk), and the mean and standard
-deviation of the bulk's logits; of all tokens quantiles, against which tests hold the operands made
-from the sample. The engine's dependencies are needed.
+writes `bench/smollm2_hidden.json`, from which `redi.bench.inputs` makes operands of any size. It
+runs the model and its lm_head over the completions of some traces of each file, a few minutes on a
+CPU. For a random sample of their tokens it records the log-probs of the target and of its strongest
+competitors, the probability of all other tokens (the bulk), and the mean and standard deviation of
+the bulk's logits; for all tokens it records quantiles, with which tests compare the operands made
+from the sample. Needs the extra `engine`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from redi.bench.inputs import COMPETITORS, STATISTICS, logit_summary
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 MAX_TOKENS = 1024
-"""Of a trace; what comes after is left out, so that a few long ones do not outweigh the rest."""
+"""Per trace; the rest is left out, so that a few long traces do not outweigh the others."""
 
 
 def describe(hidden: Tensor, weight: Tensor, targets: Tensor, sample: int) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", type=Path, help="folder that redi.bench.models wrote")
+    parser.add_argument("model", type=Path, help="folder written by redi.bench.models")
     parser.add_argument("traces", type=Path, nargs="+", help="files of traces")
     parser.add_argument("--traces_per_file", type=int, default=20)
     parser.add_argument("--sample", type=int, default=1024, help="tokens recorded one by one")

@@ -1,9 +1,9 @@
-"""Operands of the loss at any size: random ones, and ones whose logits look like a trained model's.
+"""Operands of the loss at any size: random, or with logits distributed as a trained model's.
 
-What a loss op costs and how exact it is depends on its logits: a trained model is sure of most
-tokens, its logits lie up to 20 away from 0 and the target's up to 35 above the others' mean. The
-random operands have none of this; the "trained" ones take it from `smollm2_hidden.json`, recorded
-by `redi.bench.hidden_statistics`.
+The cost and the error of a loss op depend on its logits. A trained model is sure of most tokens;
+its logits are up to 20 away from 0, the target's up to 35 above the others' mean. Random operands
+lack this; "trained" ones take it from `smollm2_hidden.json`, which `redi.bench.hidden_statistics`
+records.
 """
 
 import json
@@ -17,11 +17,11 @@ from torch import Tensor
 
 ALPHA = 0.8
 COMPETITORS = 7
-"""Tokens beside the target whose log-probs are recorded and set one by one."""
+"""Tokens other than the target whose log-probs are recorded and set one by one."""
 STATISTICS = Path(__file__).with_name("smollm2_hidden.json")
 
-# The first column of the lm_head. A hidden state's first entry times it is the mean of its logits,
-# as outlier dimensions do in trained models.
+# The first column of the lm_head. Its product with a hidden state's first entry is the mean of the
+# logits, as with outlier dimensions of trained models.
 MEAN_COLUMN = 0.5
 SLICE_TOKENS = 4096
 
@@ -30,7 +30,7 @@ Inputs = Literal["random", "trained", "states"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured."""
+    """Sizes of the operands, their dtype, device and kind."""
 
     tokens: int
     vocab: int
@@ -42,7 +42,7 @@ class Sizes:
     threads: int
     inputs: Inputs = "random"
     states: str = ""
-    """For "states": a file that `redi.bench.filter --states` wrote."""
+    """For "states": a file written by `redi.bench.filter --states`."""
 
 
 class Operands(NamedTuple):
@@ -85,7 +85,7 @@ def make_operands(sizes: Sizes) -> Operands:
 
 
 def sizes_of_states(path: Path, dtype: str, device: str, threads: int) -> Sizes:
-    """Of a file that `redi.bench.filter --states` wrote; a last trace without a partner counts."""
+    """Sizes of a file written by `redi.bench.filter --states`; an unpaired last trace counts."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -129,14 +129,14 @@ def trained_values(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Te
     Each token follows one of the record: its target and its strongest competitors get the recorded
     log-probs, all other logits (the bulk) the recorded mean and standard deviation s. With random
     rows w_j of the lm_head, entries of deviation d, the bulk of a hidden state x is Gaussian with
-    s = d |x|, and its log-sum-exp is log V + s^2 / 2 above its mean, which says how far above it
-    a log-prob lies. Of the states x that have the wanted logits at the target and the competitors,
-    the smallest is a combination of their rows; a random vector orthogonal to these brings |x| to
+    s = d |x|, and its log-sum-exp is log V + s^2 / 2 above its mean; from this follows the logit of
+    a log-prob. Of the states x with the required logits at the target and the competitors, the
+    smallest is a combination of their rows; adding a random vector orthogonal to these gives |x| =
     s / d. Target and competitors are drawn with frequencies 1 / rank.
 
-    At most s = sqrt(log V): beyond it the largest few logits decide the bulk's sum. The rows' own
+    s is at most sqrt(log V): beyond it the largest few logits determine the bulk's sum. The rows'
     share of |x| grows as 1 / D, and below D = 256 it may exceed s / d: the bulk is then wider than
-    recorded. Not modelled: the covariance of hidden states, apart from the mean of the logits.
+    recorded. Not modelled: the covariance of hidden states, except for the mean of the logits.
     """
     record = json.loads(STATISTICS.read_text(encoding="utf-8"))
     deviation = record["weight_row_norm"] / sizes.hidden**0.5
@@ -167,7 +167,7 @@ def _states_with_logits(
 ) -> Tensor:
     """Random x [n, D] of the given norms [n] with rows[i] x[i] = logits[i].
 
-    `rows` is [n, K, D], K < D, and `logits` [n, K]. An x that needs a larger norm gets it.
+    `rows` is [n, K, D], K < D, and `logits` [n, K]. The norm is larger if the logits require it.
     """
     n, _, columns = rows.shape
     noise = torch.randn(n, columns, 1, device=rows.device, generator=generator)
@@ -186,7 +186,7 @@ def _draw_tokens(sizes: Sizes, generator: torch.Generator) -> Tensor:
     uniform = torch.rand(shape, dtype=torch.float64, device=sizes.device, generator=generator)
     per_slot = sizes.vocab // slots
     ranks = (((per_slot + 1.0) ** uniform).long() - 1).clamp(max=per_slot - 1)
-    # Each slot has ranks of its own, so that a row's are distinct; which, differs from row to row.
+    # Slots have disjoint ranks, so that a row's are distinct; a random offset per row assigns them.
     first = torch.randint(slots, (sizes.tokens, 1), device=sizes.device, generator=generator)
     ranks = ranks * slots + (first + torch.arange(slots, device=sizes.device)) % slots
     return torch.randperm(sizes.vocab, device=sizes.device, generator=generator)[ranks]
@@ -199,7 +199,7 @@ def _normal(rows: int, deviation: float, sizes: Sizes, generator: torch.Generato
 
 
 def logit_summary(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """What describes a trained model's logits [n, V], for each token [n].
+    """Statistics of logits [n, V], for each token [n].
 
     `nll`: -log-prob of the target, nats; `top_p`: the largest probability; `entropy`, nats;
     `logit_mean` and `logit_std` over the vocabulary; `peak`: largest logit less the mean.

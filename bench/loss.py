@@ -1,15 +1,15 @@
 """Time, memory and error of one forward and backward of the REDI loss: `python -m redi.bench.loss`.
 
-All contenders compute the same thing on the same operands, turn by turn in one run: the loss of a
-packed row of positive and negative traces, dhidden and dweight. `floor` is the three matrix
-products alone, on operands and into memory made beforehand; nothing that computes all three in full
-can be faster; `redi-filter` does not, and its errors tell. Errors are against float64. Writes JSON
-and a picture and prints a short table; exits with status 1, and writes nothing, if this project's
-own error is out of bounds: a wrong result has no speed.
+All contenders compute the same result on the same operands, turn by turn in one run: the loss of a
+pack of positive and negative traces, dhidden and dweight. `floor` is the three matrix products
+alone, with operands and results allocated beforehand; no contender that computes all three in full
+can be faster. `redi-filter` does not compute them in full; see its errors. Errors are against
+float64. Prints a table and writes JSON and a picture. If the error of this project's op is out of
+bounds, it writes nothing and exits with status 1: the time of a wrong result is meaningless.
 
-What cannot be measured (a package is absent, a peer fails) is listed with the reason and stops
-nothing, but a failure of this project's own op makes the exit status 1. `bench/gpu.sh` runs this
-at full size on a card. `--plot FILE.json` draws a record again.
+A contender that cannot be measured (package absent, peer fails) is listed with the reason, and the
+others run; a failure of this project's op makes the exit status 1. `bench/gpu.sh` runs this at full
+size on a GPU. `--plot FILE.json` draws a record again.
 """
 
 import argparse
@@ -26,20 +26,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redi.bench import contenders, rivals
-from redi.bench.contenders import Absent, Contender, Method, Result
+from redi.bench import baselines, peers
+from redi.bench.baselines import Absent, Contender, Method, Result
 from redi.bench.inputs import Operands, Sizes, make_operands, sizes_of_states
 from redi.bench.measure import peak_cuda, peak_resident, problem_line, time_in_turns
 from redi.bench.report import draw, environment, print_table, write_record
 from redi.kernels import reference
 
-METHODS: dict[str, Method] = contenders.METHODS | rivals.METHODS
+METHODS: dict[str, Method] = baselines.METHODS | peers.METHODS
 
 # Relative Frobenius errors of the gradients, and the largest absolute error of a log-prob, above
 # which a contender of this project is wrong.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 LOGP_TOLERANCE = 2e-4
-# Of a gradient that is approximate on purpose: beyond it something else is wrong.
+# For a gradient that is approximate by design.
 APPROXIMATE_TOLERANCE = 0.1
 
 
@@ -56,11 +56,11 @@ class Row:
     times_floor: float
     """Median over the turns of the time divided by the floor's in the same turn."""
     peak_extra_mib: float | None
-    """Beyond the operands; None for the floor, whose memory is made beforehand."""
+    """In addition to the operands; None for the floor, whose memory is allocated beforehand."""
     loss_error: float | None
-    """Relative to float64; None, as the other errors, where another loss or none is computed."""
+    """Relative to float64; None, like the other errors, if it computes another loss or none."""
     logp_error: float | None
-    """Largest absolute error of a token's log-prob; None too where it shows no log-probs."""
+    """Largest absolute error of a token's log-prob; None also if it returns no log-probs."""
     dhidden_error: float | None
     """Frobenius norm of the error relative to that of the gradient."""
     dweight_error: float | None
@@ -115,9 +115,9 @@ def errors_of(contender: Contender, exact: Exact) -> dict[str, float | None]:
 
 
 def _peak_resident(name: str, sizes: Sizes) -> float:
-    """Runs in a process of its own."""
+    """Peak MiB of one step; runs in a separate process."""
     torch.set_num_threads(sizes.threads)
-    # What loading code and libraries takes is not the contender's: run it once, very small.
+    # Run it once, very small, so that loading code and libraries is not counted.
     small = replace(sizes, tokens=64, vocab=128, hidden=16, inputs="random")
     METHODS[name].build(make_operands(small)).step()
     step = METHODS[name].build(make_operands(sizes)).step
@@ -129,20 +129,20 @@ def peak_extra_mib(name: str, contender: Contender, sizes: Sizes) -> float:
     if sizes.device == "cuda":
         return peak_cuda(contender.step)
     context = get_context("forkserver")
-    context.set_forkserver_preload(["redi.bench.rivals"])
+    context.set_forkserver_preload(["redi.bench.peers"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak_resident, name, sizes).result()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything a run finds out."""
+    """The results of a run."""
 
     rows: list[Row]
     absent: dict[str, str]
     """Why a contender is not available here, by name."""
     failed: dict[str, str]
-    """What a contender that is available raised, by name."""
+    """The exception of a contender that is available, by name."""
 
 
 def measure(sizes: Sizes, names: list[str], repeats: int, limit_s: float) -> Measured:
@@ -203,7 +203,7 @@ def _build(
 
 
 def is_right(row: Row, sizes: Sizes) -> bool:
-    """Whether gradients and log-probs are as exact as this project promises for the dtype."""
+    """True if gradients and log-probs are within this project's bounds for the dtype."""
     gradient = TOLERANCE[getattr(torch, sizes.dtype)]
     if METHODS[row.name].approximate:
         gradient = APPROXIMATE_TOLERANCE
@@ -229,18 +229,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--states",
         type=Path,
         metavar="FILE",
-        help="what `redi.bench.filter` kept, instead of inputs and sizes",
+        help="states written by `redi.bench.filter`, instead of inputs and sizes",
     )
     parser.add_argument("--dtype", choices=[str(d)[6:] for d in TOLERANCE], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
-        "--seconds", type=float, default=600.0, help="no repeat begins after this time of them"
+        "--seconds", type=float, default=600.0, help="no repeat begins after this time"
     )
     parser.add_argument("--contenders", nargs="+", choices=list(METHODS), default=[*METHODS])
     parser.add_argument("--without", nargs="+", choices=list(METHODS), default=[])
-    parser.add_argument("--label", default="", help="end of the record's name")
+    parser.add_argument("--label", default="", help="suffix of the record's name")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder")
     parser.add_argument("--plot", type=Path, metavar="FILE.json", help="only draw this record")
     options = parser.parse_args(arguments)
@@ -249,12 +249,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.tokens < 2 * options.sequences or options.vocab < 16 or options.hidden < 16:
         parser.error("--tokens must be at least two a sequence, --vocab and --hidden at least 16")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
+        parser.error("--device cuda is not available: torch finds no GPU")
     return options
 
 
 def plot(file: Path) -> int:
-    """Draw a record beside itself."""
+    """Draw a record into a picture in the same folder."""
     picture = file.with_suffix(".png")
     if draw(json.loads(file.read_text(encoding="utf-8")), picture):
         print(f"drawn to {picture}")
@@ -290,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
         "label": options.label,
         **environment(sizes.device),
         "sizes": asdict(sizes),
-        "memory": "allocator peak" if sizes.device == "cuda" else "resident set, process apart",
+        "memory": "allocator peak" if sizes.device == "cuda" else "resident set, separate process",
         **asdict(measured),
     }
     print_table(record)

@@ -1,9 +1,9 @@
 """Time and peak memory of a step, on a GPU and on a CPU.
 
-Memory is what one step needs at its peak beyond what was there before. On CUDA the allocator
-tells. On a CPU it is the high-water mark of the resident set of a process that does nothing else,
-less its resident set before; where a page is touched counts, not where it is reserved, and buffers
-of the matrix library count too.
+Memory is the peak of one step minus the memory in use before it. On CUDA the allocator measures it.
+On a CPU it is the high-water mark of the resident set of a process that does nothing else, minus
+its resident set before. So pages count when they are touched, not when they are reserved, and
+buffers of the matrix library count too.
 """
 
 import os
@@ -37,34 +37,34 @@ def seconds_of(step: Step, device: str) -> float:
 def time_in_turns(
     steps: Mapping[str, Step], device: str, repeats: int, limit_s: float
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of each repeat of each step, turn by turn, so that all see the same machine.
+    """Seconds of each repeat of each step, turn by turn, so that load affects all steps alike.
 
     Args:
         steps: what to time, by name.
         device: "cpu" or "cuda".
         repeats: turns at most.
-        limit_s: no further turn begins when the turns have taken this long; one always runs.
+        limit_s: no further turn begins after this time; one always runs.
 
     Returns:
-        (seconds by name, problem by name): a step that raises is left out of the first from then
-        on, and the others go on.
+        (seconds by name, problem by name): a step that raises is removed from the first, and the
+        others continue.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     problems: dict[str, str] = {}
     began = time.perf_counter()
     for turn in range(1 + repeats):
-        if turn == 1:  # the one before compiled, and found out who cannot run
+        if turn == 1:  # the turn before compiled, and removed the steps that cannot run
             began = time.perf_counter()
         elif turn > 1 and time.perf_counter() - began > limit_s:
             break
         for name in list(seconds):
             try:
                 if device == "cuda":
-                    # Untimed first: warms up, and gets the blocks that the one before may hold.
+                    # Untimed first: warm up, and allocate the blocks just freed.
                     torch.cuda.empty_cache()
                     steps[name]()
                 taken = seconds_of(steps[name], device)
-            except Exception as error:  # other people's code: it may raise anything
+            except Exception as error:  # a peer may raise anything
                 problems[name] = problem_line(error)
                 del seconds[name]
             else:
@@ -79,7 +79,7 @@ def problem_line(error: Exception) -> str:
 
 
 def peak_cuda(step: Step) -> float:
-    """Peak MiB that one step allocates on the GPU beyond what is allocated before it."""
+    """Peak MiB that one step allocates on the GPU in addition to what is allocated before it."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -90,7 +90,7 @@ def peak_cuda(step: Step) -> float:
 
 def peak_resident(step: Step) -> float:
     """Peak MiB by which one step raises this process's resident set."""
-    # Linux forgets the high-water mark so far, which making the operands may have left.
+    # On Linux this resets the high-water mark, which making the operands may have raised.
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     before = _resident_bytes()
@@ -106,6 +106,6 @@ def peak_resident_bytes() -> int:
 
 def _resident_bytes() -> int:
     statm = Path("/proc/self/statm")
-    if not statm.exists():  # macOS: the peak so far, which loading may have made
+    if not statm.exists():  # macOS: the peak so far, which loading may have raised
         return peak_resident_bytes()
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

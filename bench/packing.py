@@ -1,17 +1,17 @@
-"""How much ranks wait for one another, by packing: ours, the usual ways, one pair a rank.
+"""How much ranks wait for each other, by packing: this engine's, the usual ones, one pair per rank.
 
-`python -m redi.bench.packing` lays the steps of a REDI run out in four ways:
+`python -m redi.bench.packing` packs the steps of a REDI run in four ways:
 
 - redi: `redi.engine.data.packing.pack`;
-- best fit: each trace, longest first, into the fullest row that has room (TRL's "bfd" packing);
-- first fit: each trace, longest first, into the first row that has room;
-- one pair: a pair a rank and micro-step, in the order drawn, as the paper's authors ran it.
+- best fit: each trace, longest first, into the fullest pack that has room (TRL's "bfd" packing);
+- first fit: each trace, longest first, into the first pack that has room;
+- one pair: one pair per rank and micro-step, in the order drawn, as the paper's authors ran it.
 
-The fits fill as few rows as they can. Each has the better of two row lengths, step by step: that of
-ours, and the set's longest trace; rows of like cost are run together, which wastes least. All four
-run the same traces in a step. A step's rank efficiency is its cost over what the ranks could have
-done while it took: 1 is no waiting. The costs are those of Qwen2.5-1.5B. The engine's dependencies
-are needed.
+The fits fill as few packs as possible. Each uses the better of two pack lengths in each step: the
+length of this engine's packs, and the set's longest trace. Packs of similar cost are run together,
+which wastes least. All four run the same traces in a step. A step's rank efficiency is its cost
+divided by the work that the ranks could have done in its time: 1 is no waiting. The costs are those
+of Qwen2.5-1.5B. Needs the extra `engine`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from redi.bench.report import OTHERS, OURS, environment
 from redi.engine.data.packing import Cost, pack
 
 COST = Cost(linear=6 * 1.54e9, quadratic=6 * 28 * 1536)
-"""Flops of a 1.5B model: 6 a parameter and token; 6 x layers x width a pair of tokens."""
+"""Flops of a 1.5B model: 6 per parameter and token; 6 x layers x width per pair of tokens."""
 ROW_TOKENS = 32_768
 SHAPES = ((32, 8), (512, 64), (32, 32))
 """(pairs, ranks) of a step."""
@@ -37,7 +37,7 @@ SHAPES = ((32, 8), (512, 64), (32, 32))
 
 @dataclass(frozen=True)
 class Lengths:
-    """Where a step's lengths are drawn from."""
+    """The lengths that steps are drawn from."""
 
     name: str
     positives: np.ndarray
@@ -64,7 +64,7 @@ def simulated() -> Lengths:
 
 
 def recorded(folder: Path, cache: Path) -> Lengths:
-    """Those of long_cot_gsm8k.jsonl.gz in `folder`, by the tokenizer that lies there."""
+    """Lengths of long_cot_gsm8k.jsonl.gz in `folder`, with the tokenizer in `folder`."""
     from redi.engine.console import Console
     from redi.engine.data.tokens import TokenSettings, tokenize
 
@@ -79,31 +79,31 @@ def recorded(folder: Path, cache: Path) -> Lengths:
 def fit_decreasing(
     lengths: np.ndarray, row_tokens: int, choose: Callable[[np.ndarray], int]
 ) -> list[list[int]]:
-    """Longest first; `choose` takes the room left in the rows that fit and picks one of them."""
-    rows: list[list[int]] = []
+    """Longest first; `choose` takes the room left in the packs that fit and returns an index."""
+    packs: list[list[int]] = []
     room = np.zeros(0, dtype=np.int64)
     for index in np.argsort(-lengths, kind="stable").tolist():
         fits = np.flatnonzero(room >= lengths[index])
         if len(fits):
-            row = int(fits[choose(room[fits])])
+            chosen = int(fits[choose(room[fits])])
         else:
-            row = len(rows)
-            rows.append([])
+            chosen = len(packs)
+            packs.append([])
             room = np.append(room, row_tokens)
-        rows[row].append(index)
-        room[row] -= lengths[index]
-    return rows
+        packs[chosen].append(index)
+        room[chosen] -= lengths[index]
+    return packs
 
 
 Way = Callable[[np.ndarray, int, int], float]
 """Rank efficiency from a step's lengths, the ranks, and the set's longest trace."""
 
 
-def efficiency(row_costs: np.ndarray, ranks: int) -> float:
-    """Rank efficiency of rows run in this order, `ranks` of them at a time."""
-    missing = -len(row_costs) % ranks
-    steps = np.pad(row_costs, (0, missing)).reshape(-1, ranks)
-    return float(row_costs.sum() / (ranks * steps.max(axis=1).sum()))
+def efficiency(pack_costs: np.ndarray, ranks: int) -> float:
+    """Rank efficiency of packs run in this order, `ranks` of them at a time."""
+    missing = -len(pack_costs) % ranks
+    steps = np.pad(pack_costs, (0, missing)).reshape(-1, ranks)
+    return float(pack_costs.sum() / (ranks * steps.max(axis=1).sum()))
 
 
 def _redi(lengths: np.ndarray, ranks: int, longest: int) -> float:
@@ -116,9 +116,9 @@ def _fit(choose: Callable[[np.ndarray], int]) -> Way:
         costs = COST.of(lengths)
         found = []
         for row_tokens in (ROW_TOKENS, longest):
-            rows = fit_decreasing(lengths, row_tokens, choose)
-            row_costs = np.sort([costs[row].sum() for row in rows])[::-1]
-            found.append(efficiency(row_costs, ranks))
+            packs = fit_decreasing(lengths, row_tokens, choose)
+            pack_costs = np.sort([costs[indices].sum() for indices in packs])[::-1]
+            found.append(efficiency(pack_costs, ranks))
         return max(found)
 
     return way
@@ -137,7 +137,7 @@ WAYS: dict[str, Way] = {
 
 
 def measure(lengths: Lengths, pairs: int, ranks: int, count: int) -> dict[str, Any]:
-    """Rank efficiency of `count` steps by every way, and milliseconds of one core a step."""
+    """Rank efficiency of `count` steps by every way, and milliseconds of one core per step."""
     found: dict[str, list[float]] = {name: [] for name in WAYS}
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     bounds = []
@@ -168,7 +168,7 @@ def measure(lengths: Lengths, pairs: int, ranks: int, count: int) -> dict[str, A
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    """A line for each way and set of steps, under what the longest trace of each step allows."""
+    """A line for each way and set of steps, below the bound by each step's longest trace."""
     print(f"{'lengths':24} {'pairs x ranks':>13}  {'way':10} {'mean':>6} {'min':>6} {'ms':>8}")
     for result in results:
         shape = f"{result['pairs']} x {result['ranks']}"
@@ -182,7 +182,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Mean (bar) and lowest (line) rank efficiency; dashed: what the longest trace allows."""
+    """Mean (bar) and lowest (line) rank efficiency; dashed: the bound by the longest trace."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -210,7 +210,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure every shape on simulated and, where they are, real lengths."""
+    """Measure every shape on simulated and, with --traces, real lengths."""
     parser = argparse.ArgumentParser(
         prog="python -m redi.bench.packing",
         description=__doc__,
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of each shape; of 512 pairs a 16th")
     parser.add_argument("--traces", type=Path, help="folder with long_cot_gsm8k.jsonl.gz")
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="of its tokens")
-    parser.add_argument("--out", type=Path, help="JSON file to write; a picture goes beside it")
+    parser.add_argument("--out", type=Path, help="JSON file to write, with a picture in its folder")
     args = parser.parse_args()
     sources = [simulated()]
     if args.traces:

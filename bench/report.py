@@ -1,4 +1,4 @@
-"""What a benchmark leaves: the machine it ran on, a table, a JSON file, a picture."""
+"""Output of the loss benchmark: machine and versions, table, JSON record, picture."""
 
 import json
 import math
@@ -22,7 +22,7 @@ PACKAGES = (
     "verl",
     "transformers",
 )
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colours, which the colour-blind can distinguish.
 OURS, OTHERS, FLOOR = "#D55E00", "#56B4E9", "#999999"
 ERRORS = {
     "logp_error": ("log-prob, max abs", "o", "#000000"),
@@ -75,7 +75,7 @@ def hardware_name(device: str) -> str:
 
 
 def title(record: dict[str, Any]) -> str:
-    """What a record of the loss is of, in a line."""
+    """Title of a record of the loss, in one line."""
     sizes = record["sizes"]
     return (
         f"REDI loss, forward + backward: T {sizes['tokens']}, V {sizes['vocab']}, "
@@ -101,7 +101,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def print_table(record: dict[str, Any]) -> None:
-    """The record's rows, and below them what was not measured and why."""
+    """Print the record's rows, then the methods that were not measured, with the reason."""
     lines = [_cells(row) for row in record["rows"]]
     print(title(record))
     try:
@@ -121,7 +121,7 @@ def print_table(record: dict[str, Any]) -> None:
             column.justify = "right"
         for line in lines:
             table.add_row(*line)
-        # Wide enough for the table also where the output is no terminal.
+        # Wide enough for the table, also if the output is not a terminal.
         Console(width=140, highlight=False).print(table)
     for what in ("failed", "absent"):
         for name, reason in record[what].items():
@@ -172,7 +172,7 @@ def draw(record: dict[str, Any], path: Path) -> bool:
     times.set_yticks(places, names)
     times.invert_yaxis()
 
-    # The floor's memory is made beforehand: older records have a figure that says nothing.
+    # The floor's memory is allocated beforehand: its figure in older records has no meaning.
     peaks = [0.0 if row["name"] == "floor" else row["peak_extra_mib"] for row in rows]
     bars = memory.barh(places, peaks, color=colors)
     labels = [f"{peak:.0f}" if peak else "" for peak in peaks]
@@ -185,7 +185,7 @@ def draw(record: dict[str, Any], path: Path) -> bool:
     values = [row[key] for key in ERRORS for row in rows if row.get(key)]
     if values:
         errors.set_xscale("log")
-        # Whole decades, so that the axis has few and plain ticks.
+        # Whole decades, so that the axis has few ticks.
         decades = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
         errors.set_xlim(*(10.0**decade for decade in decades))
     for key, (label, marker, color) in ERRORS.items():

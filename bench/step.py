@@ -1,9 +1,10 @@
-"""One REDI training step, ours against the two usual ways, at a size for a CPU or one card.
+"""Time and memory of one REDI training step: packed, pair by pair, and one padded batch.
 
 `python -m redi.bench.step` times forward, backward, clipping and AdamW over the same pairs on the
-same model, each way in a process of its own, so that its peak memory is its own:
+same model, at a size for a CPU or one GPU. Each way runs in a separate process, so that its peak
+memory is measured separately:
 
-- packed: ours: the step's traces in packed rows, fused loss, FSDP2;
+- packed: this engine: the step's traces in packs, fused loss, FSDP2;
 - pairs: one pair a micro-step, unpadded, whole logits (as the paper's authors ran it);
 - padded: all pairs in one padded batch, whole logits (as preference trainers run it).
 
@@ -31,7 +32,7 @@ PROMPT_TOKENS = 64
 
 
 def main() -> None:
-    """Measure each way in a process of its own, print a table, write JSON."""
+    """Measure each way in a separate process, print a table, write JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m redi.bench.step",
         description=__doc__,
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=32768)
-    parser.add_argument("--steps", type=int, default=5, help="timed, after one that is not")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after one untimed")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -66,7 +67,7 @@ def main() -> None:
             f"{result['loss']:.6f}"
         )
         if abs(result["loss"] - ours["loss"]) > 1e-4:
-            sys.exit(f"{way} computes another loss: the times mean nothing")
+            sys.exit(f"{way} computes another loss: the times cannot be compared")
     if args.out:
         sizes = {k: v for k, v in vars(args).items() if k not in ("out", "way")}
         content = {**environment(_device()), "sizes": sizes, "results": results}
@@ -108,7 +109,7 @@ def _traces(args: argparse.Namespace) -> list[np.ndarray]:
 
 
 class _InMemory:
-    """The traces in the place of a tokenized set."""
+    """The traces, with the interface of a tokenized set."""
 
     def __init__(self, traces: list[np.ndarray]) -> None:
         self._traces = traces
@@ -142,7 +143,7 @@ def _model(args: argparse.Namespace, attention: str) -> Any:
 
 
 def _update(model: torch.nn.Module) -> Callable[[], None]:
-    """Clip and AdamW, alike for every way."""
+    """Clip and AdamW, the same for every way."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
     def update() -> None:
@@ -210,7 +211,7 @@ def _whole_logits(args: argparse.Namespace, group_size: int) -> tuple[Callable[[
         for start in range(0, len(traces), group_size):
             group = traces[start : start + group_size]
             ids = torch.nn.utils.rnn.pad_sequence(group, batch_first=True)
-            # Padding is on the right: causal attention keeps it from what is trained.
+            # Padding is on the right: with causal attention no trained token attends to it.
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 logits = model(input_ids=ids, use_cache=False).logits
             loss = torch.zeros((), device=device)
@@ -226,7 +227,7 @@ def _whole_logits(args: argparse.Namespace, group_size: int) -> tuple[Callable[[
 
 
 def _pairs(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
-    # Each trace of the pair on its own: unpadded.
+    # Each trace of the pair separately: unpadded.
     return _whole_logits(args, group_size=1)
 
 

@@ -1,12 +1,12 @@
-"""Finds the launch of the logits product with exponentials for a GPU, and whether it pays there.
+"""Finds the fastest launch of `triton-exp` on a GPU, and whether it is faster than `triton`.
 
     python -m redi.bench.tune --hidden 1536 3584
 
 For each hidden size the loss with each candidate launch, and the loss of `backend="triton"`, are
-timed turn by turn on the same operands. The fastest launch, and which backend won, become the
-entry of `kernels/experimental/launches.json` for this architecture, hidden size and bfloat16; from
-then on `backend="auto"` chooses accordingly. A candidate whose gradients differ from "triton"'s by
-more than the rounding of both is left out: a wrong result has no speed.
+timed turn by turn on the same operands. The fastest launch, and which backend won, become the entry
+of `kernels/experimental/launches.json` for this architecture, hidden size and bfloat16: from then on
+`backend="auto"` chooses accordingly. A candidate whose gradients differ from "triton"'s by more
+than the rounding of both is left out: the time of a wrong result is meaningless.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def step_of(operands: Operands, launch: Launch | None) -> Callable[[], Gradients
 
 
 def right_launches(operands: Operands, launches: list[Launch]) -> dict[Launch, str]:
-    """Those that run and give what "triton" gives; what is wrong with another is printed."""
+    """The launches that run and agree with "triton"; prints why another is left out."""
     expected = step_of(operands, None)()
     found: dict[Launch, str] = {}
     for launch in launches:
@@ -182,9 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, default=TABLE, help="file to write the entries to")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
+        parser.error("--device cuda is not available: torch finds no GPU")
     if options.device == "cpu" and not triton.knobs.runtime.interpret:
-        parser.error("--device cpu: set TRITON_INTERPRET=1, which shows that it runs, not a speed")
+        parser.error("--device cpu needs TRITON_INTERPRET=1 and checks only that it runs")
     architecture = architecture_of(torch.device(options.device))
     if not entries_for(architecture):
         parser.error(

@@ -1,9 +1,9 @@
 #!/bin/bash
-# Trains RECIPE on all nodes of the job, and goes on where an earlier job was stopped:
+# Trains RECIPE on all nodes of the job; resumes if an earlier job was stopped:
 #
 #     sbatch --nodes 4 --gpus-per-node 8 docs/slurm.sh RECIPE.toml [--section.key value]
 #
-# Submit it several times: one runs at a time, and when the run is finished the rest end at once.
+# Submit it several times: one job runs at a time, and jobs after the end of the run exit at once.
 #SBATCH --job-name=redi
 #SBATCH --dependency=singleton
 #SBATCH --ntasks-per-node=1
@@ -14,10 +14,10 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
-# One torchrun on each node; they meet at the first one. When a rank dies all are started again, and
-# go on from the newest checkpoint. 150 of the 180 s before the time limit are for the last save.
-# SLURM's SIGTERM reaches torchrun too, which then starts nothing again and returns 1, also where all
-# ranks stopped in order (their 75 does not get through): the next job in line takes over.
+# One torchrun on each node, with the first node as the endpoint. If a rank dies, all are restarted
+# and resume from the newest checkpoint. 150 of the 180 s before the time limit are for the last
+# save. SLURM's SIGTERM reaches torchrun too, which then restarts nothing and returns 1 even if all
+# ranks stopped normally (it does not pass on their 75): the next job in the queue resumes the run.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 exec srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" \

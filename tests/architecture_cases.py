@@ -318,9 +318,9 @@ def _line(one: Seen) -> str:
 
 INTRODUCTION = """# Models
 
-Which of transformers' causal language models `redi train` takes. Packed rows need attention that
-can be replaced in every layer, the fused loss needs logits that are lm_head's alone. What has
-neither would be trained wrongly, so it is refused in one line, before any data is read.
+The transformers causal language models that `redi train` supports. Packing needs attention that can
+be replaced in every layer; the fused loss needs logits that are lm_head's product alone. A model
+without either would be trained wrongly, so it is refused in one line, before data is read.
 
 | your model | its type | trains |
 |---|---|---|
@@ -329,7 +329,7 @@ neither would be trained wrongly, so it is refused in one line, before any data 
 | Llama 3.x, DeepSeek-R1-Distill-Llama, SmolLM2 | `llama` | yes |
 | SmolLM3 | `smollm3` | yes |
 | OLMo 2, OLMoE | `olmo2`, `olmoe` | yes |
-| Phi-4, Phi-4-mini | `phi3` | yes, where `sliding_window` is null or no shorter window is in use |
+| Phi-4, Phi-4-mini | `phi3` | yes, if `sliding_window` is null |
 | Mistral 7B v0.3, Mistral Nemo | `mistral` | yes: `sliding_window` is null |
 | Mixtral | `mixtral` | yes: `sliding_window` is null |
 | Gemma | `gemma` | yes |
@@ -339,17 +339,16 @@ neither would be trained wrongly, so it is refused in one line, before any data 
 | gpt-oss | `gpt_oss` | no: sliding attention and sinks |
 | Qwen3.5, Qwen3-Next | `qwen3_5`, `qwen3_next` | no: linear attention |
 
-The type is `model_type` in the model's config.json; `redi plan` with your recipe gives the answer
-for your checkpoint, whose configuration may differ from the type's default.
+The type is `model_type` in the model's config.json. A checkpoint's configuration may differ from
+the type's default: `redi plan` with your recipe checks yours.
 
-The table below is made by a test: of each type a model of four small layers is built with the
-type's default features, saved and loaded as a run does it, and trained on a row of three packed
-documents, in float32 on a CPU. "works": log-probs, REDI's loss and the gradient norm equal those of
-transformers' own eager attention, document by document, to 1e-5 (a gradient norm that float32
-gives no better: as close to float64's as transformers'). Where the default has sliding or
-other layers, the type is tried again with full attention in every layer, which some of its
-checkpoints have. `python tests/architecture_cases.py --write` makes the table anew
-(transformers {version}).
+A test makes the table below. For each type it builds a model of four small layers with the type's
+default features, saves and loads it as a run does, and trains it on a pack of three documents, in
+float32 on a CPU. "works" means that log-probs, REDI's loss and the gradient norm equal those of
+transformers' eager attention, document by document, to 1e-5 (if float32 is not that exact for a
+gradient norm: as close to float64 as transformers is). If the default has sliding or other layers,
+the type is tried again with full attention in every layer, which some of its checkpoints have.
+`python tests/architecture_cases.py --write` makes the table again (transformers {version}).
 
 | types | default configuration | full attention in every layer |
 |---|---|---|

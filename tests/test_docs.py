@@ -30,6 +30,7 @@ INSTEAD = {
 ELSEWHERE = {
     "make train": "tests/engine/quickstart/test_quickstart.py trains the quickstart in full",
     "make test": "this is part of it",
+    "redi train redi.toml                        # train:": "README runs it after its recipe",
     "torchrun --nproc-per-node 8 -m redi.engine.cli train engine/recipes/paper-": (
         "tests/engine/config/test_paper_recipes.py runs two steps of each"
     ),

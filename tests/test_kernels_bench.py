@@ -15,7 +15,7 @@ from torch import Tensor
 
 from redi.bench import hidden_statistics, inputs, measure
 from redi.bench import loss as bench
-from redi.bench.contenders import Absent, Contender, Method, Result
+from redi.bench.baselines import Absent, Contender, Method, Result
 from redi.bench.inputs import Operands, Sizes, make_operands
 
 ROOT = Path(__file__).parents[1]

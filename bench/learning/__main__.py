@@ -1,4 +1,4 @@
-"""`python -m redi.bench.learning`; its workers import what they run, which this file cannot be."""
+"""`python -m redi.bench.learning`; the study is in `study.py`, which its workers can import."""
 
 import os
 import signal
@@ -6,12 +6,12 @@ import sys
 
 
 def _leave(*_: object) -> None:
-    print("stopped before it had begun", file=sys.stderr, flush=True)
+    print("stopped before the study began", file=sys.stderr, flush=True)
     os._exit(130)
 
 
 if __name__ == "__main__":
-    # Imports take seconds, and some turn a KeyboardInterrupt into an error of their own.
+    # Imports take seconds, and some turn a KeyboardInterrupt into another error.
     signal.signal(signal.SIGINT, _leave)
     from redi.bench.learning.study import main
 

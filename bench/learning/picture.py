@@ -1,4 +1,4 @@
-"""The picture of a task of the study: what alpha and the learning rate do, and how it comes."""
+"""The picture of a task of the study: the effect of alpha and learning rate, and the runs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from redi.engine.commands.report import COLOURS
 from redi.engine.generation.scoring import mean_and_error, paired_difference
 
 SHOWN = "REDI 0.8"
-"""The method whose courses are shown at every learning rate."""
+"""The method whose runs are shown at every learning rate."""
 
 
 def draw(record: Record, path: Path) -> None:
-    """Upper row: results on test problems. Lower row: how runs of stage 2 went."""
+    """Upper row: results on test problems. Lower row: curves of stage 2."""
     figure = Figure(figsize=(17, 7.8), layout="constrained")
     figure.suptitle(f"{TASKS[record['task']].title} ({record['seeds']} seeds)")
     (accuracy, rates, differences, fault), (logps, falls, formed, norms) = figure.subplots(2, 4)
@@ -54,7 +54,7 @@ def draw(record: Record, path: Path) -> None:
 
 
 def _coloured(named: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
-    """Each with a colour of a scale from light to dark."""
+    """Each item with a colour from light to dark."""
     scale = colormaps["viridis_r"]
     for place, (name, value) in enumerate(named.items()):
         yield name, value, scale(0.12 + 0.88 * place / max(1, len(named) - 1))
@@ -105,7 +105,7 @@ def _draw_differences(axes: Axes, record: Record) -> None:
     axes.axvline(0, color="black", lw=0.8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_title("Accuracy less the control's")
+    axes.set_title("Accuracy minus the control's")
 
 
 def _draw_fault(axes: Axes, record: Record) -> None:

@@ -1,4 +1,4 @@
-"""What REDI asks of a student that is a table of probabilities, and of the habit task.
+"""The optimum of REDI for a student that is a table of probabilities, and for the habit task.
 
 **The table.** Let a student choose y in a context with free probabilities p = softmax(z). Let P_w
 and P_l be the frequencies of y there among correct and incorrect traces, C = P_w - alpha P_l and
@@ -8,8 +8,8 @@ alpha < 1. With traces of one length REDI's loss (arXiv 2505.24850) and its grad
 
 *C is nowhere negative*: L is 1 - alpha times a cross-entropy; its minimum is p = C / (1 - alpha).
 
-*C is negative somewhere*: L has no minimum, it falls without end as p goes to 0 there. Two limits
-are sensible. With a floor under every probability, p(y) >= epsilon, Lagrange's condition is that
+*C is negative somewhere*: L has no minimum; it falls without bound as p goes to 0 there. Two limits
+are meaningful. With a floor under every probability, p(y) >= epsilon, Lagrange's condition is that
 C(y) / p(y) is the same wherever p is above the floor, so as epsilon goes to 0 (`with_floor`)
 
     p(y) = max(C(y), 0) / sum max(C, 0):
@@ -17,14 +17,14 @@ C(y) / p(y) is the same wherever p is above the floor, so as epsilon goes to 0 (
 proportional to P_w - alpha P_l where that is positive. Descent on z, without a floor, ends where
 dz / dt = C - (1 - alpha) p is the same c for all y that survive, and at most c for the others:
 p(y) = max(C(y) - c, 0) / (1 - alpha), with c such that p sums to 1 (`without_floor`). That is the
-Euclidean projection of C / (1 - alpha) onto the probabilities: what is taken from the unwanted is
-taken in equal parts from the rest too, and the least wanted of these goes with it. Of two choices
-one has all in either limit.
+Euclidean projection of C / (1 - alpha) onto the probabilities: the excess is subtracted in equal
+parts from all survivors, and the smallest of them may become 0 too. With two choices one has all
+the probability in either limit.
 
 **The habit.** Whether a trace is correct is a function of the trace, so a table of whole traces
 has nothing to subtract: no y is in both sets. A habit is unlearnt only because a student shares
-what it learns between traces, and the prediction hangs on the contexts that it tells apart. Two
-tables are computed: one row for all boxes, and a row for each box and number of blanks straight
+what it learns between traces, and the prediction depends on the contexts that it distinguishes. Two
+tables are computed: one row for all boxes, and a row for each box and number of blanks directly
 before it.
 """
 
@@ -42,28 +42,28 @@ from redi.engine.quickstart.task import BLANK, DIGITS
 OPTIONAL = DIGITS - 2
 """Boxes that may be left blank."""
 Context = tuple[int, int]
-"""A box, and the blanks straight before it."""
+"""A box, and the number of blanks directly before it."""
 
 
 def with_floor(wanted: np.ndarray, unwanted: np.ndarray, alpha: float) -> np.ndarray:
-    """REDI's optimum over probabilities with a vanishing floor; see the head of this file.
+    """REDI's optimum over probabilities with a vanishing floor; see the module's docstring.
 
     Args:
         wanted, unwanted: float [choices], how often correct and incorrect traces choose each.
 
     Returns:
-        float [choices]; NaN if no choice is wanted on balance.
+        float [choices]; NaN if wanted - alpha * unwanted is positive for no choice.
     """
     balance = np.maximum(wanted - alpha * unwanted, 0.0)
     return balance / balance.sum() if balance.any() else np.full(len(balance), np.nan)
 
 
 def without_floor(wanted: np.ndarray, unwanted: np.ndarray, alpha: float) -> np.ndarray:
-    """Where gradient descent on a softmax's logits goes; arguments as above, alpha < 1."""
+    """The limit of gradient descent on a softmax's logits; arguments as above, alpha < 1."""
     target = (wanted - alpha * unwanted) / (1 - alpha)
     falling = np.sort(target)[::-1]
     excess = (np.cumsum(falling) - 1) / np.arange(1, len(target) + 1)
-    # The most survivors of whom all keep something.
+    # The largest number of survivors that all have a positive probability.
     shift = excess[np.flatnonzero(falling > excess)[-1]]
     return np.maximum(target - shift, 0.0)
 
@@ -101,8 +101,8 @@ def share_by_one_row(positive: HabitCounts, negative: HabitCounts, alpha: float)
 def share_by_contexts(positive: HabitCounts, negative: HabitCounts, alpha: float) -> float:
     """Share of blank boxes of a student whose table has a row for each context.
 
-    Counts of the two sets are subtracted as they are, so a context that incorrect traces are in
-    more often may want neither choice; there the student is taken to write.
+    Counts of the two sets are subtracted without normalising, so in a context that is more frequent
+    in incorrect traces neither choice may be positive; then the student is assumed to write.
     """
 
     def leaves_blank(context: Context) -> float:

@@ -1,4 +1,4 @@
-"""From the runs of the study to its record, its tables and its picture."""
+"""The record, tables and picture of the study, from its runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 
 def collect(folder: Path, task: str, seeds: int) -> Record:
-    """All figures of a task's runs: what is tested by seed, means over seeds of their courses."""
+    """All figures of a task's runs: test results by seed, means over seeds of the curves."""
     trials = [folder / f"{task}-{seed}" for seed in range(1, seeds + 1)]
     starts = [_read(trial / "stage-1.json") for trial in trials]
     methods = {}
@@ -58,7 +58,7 @@ def _read(path: Path) -> Record:
 
 
 def _figures(run: Record) -> dict[str, float]:
-    """What is reported of a student, by name."""
+    """The figures reported for a student, by name."""
     sampled = run["test"]["sampled"]
     (best,) = (name for name in sampled if name.startswith("pass@"))
     found = {
@@ -78,7 +78,7 @@ def _by_seed(runs: Sequence[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def _means(courses: Sequence[Sequence[Record]]) -> dict[str, list[float]]:
-    """Means over seeds of what was recorded at each step."""
+    """Means over seeds of the records of each step."""
     names = [name for name, value in courses[0][0].items() if value is not None]
     return {
         name: [
@@ -108,7 +108,7 @@ def _predictions(trials: Sequence[Path]) -> dict[str, list[list[float]]]:
 
 
 def chosen(record: Record, method: str) -> Record:
-    """A method's figures and courses at the learning rate chosen for it."""
+    """A method's figures and curves at the learning rate chosen for it."""
     found = record["methods"][method]
     return found["rates"][found["chosen"]]
 
@@ -155,7 +155,7 @@ def rate_table(record: Record) -> tuple[list[str], list[list[str]]]:
 
 
 def prediction_table(record: Record) -> tuple[list[str], list[list[str]]]:
-    """Columns, and for each alpha the share of blanks that tables predict and students leave."""
+    """Columns, and for each alpha the share of blanks, predicted and measured."""
     predicted = record["predicted fault"]
     columns = ["alpha", *(f"predicted, {table}" for table in predicted)]
     columns += [f"lr {rate:g}" for rate in RATES]
@@ -172,11 +172,11 @@ def _percent(value: tuple[float, float], sign: str = "") -> str:
 
 
 def report(folder: Path, tasks: Sequence[str], seeds: int, out: Path | None) -> None:
-    """Print the tables of each task; write its record and picture to `out` if that is given."""
+    """Print the tables of each task; write its record and picture to `out`, if given."""
     for task in tasks:
         record = collect(folder, task, seeds)
         title = (
-            f"{TASKS[task].title}. Sampled at T = {TEMPERATURE}; Δ: less the control's; "
+            f"{TASKS[task].title}. Sampled at T = {TEMPERATURE}; Δ: minus the control's; "
             f"fault: {TASKS[task].fault}, at T = 1"
         )
         print_table(title, *result_table(record), file=sys.stdout)

@@ -1,8 +1,8 @@
-"""One student of the study: its traces, stage 1, a run of stage 2, and what it then can do.
+"""One student of the study: its traces, stage 1, a run of stage 2, and its evaluation.
 
-Everything is the product's own: data sets, schedule, loader, objectives, loss ops, optimizer,
-generation. Only the trunk's forward differs: traces of a few tokens run as one padded batch, which
-is much faster than one attention call a document; sharding and checkpoints are left out.
+Data sets, schedule, loader, objectives, loss ops, optimizer and generation are those of the engine.
+Only the trunk's forward differs: traces of a few tokens run as one padded batch, which is much
+faster than one attention call per document. There is no sharding and no checkpoint.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Method:
     name: str
     objective: ObjectiveConfig
     batches: int = 1
-    """Units of a step, in batches of `Sizes.batch`."""
+    """Units of a step, as a multiple of `Sizes.batch`."""
 
 
 METHODS = (
@@ -62,16 +62,16 @@ RATES = (2e-5, 1e-4, 5e-4, 2.5e-3)
 
 
 class PaddedStudent(Student):
-    """A student that runs a row's traces as one padded batch.
+    """A student that runs a pack's traces as one padded batch.
 
-    Padding comes last, where causal attention keeps it from what is before: there is no packed
-    attention whose calls `Student.forward` could count.
+    Padding comes last, so with causal attention no trace attends to it. `Student.forward` is
+    replaced, since it counts calls of packed attention, and there are none.
     """
 
     forward = Student.score_or_loss
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """Last hidden states [T, D] of a packed row, each document on its own."""
+        """Last hidden states [T, D] of a pack, each document separately."""
         lengths = batch.cu_seqlens.diff()
         documents = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         ids = batch.input_ids.new_zeros(len(lengths), batch.max_seqlen)
@@ -108,7 +108,7 @@ def train(
     log_every: int,
     pairing: Pairing = "first",
 ) -> Iterator[dict[str, Any]]:
-    """Train in place, as `redi train` does; yields the figures of every `log_every`th step."""
+    """Train in place, as `redi train` does; yields the figures of each `log_every`-th step."""
     student = PaddedStudent(model, objective)
     examples = select_units(trial.train, objective.section, pairing)
     schedule = Schedule(len(examples.units), batch, None, steps, seed=trial.seed)
@@ -146,13 +146,13 @@ def train(
 
 
 def _mean_logps(means: Tensor, signs: Tensor) -> dict[str, float | None]:
-    """Means over a row's sequences of the mean log-prob per token, by sign."""
+    """Means over a pack's sequences of the mean log-prob per token, by sign."""
     by_sign = {"positive_logp": means[signs > 0], "negative_logp": means[signs < 0]}
     return {name: some.mean().item() if len(some) else None for name, some in by_sign.items()}
 
 
 def teach_stage_1(trial: Trial) -> PreTrainedModel:
-    """Imitate the correct traces; the student is kept in the trial's folder and found again."""
+    """Imitate the correct traces; the student is cached in the trial's folder."""
     folder = trial.folder / "student"
     if not folder.is_dir():
         model = load_student(trial, trial.folder / "model")
@@ -177,11 +177,11 @@ def teach_stage_1(trial: Trial) -> PreTrainedModel:
 def teach_stage_2(
     trial: Trial, method: Method, rate: float, reference: Callable[[], Tensor]
 ) -> dict[str, Any]:
-    """One run of stage 2 from the student of stage 1: its course, and what came of it.
+    """One run of stage 2 from the student of stage 1: its curves and its evaluation.
 
     Args:
         rate: peak learning rate.
-        reference: gives `reference_logps` of the student of stage 1.
+        reference: returns `reference_logps` of the student of stage 1.
     """
     model, sizes = teach_stage_1(trial), trial.sizes
     needed = method.objective.kind.reference
@@ -216,7 +216,7 @@ def look(trial: Trial, model: PreTrainedModel) -> dict[str, float | None]:
 
 
 def examine(trial: Trial, model: PreTrainedModel) -> dict[str, Any]:
-    """What a student does on both splits: greedy, at TEMPERATURE, and at 1 (nothing sharpened)."""
+    """Results of a student on both splits: greedy, at TEMPERATURE, and at temperature 1."""
     return {
         split: {
             "greedy": _judge(trial, model, split, 0.0, samples=1),

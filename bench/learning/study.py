@@ -1,14 +1,14 @@
 """When do incorrect traces help? A study of small students, with error bars.
 
-`python -m redi.bench.learning` takes the three teachers of `tasks.py`, teaches students of
-several seeds to imitate their correct traces (stage 1), then goes on from each student by every
-method of `students.py` at every learning rate of one grid: REDI from alpha = 0, which is the
-control, to 1, and its siblings. The rate of a method is the one that does best on validation
-problems, over all seeds; what is reported is measured on other problems.
+For each of the three teachers of `tasks.py`, `python -m redi.bench.learning` trains students of
+several seeds on correct traces (stage 1). From each student it runs every method of `students.py`
+at every learning rate of one grid: REDI with alpha from 0, the control, to 1, and other objectives.
+A method's learning rate is the best one on validation problems, over all seeds; the results are
+measured on other problems.
 
-The default takes some 70 minutes of CPU time, shared by two processes. Each run of stage 2 is
-kept when it is done: the same command goes on where it was stopped, and a finished
-study prints its tables again. The engine's dependencies are needed.
+The default takes about 70 minutes of CPU time, in two processes. The same command resumes: each run
+of stage 2 is saved when it is complete. A finished study prints its tables again. Needs the extra
+`engine`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ TINY = Sizes(
 
 
 def run_seed(task: str, seed: int, sizes: Sizes, folder: Path, device: str) -> None:
-    """Everything of one task and seed that is not done yet, one record after another."""
+    """Run what is missing of one task and seed, one record after another."""
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     own = folder / f"{task}-{seed}"
@@ -97,7 +97,7 @@ def run_seed(task: str, seed: int, sizes: Sizes, folder: Path, device: str) -> N
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    """Write a record that is there whole or not at all."""
+    """Write a record atomically."""
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -107,7 +107,7 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 def run_study(
     tasks: list[str], seeds: int, sizes: Sizes, folder: Path, device: str, workers: int
 ) -> None:
-    """Run what is missing, a task and seed a worker at a time, under a progress bar."""
+    """Run what is missing, one task and seed per worker at a time, with a progress bar."""
     cells = {
         (task, seed): [
             cell_path(folder / f"{task}-{seed}", method.name, rate)
@@ -126,7 +126,7 @@ def run_study(
         ProcessPoolExecutor(workers, context) as pool,
         tqdm(total=sum(map(len, cells.values())), initial=done(), unit="run") as bar,
     ):
-        # Blocked where workers are started, so that they inherit it: a Ctrl-C is this process's.
+        # Workers inherit the blocked signal, so that only this process handles Ctrl-C.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         pending = {
             pool.submit(run_seed, *trial, sizes, folder, device)
@@ -142,15 +142,15 @@ def run_study(
                 bar.update(done() - bar.n)
         except BaseException:
             for worker in multiprocessing.active_children():
-                worker.terminate()  # else the pool waits for the seeds under way, many minutes
+                worker.terminate()  # else the pool waits many minutes for the current seeds
             raise
 
 
 def check_settings(folder: Path, sizes: Sizes, device: str) -> None:
-    """A folder holds runs of one size.
+    """Record the settings of a folder's runs, or compare with those recorded.
 
     Raises:
-        SystemExit: it holds others.
+        SystemExit: a setting differs.
     """
     path = folder / "settings.json"
     settings = {**asdict(sizes), "rates": list(RATES), "device": device}
@@ -161,13 +161,13 @@ def check_settings(folder: Path, sizes: Sizes, device: str) -> None:
     for key, value in settings.items():
         if before.get(key) != value:
             raise SystemExit(
-                f"{folder} holds runs with {key} = {before.get(key)}, now {value}: name another "
-                "--folder, or change it back to go on"
+                f"{folder} has runs with {key} = {before.get(key)}, now {value}; choose another "
+                "--folder, or change it back to resume"
             )
 
 
 def main() -> None:
-    """Run the study, print its tables, and write records and pictures where asked."""
+    """Run the study, print its tables, and write records and pictures to --out."""
     parser = argparse.ArgumentParser(
         prog="python -m redi.bench.learning",
         description=__doc__,
@@ -177,11 +177,11 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=5, help="students of each task")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--device", default="cpu", help="such as cuda")
+    parser.add_argument("--device", default="cpu", help="for example cuda")
     parser.add_argument("--steps", type=int, help="of stage 2, a multiple of 20")
     parser.add_argument("--problems", type=int, help="to train on, for each task and seed")
     parser.add_argument("--hidden", type=int, help="width of the students")
-    parser.add_argument("--tiny", action="store_true", help="a trial of the machinery: 1 minute")
+    parser.add_argument("--tiny", action="store_true", help="checks that everything runs: 1 minute")
     parser.add_argument("--out", type=Path, help="folder for a record and a picture of each task")
     args = parser.parse_args()
     given = {
@@ -197,6 +197,6 @@ def main() -> None:
     try:
         run_study(args.tasks, args.seeds, sizes, args.folder, args.device, args.workers)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the runs that are done", file=sys.stderr)
+        print("stopped; the same command resumes after the finished runs", file=sys.stderr)
         raise SystemExit(130) from None
     report(args.folder, args.tasks, args.seeds, args.out)

@@ -1,14 +1,14 @@
 """Three teachers who err in different ways: the tasks of `python -m redi.bench.learning`.
 
 A task draws problems, lets its teacher attempt them, and judges any trace; every problem and trace
-is a string of single-character tokens. What sets the tasks apart is what an incorrect trace says:
+is a string of single-character tokens. The tasks differ in the faults of their incorrect traces:
 
 - habit: an impatient teacher leaves steps blank, which is often lucky. Correct traces have the
   habit too, so imitation keeps it; incorrect ones have more of it. (The quickstart's task.)
-- slips: a careful teacher miscalculates at random. Incorrect traces show no rule to avoid, and
-  most of their tokens are right.
-- pits: a walker falls into a pit, and there its trace ends: incorrect traces are shorter, and end
-  where a correct trace never does.
+- slips: a careful teacher miscalculates at random. Incorrect traces have no common pattern to
+  avoid, and most of their tokens are right.
+- pits: a walker falls into a pit, which ends its trace: incorrect traces are shorter, and end where
+  a correct trace never does.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ class Task:
     title: str
     """For tables and pictures."""
     characters: str
-    """What problems and traces are made of."""
+    """The characters of problems and traces."""
     draw_problem: Callable[[random.Random], str]
     attempt: Callable[[str, random.Random], Attempt]
     """One trace of the teacher."""
     answer: Callable[[str], str]
-    """What a correct trace ends in."""
+    """The end of a correct trace."""
     is_correct: Callable[[str, str], bool]
     """(problem, trace) -> whether it solves the problem."""
     is_well_formed: Callable[[str, str], bool]
-    """(problem, trace) -> whether it looks like a trace, right or wrong."""
+    """(problem, trace) -> True if it has the form of a trace, right or wrong."""
     fault: str
-    """What the teacher does wrong, as `fault_share` counts it."""
+    """The teacher's fault, as `fault_share` counts it."""
     fault_share: Callable[[str, str], float]
-    """(problem, trace) -> how much of the fault a trace has, from 0 to 1."""
+    """(problem, trace) -> share of the fault in a trace, from 0 to 1."""
     longest_trace: int
     """In characters."""
     stage_1_steps: int
-    """Few enough that the student has something left to learn."""
+    """Few enough that the student can still learn in stage 2."""
 
 
 # Habit: see quickstart.py for the rule and the teacher.
@@ -77,14 +77,14 @@ HABIT = Task(
 )
 
 
-# Slips: the same problems, another teacher, so that nothing but the kind of error differs.
+# Slips: the same problems with another teacher, so that only the kind of error differs.
 
 SLIP_PROBABILITY = 0.1
 """Of each box."""
 
 
 def attempt_carefully(problem: str, rng: random.Random) -> Attempt:
-    """All six running values; now and then one is wrong, and later ones go on from it."""
+    """All six running values; a random one may be wrong, and later ones follow from it."""
     value, boxes = int(problem[0]), ""
     for digit in problem[1 : quickstart.DIGITS]:
         value = abs(value - int(digit))
@@ -95,7 +95,7 @@ def attempt_carefully(problem: str, rng: random.Random) -> Attempt:
 
 
 def slip_share(problem: str, trace: str) -> float:
-    """Boxes that do not follow from the one before, of six; a missing one counts too."""
+    """Share of the six boxes that do not follow from the one before; missing ones count too."""
     followed = 0
     for before, digit, box in zip(problem[0] + trace, problem[1:-1], trace, strict=False):
         if (before + box).isdecimal():
@@ -134,8 +134,8 @@ LONGEST_WALK = 10
 def neighbours(cell: str) -> str:
     """The cells that share a side with this one."""
     row, column = divmod(CELLS.index(cell), WIDTH)
-    beside = ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1))
-    return "".join(CELLS[r * WIDTH + c] for r, c in beside if 0 <= r < WIDTH and 0 <= c < WIDTH)
+    near = ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1))
+    return "".join(CELLS[r * WIDTH + c] for r, c in near if 0 <= r < WIDTH and 0 <= c < WIDTH)
 
 
 @lru_cache(maxsize=1)
@@ -145,15 +145,15 @@ def distances(problem: str) -> dict[str, int]:
     found, queue = {goal: 0}, deque(goal)
     while queue:
         cell = queue.popleft()
-        for beside in neighbours(cell):
-            if beside not in pits and beside not in found:
-                found[beside] = found[cell] + 1
-                queue.append(beside)
+        for near in neighbours(cell):
+            if near not in pits and near not in found:
+                found[near] = found[cell] + 1
+                queue.append(near)
     return found
 
 
 def draw_grid(rng: random.Random) -> str:
-    """Start, goal and pits, with a way of at least three moves."""
+    """Start, goal and pits, with a path of at least three moves."""
     while True:
         start, goal, *pits = rng.sample(CELLS, 2 + PITS)
         problem = f"{start}{goal}:{''.join(sorted(pits))}="
@@ -162,7 +162,7 @@ def draw_grid(rng: random.Random) -> str:
 
 
 def attempt_walk(problem: str, rng: random.Random) -> Attempt:
-    """A walk along shortest ways, with stray moves, to the goal, a pit or the limit."""
+    """A walk along shortest paths, with random moves, to the goal, a pit or the limit."""
     cell, goal, pits, walk = problem[0], problem[1], problem[3 : 3 + PITS], ""
     to_go = distances(problem)
     while cell != goal and cell not in pits and len(walk) < LONGEST_WALK:
@@ -175,7 +175,7 @@ def attempt_walk(problem: str, rng: random.Random) -> Attempt:
 
 
 def is_walk(problem: str, trace: str) -> bool:
-    """Whether every move goes to a neighbour, there is one, and none leaves a pit or the goal."""
+    """True if there is a move, each goes to a neighbour, and none leaves a pit or the goal."""
     if not trace or not set(trace) <= set(CELLS):
         return False
     ends = problem[1] + problem[3 : 3 + PITS]
@@ -186,7 +186,7 @@ def is_walk(problem: str, trace: str) -> bool:
 
 
 def is_correct_walk(problem: str, trace: str) -> bool:
-    """Whether it is a walk that ends at the goal."""
+    """True if it is a walk that ends at the goal."""
     return is_walk(problem, trace) and trace[-1] == problem[1]
 
 

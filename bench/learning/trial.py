@@ -1,4 +1,4 @@
-"""What the students of one task and seed share: problems, traces, tokenizer and first model."""
+"""Problems, traces, tokenizer and initial model shared by the students of a task and seed."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from redi.engine.data.tokens import TokenizedTraces, tokenize
 from redi.engine.quickstart import task as quickstart
 
 ROW_TOKENS = 1_000_000
-"""A step is one row: its traces are short."""
+"""A step is one pack: its traces are short."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the study is."""
+    """Sizes of the study."""
 
     problems: int = 6000
     """To train on."""
     validation: int = 200
     """Problems on which learning rates are chosen."""
     test: int = 300
-    """Problems on which everything is reported."""
+    """Problems of the reported results."""
     samples: int = 8
     """Of each test problem; k of pass@k."""
     hidden: int = 64
@@ -50,9 +50,9 @@ class Sizes:
     batch: int = 32
     """Pairs of a step of stage 2."""
     log_every: int = 4
-    """Steps of stage 2 between lines of its course."""
+    """Steps of stage 2 between recorded lines."""
     look_every: int = 20
-    """Steps of stage 2 between looks at the validation problems."""
+    """Steps of stage 2 between evaluations on validation problems."""
 
     def __post_init__(self) -> None:
         if self.steps % self.look_every or self.look_every % self.log_every:
@@ -61,7 +61,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Trial:
-    """What the students of one task and seed share."""
+    """Data shared by the students of one task and seed."""
 
     task: Task
     seed: int
@@ -78,7 +78,7 @@ class Trial:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that gets its name when it is complete: a kill leaves none half."""
+    """A folder to write into, renamed to `folder` when complete, so that none is incomplete."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
     yield unfinished
@@ -152,7 +152,7 @@ def read_pairs(folder: Path) -> list[tuple[str, str, str]]:
 
 
 def describe_pairs(trial: Trial) -> dict[str, float | None]:
-    """What `redi prepare` tells of the training pairs, and the teacher's fault by verdict."""
+    """Figures of the training pairs as in `redi prepare`, and the teacher's fault by verdict."""
     problems, positives, negatives = zip(*read_pairs(trial.folder), strict=True)
     examples = select_units(trial.train, ObjectiveConfig("redi"))
     found = {

@@ -1,4 +1,4 @@
-"""The benchmarks of data: the rivals pack as they are said to, and the loader is fast enough."""
+"""Benchmarks of data: the usual ways pack as described, and the loader is fast enough."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_efficiency_is_cost_over_what_the_ranks_could_have_done():
     assert bench.efficiency(np.array([4.0, 4.0, 2.0]), 2) == pytest.approx(10 / (2 * 6))
 
 
-def test_one_pair_a_rank_waits_for_the_dearest_pair_of_each_micro_step():
+def test_one_pair_a_rank_waits_for_the_costliest_pair_of_each_micro_step():
     lengths = np.array([100, 200, 300, 400, 100, 100, 200, 200])
     pairs = bench.COST.of(lengths).reshape(4, 2).sum(axis=1)
     found = bench.WAYS["one pair"](lengths, 2, 400)

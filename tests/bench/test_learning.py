@@ -399,7 +399,7 @@ def test_ctrl_c_during_imports_is_one_line(tmp_path: Path) -> None:
         time.sleep(0.02)
     os.killpg(running.pid, signal.SIGINT)
     _, said = running.communicate(timeout=30)
-    assert (running.returncode, said) == (130, "stopped before it had begun\n")
+    assert (running.returncode, said) == (130, "stopped before the study began\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -412,7 +412,7 @@ def test_ctrl_c_ends_a_study_with_one_line_and_no_process_left(tmp_path: Path) -
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does
     _, said = running.communicate(timeout=30)  # until no process holds its stderr
     assert running.returncode == 130
-    assert said.splitlines()[-1].startswith("stopped; the same command goes on")
+    assert said.splitlines()[-1].startswith("stopped; the same command resumes")
     assert "Traceback" not in said
 
 

@@ -1,6 +1,7 @@
-"""Peers from other packages, each with its best fair settings; imported only when built.
+"""Methods of `redi.bench.loss` from other packages, each with its best comparable settings.
 
-A package that is not installed is no error: its methods are listed as absent, with the reason.
+A package is imported when its method is built. If it is not installed, its methods are listed as
+absent, with the reason; that is not an error.
 """
 
 import os
@@ -10,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from redi.bench.contenders import (
+from redi.bench.baselines import (
     Absent,
     Contender,
     MeanLoss,
@@ -22,13 +23,13 @@ from redi.bench.contenders import (
 )
 from redi.bench.inputs import Operands
 
-# Tokens x vocabulary of a tile, as trl's trainers set it.
+# Vocabulary entries of a tile, as trl's trainers set it.
 TRL_VOCABULARY_CHUNK = 32768
 QUACK_CHUNK_TOKENS = 4096
 
 
 def _check_device(operands: Operands) -> None:
-    """Triton's interpreter will do in the place of a GPU, for checking."""
+    """Raise without a GPU; Triton's interpreter is accepted, to check results."""
     if not operands.hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise Absent("needs a GPU")
 
@@ -67,7 +68,7 @@ def _quack(operands: Operands) -> MeanLoss:
 
 
 def _trl(operands: Operands) -> TokenLogps:
-    import trl.trainer.utils  # noqa: F401  (backward imports it late: absent parts show here)
+    import trl.trainer.utils  # noqa: F401  (backward imports it late: fail here instead)
     from trl.kernels import ChunkedLogProbFunction
 
     def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def _liger_methods(budget: int) -> dict[str, Method]:
             f"{settings}, mean", lambda operands: by_sequence(operands, losses(operands, "mean"))
         ),
         f"liger-{budget}-plain": Method(
-            f"{settings}, mean over the row, not REDI",
+            f"{settings}, mean over the pack, not REDI",
             lambda operands: plain(operands, losses(operands, "mean")),
         ),
         f"liger-{budget}-by-token": Method(f'{settings}, "none"', token_logps),
@@ -127,7 +128,7 @@ METHODS: dict[str, Method] = {
         f"{_QUACK}, mean", lambda operands: by_sequence(operands, _quack(operands))
     ),
     "quack-plain": Method(
-        f"{_QUACK}, mean over the row, not REDI",
+        f"{_QUACK}, mean over the pack, not REDI",
         lambda operands: plain(operands, _quack(operands)),
     ),
     "cce": _token_method(

@@ -1,13 +1,13 @@
-"""Who computes the loss and its gradients in `redi.bench.loss`: the floor, ours, plain PyTorch.
+"""Methods of `redi.bench.loss`: the floor, this project's op, and plain PyTorch.
 
-Peers from other packages are in `rivals.py`. A method is built on operands and gives a step to
-time. What peers offer comes in two forms, and REDI is put together from either:
+`peers.py` has the ops of other packages. A method is built on operands and returns a step to time.
+Other ops have one of two forms, and REDI is computed from either:
 
-- log-probs (or losses) per token, times the token weights: 4 matrix products, as the weights come
-  after the forward pass;
-- a mean over a row: 3 products, one call for each sequence, scaled by +1/pairs or -alpha/pairs. For
-  these "plain" is the mean over the whole row in one call, which is not REDI (no signs) but shows
-  what the peer does without being called sequence by sequence.
+- log-probs (or losses) per token, times the token weights: 4 matrix products, since the weights are
+  applied after the forward pass;
+- a mean over all tokens: 3 products, one call per sequence, scaled by +1/pairs or -alpha/pairs.
+  For these, "plain" is the mean over the whole pack in one call. It is not REDI (no signs), but
+  measures the op without the calls per sequence.
 """
 
 from collections.abc import Callable
@@ -29,13 +29,13 @@ from redi.kernels import (
 )
 from redi.kernels.reference import Backend, accumulation_dtype
 
-# Rows of a chunk for torch's chunked op, about what this project takes itself. Its own choice for
-# the default shapes is 4 rows for a sequence of 512 tokens, and 14 times slower.
+# Tokens of a chunk for torch's chunked op, about as many as in this project's. Its default for the
+# default shapes is 4 tokens for a sequence of 512, which is 14 times slower.
 TORCH_CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}
 
 
 class Absent(Exception):
-    """Why a method cannot be had here: a package or a device that it needs."""
+    """A method is not available; the message names the package or device that it needs."""
 
 
 class Result(NamedTuple):
@@ -53,9 +53,9 @@ class Contender:
     step: Callable[[], Result | None]
     """One forward and backward; None from the floor, which computes no loss."""
     token_logps: Callable[[], Tensor] | None = None
-    """[T] log-probs of the targets as the step computes them; None where it shows none."""
+    """[T] log-probs of the targets as the step computes them; None if it returns none."""
     plain: bool = False
-    """Whether the loss is a plain mean over the row and not REDI."""
+    """True if the loss is a plain mean over the pack and not REDI."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class Method:
     """How to compute the loss."""
 
     note: str
-    """Settings, in a line, for the record."""
+    """Settings, in one line, for the record."""
     build: Callable[[Operands], Contender]
-    """Raises Absent or ImportError where the method is not available."""
+    """Raises Absent or ImportError if the method is not available."""
     ours: bool = False
-    """Whether a failure or a wrong result of it fails the benchmark."""
+    """True if its failure or wrong result fails the benchmark."""
     approximate: bool = False
-    """Whether its gradients are meant to be wrong a little."""
+    """True if its gradients are approximate by design."""
 
 
 # (hidden [n, D], weight [V, D], targets [n]) -> [n], or a scalar
@@ -106,7 +106,7 @@ def by_sequence(operands: Operands, mean_loss: MeanLoss) -> Contender:
 
 
 def plain(operands: Operands, mean_loss: MeanLoss) -> Contender:
-    """The mean over the whole row in one call."""
+    """The mean over the whole pack in one call."""
 
     def step() -> Result:
         loss = mean_loss(operands.hidden, operands.weight, operands.targets)
@@ -120,7 +120,7 @@ def _gradients(loss: Tensor, operands: Operands) -> Result:
 
 
 def floor(operands: Operands) -> Contender:
-    """The three products alone, into memory at hand, on a real dZ."""
+    """The three products alone, into memory allocated beforehand, on a real dZ."""
     hidden, weight = operands.hidden.detach(), operands.weight.detach()
     if not hidden.is_cuda:  # a CPU multiplies halves more slowly than float32
         hidden, weight = (t.to(accumulation_dtype(t.dtype)) for t in (hidden, weight))
@@ -257,7 +257,7 @@ METHODS: dict[str, Method] = {
         lambda operands: by_sequence(operands, _torch_loss(operands, "mean")),
     ),
     "torch-plain": Method(
-        f"F.linear_cross_entropy, mean over the row, not REDI; {_TORCH} on a GPU",
+        f"F.linear_cross_entropy, mean over the pack, not REDI; {_TORCH} on a GPU",
         lambda operands: plain(operands, _torch_loss(operands, "mean")),
     ),
     "torch-by-token": Method(
