@@ -3,9 +3,9 @@
     python -m redi.bench.tune --hidden 1536 3584
 
 For each hidden size the loss with each candidate launch, and the loss of `backend="triton"`, are
-timed turn by turn on the same operands. The fastest launch, and which backend won, become the entry
-of `kernels/experimental/launches.json` for this architecture, hidden size and bfloat16: from then on
-`backend="auto"` chooses accordingly. A candidate whose gradients differ from "triton"'s by more
+timed turn by turn on the same operands. The fastest launch, and which backend won, become the
+entry of `kernels/experimental/launches.json` for this architecture, hidden size and bfloat16: from
+then on `backend="auto"` chooses accordingly. A candidate whose gradients differ from "triton"'s by more
 than the rounding of both is left out: the time of a wrong result is meaningless.
 """
 
