@@ -5,8 +5,8 @@
 For each hidden size the loss with each candidate launch, and the loss of `backend="triton"`, are
 timed turn by turn on the same operands. The fastest launch, and which backend won, become the
 entry of `kernels/experimental/launches.json` for this architecture, hidden size and bfloat16: from
-then on `backend="auto"` chooses accordingly. A candidate whose gradients differ from "triton"'s by more
-than the rounding of both is left out: the time of a wrong result is meaningless.
+then on `backend="auto"` chooses accordingly. A candidate whose gradients differ from "triton"'s by
+more than the rounding of both is left out: the time of a wrong result is meaningless.
 """
 
 import argparse
