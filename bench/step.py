@@ -176,7 +176,7 @@ def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
     cost = training_cost(student.model.config)
     packing = pack(lengths, row_tokens=args.row_tokens, world_size=1, cost=cost)
     tokens: Any = _InMemory(traces)
-    rows = [build_batch(tokens, row, lengths[row]).to(device) for (row,) in packing.rows]
+    rows = [build_batch(tokens, own, lengths[own]).to(device) for (own,) in packing.packs]
     totals = StepTotals(units=args.pairs, targets=int(lengths.sum()))
 
     def step() -> float:

@@ -26,8 +26,8 @@ from redi.engine.data.sources import find_sources, unread_splits
 from redi.engine.data.summary import show, warnings
 from redi.engine.data.summary_by_source import (
     ORIGIN_COLUMNS,
-    draw_lengths,
     origin_rows,
+    plot_lengths,
     share_rows,
     summarize_by_source,
 )
@@ -215,6 +215,6 @@ def fill_cache(
         try:
             report.mkdir(parents=True, exist_ok=True)
             (report / "report.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-            draw_lengths(data.tokens, data.examples, recipe.data.max_tokens, report / "lengths.png")
+            plot_lengths(data.tokens, data.examples, recipe.data.max_tokens, report / "lengths.png")
         except OSError as error:
             raise InputError(f"report: {report} cannot be written: {error}") from None

@@ -1,7 +1,7 @@
-"""Tokenized traces on disk: one Arrow file, memory-mapped, and a `meta.json` that says it is whole.
+"""The token cache: tokenized traces in a memory-mapped Arrow file, with a `meta.json`.
 
-`meta.json` is written last and holds the Arrow file's size: a cache that was cut off, by a kill
-or a full disk, is told from a complete one without reading it, and made again.
+`meta.json` is written last and contains the size of the Arrow file. A cache that was cut off by a
+kill or a full disk is therefore detected without reading it, and made again.
 """
 
 import json
@@ -45,52 +45,52 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """What `meta.json` holds."""
+    """The content of `meta.json`."""
 
     key: str
-    """Hash of everything that shaped the tokens; the cache folder's name."""
+    """Hash of everything that determines the tokens; also the name of the cache folder."""
     bytes: int
     """Size of the Arrow file."""
     rows: int
     """Number of traces."""
     sources: tuple[str, ...]
-    """Names of the input files, when the cache was made."""
+    """Names of the input files at the time when the cache was made."""
     dropped: dict[str, int]
-    """Rows and traces that normalising left out, by reason."""
+    """Number of rows and traces that `normalise` left out, by reason."""
     control_tokens: dict[str, int] = field(default_factory=dict)
-    """Traces whose text spells a control token of the tokenizer, by token."""
+    """Number of traces whose text contains a control token of the tokenizer, by token."""
     unread: tuple[tuple[str, ...], ...] = ()
-    """Of each source, the columns that are filled and mean something, but are not read."""
+    """For each source, the columns with meaningful content that are not read."""
     unfinished: int = 0
-    """Traces that were cut off before the data was made: their end is not trained."""
+    """Number of traces that were already cut off in the data: their end is not trained."""
     document_start: str = ""
-    """The tokens that begin each document and are no text of the row; "" if there are none."""
+    """The tokens at the start of each document that are not from the row; "" if there are none."""
     parts: dict[str, Any] = field(default_factory=dict)
-    """What `key` is the hash of; `files` are digests, one a source. Nothing in old caches."""
+    """The parts that `key` is a hash of; `files` has one hash per source. Empty in old caches."""
 
 
 class TokenizedTraces:
-    """A complete cache, memory-mapped: token ids stay on disk until they are asked for.
+    """A complete cache, memory-mapped: token ids are read from disk when they are used.
 
     Attributes (n traces, in the order of the input):
-        key: hash of everything that shaped the tokens, and of the choice of teachers.
-        lengths: int64 [n], prompt and completion with its end.
+        key: hash of everything that determines the tokens, and of the selected teachers.
+        lengths: int64 [n], tokens of prompt and completion with its end.
         prompt_lengths: int64 [n].
         signs: int8 [n], +1 or -1.
         groups: int64 [n], problem numbers in order of first appearance in the file.
         weights: float32 [n].
         digests: uint64 [n], hash of prompt and completion; equal for equal tokens.
         prompt_digests: uint64 [n], hash of the prompt's tokens.
-        unknown: int32 [n], tokens that the tokenizer does not know.
-        control: int32 [n], control tokens of the tokenizer that the trace's text spells.
-        control_tokens: traces with such a token, by token.
-        dropped: rows and traces that normalising left out, by reason.
-        unread: columns of each source that mean something but are not read, by its name.
-        unfinished: traces of the whole set that have no end to train.
-        document_start: the tokens that begin each document and are no text of the row.
+        unknown: int32 [n], number of tokens that are unknown to the tokenizer.
+        control: int32 [n], number of control tokens of the tokenizer in the text of the trace.
+        control_tokens: number of traces with such a token, by token.
+        dropped: number of rows and traces that `normalise` left out, by reason.
+        unread: columns with meaningful content that are not read, by name of the source.
+        unfinished: number of traces of the whole set that have no end to train.
+        document_start: the tokens at the start of each document that are not from the row.
         sources: names of the input files.
-        source_numbers: int32 [n], positions in `sources`.
-        parts: what the cache's key is the hash of, by name; `files` are (name, digest).
+        source_numbers: int32 [n], indices into `sources`.
+        parts: the parts that `key` is a hash of, by name; `files` are pairs (name, hash).
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class TokenizedTraces:
         teachers: Sequence[str] = (),
         teacher_weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Opens the files; `of_teachers` has the meaning of the last two."""
+        """Open the files. For the last two arguments see `of_teachers`."""
         self.folder = folder
         self.key = meta.key
         self.dropped = meta.dropped
@@ -121,7 +121,7 @@ class TokenizedTraces:
         self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches])
         self._offsets = [batch["ids"].offsets.to_numpy() for batch in self._batches]
         self._values = [batch["ids"].values.to_numpy() for batch in self._batches]
-        self._places: np.ndarray | None = None  # of the traces that stay; None: of all
+        self._places: np.ndarray | None = None  # of the selected traces; None: all
         if self._teachers or self._teacher_weights:
             factors = self._teacher_factors()
             self._places = np.flatnonzero(factors)
@@ -155,20 +155,21 @@ class TokenizedTraces:
     def of_teachers(
         self, teachers: Sequence[str], weights: Mapping[str, float]
     ) -> "TokenizedTraces":
-        """The same set with the traces of these teachers alone, their weights multiplied.
+        """Select the traces of these teachers and multiply their weights.
 
         Args:
-            teachers: those that stay; none: all, traces that name none too.
-            weights: a factor for the traces of a teacher, finite and > 0; 1 for the others.
+            teachers: the teachers to keep; empty: all traces, also those without a teacher.
+            weights: factor per teacher, finite and > 0; 1 for the others.
 
-        Raises InputError for a teacher that the set does not have.
+        Raises:
+            InputError: the set has no trace of one of the teachers.
         """
         if not (teachers or weights):
             return self
         return TokenizedTraces(self.folder, self._meta, self.sources, teachers, weights)
 
     def _teacher_factors(self) -> np.ndarray:
-        """What each trace's weight is multiplied by, float32; 0 for one that goes."""
+        """Factor on the weight of each trace, float32; 0 removes the trace."""
         numbers, names = self.names("teacher")
         known = [name for name in names if name is not None]
         for name in (*self._teachers, *self._teacher_weights):
@@ -192,23 +193,23 @@ class TokenizedTraces:
         return TokenizedTraces, values
 
     def ids(self, index: int) -> np.ndarray:
-        """Token ids of a trace, int32 [lengths[index]]: a read-only view of the file."""
+        """Token ids of a trace, int32 [lengths[index]], as a read-only view of the file."""
         batch, position = self._locate(index)
         start, end = self._offsets[batch][position : position + 2]
         return self._values[batch][start:end]
 
     def where(self, index: int) -> str:
-        """The row that a trace came from, for messages: "file.jsonl:12"."""
+        """The row of a trace, for messages: "file.jsonl:12"."""
         self._locate(index)
         return f"{self.sources[self.source_numbers[index]]}:{self._row_numbers[index]}"
 
     def teacher(self, index: int) -> str | None:
-        """The trace's teacher, if the row named one."""
+        """The trace's teacher, or None."""
         batch, position = self._locate(index)
         return self._batches[batch]["teacher"][position].as_py()
 
     def names(self, column: Literal["teacher", "origin"]) -> tuple[np.ndarray, list[str | None]]:
-        """(int64 [n] into the names, names in order of first appearance; None: the row has none)"""
+        """(int64 [n] indices into the names, names in order of first appearance or None)"""
         whole = pa.chunked_array([batch[column] for batch in self._batches])
         encoded = whole.dictionary_encode("encode").combine_chunks()
         return self._chosen([encoded.indices.to_numpy()]), encoded.dictionary.to_pylist()
@@ -222,11 +223,11 @@ class TokenizedTraces:
 
 
 def open_cache(folder: Path, sources: Sequence[str] | None = None) -> TokenizedTraces | None:
-    """Opens the cache in `folder`; None if there is none, or not a whole one.
+    """Open the cache in `folder`; None if it is missing or incomplete.
 
     Args:
-        folder: the folder named by the cache's key.
-        sources: today's names of the input files, for messages; by default those of the time
+        folder: the cache folder, whose name is the cache's key.
+        sources: current names of the input files, for messages; default: the names at the time
             when the cache was made.
     """
     meta = _read_meta(folder)
@@ -244,18 +245,19 @@ def write_cache(
     batches: Iterable[pa.RecordBatch],
     describe: Callable[[int, int], Meta],
 ) -> None:
-    """Writes `batches` (of SCHEMA) as the cache in `folder`, in place of what was there.
+    """Write `batches` as the cache in `folder`, replacing an existing one.
+
+    Both files are written under a temporary name and then renamed, so that no reader or second
+    writer sees an incomplete file. Two writers of the same key write the same bytes.
 
     Args:
-        folder: made if absent.
-        batches: consumed one by one; the set is never held in memory.
-        describe: makes the meta data once all is written, from (bytes, rows); what it raises
-            leaves nothing behind.
+        folder: created if missing.
+        batches: batches of SCHEMA, consumed one by one; only one is held in memory.
+        describe: makes the metadata from (bytes, rows) after all batches are written. If it
+            raises, no file remains.
 
-    Both files get a name of their own first and are then renamed, so that a reader or a second
-    writer never meets half a file. Two writers of one key write the same bytes.
-
-    Raises RunError if the folder cannot be written.
+    Raises:
+        RunError: the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -274,7 +276,7 @@ def write_cache(
 
 
 class _Temporary:
-    """A file under a passing name that takes its real one when the block ends well."""
+    """A file with a temporary name; it gets its real name if the block ends without an error."""
 
     def __init__(self, target: Path) -> None:
         self._target = target
@@ -302,7 +304,7 @@ def _read_meta(folder: Path) -> Meta | None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes what killed runs left; a live writer's file is younger."""
+    """Remove temporary files of killed runs. The file of a live writer is newer."""
     for path in folder.glob("*.tmp"):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:

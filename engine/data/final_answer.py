@@ -1,17 +1,18 @@
-"""The final answer that a text marks."""
+"""Finds the final answer that is marked in a text."""
 
 from __future__ import annotations
 
 import re
 
 BOX = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{")
-"""Where a box opens; its brace is the last character of the match."""
+"""The start of a box; its opening brace is the last character of the match."""
 
 
 def final_answer(text: str) -> str | None:
-    r"""The answer that a text marks: its last complete \boxed{...}, else what follows "####".
+    r"""The marked answer: the last complete \boxed{...}, else the text after "####" in its line.
 
-    A box that holds nothing but a box is opened too. None if the text marks no answer.
+    If a box contains only another box, the content of the inner one is returned. None if no answer
+    is marked.
     """
     content, end = None, 0
     for opened in BOX.finditer(text):
@@ -28,7 +29,7 @@ def final_answer(text: str) -> str | None:
 
 
 def closing_brace(text: str, start: int) -> int | None:
-    """Where the brace that opened before `start` closes."""
+    """Position of the brace that closes the one before `start`; None if there is none."""
     depth = 1
     for place in range(start, len(text)):
         if text[place] in "{}" and (place == 0 or text[place - 1] != "\\"):

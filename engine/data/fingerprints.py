@@ -1,4 +1,4 @@
-"""Hashes of data files, tokenizers and weights, remembered: work not done at every start."""
+"""Fingerprints (hashes) of data files, tokenizers and weights, cached between runs."""
 
 import json
 import os
@@ -15,19 +15,20 @@ import xxhash
 from redi.engine.data.sources import Source, hub_dataset, saved_files
 from redi.engine.errors import InputError
 
-WORTH_REMEMBERING = 1 << 26
-"""Bytes; a smaller file is hashed in the time that it takes to look it up."""
+MIN_CACHED_BYTES = 1 << 26
+"""Smaller content is not cached: hashing it takes no longer than looking it up."""
 _CLOCK_TICK = 2_000_000_000
-"""Nanoseconds: the coarsest clock that a file system stamps its files by."""
-_MEMORY = "fingerprints.json"
+"""Nanoseconds: the coarsest resolution of a file system's time stamps."""
+_CACHE_FILE = "fingerprints.json"
 
 
 def source_fingerprint(source: Source, cache_dir: Path) -> str:
-    """Hash of a source's content (for the hub: of the data set's own fingerprint).
+    """Hash of a source's content (on the hub: of the fingerprint that `datasets` gives it).
 
-    That of a large file is kept in `cache_dir`; see `_kept`.
+    The hash of a large file is cached in `cache_dir`; see `_cached`.
 
-    Raises InputError for a file that cannot be read.
+    Raises:
+        InputError: a file cannot be read.
     """
     if source.kind == "hub":
         fingerprint = hub_dataset(source.name)._fingerprint
@@ -38,17 +39,18 @@ def source_fingerprint(source: Source, cache_dir: Path) -> str:
         return saved_files(path) if source.kind == "saved" else [path]
 
     try:
-        return _content_digest(str(path), files, source.kind, cache_dir)
+        return _content_fingerprint(str(path), files, source.kind, cache_dir)
     except OSError as error:
         raise InputError(f"{source.name}: cannot be read: {error.strerror}") from error
 
 
 def model_fingerprint(path: str, cache_dir: Path) -> str | None:
-    """Hash of a model folder's weights; None for a hub name.
+    """Hash of the weights in a model folder; None for a hub name.
 
-    That of large files is kept in `cache_dir`; see `_kept`.
+    The hash of large files is cached in `cache_dir`; see `_cached`.
 
-    Raises InputError for a file that cannot be read.
+    Raises:
+        InputError: a file cannot be read.
     """
     folder = Path(path).resolve()
 
@@ -58,56 +60,59 @@ def model_fingerprint(path: str, cache_dir: Path) -> str | None:
     try:
         if not files():
             return None
-        return _content_digest(f"{folder} weights", files, "", cache_dir)
+        return _content_fingerprint(f"{folder} weights", files, "", cache_dir)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
-def tokenizer_fingerprint(path: str, cache_dir: Path, digest: Callable[[], str]) -> str:
-    """Hash of a tokenizer's content; that of a folder is kept in `cache_dir`, see `_kept`.
+def tokenizer_fingerprint(path: str, cache_dir: Path, compute: Callable[[], str]) -> str:
+    """Hash of a tokenizer's content. The hash of a folder is cached in `cache_dir`; see `_cached`.
 
     Args:
         path: folder or hub name.
-        digest: loads the tokenizer, which takes a second or two, and hashes it.
+        cache_dir: folder of the token cache.
+        compute: loads the tokenizer, which takes a second or two, and hashes it.
     """
     folder = Path(path).resolve()
     if not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
-        return digest()  # which says what is wrong with it
+        return compute()  # raises with the reason if the path is wrong
 
     def files() -> list[Path]:
         found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
         return sorted(file for file in found if file.is_file())
 
-    # What a tokenizer's files come to is for these two to say.
+    # Another version of these packages may read the same files differently.
     readers = " ".join(f"{name} {version(name)}" for name in ("transformers", "tokenizers"))
-    return _kept(f"{folder} {readers}", files, digest, cache_dir)
+    return _cached(f"{folder} {readers}", files, compute, cache_dir)
 
 
-def _content_digest(name: str, files: Callable[[], list[Path]], kind: str, cache_dir: Path) -> str:
-    """Hash of the files' bytes in a row, and of what kind they are."""
-    if sum(file.stat().st_size for file in files()) < WORTH_REMEMBERING:
-        return _hashed(files(), kind)
-    return _kept(name, files, lambda: _hashed(files(), kind), cache_dir)
-
-
-def _kept(
-    name: str, files: Callable[[], list[Path]], digest: Callable[[], str], cache_dir: Path
+def _content_fingerprint(
+    name: str, files: Callable[[], list[Path]], kind: str, cache_dir: Path
 ) -> str:
-    """What `digest` makes of some files, kept in `cache_dir` with their sizes, inodes and times.
+    """Hash of the concatenated bytes of the files and of their kind."""
+    if sum(file.stat().st_size for file in files()) < MIN_CACHED_BYTES:
+        return _hashed(files(), kind)
+    return _cached(name, files, lambda: _hashed(files(), kind), cache_dir)
 
-    They count as the same files while all of these are as they were: the kernel sets the time of
-    the last status change at every write, and no copy, `touch` or `mv` sets it back.
+
+def _cached(
+    name: str, files: Callable[[], list[Path]], compute: Callable[[], str], cache_dir: Path
+) -> str:
+    """The result of `compute`, cached in `cache_dir` with the files' sizes, inodes and times.
+
+    The cached value is used while all of these are unchanged. A write cannot go unnoticed: the
+    kernel updates the time of the last status change, which no copy, `touch` or `mv` sets back.
     """
     now = time.time_ns()
     stamps = _stamps(files())
-    known = _remembered(cache_dir).get(name)
+    known = _read_cache(cache_dir).get(name)
     if known is not None and known[0] == stamps:
         return str(known[1])
-    found = digest()
-    # A file that changes in the tick in which it was hashed would keep its times.
+    found = compute()
+    # A change within the same clock tick as the hashing would leave the times unchanged.
     latest = max(when for stamp in stamps for when in stamp[-2:])
     if now - latest > _CLOCK_TICK and _stamps(files()) == stamps:
-        _remember(cache_dir, name, [stamps, found])
+        _write_cache(cache_dir, name, [stamps, found])
     return found
 
 
@@ -125,19 +130,19 @@ def _hashed(files: list[Path], kind: str) -> str:
     return hasher.hexdigest()
 
 
-def _remembered(cache_dir: Path) -> dict[str, list[Any]]:
-    """By name: the stamps, then the hash. Nothing if there is no memory, or a broken one."""
+def _read_cache(cache_dir: Path) -> dict[str, list[Any]]:
+    """[stamps, hash] by name; empty if there is no cache file or it is damaged."""
     try:
-        known = json.loads((cache_dir / _MEMORY).read_text(encoding="utf-8"))
+        known = json.loads((cache_dir / _CACHE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
 
 
-def _remember(cache_dir: Path, name: str, entry: list[Any]) -> None:
-    # Of two processes at once one may be forgotten; a cache that is only read remembers nothing.
+def _write_cache(cache_dir: Path, name: str, entry: list[Any]) -> None:
+    # If two processes write at once, one entry may be lost. A read-only cache is left unchanged.
     with suppress(OSError):
         cache_dir.mkdir(parents=True, exist_ok=True)
-        passing = cache_dir / f"{_MEMORY}.{uuid.uuid4().hex}.tmp"
-        passing.write_text(json.dumps(_remembered(cache_dir) | {name: entry}, indent=1))
-        os.replace(passing, cache_dir / _MEMORY)
+        temporary = cache_dir / f"{_CACHE_FILE}.{uuid.uuid4().hex}.tmp"
+        temporary.write_text(json.dumps(_read_cache(cache_dir) | {name: entry}, indent=1))
+        os.replace(temporary, cache_dir / _CACHE_FILE)

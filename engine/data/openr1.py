@@ -1,6 +1,6 @@
-"""Which traces of OpenR1-Math-Raw are trained on: the paper's D_SFT and D_Pref, and variations.
+"""Selects traces of OpenR1-Math-Raw: the paper's D_SFT and D_Pref, and variations.
 
-The rules are those of arXiv 2505.24850 (appendix on data); what each leaves out is counted.
+The rules are those of arXiv 2505.24850 (appendix on data). What each rule leaves out is counted.
 """
 
 import re
@@ -17,39 +17,40 @@ from redi.engine.data.traces import Generation, read_openr1, read_text
 from redi.engine.errors import InputError
 
 _START_OF_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
-# The last line that says "answer": a thought may hold such a line of its own.
+# Matches the last line "answer": the thought may contain such a line as well.
 _THINK_ANSWER = re.compile(r"think\n(.*)\nanswer\n(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What becomes of the rows of OpenR1-Math-Raw."""
+    """How the rows of OpenR1-Math-Raw are selected."""
 
     data: list[str]
-    """Files of such rows (JSONL, JSON, Parquet; gzip too), folders of them, or hub names."""
+    """Files of such rows (JSONL, JSON, Parquet; also gzipped), folders of them, or hub names."""
     out: str
-    """Folder of the two sets and the report."""
+    """Output folder for the two sets and the report."""
     tokenizer: str | None = None
-    """Folder or hub name of the tokenizer that counts for the two limits."""
+    """Folder or hub name of the tokenizer by which the two limits count."""
     take: Literal["first", "shortest", "longest", "all"] = "first"
-    """Which correct and which incorrect generation of a problem; all: every correct one, and every
-    correct one with every incorrect one. Lengths are in characters."""
+    """Which correct and which incorrect generation of a problem to take. all: every correct one,
+    and every pair of a correct and an incorrect one. Lengths are in characters."""
     verifiers: Literal["both", "agree", "either", "llama", "math"] = "both"
-    """When a generation is correct: both verifiers say so, else it is incorrect (the paper);
-    agree: the same, but generations on which they differ are left out; either; or one alone."""
+    """When a generation counts as correct. both: both verifiers accept it (the paper); agree: as
+    both, but generations on which the verifiers differ are left out; either: at least one accepts
+    it; llama, math: this verifier accepts it."""
     max_prompt_tokens: int = ranged(800, NOT_NEGATIVE)
-    """Pairs whose prompt is longer are left out; 0: no limit."""
+    """Leave out pairs with a longer prompt; 0: no limit."""
     max_trace_tokens: int = ranged(19000, NOT_NEGATIVE)
-    """Pairs with a longer trace are left out; 0: no limit."""
+    """Leave out pairs with a longer trace; 0: no limit."""
     exclude_sources: list[str] = field(default_factory=lambda: ["cn_k12"])
-    """Values of the column source whose rows are left out."""
+    """Leave out rows with these values in the column source."""
     finished: bool = False
-    r"""Keep only generations with a </think> and an answer marked behind it (\boxed{} or ####)."""
+    r"""Keep only generations with a </think> and a marked answer after it (\boxed{} or ####)."""
     open_think: bool = False
-    """Put <think> before generations that have its end alone, and both tags around the thought of
-    those that begin with a line "think" and go on behind a line "answer" (s1.1)."""
+    """Add missing think tags: <think> before generations that have only </think>, and both tags
+    around the thought of those with a first line "think" and a later line "answer" (s1.1)."""
     seed: int = ranged(42, NOT_NEGATIVE)
-    """Of the shuffle, which is that of `datasets`."""
+    """Seed of the shuffle, which is that of `datasets`."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -62,24 +63,25 @@ class PrepareOptions:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What one row gives: rows of the shapes that training reads."""
+    """The rows made from one row, in formats that training reads."""
 
     sft: list[dict[str, Any]]
-    """Of D_SFT: id, prompt, source, completion, and the row's teacher and weight if it has any."""
+    """Rows of D_SFT: id, prompt, source, completion; teacher and weight if the row has them."""
     pref: list[dict[str, Any]]
-    """Of D_Pref before its limits on length: chosen and rejected in the place of completion."""
+    """Rows of D_Pref before the limits on length: chosen and rejected instead of completion."""
 
 
 def select_traces(row: Row, options: PrepareOptions, counts: Counter[str]) -> Selection:
-    """Applies every rule but those on length to a row.
+    """Apply all rules except those on length to a row.
 
     Args:
         row: a row of OpenR1-Math-Raw.
         options: the rules.
-        counts: what the rules leave out is added here, by reason, and the problems by what
-            generations they keep.
+        counts: updated with what the rules leave out, by reason, and with the problems, by the
+            kinds of generations that are kept.
 
-    Raises InputError naming the row and the column.
+    Raises:
+        InputError: a column is missing or has a wrong type. Names row and column.
     """
     nothing = Selection([], [])
     for column in ("problem", "source", "problem_is_valid", "generations", "correctness"):
@@ -122,7 +124,7 @@ def select_traces(row: Row, options: PrepareOptions, counts: Counter[str]) -> Se
 def _sorted_out(
     generations: list[Generation], options: PrepareOptions, counts: Counter[str]
 ) -> tuple[list[str], list[str]]:
-    """The correct and the incorrect texts that stay, in the row's order."""
+    """The correct and the incorrect texts that are kept, in the row's order."""
     correct: list[str] = []
     incorrect: list[str] = []
     for one in generations:
@@ -152,11 +154,11 @@ _VERDICTS: dict[str, Callable[[Generation], bool]] = {
 
 
 def with_think_tags(text: str) -> str:
-    """The trace with its thought between <think> and </think>.
+    """Put the thought of a trace between <think> and </think>.
 
-    Two ways of writing it are known: with </think> alone (R1 behind a prompt that opens the
-    thought), and with a first line "think" and a line "answer" (s1.1, whose markers those are).
-    A trace written in another way is returned as it is.
+    Two other notations are known: </think> alone (R1 after a prompt that opens the thought), and
+    the markers of s1.1, a first line "think" and a later line "answer". Any other trace is returned
+    unchanged.
     """
     if _START_OF_THOUGHT in text:
         return text
@@ -169,7 +171,7 @@ def with_think_tags(text: str) -> str:
 
 
 def is_finished(text: str) -> bool:
-    """Whether a trace ends its thought and marks an answer behind it."""
+    """True if a trace closes its thought and has a marked answer after it."""
     _, ended, answer = text.rpartition(_END_OF_THOUGHT)
     return bool(ended) and final_answer(answer) is not None
 

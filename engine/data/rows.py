@@ -1,7 +1,8 @@
-"""Raw rows from local files or the Hugging Face hub, one dictionary at a time.
+"""Reads raw rows, one dictionary at a time, and detects their format from their columns.
 
-JSON Lines, JSON, Parquet and CSV are read as they are or gzipped. Nothing is held in memory but
-the row (a JSON array excepted: it can only be parsed whole). Errors name the file and the row.
+Rows come from JSON Lines, JSON, Parquet or CSV files, gzipped or not, or from the Hugging Face hub.
+Only the current row is held in memory, except that a JSON array is parsed as a whole. Errors name
+file and row.
 """
 
 import csv
@@ -16,23 +17,75 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from redi.engine.data.formats import (
-    COLUMNS,
-    FORMATS,
-    SCORE_COLUMNS,
-    UNREAD_COLUMNS,
-    UNREAD_MESSAGE_KEYS,
-    VERDICT_COLUMNS,
-    resolve_format,
-)
 from redi.engine.data.sources import Source, find_sources, hub_dataset, saved_dataset
 from redi.engine.errors import InputError
 
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """The columns of one row format. A row may have others, which are ignored."""
+
+    required: tuple[str, ...]
+    """The columns by which the format is detected; empty: it is never detected."""
+    optional: tuple[str, ...]
+
+
+_COMMON = ("id", "teacher", "weight", "source", "finished")
+
+# Columns of a problem to evaluate on. Benchmarks use several names; the first one found counts.
+PROMPT_COLUMNS = ("prompt", "problem", "question")
+ANSWER_COLUMNS = ("answer", "solution")
+ID_COLUMNS = ("id", "unique_id", "uuid")
+
+# In the order of detection, the more specific columns first: a preference set often has a
+# `messages` column as well.
+FORMATS: dict[str, Format] = {
+    "preference": Format(("chosen", "rejected"), ("prompt", *_COMMON)),
+    "traces": Format(("prompt", "traces"), _COMMON),
+    "openr1": Format(
+        ("problem", "generations", "correctness", "problem_is_valid", "source"),
+        ("uuid", *_COMMON),
+    ),
+    "prompt-completion": Format(("prompt", "completion"), ("label", *_COMMON)),
+    "messages": Format(("messages",), ("label", *_COMMON)),
+    "problem": Format((), (*PROMPT_COLUMNS, *ANSWER_COLUMNS, *ID_COLUMNS)),
+}
+
+VERDICT_COLUMNS = ("correct", "is_correct", "correctness", "verdict", "passed", "is_passed")
+"""Names that other programs use for the verdict on a row; here it is `label`."""
+SCORE_COLUMNS = ("score", "reward", "accuracy", "acc", "success", "grade")
+"""Names of a grade. It is a verdict if it is a boolean, or only 0 and 1 in the whole file."""
+
+# They affect what a model should learn from a row, but no format reads them yet.
+UNREAD_COLUMNS = frozenset(
+    {
+        *("tools", "functions", "tool_calls", "documents", "images", "image", "videos", "audio"),
+        *("system", "system_prompt", "chat_template", "chat_template_kwargs"),
+        *("reasoning", "reasoning_content", "thinking", "thoughts"),
+        *("mask", "loss_mask", "completion_mask", "assistant_masks", "token_weights"),
+        *("loss_weights", "sample_weight", "weights", "label", "labels", "margin"),
+        *("step_rewards", "step_labels", "step_scores", "process_rewards", "rewards", "scores"),
+        *("target_logprobs", "teacher_logprobs", "logprobs", "token_logprobs"),
+        *("ref_chosen_logps", "ref_rejected_logps", "score_chosen", "score_rejected"),
+        *("chosen", "rejected", "completions", "traces"),
+        *VERDICT_COLUMNS,
+        *SCORE_COLUMNS,
+    }
+)
+UNREAD_MESSAGE_KEYS = frozenset(
+    {
+        *("weight", "mask", "loss", "loss_mask", "train", "trainable", "token_weights"),
+        *("logprobs", "name", "tool_call_id", "tools", "refusal", "images", "audio", "prefix"),
+    }
+)
+
+COLUMNS = frozenset(name for shape in FORMATS.values() for name in shape.required + shape.optional)
+"""Every column that some format reads."""
+
 # A CSV cell is text; in these columns the text is JSON.
 _CSV_JSON_COLUMNS = ("messages", "traces", "generations", "correctness")
-_CSV_OPTIONAL_COLUMNS = ("id", "teacher", "weight", "source", "finished")
 _PARQUET_ROWS = 64
-_CR_ALONE = "lines end in CR alone, as on old Macs; save it with LF"
+_CR_ALONE = "lines end in CR alone, as on old Macs; save it with LF line ends"
 _ZERO_BYTES = "holds zero bytes; it looks like UTF-16; save it as UTF-8"
 
 
@@ -43,11 +96,11 @@ class Row:
     value: dict[str, Any]
     """The row's columns, as parsed."""
     source: str
-    """The file or hub name that it came from."""
+    """The file or hub name of the row."""
     number: int
-    """Line of a JSON Lines or CSV file, else the row's number; both count from 1."""
+    """Line number in a JSON Lines or CSV file, otherwise row number; both count from 1."""
     format: str
-    """The row's shape, a key of `FORMATS`."""
+    """The row's format, a key of `FORMATS`."""
 
     @property
     def where(self) -> str:
@@ -55,21 +108,59 @@ class Row:
         return f"{self.source}:{self.number}"
 
 
-def read_rows(paths: Sequence[str], format: str) -> Iterator[Row]:
-    """Yields every row of `paths` in order.
+def resolve_format(format: str, columns: Collection[str], where: str) -> str:
+    """The format of a row: `format` itself, or with "auto" the one detected from its columns.
 
     Args:
-        paths: files, folders and hub names, as `find_sources` takes them.
-        format: a key of `FORMATS`, or "auto": told from the columns of each file's first row.
+        format: a key of `FORMATS`, or "auto".
+        columns: the columns of the row.
+        where: the row's place, for messages.
 
-    Raises InputError for missing, empty, unreadable or broken files, naming file and row.
+    Raises:
+        InputError: the name of the format is unknown, or the columns match no format.
+    """
+    if format in FORMATS:
+        return format
+    detected = {name: shape for name, shape in FORMATS.items() if shape.required}
+    if format != "auto":
+        available = ", ".join(detected)
+        raise InputError(f"[data] format {format!r} is unknown; available: auto, {available}")
+    for name, shape in detected.items():
+        if all(column in columns for column in shape.required):
+            return name
+    small = {column.lower() for column in columns}
+    found = ", ".join(columns) or "none"
+    for shape in detected.values():
+        if all(column in small for column in shape.required):
+            raise InputError(
+                f"{where}: the columns ({found}) must be written in lower case: "
+                f"{', '.join(shape.required)}"
+            )
+    known = "; ".join(f"{name} ({', '.join(_usual(shape))})" for name, shape in detected.items())
+    raise InputError(f"{where}: the columns ({found}) match no row format; available: {known}")
+
+
+def _usual(shape: Format) -> list[str]:
+    """Columns that most rows of a format have. `prompt` is optional for conversations."""
+    return ["prompt"] * ("prompt" in shape.optional) + list(shape.required)
+
+
+def read_rows(paths: Sequence[str], format: str) -> Iterator[Row]:
+    """Yield every row of `paths` in order.
+
+    Args:
+        paths: files, folders and hub names, as for `find_sources`.
+        format: a key of `FORMATS`, or "auto": detected from the first row of each file.
+
+    Raises:
+        InputError: a file is missing, empty, unreadable or damaged. Names file and row.
     """
     for source in find_sources(paths):
         yield from read_source(source, format)
 
 
 def read_source(source: Source, format: str) -> Iterator[Row]:
-    """Yields the rows of one source; see `read_rows`."""
+    """Yield the rows of one source; see `read_rows`."""
     for row in scan_source(source, format):
         if isinstance(row, InputError):
             raise row
@@ -79,15 +170,15 @@ def read_source(source: Source, format: str) -> Iterator[Row]:
 def scan_source(
     source: Source, format: str, unread: set[str] | None = None
 ) -> Iterator[Row | InputError]:
-    """Yields the rows of one source, and in the place of a broken one what is wrong with it.
+    """Yield the rows of one source, and an InputError instead of each faulty row.
 
-    A file that cannot be read on ends with its error; nothing is raised.
+    Nothing is raised. If the rest of a file cannot be read, its error is the last item.
 
     Args:
-        source: where the rows are.
-        format: as `read_rows` takes it.
-        unread: gets the names of columns and keys that are filled and mean something, and that
-            the shape does not read ("tools", "traces[].mask", "messages[].weight").
+        source: the file or data set.
+        format: as for `read_rows`.
+        unread: collects the names of columns and keys with meaningful content that the format
+            does not read ("tools", "traces[].mask", "messages[].weight").
     """
     number = 0
     shape = ""
@@ -108,7 +199,7 @@ def scan_source(
                 place = _header_place(source.name, value) if source.kind == "csv" else where
                 shape = resolve_format(format, value.keys(), place)
                 labelled = "label" in value
-            # A row whose label was forgotten must not pass for a positive.
+            # A row whose label is missing must not count as a positive.
             if "label" in FORMATS[shape].optional and ("label" in value) != labelled:
                 yield InputError(
                     f"{where}: column 'label' must be in every row of a file or in none; "
@@ -121,7 +212,7 @@ def scan_source(
             yield Row(value, source.name, number, shape)
     except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException) as error:
         problem = " ".join(str(error).split())
-        yield InputError(f"{source.name}:{number + 1}: the file is broken: {problem}")
+        yield InputError(f"{source.name}:{number + 1}: the file is damaged: {problem}")
     except InputError as error:
         yield error
     else:
@@ -131,23 +222,23 @@ def scan_source(
         for column, row in grades.verdicts().items():
             yield InputError(
                 f"{source.name}:{row}: column {column!r} has a verdict (only 0 and 1, or -1, in "
-                "the whole file), and the verdict is read from 'label': rename it to label "
+                "the whole file), but verdicts are read from 'label': rename it to label "
                 "(1: correct, 0: incorrect), or remove it"
             )
 
 
 class _Grades:
-    """Tells a file's columns of verdicts, written as 0 and 1 (or -1 and 1), from its scores."""
+    """Distinguishes columns of verdicts, written as 0 and 1 (or -1 and 1), from scores."""
 
     def __init__(self) -> None:
         self._low: dict[str, int] = {}
         self._scores: set[str] = set()
 
     def add(self, number: int, value: dict[str, Any]) -> None:
-        """Look at one row."""
+        """Count the grades of one row."""
         for column in SCORE_COLUMNS:
             grade = value.get(column)
-            # Missing in a CSV file, and in one that pandas wrote.
+            # A missing value, as in a CSV file or as pandas writes it.
             if grade is None or grade in ("", "nan") or grade != grade or column in self._scores:
                 continue
             try:
@@ -160,12 +251,12 @@ class _Grades:
                 self._low.setdefault(column, number)
 
     def verdicts(self) -> dict[str, int]:
-        """The columns that hold verdicts, and for each the first row that is graded incorrect."""
+        """The columns of verdicts, and for each the first row that is graded incorrect."""
         return {column: row for column, row in self._low.items() if column not in self._scores}
 
 
 def _unread_names(value: dict[str, Any], shape: str) -> set[str]:
-    """Names of what is filled in a row, means something, and is not read."""
+    """Names of columns and keys of a row with meaningful content that are not read."""
     form = FORMATS[shape]
     found = {
         name
@@ -176,7 +267,7 @@ def _unread_names(value: dict[str, Any], shape: str) -> set[str]:
         entries = value.get(column)
         if not isinstance(entries, list):
             continue
-        # Entries of `traces` have their verdict in `correct`.
+        # In entries of `traces` the verdict is read from `correct`.
         names = UNREAD_COLUMNS - {"correct"} if column == "traces" else UNREAD_MESSAGE_KEYS
         for entry in entries:
             if isinstance(entry, dict):
@@ -190,7 +281,7 @@ def _is_filled(value: object) -> bool:
 
 
 def _numbered_values(source: Source, format: str, unread: set[str]) -> Iterator[tuple[int, Any]]:
-    """Rows as parsed, counted from 1; an InputError for one that cannot be."""
+    """Parsed rows with their numbers, from 1; an InputError for a row that cannot be parsed."""
     if source.kind in ("hub", "saved"):
         dataset = (hub_dataset if source.kind == "hub" else saved_dataset)(source.name)
         columns = _wanted_columns(dataset.column_names, format, source.name)
@@ -224,7 +315,7 @@ def _parquet_values(
     columns = _wanted_columns(parquet.schema_arrow.names, format, name)
     others = _unread_columns(parquet.schema_arrow.names, columns)
     for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=[*columns, *others]):
-        # What is not read is not made into Python's objects either.
+        # Columns that are not read are not converted to Python objects.
         unread |= {name for name in others if batch[name].null_count < len(batch)}
         for value in batch.select(columns).to_pylist():
             number += 1
@@ -232,7 +323,7 @@ def _parquet_values(
 
 
 def _wanted_columns(columns: list[str], format: str, where: str) -> list[str]:
-    """Those of `columns` that the format reads: a column store can leave the others alone."""
+    """The columns that the format reads; a columnar file need not load the others."""
     shape = FORMATS[resolve_format(format, columns, where)]
     wanted = {*shape.required, *shape.optional}
     if "label" in shape.optional:
@@ -245,20 +336,20 @@ def _unread_columns(columns: Collection[str], wanted: Collection[str]) -> list[s
 
 
 def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(2**31 - 1)  # a long trace is one cell; the default stops at 128 KiB
+    csv.field_size_limit(2**31 - 1)  # a long trace is one cell; the default limit is 128 KiB
     lines = _decoded_lines(file, name)
     first = next(lines, "")
     if "\r" in first.rstrip("\r\n"):
         raise InputError(f"{name}:1: {_CR_ALONE}")
-    if excel := first.lower().startswith("sep="):  # Excel's own way to name the delimiter
+    if excel := first.lower().startswith("sep="):  # Excel names the delimiter this way
         first = next(lines, "")
-    delimiter = max(",;\t", key=first.count)  # spreadsheets of half the world write ";"
+    delimiter = max(",;\t", key=first.count)  # in many locales spreadsheets write ";"
     reader = csv.reader(chain([""] * excel + [first], lines), delimiter=delimiter)
     header = [column.strip() for column in next(filter(None, reader), [])]
     if not header:
-        raise InputError(f"{name}: holds no rows, nor a header line")
+        raise InputError(f"{name}: holds neither rows nor a header line")
     if twice := [column for column in header if header.count(column) > 1]:
-        raise InputError(f"{name}:1: column {twice[0]!r} is there {header.count(twice[0])} times")
+        raise InputError(f"{name}:1: column {twice[0]!r} occurs {header.count(twice[0])} times")
     number = reader.line_num + 1
     for cells in reader:
         if any(cells):  # spreadsheets leave rows of empty cells
@@ -268,8 +359,8 @@ def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
                 yield (
                     number,
                     InputError(
-                        f"{name}:{number}: {len(cells)} cells where the header has {len(header)} "
-                        f"(separated by {delimiter!r}; is a quotation mark not closed?)"
+                        f"{name}:{number}: {len(cells)} cells, but the header has {len(header)} "
+                        f"(separator {delimiter!r}; is a quotation mark not closed?)"
                     ),
                 )
         number = reader.line_num + 1
@@ -284,7 +375,7 @@ def _csv_row(
     header: list[str], cells: list[str], name: str, number: int
 ) -> dict[str, Any] | InputError:
     value: dict[str, Any] = dict(zip(header, cells, strict=True))
-    for column in _CSV_OPTIONAL_COLUMNS:
+    for column in _COMMON:
         if value.get(column) == "":
             del value[column]
     for column in _CSV_JSON_COLUMNS:
@@ -318,7 +409,7 @@ def _parsed_or_error(text: bytes, name: str, line: int) -> Any:
 
 
 def _parse_json(text: bytes, name: str, line: int | None) -> Any:
-    """Parses `text`; `line` is its line in the file, None if it is the whole file."""
+    """Parse `text`; `line` is its line number in the file, None if it is the whole file."""
     try:
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -334,7 +425,7 @@ def _parse_json(text: bytes, name: str, line: int | None) -> Any:
         raise InputError(f"{name}:{row}: {_not_utf8(text, error)}") from error
     except RecursionError as error:
         raise InputError(f"{name}:{line or 1}: not valid JSON: nested too deeply") from error
-    except ValueError as error:  # a key twice, or a number of thousands of digits
+    except ValueError as error:  # a repeated key, or a number with thousands of digits
         raise InputError(f"{name}:{line or 1}: not valid JSON: {error}") from error
 
 
@@ -343,12 +434,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} is there {names.count(twice)} times in one object")
+        raise ValueError(f"key {twice!r} occurs {names.count(twice)} times in one object")
     return value
 
 
 def _first_byte(file: IO[bytes]) -> bytes:
-    """The first byte that is not white space (or a byte-order mark); rewinds the file."""
+    """The first byte after white space and a byte-order mark; the file is rewound."""
     start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     file.seek(0)
     return start

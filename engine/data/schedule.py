@@ -1,4 +1,4 @@
-"""Which traces are trained (`select`), and which of them at which step (`Schedule`)."""
+"""Forms the units of training (`select`) and draws those of each step (`Schedule`)."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ class Examples:
     units: np.ndarray
     """int64 [n, 1] or [n, 2] (positive, negative): indices of traces."""
     lengths: np.ndarray
-    """int64 [traces], after truncation; of every trace, used or not."""
+    """int64 [traces]: length after truncation of every trace, used or not."""
     truncated: np.ndarray
-    """bool [traces]: whose end was cut off at a limit."""
+    """bool [traces]: True if the trace was truncated at a limit."""
     left_out: dict[str, int]
-    """Counts of traces that are in no unit, by reason."""
+    """Number of traces that are in no unit, by reason."""
     keep_pairs_together: int = 1
-    """Sequences that packing keeps in one row: 2 where a pair's margin is needed."""
+    """Number of sequences that must share a pack: 2 if the objective needs a pair's margin."""
 
 
 def select(
@@ -46,28 +46,29 @@ def select(
     row_tokens: int,
     untrained_end: int | None = None,
 ) -> Examples:
-    """Forms the units of training from a data set.
+    """Form the units of training from a data set.
 
     Args:
         tokens: the data set.
         objective_needs: see `UnitKind`; "positives" leaves negatives out, "traces" takes all.
-        pairing: within each problem: "zip" pairs the first positive with the first negative, the
+        pairing: within each problem, "zip" pairs the first positive with the first negative, the
             second with the second, ...; "first" takes only the first of each; "all" takes every
-            combination. For positives, "first" takes one a problem and the others all; for
+            combination. For positives, "first" takes one per problem, the others take all; for
             traces, "first" takes one of each sign.
-        duplicates: "drop" leaves out what repeats an earlier one, token for token: a problem's
-            traces of one sign (before pairing), and units of all problems.
-        max_tokens: the longest sequence allowed, prompt and completion with its end.
+        duplicates: "drop" leaves out repetitions, token for token: traces of one problem and sign
+            (before pairing), and units of all problems.
+        max_tokens: longest sequence, prompt and completion with its end.
         max_prompt_tokens, max_completion_tokens: limits on its parts; None: no further limit.
-        overlong: what becomes of a longer one: "error"; "drop" leaves it out (before pairing);
-            "truncate" cuts its end off, or leaves it out if its prompt is too long or no
+        overlong: what happens to a longer sequence. "error" raises; "drop" leaves it out (before
+            pairing); "truncate" cuts its end off, or leaves it out if its prompt is too long or no
             completion token would remain.
-        row_tokens: the longest sequence that packing can place; a longer one that was kept is
-            an error, whatever `overlong` says.
-        untrained_end: the end-of-sequence token, if it is not to be trained; None: it is. Nothing
-            follows it, so it is left off. A completion that is nothing else stays.
+        row_tokens: most tokens in a pack. A longer sequence that is kept is an error, independent
+            of `overlong`.
+        untrained_end: the end-of-sequence token, if it must not be trained; None: it is trained.
+            It is removed, as nothing follows it, except from a completion of this token alone.
 
-    Raises InputError for an overlong sequence, naming its row, and if no unit can be formed.
+    Raises:
+        InputError: a sequence is too long (names its row), or no unit can be formed.
     """
     lengths = tokens.lengths
     if untrained_end is not None:
@@ -86,7 +87,7 @@ def select(
         limits = np.minimum(limits, prompts + max_completion_tokens)
     over = lengths > limits
     if overlong != "error":
-        # A prompt is never cut: without its end it is another problem.
+        # A prompt is never cut: without its end it would be a different problem.
         emptied = overlong == "truncate" and prompts >= max_tokens
         long_prompt = prompts > (max_prompt_tokens or np.inf)
         left_out["prompt too long, dropped"] = int(np.sum(usable & (long_prompt | emptied)))
@@ -144,10 +145,10 @@ def select(
 
 
 def repeats(*columns: np.ndarray) -> np.ndarray:
-    """Which places hold in every column what an earlier one holds, bool [n].
+    """Find entries that equal an earlier one in every column, bool [n].
 
     Args:
-        columns: [n] each.
+        columns: arrays of shape [n].
     """
     order = np.lexsort(columns)
     ordered = [column[order] for column in columns]
@@ -157,7 +158,7 @@ def repeats(*columns: np.ndarray) -> np.ndarray:
 
 
 def closed_by(tokens: TokenizedTraces, end: int) -> np.ndarray:
-    """Which traces end with this token behind a completion of others, bool [traces]."""
+    """Find traces whose completion ends with this token and has others, bool [traces]."""
     last = np.array([tokens.ids(index)[-1] for index in range(len(tokens))])
     return (last == end) & (tokens.lengths - tokens.prompt_lengths > 1)
 
@@ -169,14 +170,14 @@ class _OneSign:
     traces: np.ndarray
     """int64 [n]: indices of traces."""
     problems: np.ndarray
-    """int64 [n], rising: the same number for traces of one problem, in either sign."""
+    """int64 [n], ascending: the same number for traces of one problem, for both signs."""
     ranks: np.ndarray
     """int64 [n]: 0 for a problem's first, 1 for its second, ..."""
 
 
 def _by_problem(tokens: TokenizedTraces, usable: np.ndarray, sign: int) -> _OneSign:
     indices = np.flatnonzero(usable)
-    # A problem is known by its first usable trace. Assigned backwards: the first one stays.
+    # A problem is identified by its first usable trace, which is assigned last.
     first = np.zeros(int(tokens.groups.max()) + 1, dtype=np.int64)
     first[tokens.groups[indices[::-1]]] = indices[::-1]
     indices = indices[tokens.signs[indices] == sign]
@@ -188,7 +189,7 @@ def _by_problem(tokens: TokenizedTraces, usable: np.ndarray, sign: int) -> _OneS
 
 
 def _singles(sides: list[_OneSign], pairing: Pairing) -> np.ndarray:
-    """Traces of either sign one by one, int64 [n], problem by problem, positives first."""
+    """Single traces, int64 [n], problem by problem, positives first."""
     taken = [side.ranks == 0 if pairing == "first" else slice(None) for side in sides]
     problems = np.concatenate([s.problems[part] for s, part in zip(sides, taken, strict=True)])
     traces = np.concatenate([s.traces[part] for s, part in zip(sides, taken, strict=True)])
@@ -196,7 +197,7 @@ def _singles(sides: list[_OneSign], pairing: Pairing) -> np.ndarray:
 
 
 def _pairs(positives: _OneSign, negatives: _OneSign, pairing: Pairing) -> np.ndarray:
-    """int64 [n, 2]; see `select`."""
+    """Pairs, int64 [n, 2]; see `select`."""
     start = np.searchsorted(negatives.problems, positives.problems)
     count = np.searchsorted(negatives.problems, positives.problems, side="right") - start
     if pairing == "all":
@@ -256,23 +257,23 @@ def _check_pairs_fit(
         first = int(over[0])
         raise InputError(
             f"{tokens.where(int(units[first, 0]))}: its pair has {both[first]} tokens, more than "
-            f"[train] row_tokens = {row_tokens} ({len(over)} of {len(units)} pairs have), and this "
-            "objective needs a pair in one row: raise row_tokens, or lower [data] max_tokens"
+            f"[train] row_tokens = {row_tokens} ({len(over)} of {len(units)} pairs are longer), "
+            "and this objective needs a pair in one pack: raise it, or lower [data] max_tokens"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Which units are drawn at which step: a function of (seed, epoch, step) alone."""
+    """Draws the units of each step, as a function of seed, epoch and step alone."""
 
     num_units: int
     batch: int
-    """Units in a step."""
+    """Units per step."""
     epochs: int | None
     max_steps: int | None
     seed: int
     mixture: tuple[MixedPath, ...] = ()
-    """What an epoch takes of each path; empty: every unit once."""
+    """Draws per epoch of each path; empty: every unit is drawn once."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -280,35 +281,35 @@ class Schedule:
         if self.draws_per_epoch < self.batch:
             weights = ", raise [data] mixing_weights" if self.mixture else ""
             raise InputError(
-                f"the data gives {self.draws_per_epoch} units (pairs; in SFT sequences) an epoch "
-                f"and a step takes {self.batch}: lower [train] batch{weights} or add data"
+                f"the data gives {self.draws_per_epoch} units (pairs; in SFT sequences) per "
+                f"epoch and a step takes {self.batch}: lower [train] batch{weights} or add data"
             )
 
     @property
     def draws_per_epoch(self) -> int:
-        """Units of an epoch, one that is drawn twice counted twice."""
+        """Units per epoch; a unit that is drawn twice counts twice."""
         return sum(mixed.draws for mixed in self.mixture) if self.mixture else self.num_units
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches of an epoch."""
+        """Complete batches per epoch."""
         return self.draws_per_epoch // self.batch
 
     @property
     def dropped_per_epoch(self) -> int:
-        """Draws of the last, partial batch: not trained in that epoch."""
+        """Draws of the last, incomplete batch, which are not trained in that epoch."""
         return self.draws_per_epoch % self.batch
 
     @property
     def total_steps(self) -> int:
-        """Steps until the earlier of `epochs` and `max_steps`; one epoch if neither is given."""
+        """Steps until `epochs` or `max_steps`, whichever comes first; default: one epoch."""
         if self.epochs is None and self.max_steps is None:
             return self.steps_per_epoch
         by_epochs = None if self.epochs is None else self.epochs * self.steps_per_epoch
         return min(limit for limit in (by_epochs, self.max_steps) if limit is not None)
 
     def drawn(self) -> np.ndarray:
-        """The units that any step draws, int64, rising."""
+        """The units that are drawn in any step, int64, ascending."""
         steps = range(1, self.total_steps + 1)
         return np.unique(np.concatenate([self.units(step) for step in steps]))
 

@@ -1,4 +1,4 @@
-"""Which files and data sets the entries of `[data] path` name."""
+"""Finds the files and data sets that the entries of `[data] path` refer to."""
 
 import json
 import re
@@ -16,18 +16,18 @@ from redi.engine.hub import NO_HUB_NAME, asking_the_hub, is_hub_name
 FILE_KINDS = ("jsonl", "json", "parquet", "csv")
 _SPLIT = re.compile(r":[\w.\[\]%-]+$")
 
-# What `datasets` writes beside the rows: `save_to_disk`, and the hub's older data cards.
+# Metadata that `datasets` writes: `save_to_disk`, and older data cards of the hub.
 _STATE, _INFO, _DICT = "state.json", "dataset_info.json", "dataset_dict.json"
 _METADATA = frozenset({_INFO, _DICT, "dataset_infos.json"})
-# Common names, so they are metadata only next to the file that they belong to.
-_METADATA_BESIDE = {
+# Common names: these files are metadata only if a file named here is in the same folder.
+_METADATA_NEXT_TO = {
     _STATE: (_INFO,),
     "evaluation.json": ("samples.jsonl",),
     "summary.json": ("samples.jsonl",),
     "report.json": ("sft.jsonl", "pref.jsonl"),
 }
 
-# The words by which `datasets` tells a file's split.
+# The words by which `datasets` detects the split of a file.
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -51,30 +51,31 @@ class Source:
     name: str
     """The path, or "owner/name:split"."""
     kind: str
-    """One of FILE_KINDS, "saved" (a folder that `datasets` saved), or "hub"."""
+    """One of FILE_KINDS, "saved" (a folder written by `save_to_disk`), or "hub"."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """What is read of a folder."""
+    """The part of a folder that is read."""
 
     sources: list[Source]
     split: str = ""
-    """The one that is read; empty if the folder has no splits to choose from."""
+    """The split that is read; empty if the folder has no splits to choose from."""
     others: tuple[str, ...] = ()
     """The splits that are not read."""
 
 
 def find_sources(paths: Sequence[str]) -> list[Source]:
-    """The files and data sets that `paths` name, in order.
+    """Find the files and data sets that `paths` refer to, in order.
 
     Args:
-        paths: files; folders, which stand for all data files in them and in their sub-folders,
-            sorted by path; folders written by `datasets`' `save_to_disk`; and hub names
-            ("owner/name"). "folder:split" and "owner/name:split" name a split, "train" by default.
+        paths: files; folders, with all data files in them and in their sub-folders, sorted by
+            path; folders written by `save_to_disk` of `datasets`; and hub names ("owner/name").
+            "folder:split" and "owner/name:split" select a split; default: "train".
 
-    Raises InputError for one that is missing, without data, or named twice, as a folder and a file
-    in it do; for a folder with several splits of which none is "train", naming them.
+    Raises:
+        InputError: a path is missing, has no data, or occurs twice (also as a folder and a file
+            in it), or a folder has several splits but none is "train" (names them).
     """
     sources = []
     for name in paths:
@@ -84,7 +85,7 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
         elif path.exists():
             kind = file_kind(path)
             if not kind:
-                raise InputError(f"{name}: not a kind of file read here ({_kinds_text()})")
+                raise InputError(f"{name}: not a supported kind of file ({_kinds_text()})")
             sources.append(Source(str(path), kind))
         elif is_hub_name(_SPLIT.sub("", name)) and not file_kind(path):
             sources.append(Source(name if ":" in name else f"{name}:train", "hub"))
@@ -97,15 +98,15 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
         place = source.name if source.kind == "hub" else str(Path(source.name).resolve())
         if place in seen:
             raise InputError(
-                f"{source.name}: is named twice; name it once, and to draw it more often move it "
-                "out of its folder and set [data] mixing_weights"
+                f"{source.name}: is named twice; name it once (to draw it more often, move it out "
+                "of its folder and set [data] mixing_weights)"
             )
         seen.add(place)
     return sources
 
 
 def unread_splits(paths: Sequence[str]) -> list[str]:
-    """For each folder of which only one split is read without being asked for: a line on that."""
+    """One line for each folder of which only the default split is read."""
     lines = []
     for name in paths:
         path, split = _split_name(name)
@@ -122,7 +123,7 @@ def unread_splits(paths: Sequence[str]) -> list[str]:
 
 
 def file_kind(path: Path) -> str:
-    """The one of FILE_KINDS that the file's name tells; empty if none."""
+    """The kind of a file by its name, one of FILE_KINDS; empty if none."""
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     return kind if kind in FILE_KINDS else ""
 
@@ -136,10 +137,10 @@ def hub_dataset(name: str) -> Any:
     try:
         with asking_the_hub():
             return datasets.load_dataset(repository, split=split)
-    except Exception as error:  # the hub client raises a great many types
+    except Exception as error:  # the hub client raises many types
         problem = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{name}: neither a local file nor a data set that the hub gives: {problem}"
+            f"{name}: neither a local file nor an available data set on the hub: {problem}"
         ) from error
 
 
@@ -148,7 +149,7 @@ def saved_dataset(path: str) -> Any:
     import datasets
 
     try:
-        # Without a format: one that gives tensors was meant for another program.
+        # Reset the format: one that returns tensors was set for another program.
         return datasets.load_from_disk(path).with_format(None)
     except Exception as error:  # Arrow, JSON, the file system and `datasets` each raise their own
         problem = " ".join(str(error).split())[:300]
@@ -156,12 +157,12 @@ def saved_dataset(path: str) -> Any:
 
 
 def saved_files(path: Path) -> list[Path]:
-    """The files that a saved data set consists of, in a fixed order."""
+    """The files of a saved data set, in a fixed order."""
     return [path / _STATE, path / _INFO, *sorted(path.glob("*.arrow"))]
 
 
 def _split_name(name: str) -> tuple[Path, str]:
-    """(path, split), where `name` is "folder:split" and the folder exists; else (path, "")."""
+    """(path, split) if `name` is "folder:split" and the folder exists; else (path, "")."""
     path = Path(name).expanduser()
     if not path.exists() and (found := _SPLIT.search(name)):
         folder = Path(name[: found.start()]).expanduser()
@@ -171,13 +172,15 @@ def _split_name(name: str) -> tuple[Path, str]:
 
 
 def _folder(name: str, path: Path, split: str) -> _Folder:
-    """What is read of the folder `path`, of which `split` is asked for if that is not empty."""
+    """The part of the folder `path` that is read; `split` selects a split if not empty."""
     try:
         if (path / _DICT).is_file():
             return _saved_splits(path, split)
         if _is_saved(path):
             if split:
-                raise InputError(f"{name}: the data set saved there has no splits; name it alone")
+                raise InputError(
+                    f"{name}: the data set saved there has no splits; remove the split"
+                )
             return _Folder([Source(str(path), "saved")])
         found = list(_found_in(path, set()))
     except OSError as error:
@@ -207,7 +210,7 @@ def _path(source: Source) -> Path:
 
 
 def _saved_splits(path: Path, split: str) -> _Folder:
-    """A `datasets.DatasetDict` on disk: one folder for each split."""
+    """The selected split of a `datasets.DatasetDict` on disk, which has one folder per split."""
     try:
         splits = json.loads((path / _DICT).read_text(encoding="utf-8"))["splits"]
         names = [str(name) for name in splits]
@@ -235,12 +238,13 @@ def _is_saved(path: Path) -> bool:
 
 
 def _found_in(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """Data files and saved data sets, at any depth.
+    """Find data files and saved data sets at any depth.
 
-    As in `datasets` neither hidden ones nor those in folders like __pycache__.
+    As in `datasets`, hidden files and folders such as __pycache__ are skipped.
 
     Args:
-        seen: folders that were gone through; links may lead to one again.
+        folder: where to search.
+        seen: folders already searched, as symbolic links may form a cycle.
     """
     if folder.resolve() in seen:
         return
@@ -262,16 +266,16 @@ def _found_in(folder: Path, seen: set[Path]) -> Iterator[Path]:
 
 
 def _is_metadata(path: Path) -> bool:
-    """Whether it describes the data instead of holding them."""
-    beside = _METADATA_BESIDE.get(path.name, ())
-    return path.name in _METADATA or any((path.parent / name).is_file() for name in beside)
+    """True if the file describes the data instead of containing it."""
+    neighbours = _METADATA_NEXT_TO.get(path.name, ())
+    return path.name in _METADATA or any((path.parent / name).is_file() for name in neighbours)
 
 
 def _split_of(path: Path) -> str:
-    """The split that a data file belongs to, by its path in the data set; empty if none is told.
+    """The split of a data file by its path in the data set; empty if it has none.
 
-    As `datasets` does it: files of the hub's own layout, data/NAME-00000-of-00001.parquet, have
-    any name; elsewhere a known word stands in the file's name or in that of a folder.
+    Follows `datasets`: in the hub's layout, data/NAME-00000-of-00001.parquet, the split has any
+    name; otherwise a known word in the name of the file or of a folder determines it.
     """
     if path.parent.name == "data" and (shard := _HUB_SHARD.match(path.name)):
         return shard[1]

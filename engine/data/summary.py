@@ -1,6 +1,6 @@
-"""What is about to be trained, in figures: the last look before hours of training.
+"""Summary of the training data, shown before training starts.
 
-Everything is told from lengths, signs and digests, which lie in the token cache: no token is read.
+It is computed from the lengths, signs and hashes in the token cache, without reading a token.
 """
 
 from __future__ import annotations
@@ -16,104 +16,104 @@ from redi.engine.data.schedule import Examples, Schedule
 
 PERCENTILES = (5, 50, 95, 99)
 PACKED_STEPS = 20
-"""Steps at the start of training whose packing is looked at."""
+"""Number of first steps whose packing is measured."""
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """Tokens of one kind of sequence."""
+class LengthStats:
+    """Statistics of the lengths of one kind of sequence, in tokens."""
 
     count: int
     total: int
     percentiles: tuple[int, ...]
-    """At PERCENTILES."""
+    """The percentiles of PERCENTILES."""
     longest: int
 
 
 @dataclass(frozen=True)
 class PathDraws:
-    """What an epoch takes of one entry of `[data] path`."""
+    """Units of one entry of `[data] path` and the draws from it per epoch."""
 
     path: str
     weight: float
     units: int
-    """Pairs, or single sequences, that come from here."""
+    """Pairs, or single sequences, of this path."""
     draws: int
-    """Of them in an epoch."""
+    """Draws of these units per epoch."""
 
 
 @dataclass(frozen=True)
 class HeldOutOverlap:
-    """What of `[eval]` is trained on as well."""
+    """The part of the `[eval]` data that is also trained on."""
 
     traces: int
     """Held-out traces that are scored."""
     trained_traces: int
-    """Of them, those that equal a used trace, prompt and completion, token for token."""
+    """Those of `traces` that equal a trained trace, prompt and completion, token for token."""
     problems: int
-    """Their problems."""
+    """Problems of these traces."""
     trained_problems: int
-    """Of them, those whose prompt is that of a used trace, token for token."""
+    """Those of `problems` whose prompt equals that of a trained trace, token for token."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What `[data]`, `[objective]` and `[train]` come to."""
+    """The training data that results from `[data]`, `[objective]` and `[train]`."""
 
     traces: int
     """Traces read and tokenized, used or not."""
     problems: int
-    """Of the traces read."""
+    """Problems of the traces read."""
     only_positives: int
-    """Problems without a negative, and so without a pair."""
+    """Problems without a negative and thus without a pair."""
     only_negatives: int
     left_out: dict[str, int]
-    """Rows and traces that are not trained, by reason."""
+    """Number of rows and traces that are not trained, by reason."""
     units: int
     """Pairs, or single sequences in SFT."""
     draws: int
-    """Units of an epoch, one that it draws twice counted twice."""
+    """Units per epoch; a unit that is drawn twice counts twice."""
     mixture: list[PathDraws]
-    """By path, if `[data] mixing_weights` are given; else an epoch draws every unit once."""
+    """By path, if `[data] mixing_weights` are given; else empty: each unit is drawn once."""
     paired: bool
-    lengths: dict[str, Lengths]
-    """Of "prompt", "positive" and "negative" (completions with their end)."""
+    lengths: dict[str, LengthStats]
+    """For "prompt", "positive" and "negative" (completions with their end)."""
     duplicates: int
-    """Used traces that repeat another used one, prompt and completion, token for token."""
+    """Used traces whose prompt and completion repeat another used one, token for token."""
     contradictions: int
-    """Distinct token sequences that are used both as a positive and as a negative."""
+    """Distinct token sequences that are used as a positive and as a negative."""
     identical_pairs: int
-    """Pairs whose positive and negative are the same tokens."""
+    """Pairs whose positive and negative have the same tokens."""
     identical_first: str | None
-    """The row of the first of them."""
+    """The row of the first identical pair."""
     truncated: int
-    """Used traces that were cut off at a limit: their end is not trained."""
+    """Used traces that were truncated at a limit: their end is not trained."""
     unknown_tokens: int
-    """Used traces with text that the tokenizer does not know."""
+    """Used traces with text that is unknown to the tokenizer."""
     control_tokens: int
-    """Used traces whose text spells a control token of the tokenizer."""
+    """Used traces whose text contains a control token of the tokenizer."""
     control_names: tuple[str, ...]
-    """Which control tokens the data spells."""
+    """The control tokens in the text of the data."""
     unread: dict[str, tuple[str, ...]]
-    """Columns that mean something but are not read, by file, held-out ones too."""
+    """Columns with meaningful content that are not read, by file, including held-out files."""
     unfinished: int
-    """Traces read that were cut off before the data was made: their end is not trained."""
+    """Traces read that were already cut off in the data: their end is not trained."""
     document_start: str
-    """The tokens that begin each document and are no text of the row; "" if there are none."""
+    """The tokens at the start of each document that are not from the row; "" if there are none."""
     held_out: HeldOutOverlap | None
     """None without `[eval]`."""
     steps: int
     batch: int
     epochs: float
-    """That the steps come to."""
+    """Length of training in epochs."""
     left_over: int
-    """Draws of each epoch's last, partial batch."""
+    """Draws of each epoch's last, incomplete batch, which are not trained."""
     micro_steps: float
-    """A step's micro-steps, mean over the steps looked at."""
+    """Micro-steps per step, mean over the measured steps."""
     rank_efficiency: float
-    """See `Packing`; mean over the steps looked at."""
+    """See `Packing`; mean over the measured steps."""
     rank_efficiency_bound: float
-    """What each step's longest sequence allows, by any packing; mean over the same steps."""
+    """Upper bound for any packing, by each step's longest sequence; mean over the same steps."""
     world_size: int
 
 
@@ -127,12 +127,12 @@ def summarize(
     world_size: int,
     cost: Cost,
 ) -> Summary:
-    """Sum up the data set, its units and their packing.
+    """Summarize the data set, its units and their packing.
 
     Args:
-        tokens, examples, schedule: what is trained, and when.
-        held_out: the traces of `[eval]` and which of them are scored, if there are any.
-        row_tokens, world_size, cost: as `pack` takes them.
+        tokens, examples, schedule: the data set, its units and their order.
+        held_out: the traces of `[eval]` and the units that are scored, if any.
+        row_tokens, world_size, cost: as for `pack`.
     """
     in_use = np.zeros(len(tokens), dtype=bool)
     in_use[examples.units] = True
@@ -178,9 +178,9 @@ def summarize(
         ],
         paired=paired,
         lengths={
-            "prompt": sum_up(prompts[one_per_problem]),
-            "positive": sum_up(completions[signs > 0]),
-            "negative": sum_up(completions[signs < 0]),
+            "prompt": length_stats(prompts[one_per_problem]),
+            "positive": length_stats(completions[signs > 0]),
+            "negative": length_stats(completions[signs < 0]),
         },
         duplicates=len(used) - sum(map(len, distinct.values())),
         contradictions=len(np.intersect1d(distinct[1], distinct[-1], assume_unique=True)),
@@ -198,7 +198,7 @@ def summarize(
         batch=schedule.batch,
         epochs=schedule.total_steps / schedule.steps_per_epoch,
         left_over=schedule.dropped_per_epoch,
-        micro_steps=float(np.mean([len(packing.rows) for packing in packings])),
+        micro_steps=float(np.mean([len(packing.packs) for packing in packings])),
         rank_efficiency=float(np.mean([packing.rank_efficiency for packing in packings])),
         rank_efficiency_bound=float(np.mean([packing.bound for packing in packings])),
         world_size=world_size,
@@ -208,7 +208,7 @@ def summarize(
 def _in_both(
     held_out: TokenizedTraces, examples: Examples, tokens: TokenizedTraces, used: np.ndarray
 ) -> HeldOutOverlap:
-    """What is in both sets; `used` are the indices of the traces that are trained."""
+    """Count what is in both sets; `used` are the indices of the trained traces."""
     scored = np.unique(examples.units)
     _, one_per_problem = np.unique(held_out.groups[scored], return_index=True)
     prompts = held_out.prompt_digests[scored[one_per_problem]]
@@ -222,17 +222,17 @@ def _in_both(
 
 
 def _distinct(values: np.ndarray) -> np.ndarray:
-    # np.unique takes five times as long on ten million.
+    # np.unique takes five times as long for ten million values.
     ordered = np.sort(values)
     return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]]
 
 
-def sum_up(lengths: np.ndarray) -> Lengths:
-    """Number, sum, percentiles and maximum of int64 [n] lengths; all 0 if there are none."""
+def length_stats(lengths: np.ndarray) -> LengthStats:
+    """Number, sum, percentiles and maximum of int64 [n] lengths; all 0 if n is 0."""
     if not len(lengths):
-        return Lengths(0, 0, (0,) * len(PERCENTILES), 0)
+        return LengthStats(0, 0, (0,) * len(PERCENTILES), 0)
     percentiles = np.percentile(lengths, PERCENTILES, method="nearest")
-    return Lengths(
+    return LengthStats(
         len(lengths), int(lengths.sum()), tuple(map(int, percentiles)), int(lengths.max())
     )
 
@@ -240,62 +240,62 @@ def sum_up(lengths: np.ndarray) -> Lengths:
 LENGTH_COLUMNS = ("tokens of a", "number", *(f"p{p}" for p in PERCENTILES), "longest", "all")
 
 
-def length_rows(overview: Summary) -> list[tuple[str, ...]]:
-    """The table of lengths, under LENGTH_COLUMNS."""
+def length_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """The rows of the table of lengths; its columns are LENGTH_COLUMNS."""
     return [
         (name, *(f"{n:,}" for n in (found.count, *found.percentiles, found.longest, found.total)))
-        for name, found in overview.lengths.items()
+        for name, found in summary.lengths.items()
         if found.count
     ]
 
 
-MIXTURE_COLUMNS = ("path", "weight", "units", "drawn an epoch", "share")
+MIXTURE_COLUMNS = ("path", "weight", "units", "drawn per epoch", "share")
 
 
-def mixture_rows(overview: Summary) -> list[tuple[str, ...]]:
-    """The table of what an epoch takes of each path, under MIXTURE_COLUMNS."""
+def mixture_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """The rows of the table of draws by path; its columns are MIXTURE_COLUMNS."""
     return [
         (
             one.path,
             f"{one.weight:g}",
             f"{one.units:,}",
             f"{one.draws:,}",
-            f"{one.draws / overview.draws:.1%}",
+            f"{one.draws / summary.draws:.1%}",
         )
-        for one in overview.mixture
+        for one in summary.mixture
     ]
 
 
-def count_rows(overview: Summary) -> list[tuple[str, str]]:
-    """The table of counts: what, how many."""
-    unit = "pairs" if overview.paired else "sequences"
-    rows = [("problems", f"{overview.problems:,}")]
+def count_rows(summary: Summary) -> list[tuple[str, str]]:
+    """The rows of the table of counts: label, number."""
+    unit = "pairs" if summary.paired else "sequences"
+    rows = [("problems", f"{summary.problems:,}")]
     for what, count in (
-        ("correct", overview.only_positives),
-        ("incorrect", overview.only_negatives),
+        ("correct", summary.only_positives),
+        ("incorrect", summary.only_negatives),
     ):
         if count:
             rows.append((f"- with {what} traces alone", f"{count:,}"))
-    rows.append(("traces read", f"{overview.traces:,}"))
-    rows += [(f"- {reason}", f"{count:,}") for reason, count in overview.left_out.items()]
-    if overview.unfinished:
-        rows.append(("- unfinished, trained without an end", f"{overview.unfinished:,}"))
-    if overview.document_start:
-        rows.append(("each document begins with", overview.document_start))
+    rows.append(("traces read", f"{summary.traces:,}"))
+    rows += [(f"- {reason}", f"{count:,}") for reason, count in summary.left_out.items()]
+    if summary.unfinished:
+        rows.append(("- unfinished, trained without an end", f"{summary.unfinished:,}"))
+    if summary.document_start:
+        rows.append(("each document begins with", summary.document_start))
     rows += [
-        (f"{unit} to train on", f"{overview.units:,}"),
-        *([("- drawn in an epoch", f"{overview.draws:,}")] if overview.mixture else []),
-        ("duplicates among their traces", f"{overview.duplicates:,}"),
-        ("cut off, without their end", f"{overview.truncated:,}"),
-        ("with text unknown to the tokenizer", f"{overview.unknown_tokens:,}"),
-        ("with control tokens", f"{overview.control_tokens:,}"),
+        (f"{unit} to train on", f"{summary.units:,}"),
+        *([("- drawn in an epoch", f"{summary.draws:,}")] if summary.mixture else []),
+        ("duplicates among their traces", f"{summary.duplicates:,}"),
+        ("cut off, without their end", f"{summary.truncated:,}"),
+        ("with text unknown to the tokenizer", f"{summary.unknown_tokens:,}"),
+        ("with control tokens", f"{summary.control_tokens:,}"),
     ]
-    if overview.paired:
+    if summary.paired:
         rows += [
-            ("identical chosen and rejected", f"{overview.identical_pairs:,}"),
-            ("both correct and incorrect", f"{overview.contradictions:,}"),
+            ("identical chosen and rejected", f"{summary.identical_pairs:,}"),
+            ("both correct and incorrect", f"{summary.contradictions:,}"),
         ]
-    if both := overview.held_out:
+    if both := summary.held_out:
         rows += [
             (
                 "held-out problems that are trained",
@@ -303,72 +303,72 @@ def count_rows(overview: Summary) -> list[tuple[str, str]]:
             ),
             ("held-out traces that are trained", f"{both.trained_traces:,} of {both.traces:,}"),
         ]
-    ranks = f"{overview.world_size} rank{'s' if overview.world_size > 1 else ''}"
+    ranks = f"{summary.world_size} rank{'s' if summary.world_size > 1 else ''}"
     rows += [
-        (f"steps of {overview.batch} {unit}", f"{overview.steps:,}"),
-        ("epochs", f"{overview.epochs:.2f}"),
-        ("left over in an epoch", f"{overview.left_over:,}"),
-        ("micro-steps in a step", f"{overview.micro_steps:.1f}"),
-        (f"rank efficiency, {ranks}", f"{overview.rank_efficiency:.2f}"),
+        (f"steps of {summary.batch} {unit}", f"{summary.steps:,}"),
+        ("epochs", f"{summary.epochs:.2f}"),
+        ("left over in an epoch", f"{summary.left_over:,}"),
+        ("micro-steps in a step", f"{summary.micro_steps:.1f}"),
+        (f"rank efficiency, {ranks}", f"{summary.rank_efficiency:.2f}"),
     ]
-    if overview.rank_efficiency_bound < 0.995:
-        rows.append(("- the longest trace allows", f"{overview.rank_efficiency_bound:.2f}"))
+    if summary.rank_efficiency_bound < 0.995:
+        rows.append(("- the longest trace allows", f"{summary.rank_efficiency_bound:.2f}"))
     return rows
 
 
-def show(overview: Summary, title: str, console: Console) -> None:
-    """The tables: `title` says whose they are."""
-    console.table(f"{title}: what is trained", LENGTH_COLUMNS, length_rows(overview))
-    console.table("", ("", ""), count_rows(overview))
-    if overview.mixture:
-        console.table("what an epoch draws", MIXTURE_COLUMNS, mixture_rows(overview))
+def show(summary: Summary, title: str, console: Console) -> None:
+    """Print the tables; `title` names the run or recipe."""
+    console.table(f"{title}: what is trained", LENGTH_COLUMNS, length_rows(summary))
+    console.table("", ("", ""), count_rows(summary))
+    if summary.mixture:
+        console.table("what an epoch draws", MIXTURE_COLUMNS, mixture_rows(summary))
 
 
 def unread_warnings(unread: dict[str, tuple[str, ...]]) -> list[str]:
-    """One line for each file with columns that mean something but are not read."""
+    """One line for each file with meaningful columns that are not read."""
     return [
         f"{name}: {', '.join(columns)} {'is' if len(columns) == 1 else 'are'} not read, and the "
-        "traces are used without; see docs/data.md for the columns that are read"
+        "traces are used without them; see docs/data.md for the columns that are read"
         for name, columns in unread.items()
     ]
 
 
-def warnings(overview: Summary) -> list[str]:
-    """What in the data is likely to be a mistake, one line each."""
-    found = unread_warnings(overview.unread)
-    if overview.identical_pairs:
+def warnings(summary: Summary) -> list[str]:
+    """Probable mistakes in the data, one line each."""
+    found = unread_warnings(summary.unread)
+    if summary.identical_pairs:
         found.append(
-            f"{overview.identical_pairs:,} of {overview.units:,} pairs have the same tokens as "
-            f"chosen and rejected (the first: {overview.identical_first}): their two traces pull "
-            "against each other"
+            f"{summary.identical_pairs:,} of {summary.units:,} pairs have the same tokens as "
+            f"chosen and rejected (the first: {summary.identical_first}): the loss "
+            "terms of the two traces oppose each other"
         )
-    elif overview.contradictions:
+    elif summary.contradictions:
         found.append(
-            f"{overview.contradictions:,} traces are used as correct and as incorrect: check the "
+            f"{summary.contradictions:,} traces are used as correct and as incorrect: check the "
             "verdicts"
         )
-    trained = sum(overview.lengths[name].count for name in ("positive", "negative"))
-    if overview.unknown_tokens:
+    trained = sum(summary.lengths[name].count for name in ("positive", "negative"))
+    if summary.unknown_tokens:
         found.append(
-            f"{overview.unknown_tokens:,} of {trained:,} traces hold text that the tokenizer does "
-            "not know: is it the tokenizer of this model?"
+            f"{summary.unknown_tokens:,} of {trained:,} traces contain text that is unknown to "
+            "the tokenizer: is it the tokenizer of this model?"
         )
-    if overview.control_tokens:
+    if summary.control_tokens:
         found.append(
-            f"{overview.control_tokens:,} of {trained:,} traces spell control tokens of the "
-            f"tokenizer ({', '.join(overview.control_names)}), which train as structure, not as "
-            'text: [data] control_tokens = "error" refuses them'
+            f"{summary.control_tokens:,} of {trained:,} traces contain control tokens of the "
+            f"tokenizer ({', '.join(summary.control_names)}), which are trained as structure, not "
+            'as text: [data] control_tokens = "error" refuses them'
         )
-    both = overview.held_out
+    both = summary.held_out
     if both and (both.trained_traces or both.trained_problems):
         found.append(
-            f"eval.path is not all held out: {both.trained_problems:,} of its {both.problems:,} "
+            f"eval.path is not fully held out: {both.trained_problems:,} of its {both.problems:,} "
             f"problems have a prompt that is trained on, {both.trained_traces:,} of its "
             f"{both.traces:,} traces are themselves trained on, token for token"
         )
-    if overview.duplicates * 10 > trained:
+    if summary.duplicates * 10 > trained:
         found.append(
-            f"{overview.duplicates:,} of {trained:,} traces repeat another one; [data] duplicates "
-            f'= "drop" uses equal {"pairs" if overview.paired else "sequences"} once'
+            f"{summary.duplicates:,} of {trained:,} traces repeat another one; [data] duplicates "
+            f'= "drop" uses equal {"pairs" if summary.paired else "sequences"} once'
         )
     return found

@@ -1,4 +1,4 @@
-"""A closer look at a set: by teacher, source and file, and positives against negatives."""
+"""Summary of a data set by teacher, source and file, and of positives against negatives."""
 
 from __future__ import annotations
 
@@ -10,56 +10,60 @@ import numpy as np
 
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.schedule import Examples, repeats
-from redi.engine.data.summary import PERCENTILES, Lengths, sum_up
+from redi.engine.data.summary import PERCENTILES, LengthStats, length_stats
 
 _PAIRS_COMPARED = 1000
-"""Pairs whose tokens are read, evenly spaced."""
-MOST_ORIGINS = 20
-"""Of a kind that are shown one by one."""
+"""Number of pairs whose tokens are read, evenly spaced."""
+MAX_ORIGINS = 20
+"""Most origins of a kind that are shown separately."""
 _COLOURS = {"prompt": "#999999", "positive": "#0072b2", "negative": "#d55e00"}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The traces of one teacher, source or file; read, used or not."""
+    """The traces of one teacher, source or file, used or not."""
 
     kind: str
     """"teacher", "source" (the row's column) or "file"."""
     name: str
     used: int
-    positive: Lengths
-    """Of completions; so is the next."""
-    negative: Lengths
-    prompt: Lengths
-    """Each trace's prompt counts."""
+    positive: LengthStats
+    """Lengths of correct completions."""
+    negative: LengthStats
+    """Lengths of incorrect completions."""
+    prompt: LengthStats
+    """Lengths of prompts, one per trace."""
     over_limit: int
-    """Longer than max_tokens."""
+    """Traces longer than max_tokens."""
     repeated: int
-    """With the sign, prompt and completion of an earlier trace of the set."""
+    """Traces with the sign, prompt and completion of an earlier trace of the set."""
     identical_pairs: int
-    """Pairs whose positive is from here, and is the negative too, token for token."""
+    """Pairs whose positive is of this origin and equals the negative, token for token."""
 
 
 @dataclass(frozen=True)
-class Breakdown:
-    """What `summarize_by_source` finds."""
+class SourceSummary:
+    """The result of `summarize_by_source`."""
 
     origins: list[Origin]
-    """Of each kind the largest, at most MOST_ORIGINS, and one for all others."""
+    """Of each kind the largest, at most MAX_ORIGINS, and one for all others."""
     max_tokens: int
     over_limit: dict[str, float]
-    """Share of the "positive" and "negative" traces that are longer than max_tokens."""
+    """Share of "positive" and of "negative" traces that are longer than max_tokens."""
     overlap: float | None
-    """Of a pair's completions: sum over tokens of the smaller of their two frequencies, mean over
-    the pairs looked at. 1: the same tokens as often, 0: none in common. None without pairs."""
+    """Similarity of a pair's completions: sum over tokens of the smaller of their two frequencies,
+    mean over the compared pairs. 1: the same tokens equally often; 0: none in common. None without
+    pairs."""
 
 
-def summarize_by_source(tokens: TokenizedTraces, examples: Examples, max_tokens: int) -> Breakdown:
-    """Sum up a set by origin and sign; the tokens of some pairs are read.
+def summarize_by_source(
+    tokens: TokenizedTraces, examples: Examples, max_tokens: int
+) -> SourceSummary:
+    """Summarize a data set by origin and sign. Reads the tokens of some pairs.
 
     Args:
-        tokens, examples: the set, and its units.
-        max_tokens: the limit on a sequence.
+        tokens, examples: the data set and its units.
+        max_tokens: the limit on the length of a sequence.
     """
     used = np.zeros(len(tokens), dtype=bool)
     used[examples.units] = True
@@ -77,9 +81,9 @@ def summarize_by_source(tokens: TokenizedTraces, examples: Examples, max_tokens:
             kind,
             name,
             int(used[own].sum()),
-            sum_up(completions[signs > 0]),
-            sum_up(completions[signs < 0]),
-            sum_up(prompts),
+            length_stats(completions[signs > 0]),
+            length_stats(completions[signs < 0]),
+            length_stats(prompts),
             int(np.sum(tokens.lengths[own] > max_tokens)),
             int(repeated[own].sum()),
             int(identical[own].sum()),
@@ -92,7 +96,7 @@ def summarize_by_source(tokens: TokenizedTraces, examples: Examples, max_tokens:
             ("source", *tokens.names("origin")),
             ("file", tokens.source_numbers, [Path(name).name for name in tokens.sources]),
         )
-        if any(names)  # a column that no row has says nothing
+        if any(names)  # skips a column that no row has
         for name, own in _largest(numbers, names)
     ]
     over = {
@@ -100,18 +104,18 @@ def summarize_by_source(tokens: TokenizedTraces, examples: Examples, max_tokens:
         for name, sign in (("positive", 1), ("negative", -1))
         if (tokens.signs == sign).any()
     }
-    return Breakdown(origins, max_tokens, over, _overlap(tokens, examples.units))
+    return SourceSummary(origins, max_tokens, over, _overlap(tokens, examples.units))
 
 
 def _largest(numbers: np.ndarray, names: Sequence[str | None]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each of the largest origins, in the order of the names, and which traces are its own."""
+    """Yield the name and the traces of each of the largest origins, in the order of the names."""
     sizes = np.bincount(numbers, minlength=len(names))
-    largest = np.sort(np.argsort(-sizes, kind="stable")[:MOST_ORIGINS])
+    largest = np.sort(np.argsort(-sizes, kind="stable")[:MAX_ORIGINS])
     for number in largest[sizes[largest] > 0].tolist():
         yield names[number] or "none", np.flatnonzero(numbers == number)
-    if len(names) > MOST_ORIGINS:
+    if len(names) > MAX_ORIGINS:
         others = np.flatnonzero(~np.isin(numbers, largest))
-        yield f"{len(names) - MOST_ORIGINS:,} others", others
+        yield f"{len(names) - MAX_ORIGINS:,} others", others
 
 
 def _overlap(tokens: TokenizedTraces, units: np.ndarray) -> float | None:
@@ -136,8 +140,8 @@ ORIGIN_COLUMNS = (
 )
 
 
-def origin_rows(found: Breakdown) -> list[tuple[str, ...]]:
-    """The table of origins, under ORIGIN_COLUMNS; lengths are those of completions, in tokens."""
+def origin_rows(found: SourceSummary) -> list[tuple[str, ...]]:
+    """The rows of the table of origins, with lengths of completions; see ORIGIN_COLUMNS."""
     middle = [PERCENTILES.index(p) for p in (50, 95)]
     return [
         (
@@ -154,8 +158,8 @@ def origin_rows(found: Breakdown) -> list[tuple[str, ...]]:
     ]
 
 
-def share_rows(found: Breakdown) -> list[tuple[str, str]]:
-    """The table of shares: what, how much."""
+def share_rows(found: SourceSummary) -> list[tuple[str, str]]:
+    """The rows of the table of shares: label, value."""
     rows = [
         (f"{name}s over {found.max_tokens:,} tokens", f"{share:.1%}")
         for name, share in found.over_limit.items()
@@ -165,8 +169,8 @@ def share_rows(found: Breakdown) -> list[tuple[str, str]]:
     return rows
 
 
-def draw_lengths(tokens: TokenizedTraces, examples: Examples, max_tokens: int, path: Path) -> None:
-    """Draw how long prompts, positives and negatives are, as a PNG; the limit dashed."""
+def plot_lengths(tokens: TokenizedTraces, examples: Examples, max_tokens: int, path: Path) -> None:
+    """Plot the lengths of prompts, positives and negatives as a PNG; the limit is dashed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
-"""Chat template, end of sequence and tokenizer: from a trace to token ids.
+"""Converts a trace to token ids: chat template, end of sequence, tokenizer.
 
-The prompt and the completion are tokenized apart: tokenized together, the last characters of
-the one could merge with the first of the other, and the model is never prompted like that.
+Prompt and completion are tokenized separately. Tokenized together, the last characters of the
+prompt could merge with the first of the completion, which never happens in generation.
 """
 
 import json
@@ -21,12 +21,12 @@ from redi.engine.hub import NO_HUB_NAME, asking_the_hub, is_hub_name
 
 TEMPLATES = ("chat", "none")
 _PROBE = "redi probe message"
-# What a vocabulary of bytes spells, and one of a few characters or words does not.
+# Text that a byte-level vocabulary represents, but one of a few characters or words does not.
 _ANY_TEXT = "aZ09 +-=*/(){}<>\\$%é≠中☃\U0001f600"
 _OPENED_TAG = re.compile(r"<[^<>/|｜\s]+>\s*$")
 _EMPTY_BLOCK = re.compile(r"<([^<>/|｜\s]+)>\s*</\1>\s*$")
 _THOUGHT = re.compile(r"\s*<(think|thinking|thought|reasoning)>")
-# Templates that show a date or draw words render otherwise from one call to the next.
+# Templates with a date or random words render differently from one call to the next.
 _VOLATILE = re.compile(r"\b(?:strftime_now|random|lipsum)\b")
 _VOLATILE_MARK = "-volatile"
 _PROBE_TURNS = (
@@ -39,20 +39,20 @@ _PROBE_TURNS = (
 
 @dataclass(frozen=True, slots=True)
 class TokenSettings:
-    """Everything that shapes token ids; a change of a part makes another cache."""
+    """Everything that determines the token ids; a change of any part makes another cache."""
 
     paths: tuple[str, ...]
     """Files, folders and hub names."""
     format: str
-    """A row shape of `redi.engine.data.rows`, or "auto"."""
+    """A row format of `redi.engine.data.rows`, or "auto"."""
     template: str
-    """"chat": the tokenizer's chat template. "none": prompt and completion as they are."""
+    """"chat": the tokenizer's chat template. "none": prompt and completion without a template."""
     system_prompt: str | None
-    """Put before messages that have no system message; needs the chat template."""
+    """Added to messages that have no system message; needs the chat template."""
     tokenizer_path: str
     """Folder or hub name of a tokenizer."""
     control_tokens: str = "allow"
-    """"error": traces that spell a control token of the tokenizer are refused; of no account for
+    """"error": refuse traces whose text contains a control token of the tokenizer. Does not change
     the ids."""
 
 
@@ -61,26 +61,32 @@ class Encoded:
     """Token ids of one trace."""
 
     ids: np.ndarray
-    """int32 [length]: prompt, then completion with its end."""
+    """int32 [length]: the prompt, then the completion with its end."""
     prompt_length: int
     unknown: int
-    """Tokens that the tokenizer does not know, and characters that it drops."""
+    """Number of unknown tokens, and of characters that the tokenizer drops."""
 
 
 class Encoder:
-    """A tokenizer with its template, as the settings want them applied.
+    """A tokenizer with its template, applied according to the settings.
 
     Attributes:
         tokenizer: the fast tokenizer.
     """
 
     def __init__(self, settings: TokenSettings) -> None:
-        """Loads the tokenizer; InputError if it cannot be had or lacks what is needed."""
+        """Load the tokenizer.
+
+        Raises:
+            InputError: it is not available, or lacks an end-of-sequence token or a chat template.
+        """
         if settings.template not in TEMPLATES:
             known = ", ".join(TEMPLATES)
-            raise InputError(f"[data] template {settings.template!r} is unknown; known: {known}")
+            raise InputError(
+                f"[data] template {settings.template!r} is unknown; available: {known}"
+            )
         if settings.template == "none" and settings.system_prompt is not None:
-            raise InputError('system_prompt has no place without a template: choose "chat"')
+            raise InputError('system_prompt needs template "chat", got "none"')
         self.tokenizer = load_tokenizer(settings.tokenizer_path)
         if settings.template == "chat" and not self.tokenizer.chat_template:
             raise InputError(
@@ -89,32 +95,32 @@ class Encoder:
             )
         self._eos: str = self.tokenizer.eos_token
         self._eos_id: int = self.tokenizer.eos_token_id
-        # Some tokenizers have no token of its own for the unknown.
+        # Some tokenizers have no separate token for unknown text.
         unknown = self.tokenizer.unk_token_id
         self._unknown_id = None if unknown == self._eos_id else unknown
         self._spells_all = not self._lost(_ANY_TEXT, self._ids([_ANY_TEXT])[0])
         control = "|".join(map(re.escape, _control_tokens(self.tokenizer)))
-        self._control = re.compile(control or "(?!)")  # without any: matches nowhere
+        self._control = re.compile(control or "(?!)")  # without control tokens: matches nothing
         self._template = settings.template
         self._system_prompt = settings.system_prompt
         self._start = [] if settings.template == "chat" else _document_start(self.tokenizer)
 
-    def digest(self) -> str:
-        """Hash of the tokenizer and its template; see `is_volatile` for what it may end with."""
+    def fingerprint(self) -> str:
+        """Hash of the tokenizer and its template; `is_volatile` reads a mark at its end."""
         parts = (
             self.tokenizer.backend_tokenizer.to_str(),
             self.tokenizer.chat_template,
             self._eos,
         )
-        digest = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+        whole = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
         volatile = _VOLATILE.search(json.dumps(self.tokenizer.chat_template or ""))
-        return f"{digest}{_VOLATILE_MARK}" if volatile else digest
+        return f"{whole}{_VOLATILE_MARK}" if volatile else whole
 
     def rendering(self) -> str:
-        """What the chat template makes of two fixed conversations now; "" without a template.
+        """Two fixed conversations, rendered with the chat template now; "" without a template.
 
-        It holds what the template's text does not show: the date that it prints, or what another
-        version of the renderer makes of it.
+        This depends on more than the text of the template: on the date that it prints, and on the
+        version of the renderer.
         """
         if self._template == "none":
             return ""
@@ -127,17 +133,17 @@ class Encoder:
         return "\n".join(rendered)
 
     def document_start(self) -> str:
-        """The tokens that begin each document and are no text of the row, as text; "" if none.
+        """The tokens at the start of each document that are not from the row, as text; "" if none.
 
-        Without a template these are what the tokenizer puts before any text; a chat template
-        writes its own.
+        Without a template these are the tokens that the tokenizer puts before any text. A chat
+        template adds its own.
         """
         if self._template == "none":
             return "".join(self.tokenizer.convert_ids_to_tokens(self._start))
         start = _document_start(self.tokenizer)
         try:
             first = self._render(list(_PROBE_TURNS[1:2]), "", add_generation_prompt=True)
-        except InputError:  # the rows will show whether it refuses them too
+        except InputError:  # if it refuses the rows too, their errors are reported
             return ""
         bos = self.tokenizer.bos_token_id
         if bos is not None and self._ids([first])[0][:1] == [bos]:
@@ -148,9 +154,9 @@ class Encoder:
         return f"no {missing}: the chat template writes none"
 
     def with_start(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """The ids of a prompt after those that the tokenizer begins a document with, given once.
+        """Put the tokenizer's start-of-document ids before those of a prompt, unless present.
 
-        With a chat template they are as they were: the template writes the start itself.
+        With a chat template the ids are unchanged: the template contains the start itself.
         """
         if tuple(ids[: len(self._start)]) == tuple(self._start):
             return tuple(ids)
@@ -160,12 +166,14 @@ class Encoder:
         """Token ids of each trace.
 
         Args:
-            traces: for messages.
-            texts: of each, as `texts` gives them.
+            traces: the traces; used for their end and for messages.
+            texts: their prompts and completions, as `texts` returns them.
 
-        Raises InputError with a line for each trace without a token in this vocabulary.
+        Raises:
+            InputError: one line for each trace whose prompt or completion has no token in this
+                vocabulary.
         """
-        # Traces of one problem share the prompt: it is tokenized once.
+        # Traces of one problem share the prompt, which is tokenized once.
         prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(p for p, _ in texts))}
         prompt_ids = self._ids(list(prompts))
         completion_ids = self._ids([completion for _, completion in texts])
@@ -190,28 +198,28 @@ class Encoder:
         return encoded
 
     def _lost(self, text: str, ids: Sequence[int] | np.ndarray) -> int:
-        """Characters, white space apart, that the tokens do not spell.
+        """Number of characters, without white space, that decoding the tokens does not return.
 
-        A vocabulary that lacks a character and has no token for the unknown drops it.
+        A tokenizer without a token for unknown text drops characters outside its vocabulary.
         """
         spelled = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
         return max(0, len("".join(text.split())) - len("".join(spelled.split())))
 
     def control_tokens(self, trace: Trace) -> Counter[str]:
-        """Control tokens that the trace's own text spells, the end that it may bring excepted.
+        """Control tokens in the text of a trace, except an end-of-sequence token at its end.
 
-        They are trained as structure (an end of turn, say), not as the text that they were meant
-        to be.
+        They are trained as structure, such as an end of turn, not as the intended text.
         """
         return Counter(self._control.findall(trace.completion.rstrip().removesuffix(self._eos)))
 
     def texts(self, traces: Sequence[Trace]) -> list[tuple[str, str]]:
-        """Each trace's prompt and completion, with whatever the template puts around them.
+        """The prompt and completion of each trace, with the text that the template adds.
 
         Args:
-            traces: of one row; their prompt is rendered once.
+            traces: traces of one row; a shared prompt is rendered once.
 
-        Raises InputError naming the row if it cannot be rendered.
+        Raises:
+            InputError: the row cannot be rendered. Names the row.
         """
         prompts = {trace.prompt: trace.where for trace in traces}
         rendered = {prompt: self.prompt_text(prompt, where) for prompt, where in prompts.items()}
@@ -227,10 +235,11 @@ class Encoder:
         ]
 
     def prompt_text(self, prompt: tuple[Message, ...] | str, where: str) -> str:
-        """What a model sees before it answers: the prompt, and the template's opened answer.
+        """The input of generation: the prompt with the template's generation prompt.
 
         Args:
-            where: the prompt's row, for messages.
+            prompt: messages or plain text.
+            where: the row of the prompt, for messages.
         """
         if self._template == "none":
             return _plain_prompt(prompt, where)
@@ -239,24 +248,24 @@ class Encoder:
     def _frame(
         self, prompt: tuple[Message, ...] | str, rendered: str, where: str
     ) -> tuple[str, str]:
-        """What the template writes around any answer: after the generation prompt, and at the end.
+        """The text that the template puts around an answer: after the generation prompt, and last.
 
-        An opened or empty thought that the template puts before the answer is left out: it is not
-        in the trace.
+        An opened or empty thought that the template puts before the answer is removed, as it is not
+        part of the trace.
         """
         probe = self._render(_answered(self._messages(prompt), _PROBE), where)
         before, found, end_of_turn = probe.rpartition(_PROBE)
         if not found:
             raise InputError(f"{where}: the chat template does not show the assistant's message")
-        # Some generation prompts have what the full conversation lacks.
+        # Some generation prompts contain text that the full conversation lacks.
         header = before.removeprefix(rendered) if before.startswith(rendered) else ""
         return _OPENED_TAG.sub("", _EMPTY_BLOCK.sub("", header)), end_of_turn
 
     def _chat_texts(self, prompt: str, frame: tuple[str, str], trace: Trace) -> tuple[str, str]:
-        """The generation prompt; then the trace as it is, between what `_frame` gives.
+        """The generation prompt, and the unchanged trace between the two texts of `_frame`.
 
-        Templates rewrite answers: they cut reasoning out, add an empty thought, trim. The trace is
-        what is to be learned, so it never passes through the template.
+        The trace must be learned exactly, so it is not rendered by the template: templates rewrite
+        answers (remove reasoning, add an empty thought, strip white space).
         """
         header, end_of_turn = frame
         closed = _EMPTY_BLOCK.search(prompt)
@@ -264,7 +273,7 @@ class Encoder:
             raise InputError(
                 f"{trace.where}: the trace begins with <{closed[1]}>, but the chat template's "
                 f"generation prompt has already closed it ({closed[0].strip()!r}): use a template "
-                "that leaves the thought to the answer, or remove the thought from the trace"
+                "whose generation prompt has no thought, or remove the thought from the trace"
             )
         completion = _without_opened_tag(prompt, trace.completion)
         return prompt, header + completion + (end_of_turn if is_finished(trace) else "")
@@ -272,12 +281,12 @@ class Encoder:
     def _render(self, messages: list[dict[str, str]], where: str, **options: bool) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except Exception as error:  # a template may raise anything, of its own or of Jinja's
+        except Exception as error:  # a template may raise any error
             problem = " ".join(str(error).split())
             raise InputError(f"{where}: the chat template refuses the row: {problem}") from error
 
     def _messages(self, prompt: tuple[Message, ...] | str) -> list[dict[str, str]]:
-        """The prompt as templates take it, with the system prompt if it has none of its own."""
+        """The prompt as input of a template, with the system prompt unless it has one."""
         messages = as_messages(prompt)
         if self._system_prompt is not None and not any(m.role == "system" for m in messages):
             messages = (Message("system", self._system_prompt), *messages)
@@ -286,7 +295,7 @@ class Encoder:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:  # transformers cannot tokenize an empty batch
             return []
-        # verbose: else it warns of sequences longer than the tokenizer's nominal maximum.
+        # verbose=False: no warning about sequences beyond the tokenizer's nominal maximum.
         batch = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )
@@ -294,17 +303,21 @@ class Encoder:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The fast tokenizer in a folder or on the hub; InputError if there is none with an EOS."""
-    from transformers import AutoTokenizer  # imported late: a cache can be read without it
+    """Load the fast tokenizer in a folder or on the hub.
+
+    Raises:
+        InputError: there is none, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer  # imported late: reading a cache does not need it
 
     if not (Path(path).is_dir() or is_hub_name(path)):
         raise InputError(f"{path}: no such folder with a tokenizer, {NO_HUB_NAME}")
     try:
         with asking_the_hub():
             tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
-    except Exception as error:  # transformers and the hub client raise a great many types
+    except Exception as error:  # transformers and the hub client raise many types
         problem = " ".join(str(error).split())[:300]
-        raise InputError(f"{path}: no tokenizer can be loaded from here: {problem}") from error
+        raise InputError(f"{path}: no tokenizer can be loaded: {problem}") from error
     if not tokenizer.is_fast:
         raise InputError(f"{path}: a fast tokenizer is needed (a folder with tokenizer.json)")
     if tokenizer.eos_token is None:
@@ -312,17 +325,17 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def is_volatile(digest: str) -> bool:
-    """True if the chat template of the tokenizer with this `Encoder.digest` may render the same
-    conversation differently from one day to the next."""
-    return digest.endswith(_VOLATILE_MARK)
+def is_volatile(fingerprint: str) -> bool:
+    """True if the chat template of this `Encoder.fingerprint` may render the same conversation
+    differently from one day to the next."""
+    return fingerprint.endswith(_VOLATILE_MARK)
 
 
 def is_finished(trace: Trace) -> bool:
-    """True if the trace has an end that is to be learned.
+    """True if the trace has an end to be trained.
 
-    False where its row says so, and where it begins with a thought that it never closes, unless
-    its row says `finished: true`.
+    The column `finished` decides. Without it, a trace is unfinished if it begins with a thought
+    that is never closed.
     """
     if trace.finished is not None:
         return trace.finished
@@ -331,8 +344,8 @@ def is_finished(trace: Trace) -> bool:
 
 
 def _document_start(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before any text, BOS for most that have one."""
-    # Text of every kind: a vocabulary of digits alone has no token for words.
+    """The ids that the tokenizer puts before any text, usually BOS."""
+    # Text of every kind: a vocabulary of digits only has no token for words.
     bare = tokenizer(_ANY_TEXT, add_special_tokens=False)["input_ids"]
     whole = tokenizer(_ANY_TEXT, add_special_tokens=True)["input_ids"]
     for place in range(len(whole) - len(bare) + 1):
@@ -342,7 +355,7 @@ def _document_start(tokenizer: Any) -> list[int]:
 
 
 def _control_tokens(tokenizer: Any) -> list[str]:
-    """The tokenizer's special tokens, longest first; reasoning tags are text to most."""
+    """The tokenizer's special tokens, longest first; in most, reasoning tags are not special."""
     added = tokenizer.added_tokens_decoder.values()
     return sorted((token.content for token in added if token.special), key=len, reverse=True)
 
@@ -352,9 +365,10 @@ def _answered(messages: list[dict[str, str]], answer: str) -> list[dict[str, str
 
 
 def _without_opened_tag(prompt: str, completion: str) -> str:
-    """Drops the completion's opening tag if the generation prompt has already opened it.
+    """Remove the completion's opening tag if the generation prompt already contains it.
 
-    Reasoning models' templates end with "<think>" and a newline; teachers' traces begin so.
+    The generation prompts of reasoning models end with "<think>" and a newline, with which the
+    traces of teachers begin.
     """
     opened = _OPENED_TAG.search(prompt)
     tag = opened.group() if opened else ""

@@ -1,4 +1,4 @@
-"""Tokenizes a data set once, in parallel, and keeps the result in a cache on disk."""
+"""Tokenizes a data set once, in parallel, and caches the result on disk."""
 
 import json
 import multiprocessing
@@ -37,13 +37,13 @@ from redi.engine.errors import InputError, faulty_rows
 __all__ = ["TokenSettings", "TokenizedTraces", "tokenize"]
 
 CACHE_VERSION = 7
-"""Raise it whenever the same input would give other tokens or another file layout."""
+"""Increase it whenever the same input would give other tokens or another file layout."""
 _CHUNK_ROWS = 128
-# Starting worker processes takes seconds: a set of fewer chunks is done before they are up.
+# Starting worker processes takes seconds; fewer chunks than this are done sooner without them.
 _CHUNKS_WORTH_WORKERS = 16
 
 
-# Columns that are known only once the whole set is seen in order are added last.
+# The other columns depend on the order of the whole set and are added last.
 _CHUNK_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in ("source", "group")])
 
 
@@ -52,47 +52,48 @@ class _Chunk:
     """The traces of some rows, tokenized."""
 
     batch: pa.RecordBatch
-    """Columns of _CHUNK_SCHEMA, one row a trace."""
+    """Columns of _CHUNK_SCHEMA, one row per trace."""
     sources: list[str]
     """Name of each trace's source."""
     groups: list[str]
     """Problem of each trace."""
     dropped: Counter[str]
     control_tokens: Counter[str]
-    """Traces whose text holds a control token, by token."""
+    """Number of traces whose text contains a control token, by token."""
     unfinished: int
-    """Traces without an end to train."""
+    """Number of traces without an end to train."""
     faults: list[str]
-    """What is wrong with rows; if anything is, the chunk holds no trace."""
+    """Messages about faulty rows; if there are any, the chunk has no traces."""
 
 
 def tokenize(
     settings: TokenSettings, cache_dir: Path, *, processes: int, console: Console
 ) -> TokenizedTraces:
-    """The tokenized traces of a data set: from the cache, or made now and cached.
+    """Read the tokenized traces of a data set from the cache, or make the cache.
+
+    Several processes may do this at once; each gets the same complete cache.
 
     Args:
         settings: the data and how to tokenize it.
-        cache_dir: holds one folder for each key.
-        processes: worker processes; with 1, the tokenizer's own threads do the work.
+        cache_dir: contains one folder per key.
+        processes: number of worker processes; with 1, the tokenizer's threads are used.
         console: where progress is shown.
 
-    Several processes may do this at once; each ends with the same complete cache.
-
-    Raises InputError for anything wrong with the data, naming file and row: the whole set is
-    checked, so that one look shows the first 20 faulty rows and how many there are. RunError if
-    the cache cannot be written.
+    Raises:
+        InputError: the data is faulty. The whole set is checked; the message has the first 20
+            faulty rows, with file and row, and their total number.
+        RunError: the cache cannot be written.
     """
     sources = find_sources(settings.paths)
     for line in unread_splits(settings.paths):
         console.warn(line)
     names = [source.name for source in sources]
-    # Loading the tokenizer takes longer than all the rest, where the cache has what is needed.
+    # With a complete cache, loading the tokenizer would take longer than everything else.
     encoder = cache(lambda: Encoder(settings))
     tokenizer = tokenizer_fingerprint(
-        settings.tokenizer_path, cache_dir, lambda: encoder().digest()
+        settings.tokenizer_path, cache_dir, lambda: encoder().fingerprint()
     )
-    # What a template prints today is not what it printed when its digest was remembered.
+    # A volatile template may render differently than when the fingerprint was cached.
     volatile = settings.template == "chat" and is_volatile(tokenizer)
     parts = {
         "version": CACHE_VERSION,
@@ -140,7 +141,7 @@ def tokenize(
         batches = _numbered_batches(chunks, names, dropped, control_tokens, unfinished, bar)
         write_cache(folder, batches, describe)
     made = open_cache(folder, names)
-    assert made is not None, f"the cache just written to {folder} is not whole"
+    assert made is not None, f"the cache just written to {folder} is incomplete"
     return _checked(made, settings)
 
 
@@ -149,8 +150,8 @@ def _checked(tokens: TokenizedTraces, settings: TokenSettings) -> TokenizedTrace
         names = ", ".join(tokens.control_tokens)
         raise faulty_rows(
             [
-                f"{tokens.where(index)}: the trace spells {tokens.control[index]} control tokens "
-                f'(the set: {names}), which [data] control_tokens = "error" refuses'
+                f"{tokens.where(index)}: the trace contains {tokens.control[index]} control tokens "
+                f'(in the data: {names}), which [data] control_tokens = "error" refuses'
                 for index in np.flatnonzero(tokens.control).tolist()
             ]
         )
@@ -158,7 +159,7 @@ def _checked(tokens: TokenizedTraces, settings: TokenSettings) -> TokenizedTrace
 
 
 def _cache_key(parts: dict[str, Any]) -> str:
-    """Hash of everything that shapes the tokens; file names do not."""
+    """Hash of everything that determines the tokens; file names do not."""
     applied = json.dumps([parts["format"], parts["template"], parts["system_prompt"]])
     tokenizer = parts["tokenizer"] + parts["rendering"]
     lines = [str(parts["version"]), applied, tokenizer, *parts["files"]]
@@ -168,9 +169,9 @@ def _cache_key(parts: dict[str, Any]) -> str:
 def _tokenized_chunks(
     rows: Iterator[Row | InputError], settings: TokenSettings, encoder: Encoder, processes: int
 ) -> Iterator[_Chunk]:
-    """The chunks in the rows' order, whatever the number of processes.
+    """Yield the chunks in the order of the rows, for any number of processes.
 
-    After a chunk with faults the others are only checked: nothing will be trained on them.
+    After a chunk with faults the remaining ones are only checked, as no cache will be written.
     """
     chunks = iter(lambda: list(islice(rows, _CHUNK_ROWS)), [])
     first = list(islice(chunks, _CHUNKS_WORTH_WORKERS))
@@ -181,11 +182,11 @@ def _tokenized_chunks(
             faulty = faulty or bool(tokenized.faults)
             yield tokenized
         return
-    # Spawned, not forked: the caller may hold threads (gloo, CUDA) that a fork would break.
+    # Spawned, not forked: the caller may have threads (gloo, CUDA) that break in a fork.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, context, _start_worker, (settings,))
     try:
-        # Few chunks in flight: the pool would else take in the whole set at once.
+        # Few chunks in flight: otherwise the pool would read the whole set at once.
         pending: deque[Future[_Chunk]] = deque()
         for chunk in chain(first, chunks):
             pending.append(pool.submit(_tokenize_in_worker, chunk))
@@ -204,7 +205,7 @@ def _tokenized_chunks(
 
 
 def _tokenize_chunk(rows: list[Row | InputError], encoder: Encoder, check_only: bool) -> _Chunk:
-    """Tokenizes rows; where any is wrong, or on request, only checks them."""
+    """Tokenize rows; if any is faulty, or with `check_only`, only check them."""
     dropped: Counter[str] = Counter()
     found: list[tuple[Row, Trace, tuple[str, str]]] = []
     faults = []
@@ -256,7 +257,7 @@ def _tokenize_chunk(rows: list[Row | InputError], encoder: Encoder, check_only: 
 
 
 def _digest(one: Encoded) -> int:
-    # The prompt's length belongs to it: the same tokens cut elsewhere train other ones.
+    # Includes the prompt's length: with another split, other tokens are trained.
     return xxhash.xxh3_64_intdigest(one.ids.tobytes(), seed=one.prompt_length)
 
 
@@ -268,7 +269,7 @@ def _numbered_batches(
     unfinished: Counter[str],
     bar: tqdm,
 ) -> Iterator[pa.RecordBatch]:
-    """Batches with sources and problems numbered; counts into the counters on the way."""
+    """Yield batches with numbered sources and problems, and update the counters."""
     faults: list[str] = []
     source_numbers = {name: number for number, name in enumerate(names)}
     group_numbers: dict[str, int] = {}
@@ -301,17 +302,17 @@ _worker_encoder: Encoder | None = None
 
 def _start_worker(settings: TokenSettings) -> None:
     global _worker_encoder
-    # A Ctrl-C reaches all processes, and only the one that trains acts; the pool outlives no one.
+    # Ctrl-C reaches all processes, but only the training process handles it and ends the pool.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The processes are the parallelism; threads on top of them would only contend.
+    # Threads in addition to the processes would only compete for cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_encoder = Encoder(settings)
 
 
 def _end_with_parent() -> None:
-    """A worker that waits for work would outlive a parent that was killed."""
+    """End this worker when its parent ends; otherwise it would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has one"
     parent.join()

@@ -1,4 +1,4 @@
-"""From a raw row of any shape to traces: one prompt, one completion, one sign each."""
+"""Converts a raw row of any format to traces: prompt, completion and sign."""
 
 import math
 import unicodedata
@@ -9,15 +9,13 @@ from typing import Any
 
 import xxhash
 
-from redi.engine.data.formats import FORMATS, SCORE_COLUMNS, VERDICT_COLUMNS, resolve_format
-from redi.engine.data.rows import Row
+from redi.engine.data.rows import FORMATS, SCORE_COLUMNS, VERDICT_COLUMNS, Row, resolve_format
 from redi.engine.errors import InputError
 
-# Keys of a chat message that carry meaning which role and content alone would lose.
+# Keys of a chat message whose meaning would be lost by reading only role and content.
 _UNREAD_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
-
-# Weights are float32: beyond these one would lose digits, or become 0 or infinite.
+# Weights are float32: outside these bounds a weight would lose digits, or become 0 or infinite.
 _SMALLEST_WEIGHT, _LARGEST_WEIGHT = 2.0**-126, 3.4e38
 
 
@@ -39,15 +37,15 @@ class Trace:
     sign: int
     """+1 for a correct (chosen) trace, -1 for an incorrect (rejected) one."""
     group: str
-    """Traces of one problem share it: pairs are formed within a group, never across."""
+    """The problem of the trace. Pairs are formed only within a group."""
     weight: float
     teacher: str | None
     origin: str | None
-    """What the row's column source says, if that is text: the collection the problem is from."""
+    """The row's column source, if it is text: the collection that the problem comes from."""
     where: str
-    """The row that it came from, for messages: "file.jsonl:12"."""
+    """The place of the row, for messages: "file.jsonl:12"."""
     finished: bool | None = None
-    """False: it was cut off, so its end is not trained. None: the row does not say."""
+    """False: the trace was cut off, so its end is not trained. None: not specified."""
 
 
 def normalise(row: Row, format: str = "auto", dropped: Counter[str] | None = None) -> list[Trace]:
@@ -55,11 +53,13 @@ def normalise(row: Row, format: str = "auto", dropped: Counter[str] | None = Non
 
     Args:
         row: a raw row.
-        format: a key of `FORMATS`, or "auto": told from this row's columns.
-        dropped: what the paper's filter of OpenR1 rows leaves out is counted here, by reason.
+        format: a key of `FORMATS`, or "auto": detected from this row's columns.
+        dropped: updated with the number of rows and generations that are left out (mostly by the
+            paper's filter of OpenR1 rows), by reason.
 
-    Raises InputError naming the row and the column: a missing column, a wrong type, an empty
-    prompt or completion.
+    Raises:
+        InputError: a column is missing or has a wrong type, or a prompt or completion is empty.
+            Names row and column.
     """
     format = resolve_format(format, row.value.keys(), row.where)
     for column in FORMATS[format].required:
@@ -81,7 +81,7 @@ def _preference(row: Row, _: Counter[str]) -> list[Trace]:
             kind = _type_name(row.value[column])
             raise _error(row, column, f"must be text or a list of messages, not {kind}")
     if type(chosen) is not type(rejected):
-        raise _error(row, "rejected", "must be of chosen's kind: text, or a list of messages")
+        raise _error(row, "rejected", "must have the type of chosen: text, or a list of messages")
     if isinstance(chosen, str):
         if "prompt" not in row.value:
             raise _error(row, "prompt", "is missing; plain chosen and rejected need it")
@@ -89,7 +89,7 @@ def _preference(row: Row, _: Counter[str]) -> list[Trace]:
         completions = (read_text(row, "chosen", chosen), read_text(row, "rejected", rejected))
     else:
         prompt, completions = _conversational_pair(row)
-    # Without an id the row itself is the problem: its pair stays the pair that the user made.
+    # Without an id each row is a problem, so that its pair stays as the user made it.
     group = _group(row, "id", prompt, default=row.where)
     return [
         _trace(row, prompt, text, sign, group)
@@ -98,9 +98,9 @@ def _preference(row: Row, _: Counter[str]) -> list[Trace]:
 
 
 def _conversational_pair(row: Row) -> tuple[tuple[Message, ...] | str, tuple[str, str]]:
-    """Prompt and answers of a row whose chosen and rejected are messages.
+    """The prompt and the two answers of a row whose chosen and rejected are messages.
 
-    Each holds the answer alone (the prompt has its own column) or the whole conversation.
+    Both contain only the answer (the prompt is in a separate column) or the whole conversation.
     """
     pair = []
     for column in ("chosen", "rejected"):
@@ -115,7 +115,7 @@ def _conversational_pair(row: Row) -> tuple[tuple[Message, ...] | str, tuple[str
     own_prompt = read_prompt(row, "prompt") if row.value.get("prompt") is not None else None
     if not prompt:
         if own_prompt is None:
-            raise _error(row, "prompt", "is missing, and chosen holds the answer alone")
+            raise _error(row, "prompt", "is missing, and chosen contains only the answer")
         prompt = own_prompt
     elif own_prompt is not None and not _repeats(own_prompt, chosen[:-1]):
         raise _error(row, "prompt", "differs from the prompt that chosen and rejected begin with")
@@ -125,7 +125,7 @@ def _conversational_pair(row: Row) -> tuple[tuple[Message, ...] | str, tuple[str
 
 
 def _repeats(prompt: tuple[Message, ...] | str, messages: tuple[Message, ...]) -> bool:
-    """Whether the prompt column says again what the conversation begins with."""
+    """True if the prompt column repeats the start of the conversation."""
     if isinstance(prompt, str):
         return any(message.content == prompt for message in messages)
     return prompt == messages
@@ -144,11 +144,11 @@ def _prompt_completion(row: Row, _: Counter[str]) -> list[Trace]:
 
 
 def _conversation(row: Row, _: Counter[str]) -> list[Trace]:
-    """The last assistant message is the completion; what comes after it cannot bear on it."""
+    """The last assistant message is the completion; messages after it are ignored."""
     messages = _messages(row, "messages", row.value["messages"])
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     if not answers:
-        raise _error(row, "messages", "holds no assistant message: the row has no completion")
+        raise _error(row, "messages", "has no assistant message: the row has no completion")
     prompt = messages[: answers[-1]]
     _check_prompt(row, "messages", prompt)
     text = messages[answers[-1]].content
@@ -167,7 +167,7 @@ def _graded_traces(row: Row, dropped: Counter[str]) -> list[Trace]:
         if not isinstance(entry, dict) or not {"text", "correct"} <= entry.keys():
             raise _error(row, column, "must be an object with text and correct")
         sign = _sign(row, f"{column}.correct", entry["correct"])
-        # A model that ends at once answers wrongly, and leaves nothing to train.
+        # A model that stops at once has answered incorrectly and leaves nothing to train.
         if sign < 0 and isinstance(entry["text"], str) and _is_blank(entry["text"]):
             dropped["empty incorrect trace"] += 1
             continue
@@ -178,7 +178,7 @@ def _graded_traces(row: Row, dropped: Counter[str]) -> list[Trace]:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One generation of an OpenR1-Math-Raw row, and what the two verifiers say of it."""
+    """One generation of an OpenR1-Math-Raw row, with the verdicts of the two verifiers."""
 
     text: str
     llama: bool
@@ -194,7 +194,8 @@ def read_openr1(
     and each verifier has a verdict on each generation. What they leave out, and empty generations,
     are counted in `dropped` by reason.
 
-    Raises InputError naming the row and the column.
+    Raises:
+        InputError: a column has a wrong type. Names row and column.
     """
     valid, source = row.value["problem_is_valid"], row.value["source"]
     for column, value in (("problem_is_valid", valid), ("source", source)):
@@ -209,7 +210,7 @@ def read_openr1(
         correctness.get(key) or [] for key in ("llama_verification", "math_verify_reparsed_answer")
     ]
     if not all(isinstance(verdict, list) for verdict in verdicts):
-        raise _error(row, "correctness", "must hold a list for each verifier")
+        raise _error(row, "correctness", "must have a list for each verifier")
     if (valid or "").lower() != "yes":
         dropped["problem not valid"] += 1
         return []
@@ -230,7 +231,7 @@ def read_openr1(
 
 
 def _openr1(row: Row, dropped: Counter[str]) -> list[Trace]:
-    """A generation is correct when both verifiers say so."""
+    """A generation is correct if both verifiers accept it."""
     generations = read_openr1(row, dropped)
     if not generations:
         return []
@@ -259,14 +260,14 @@ def _trace(
     group: str,
     entry: dict[str, Any] | None = None,
 ) -> Trace:
-    """Builds a trace; `entry` may carry its own teacher and weight, else they are the row's."""
+    """Build a trace; teacher, weight and finished of `entry` override those of the row."""
     entry = entry or {}
     teacher = entry.get("teacher", row.value.get("teacher"))
     if teacher is not None:
         teacher = read_text(row, "teacher", teacher, empty=True)
     weight = _weight(row, entry.get("weight", row.value.get("weight")))
     origin = row.value.get("source")
-    # Other people's rows keep many things under this name.
+    # In other data sets this column may have any type.
     origin = read_text(row, "source", origin, empty=True) if isinstance(origin, str) else None
     finished = entry.get("finished", row.value.get("finished"))
     if finished is not None:
@@ -275,9 +276,10 @@ def _trace(
 
 
 def read_prompt(row: Row, column: str) -> tuple[Message, ...] | str:
-    """The prompt in a column: plain text, or messages of which the last is not the assistant's.
+    """The prompt in a column: plain text, or messages that do not end with the assistant's.
 
-    Raises InputError naming the row and the column.
+    Raises:
+        InputError: it is not a prompt. Names row and column.
     """
     value = row.value[column]
     if isinstance(value, str):
@@ -308,16 +310,17 @@ def _messages(row: Row, column: str, value: object) -> tuple[Message, ...]:
             if message.get(key):
                 raise _error(row, f"{name}.{key}", "is not read: put its text into content")
         role = read_text(row, f"{name}.role", message["role"])
-        # A system message may be empty: that is how a template's default one is switched off.
+        # An empty system message is allowed: it turns off a template's default one.
         content = read_text(row, f"{name}.content", message["content"], empty=role == "system")
         messages.append(Message(role, content))
     return tuple(messages)
 
 
 def read_text(row: Row, column: str, value: object, *, empty: bool = False) -> str:
-    """A column's value, which must be text that UTF-8 can hold, and not blank unless it may be.
+    """The text in a column. It must be valid Unicode, and not blank unless `empty`.
 
-    Raises InputError naming the row and the column.
+    Raises:
+        InputError: it is not such a text. Names row and column.
     """
     if not isinstance(value, str):
         raise _error(row, column, f"must be text, not {_type_name(value)}")
@@ -331,12 +334,12 @@ def read_text(row: Row, column: str, value: object, *, empty: bool = False) -> s
 
 
 def _is_blank(text: str) -> bool:
-    """Whether nothing of it is seen: white space, control and zero-width characters alone."""
+    """True if it has only white space, control and zero-width characters."""
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 def _label(row: Row) -> int:
-    """The row's verdict; a row without any is correct."""
+    """The row's verdict, +1 or -1; a row without a verdict is correct."""
     label = _sign(row, "label", row.value["label"]) if "label" in row.value else None
     for column in (*VERDICT_COLUMNS, *SCORE_COLUMNS):
         value = row.value.get(column)
@@ -350,8 +353,8 @@ def _label(row: Row) -> int:
             raise _error(
                 row,
                 column,
-                "has a verdict, which is read from 'label': rename it to label (true: correct), "
-                "or remove it",
+                "has a verdict, but verdicts are read from 'label': rename it to label "
+                "(true: correct), or remove it",
             )
     return 1 if label is None else label
 
@@ -363,7 +366,7 @@ _WORDS = {
 
 
 def _is_number(value: object) -> bool:
-    """Whether it may be a score; `scan_source` finds verdicts written as numbers."""
+    """True if it may be a score; `scan_source` detects verdicts written as numbers."""
     try:
         float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -399,9 +402,9 @@ def _weight(row: Row, value: object) -> float:
 def _group(
     row: Row, column: str, prompt: tuple[Message, ...] | str, default: str | None = None
 ) -> str:
-    """The problem that the row belongs to: its id where it has one, else `default` or the prompt.
+    """The problem of the row: its id if it has one, else `default` or the hash of the prompt.
 
-    The prompt's hash is joined to an id: two files may both count their problems from 0.
+    An id is combined with the hash of the prompt, as two files may both number problems from 0.
     """
     value = row.value.get(column)
     if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):

@@ -85,7 +85,7 @@ def prepare(options: EvaluateOptions) -> Task:
         # By content: the same bytes may lie elsewhere.
         "model": model_fingerprint(path, DataConfig().cache_dir) or path,
         "data": xxhash.xxh3_128_hexdigest(repr([(p.prompt, p.answer) for p in problems]).encode()),
-        "tokenizer": encoder.digest(),
+        "tokenizer": encoder.fingerprint(),
         "rendered probe": encoder.rendering(),
     }
     return Task(

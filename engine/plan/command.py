@@ -194,8 +194,8 @@ def _pack_step(
     return _PackedStep(
         step,
         packing,
-        [traces[row] for rows in packing.rows for row in rows],
-        np.array([[flops[row].sum() for row in rows] for rows in packing.rows]),
+        [traces[own] for packs in packing.packs for own in packs],
+        np.array([[flops[own].sum() for own in packs] for packs in packing.packs]),
     )
 
 

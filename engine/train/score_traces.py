@@ -170,15 +170,15 @@ def _score_block(
     packing = pack(lengths[block], row_tokens=row_tokens, world_size=world.size, cost=cost)
     sums = torch.zeros(2, len(block), dtype=torch.float64, device=world.device)
     student.eval()
-    for rows in packing.rows:
-        positions = rows[world.rank]
+    for packs in packing.packs:
+        positions = packs[world.rank]
         traces = block[positions]
         batch = build_batch(tokens, traces, lengths[traces]).to(world.device)
         scores = student(batch, None)
         if not batch.is_dummy:
             both = torch.stack([scores.sequence_logps, scores.sequence_entropies])
             sums[:, torch.from_numpy(positions).to(world.device)] = both.double()
-        progress.update(sum(map(len, rows)))
+        progress.update(sum(map(len, packs)))
     student.train()
     dist.all_reduce(sums)
     return sums.cpu().numpy()

@@ -64,10 +64,10 @@ def validate(
     means = torch.zeros(len(examples.lengths), dtype=torch.float64)
     student.eval()
     stopped = False
-    for rows in packing.rows:
+    for packs in packing.packs:
         if stopped := world.any_rank(stop.asked):
             break
-        row = sequences[rows[world.rank]]
+        row = sequences[packs[world.rank]]
         batch = build_batch(tokens, row, examples.lengths[row]).to(world.device)
         out = student(batch, None)
         if not batch.is_dummy:

@@ -1,4 +1,4 @@
-"""The commands on data as users have them: folders, downloads, columns that nobody reads."""
+"""The commands on data as users have it: folders, downloads, columns that are not read."""
 
 import json
 import re
@@ -43,14 +43,14 @@ def test_of_a_folder_with_splits_train_is_prepared_and_the_other_named(
         made = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
         datasets.DatasetDict(made).save_to_disk(folder)
     path = str(recipe("r", {"data.path": str(folder), "data.cache": str(tmp_path / "cache")}))
-    said = (
+    expected = (
         f"warning: {folder}: only its split train is read, test is not; name another one as "
         f'"{folder}:test"'
     )
     for _ in range(2):  # made, then from the cache
         assert main(["prepare", path]) == 0
         err = capsys.readouterr().err
-        assert said in warned(err)
+        assert expected in warned(err)
         assert re.search(r"^ ?traces read +40 *$", err, re.MULTILINE)
 
 
@@ -89,12 +89,12 @@ def test_a_verdict_under_another_name_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    values, said = VERDICTS[column]
+    values, expected = VERDICTS[column]
     data = write(tmp_path / f"data.{suffix}", graded(column, values))
     changes = {"data.path": data, "data.cache": str(tmp_path / "cache"), "objective.name": "sft"}
     assert main(["train", str(recipe("r", changes))]) == 2
     err = capsys.readouterr().err
-    assert said.replace("jsonl", suffix) in err
+    assert expected.replace("jsonl", suffix) in err
     assert "rename it to label" in err
     assert not (tmp_path / "r").exists()
 
@@ -109,11 +109,11 @@ def test_a_verdict_that_contradicts_the_label_is_refused(
     rows[4]["correct"] = False
     path = recipe("other", {**changes, "data.path": write(tmp_path / "other.jsonl", rows)})
     assert main(["prepare", str(path)]) == 2
-    said = "other.jsonl:5: column 'correct' is False and contradicts label: remove one of them"
-    assert said in capsys.readouterr().err
+    expected = "other.jsonl:5: column 'correct' is False and contradicts label: remove one of them"
+    assert expected in capsys.readouterr().err
 
 
-def test_a_score_beside_a_label_is_no_verdict(recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_a_score_next_to_a_label_is_not_a_verdict(recipe: WriteRecipe, tmp_path: Path) -> None:
     rows = [{**row, "label": n % 2 == 0} for n, row in enumerate(graded("score", [0, 1, 4]))]
     data = write(tmp_path / "data.jsonl", rows)
     changes = {"data.path": data, "data.cache": str(tmp_path / "cache"), "objective.name": "sft"}
@@ -153,7 +153,7 @@ def test_columns_that_mean_something_are_named_once_a_file_from_the_cache_too(
         lines = [line for line in warned(capsys.readouterr().err) if "not read" in line]
         assert lines == [
             f"warning: {data}: reasoning, step_rewards, tools are not read, and the traces are "
-            "used without; see docs/data.md for the columns that are read"
+            "used without them; see docs/data.md for the columns that are read"
         ]
 
 
@@ -173,5 +173,5 @@ def test_keys_of_traces_and_messages_that_mean_something_are_named(
     data = write(tmp_path / "data.jsonl", rows)
     path = recipe("r", {"data.path": data, "data.cache": str(tmp_path / "cache")})
     assert main(["prepare", str(path)]) == 0
-    said = "prompt[].name, traces[].reasoning_content, traces[].token_weights are not read"
-    assert f"warning: {data}: {said}" in capsys.readouterr().err
+    expected = "prompt[].name, traces[].reasoning_content, traces[].token_weights are not read"
+    assert f"warning: {data}: {expected}" in capsys.readouterr().err

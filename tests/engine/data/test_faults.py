@@ -22,7 +22,7 @@ def changed(**changes: Any) -> str:
 
 WEIGHT = "column 'weight' must be a positive number within float32's range (2^-126 to 3.4e38), "
 
-# Lines of a file, and what is said of them.
+# Lines of a file, and the messages about them.
 FAULTS = {
     changed(weight=float("nan")): WEIGHT,
     changed(weight=float("inf")): WEIGHT,
@@ -30,7 +30,7 @@ FAULTS = {
     changed(weight=1e-300): WEIGHT,
     changed(weight=10**400): WEIGHT,
     changed(id=0).replace("0}", "9" * 5000 + "}"): "not valid JSON: Exceeds the limit",
-    '{"prompt": "a", "prompt": "b", "completion": "c"}': "not valid JSON: key 'prompt' is there 2",
+    '{"prompt": "a", "prompt": "b", "completion": "c"}': "not valid JSON: key 'prompt' occurs 2",
     changed(weight=-1): WEIGHT,
     changed(label=2): "column 'label' must be true or false",
     changed(label="maybe"): "column 'label' must be true or false",
@@ -65,18 +65,18 @@ def test_the_first_faults_are_named_in_order_and_the_others_counted(
     monkeypatch.setattr(tokens_module, "_CHUNK_ROWS", 5)
     monkeypatch.setattr(tokens_module, "_CHUNKS_WORTH_WORKERS", 2)
     path = tmp_path / "rows.jsonl"
-    lines, said = [json.dumps(GOOD)] * 7, []
+    lines, expected = [json.dumps(GOOD)] * 7, []
     for fault, problem in [*FAULTS.items(), *FAULTS.items()]:
         lines += [fault, *[json.dumps(GOOD)] * 4]
-        said.append(f"{path}:{len(lines) - 4}: {problem}")
+        expected.append(f"{path}:{len(lines) - 4}: {problem}")
     path.write_text("\n".join(lines))
     with pytest.raises(InputError) as caught:
         tokenized(path, tokenizer, processes)
     *found, rest = str(caught.value).splitlines()
-    assert rest == f"... and {len(said) - 20} more"
+    assert rest == f"... and {len(expected) - 20} more"
     assert len(found) == 20
-    for line, expected in zip(found, said[:20], strict=True):
-        assert line.startswith(expected)
+    for line, start in zip(found, expected[:20], strict=True):
+        assert line.startswith(start)
     assert not list((tmp_path / "cache").glob("*/*"))
 
 

@@ -1,4 +1,4 @@
-"""The loader: the same bytes for a step, whoever asks for it and from wherever."""
+"""The loader: a step has the same bytes for any workers and any step of resuming."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -57,7 +57,7 @@ def raw(steps: list[StepBatches]) -> list[list[Any]]:
         return [plain(getattr(item, field.name)) for field in fields(item)]
 
     return [
-        [values(row) for row in step.micro_batches] + values(replace(step, micro_batches=[]))
+        [values(batch) for batch in step.micro_batches] + values(replace(step, micro_batches=[]))
         for step in steps
     ]
 
@@ -86,30 +86,32 @@ def test_ranks_share_a_step_and_agree_on_its_counts(tokens, world_size):
             np.testing.assert_array_equal(part.units, SCHEDULE.units(step))
             for name in ("num_sequences", "num_targets", "num_tokens", "rank_efficiency"):
                 assert getattr(part, name) == getattr(first, name)
-        rows = [row for part in parts for row in part.micro_batches]
-        real = [row for row in rows if not row.is_dummy]
-        assert all(row.num_tokens <= ROW_TOKENS for row in real)
-        sequences = torch.cat([row.sequence_ids for row in real]).tolist()
+        batches = [batch for part in parts for batch in part.micro_batches]
+        real = [batch for batch in batches if not batch.is_dummy]
+        assert all(batch.num_tokens <= ROW_TOKENS for batch in real)
+        sequences = torch.cat([batch.sequence_ids for batch in real]).tolist()
         assert sorted(sequences) == sorted(examples.units[SCHEDULE.units(step)].flatten())
         assert first.num_sequences == len(sequences) == 12
-        assert first.num_positives == sum(int((row.signs > 0).sum()) for row in rows) == 6
-        assert first.num_negatives == sum(int((row.signs < 0).sum()) for row in rows) == 6
-        assert first.num_targets == sum(int((row.targets != IGNORE).sum()) for row in rows)
-        assert first.num_tokens == sum(row.num_tokens for row in rows)
+        assert first.num_positives == sum(int((batch.signs > 0).sum()) for batch in batches) == 6
+        assert first.num_negatives == sum(int((batch.signs < 0).sum()) for batch in batches) == 6
+        assert first.num_targets == sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+        assert first.num_tokens == sum(batch.num_tokens for batch in batches)
     if world_size == 40:
-        assert any(row.is_dummy for steps in ranks for step in steps for row in step.micro_batches)
+        assert any(
+            batch.is_dummy for steps in ranks for step in steps for batch in step.micro_batches
+        )
 
 
 def test_traces_are_cut_to_their_limit(tokens):
     assert tokens.lengths.max() > 50
     for step in loader_of(tokens).steps(0):
-        for row in step.micro_batches:
-            assert row.max_seqlen <= 50
-            kept = np.minimum(tokens.lengths, 50)[row.sequence_ids]
-            assert row.cu_seqlens.diff().tolist() == kept.tolist()
+        for batch in step.micro_batches:
+            assert batch.max_seqlen <= 50
+            kept = np.minimum(tokens.lengths, 50)[batch.sequence_ids]
+            assert batch.cu_seqlens.diff().tolist() == kept.tolist()
             assert (
-                row.num_targets.tolist()
-                == (kept - tokens.prompt_lengths[row.sequence_ids]).tolist()
+                batch.num_targets.tolist()
+                == (kept - tokens.prompt_lengths[batch.sequence_ids]).tolist()
             )
 
 
@@ -117,7 +119,7 @@ def test_single_positives_are_served_without_negatives(tokens):
     loader = loader_of(tokens, examples=examples_of(tokens, "positives"))
     for step in loader.steps(0):
         assert (step.num_sequences, step.num_positives, step.num_negatives) == (6, 6, 0)
-        assert all(bool((row.signs == 1).all()) for row in step.micro_batches)
+        assert all(bool((batch.signs == 1).all()) for batch in step.micro_batches)
 
 
 def test_loading_draws_nothing_from_the_global_random_numbers(tokens):
@@ -133,7 +135,7 @@ def test_a_loader_can_be_left_early(tokens):
     del steps
 
 
-def test_many_rows_do_not_use_up_file_descriptors(tmp_path):
+def test_many_packs_do_not_use_up_file_descriptors(tmp_path):
     resource = pytest.importorskip("resource")
     tokens = make_pairs(tmp_path / "made", 200)
     schedule = Schedule(num_units=200, batch=100, epochs=2, max_steps=None, seed=0)

@@ -115,9 +115,9 @@ def test_a_weight_of_one_half_draws_one_half_and_then_the_other():
     halves = [set(epoch_draws(mixture, 7, epoch).tolist()) for epoch in range(4)]
     assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(200))
     assert not halves[0] & halves[1]
-    assert halves[2] not in halves[:2]  # each pass has an order of its own
+    assert halves[2] not in halves[:2]  # each pass has a different order
     first, second = ({u % 100 for u in halves[0] if u // 100 == path} for path in (0, 1))
-    assert first != second  # and so has each path
+    assert first != second  # and so does each path
     assert halves[0] != set(epoch_draws(mixture, 8, 0).tolist())
 
 
@@ -128,7 +128,7 @@ def test_which_units_of_a_path_are_drawn_does_not_hang_on_the_others_weights():
 
 
 def test_the_mixed_order_of_a_seed_never_changes():
-    # A resume must go on in the order that the run began with, whatever the versions installed.
+    # A resumed run must keep the order with which it began, with any installed versions.
     schedule = scheduled(mixed([0] * 4 + [1] * 6, [2.0, 0.5]), batch=11, seed=42)
     assert all_steps(schedule) == [
         [2, 5, 9, 0, 7, 1, 3, 0, 3, 1, 2],
@@ -158,8 +158,8 @@ def test_a_unit_drawn_twice_is_trained_twice_on_any_number_of_ranks(tmp_path: Pa
     for start, world_size in ((0, 1), (0, 3), (4, 2)):
         ranks = [served(rank, world_size, start) for rank in range(world_size)]
         for step, parts in enumerate(zip(*ranks, strict=True), start=start + 1):
-            rows = [row for part in parts for row in part.micro_batches if not row.is_dummy]
-            sequences = torch.cat([row.sequence_ids for row in rows]).tolist()
+            packs = [p for part in parts for p in part.micro_batches if not p.is_dummy]
+            sequences = torch.cat([pack.sequence_ids for pack in packs]).tolist()
             wanted = examples.units[schedule.units(step)].flatten().tolist()
             assert sorted(sequences) == sorted(wanted)
         assert step == schedule.total_steps == 6
@@ -175,7 +175,7 @@ def traces(*letters: str, start: int = 0, **columns: Any) -> list[dict[str, Any]
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenizedTraces:
-    """Folder "a" with two files, files b.jsonl and c.jsonl; some problems lie in several."""
+    """Folder "a" with two files, and files b.jsonl and c.jsonl; some problems are in several."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "a").mkdir()
     write_rows(folder / "a" / "1.jsonl", traces(*"++--"))
@@ -201,7 +201,7 @@ def mixture_of(
     ("needs", "units", "draws"),
     [("positives", (3, 6, 0), (6, 3, 0)), ("pairs", (3, 4, 0), (6, 2, 0))],
 )
-def test_a_folder_is_one_path_and_a_pair_comes_from_where_its_positive_lies(
+def test_a_folder_is_one_path_and_a_pair_belongs_to_the_path_of_its_positive(
     needs, units, draws, tokens
 ):
     found, mixture = mixture_of(tokens, needs, [2.0, 0.5, 1.0])

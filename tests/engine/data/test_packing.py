@@ -1,7 +1,8 @@
-"""Packing: sequences into rows by cost, and rows into tensors with the right targets."""
+"""Packing: sequences into packs by cost, and packs into tensors with correct targets."""
 
 import pickle
 from dataclasses import fields
+from itertools import product
 
 import numpy as np
 import pytest
@@ -10,22 +11,23 @@ from data_cases import make_pairs, make_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redi.engine.data.packing import IGNORE, Cost, PackedBatch, build_batch, pack
+from redi.engine.data.packing import IGNORE, Cost, PackedBatch, balance, build_batch, pack
 
 COSTS = st.builds(Cost, st.floats(0.1, 10), st.one_of(st.just(0.0), st.floats(1e-4, 1.0)))
+ROW_TOKENS = 100
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=60)
 
 
 @given(LENGTHS, st.integers(100, 250), st.integers(1, 8), COSTS)
-def test_every_sequence_is_packed_once_into_rows_that_hold_it(lengths, row_tokens, ranks, cost):
+def test_every_sequence_is_packed_once_and_fits(lengths, row_tokens, ranks, cost):
     sizes = np.array(lengths)
     packing = pack(sizes, row_tokens=row_tokens, world_size=ranks, cost=cost)
-    assert all(len(step) == ranks for step in packing.rows)
-    rows = [row for step in packing.rows for row in step]
-    assert sorted(np.concatenate(rows).tolist()) == list(range(len(sizes)))
-    assert all(sizes[row].sum() <= row_tokens for row in rows)
-    assert all(row.dtype == np.int64 and np.all(np.diff(row) > 0) for row in rows)
-    assert any(len(row) for row in packing.rows[-1])  # no micro-step without work
+    assert all(len(step) == ranks for step in packing.packs)
+    packs = [own for step in packing.packs for own in step]
+    assert sorted(np.concatenate(packs).tolist()) == list(range(len(sizes)))
+    assert all(sizes[own].sum() <= row_tokens for own in packs)
+    assert all(own.dtype == np.int64 and np.all(np.diff(own) > 0) for own in packs)
+    assert any(len(own) for own in packing.packs[-1])  # no micro-step without work
 
 
 @given(LENGTHS, st.integers(100, 250), st.integers(1, 8), COSTS)
@@ -35,15 +37,15 @@ def test_rank_efficiency_is_total_cost_over_what_the_slowest_ranks_take(
     sizes = np.array(lengths)
     packing = pack(sizes, row_tokens=row_tokens, world_size=ranks, cost=cost)
 
-    def row_cost(row: np.ndarray) -> float:
-        return sum(cost.linear * x + cost.quadratic * x * x for x in sizes[row].tolist())
+    def pack_cost(own: np.ndarray) -> float:
+        return sum(cost.linear * x + cost.quadratic * x * x for x in sizes[own].tolist())
 
-    steps = [[row_cost(row) for row in step] for step in packing.rows]
+    steps = [[pack_cost(own) for own in step] for step in packing.packs]
     slowest = sum(max(step) for step in steps)
     total = sum(sum(step) for step in steps)
     assert packing.rank_efficiency == pytest.approx(total / (ranks * slowest))
-    # Rows of similar cost share a micro-step, the dearest first.
-    flat = [row for step in steps for row in sorted(step, reverse=True)]
+    # Packs of similar cost share a micro-step, the most expensive first.
+    flat = [one for step in steps for one in sorted(step, reverse=True)]
     assert flat == pytest.approx(sorted(flat, reverse=True))
 
 
@@ -58,19 +60,19 @@ def test_packing_is_a_pure_function(lengths, row_tokens, ranks, cost):
 
 def test_micro_steps_are_as_few_as_the_tokens_allow():
     cost = Cost(1.0, 0.0)
-    assert len(pack(np.full(8, 50), row_tokens=100, world_size=2, cost=cost).rows) == 2
-    assert len(pack(np.full(9, 50), row_tokens=100, world_size=2, cost=cost).rows) == 3
-    # 60 + 60 fit no row: as many rows as sequences, though the sum would fit in three.
-    assert len(pack(np.full(4, 60), row_tokens=100, world_size=1, cost=cost).rows) == 4
+    assert len(pack(np.full(8, 50), row_tokens=100, world_size=2, cost=cost).packs) == 2
+    assert len(pack(np.full(9, 50), row_tokens=100, world_size=2, cost=cost).packs) == 3
+    # 60 + 60 fit into no pack: as many packs as sequences, though the sum would fit in three.
+    assert len(pack(np.full(4, 60), row_tokens=100, world_size=1, cost=cost).packs) == 4
 
 
-def test_a_rank_without_work_gets_an_empty_row():
-    (step,) = pack(np.array([5, 7]), row_tokens=10, world_size=4, cost=Cost(1.0, 0.0)).rows
-    assert [row.tolist() for row in step] == [[1], [0], [], []]
+def test_a_rank_without_work_gets_an_empty_pack():
+    (step,) = pack(np.array([5, 7]), row_tokens=10, world_size=4, cost=Cost(1.0, 0.0)).packs
+    assert [own.tolist() for own in step] == [[1], [0], [], []]
 
 
 def test_long_traces_do_not_make_ranks_wait():
-    # 32 pairs of reasoning traces on 8 ranks: rows of equal cost reach 0.90.
+    # 32 pairs of reasoning traces on 8 ranks: packs of equal cost reach 0.90.
     rng = np.random.default_rng(0)
     efficiencies = []
     for _ in range(20):
@@ -78,6 +80,84 @@ def test_long_traces_do_not_make_ranks_wait():
         packing = pack(lengths, row_tokens=32_768, world_size=8, cost=Cost(1.0, 1 / 20_000))
         efficiencies.append(packing.rank_efficiency)
     assert np.mean(efficiencies) > 0.98
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[list[list[int]], np.ndarray, np.ndarray, int]:
+    """Packs as a poor packer would fill them: (packs, lengths, costs, world_size)."""
+    world_size, micro_steps = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    packs: list[list[int]] = [[] for _ in range(world_size * micro_steps)]
+    lengths = draw(st.lists(st.integers(1, 60), min_size=1, max_size=20))
+    kept: list[int] = []
+    for length in lengths:
+        own = draw(st.integers(0, len(packs) - 1))
+        if sum(kept[i] for i in packs[own]) + length <= ROW_TOKENS:
+            packs[own].append(len(kept))
+            kept.append(length)
+    sizes = np.array(kept or [1])
+    if not kept:
+        packs[0] = [0]
+    return packs, sizes, Cost(1.0, draw(st.sampled_from([0.0, 0.05]))).of(sizes), world_size
+
+
+def time_of(packs: list[list[int]], costs: np.ndarray, world_size: int) -> float:
+    loads = np.array([costs[own].sum() for own in packs])
+    return loads.reshape(-1, world_size).max(axis=1).sum()
+
+
+@given(steps())
+def test_a_step_keeps_its_sequences_and_limits_and_never_takes_longer(step):
+    packs, lengths, costs, world_size = step
+    found = balance(packs, lengths, costs, row_tokens=ROW_TOKENS, world_size=world_size)
+    assert len(found) == len(packs)
+    assert sorted(index for own in found for index in own) == list(range(len(lengths)))
+    assert all(lengths[own].sum() <= ROW_TOKENS for own in found)
+    before, after = time_of(packs, costs, world_size), time_of(found, costs, world_size)
+    assert after <= before * (1 + 1e-12)
+
+
+@given(steps())
+def test_no_exchange_or_move_is_left_that_would_shorten_the_step(step):
+    packs, lengths, costs, world_size = step
+    found = balance(packs, lengths, costs, row_tokens=ROW_TOKENS, world_size=world_size)
+    now = time_of(found, costs, world_size)
+    for a, b in product(range(len(found)), repeat=2):
+        if a == b:
+            continue
+        for mine, theirs in product(found[a], [*found[b], None]):
+            other = [list(own) for own in found]
+            other[a].remove(mine)
+            other[b].append(mine)
+            if theirs is not None:
+                other[b].remove(theirs)
+                other[a].append(theirs)
+            if all(lengths[own].sum() <= ROW_TOKENS for own in other):
+                assert time_of(other, costs, world_size) > now - 2e-5 * costs.sum() / world_size
+
+
+def test_an_expensive_sequence_moves_to_a_micro_step_with_room():
+    # Micro-steps {9 + 3, 9} and {4, 1}: the second has time for the 3 that the first waits for.
+    costs = np.array([9.0, 3, 9, 4, 1])
+    found = balance([[0, 1], [2], [3], [4]], costs.astype(int), costs, row_tokens=12, world_size=2)
+    assert found == [[0], [2], [3], [1, 4]]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "ranks", "steps", "mean", "lowest"),
+    [(32, 8, 60, 0.995, 0.985), pytest.param(512, 64, 10, 0.994, 0.99, marks=pytest.mark.slow)],
+)
+def test_ranks_hardly_wait_for_one_another_on_long_traces(pairs, ranks, steps, mean, lowest):
+    # Lengths like R1's, the costs of a 1.5B model.
+    rng = np.random.default_rng(0)
+    cost = Cost(linear=6 * 1.54e9, quadratic=6 * 28 * 1536)
+    found = []
+    for _ in range(steps):
+        medians = np.repeat([4300, 7500], pairs)
+        lengths = np.clip(medians * np.exp(0.7 * rng.normal(size=2 * pairs)), 300, 19_000)
+        packing = pack(lengths.astype(int), row_tokens=32_768, world_size=ranks, cost=cost)
+        found.append(packing.rank_efficiency)
+    assert np.mean(found) >= mean
+    assert min(found) >= lowest
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 3], [101]])
@@ -122,14 +202,14 @@ def test_a_truncated_trace_trains_what_remains(tmp_path):
 
 def test_weights_are_there_only_if_some_differ_from_one(tmp_path):
     tokens = make_tokens(tmp_path / "made", [2] * 3, [3] * 3, [1] * 3, range(3), [1, 0.5, 1])
-    row = build_batch(tokens, np.array([0, 1]), np.array([5, 5]))
-    assert row.weights is not None
-    assert row.weights.dtype == torch.float32
-    assert row.weights.tolist() == [1.0, 0.5]
+    batch = build_batch(tokens, np.array([0, 1]), np.array([5, 5]))
+    assert batch.weights is not None
+    assert batch.weights.dtype == torch.float32
+    assert batch.weights.tolist() == [1.0, 0.5]
     assert build_batch(tokens, np.array([0, 2]), np.array([5, 5])).weights is None
 
 
-def test_a_row_without_work_is_one_token_that_counts_for_nothing(tmp_path):
+def test_a_pack_without_work_is_one_token_that_counts_for_nothing(tmp_path):
     tokens = make_tokens(tmp_path / "made", [2], [4], [1], [0])
     batch = build_batch(tokens, np.array([], np.int64), np.array([], np.int64))
     assert batch.is_dummy

@@ -1,4 +1,4 @@
-"""Files to raw rows to traces: every shape and kind of file, and every way they can be wrong."""
+"""Reading traces from files: every row format, every kind of file, and their faults."""
 
 import csv
 import gzip
@@ -205,10 +205,10 @@ def test_a_csv_of_a_header_alone_holds_no_rows(tmp_path, data):
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])
-def test_an_empty_csv_is_told_from_one_of_a_header_alone(tmp_path, content):
+def test_an_empty_csv_differs_from_one_with_a_header_alone(tmp_path, content):
     path = tmp_path / "rows.csv"
     path.write_text(content)
-    assert error_of(str(path)) == f"{path}: holds no rows, nor a header line"
+    assert error_of(str(path)) == f"{path}: holds neither rows nor a header line"
 
 
 def test_an_empty_parquet_file_and_an_empty_folder_are_errors(tmp_path):
@@ -222,7 +222,7 @@ def test_an_empty_parquet_file_and_an_empty_folder_are_errors(tmp_path):
 def test_an_unknown_kind_of_file_is_an_error(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("hello")
-    assert "not a kind of file read here" in error_of(str(path))
+    assert "not a supported kind of file" in error_of(str(path))
 
 
 @pytest.mark.parametrize(
@@ -240,20 +240,20 @@ def test_an_unknown_kind_of_file_is_an_error(tmp_path):
         ),
         ("a.json", b'[{"prompt": "a", "completion": "b"},\n "text"]', 2, "a JSON object, not str"),
         ("a.jsonl", b"[" * 100_000, 1, "nested too deeply"),
-        ("a.csv", b"prompt,completion\na,b\nc\n", 3, "1 cells where the header has 2"),
+        ("a.csv", b"prompt,completion\na,b\nc\n", 3, "1 cells, but the header has 2"),
         ("a.csv", b"prompt,completion\na,\xff\n", 2, "UTF-8"),
         ("a.csv", b"messages\nhello\n", 2, "not valid JSON"),
         ("a.csv", b'prompt,completion\n"a,b\nc,d\n', 2, "a quotation mark not closed"),
         ("a.csv", "prompt,completion\na,b\n".encode("utf-16"), 1, "looks like UTF-16"),
         ("a.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), 1, "looks like UTF-16"),
-        ("a.csv", b"7?,2,1\n8?,4,3\n", 1, "line (is it missing?): the columns (7?, 2, 1) fit no"),
-        ("a.csv", b"prompt,answer\na,b\n", 1, "header line: the columns (prompt, answer) fit no"),
+        ("a.csv", b"7?,2,1\n8?,4,3\n", 1, "line (is it missing?): the columns (7?, 2, 1) match no"),
+        ("a.csv", b"prompt,answer\na,b\n", 1, "header line: the columns (prompt, answer) match no"),
         ("a.jsonl", b'{"prompt": "a", "chosen": "b"}', 1, "preference (prompt, chosen, rejected)"),
         ("a.csv", b"prompt,completion\ra,b\r", 1, "lines end in CR alone"),
         ("a.jsonl", b'{"prompt": "a"}\r{"prompt": "b"}\r', 1, "lines end in CR alone"),
         ("a.csv", "prompt,completion\na,b\n".encode("utf-16-le"), 1, "looks like UTF-16"),
         ("a.jsonl", '{"prompt": "a"}\n'.encode("utf-16-be"), 1, "looks like UTF-16"),
-        ("a.csv", b"Prompt,Completion\na,b\n", 1, "in small letters: prompt, completion"),
+        ("a.csv", b"Prompt,Completion\na,b\n", 1, "in lower case: prompt, completion"),
         ("a.jsonl", b'{"prompt": "a", "chosen": null, "rejected": "b"}\n', 1, "not null"),
         ("a.jsonl", b'{"prompt": "a", "completion": "b", "id": "\\ud800"}', 1, "'id' is not valid"),
     ],
@@ -287,7 +287,7 @@ def test_what_spreadsheets_add_to_a_csv_is_read_over(tmp_path):
 def test_a_column_that_is_there_twice_is_an_error(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,completion,completion\na,b,c\n")
-    assert error_of(str(path)) == f"{path}:1: column 'completion' is there 2 times"
+    assert error_of(str(path)) == f"{path}:1: column 'completion' occurs 2 times"
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet", "a.csv.gz", "a.json.gz"])
@@ -329,7 +329,7 @@ CONVERSATION = (Message("user", "2 + 2?"),)
         (OPENR1, "openr1", "2 + 2?", [1, -1, -1]),
     ],
 )  # fmt: skip
-def test_every_shape_is_told_from_its_columns(tmp_path, row, format, prompt, signs):
+def test_every_format_is_detected_from_its_columns(tmp_path, row, format, prompt, signs):
     path = write_rows(tmp_path / "rows.jsonl", [row])
     traces = traces_of(path)
     texts = {1: "4", -1: "5"}
@@ -504,7 +504,7 @@ def test_a_forgotten_label_does_not_pass_for_a_positive(tmp_path):
 
 def test_an_unknown_format_is_an_error(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [PAIR])
-    assert "'prefs' is unknown; known: auto, preference" in error_of(path, "prefs")
+    assert "'prefs' is unknown; available: auto, preference" in error_of(path, "prefs")
 
 
 def test_openr1_columns_give_the_traces_of_the_file_they_were_made_from():

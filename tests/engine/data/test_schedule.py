@@ -210,7 +210,7 @@ def test_epochs_and_seeds_draw_in_different_orders():
 
 
 def test_the_order_of_a_seed_never_changes():
-    # A resume must go on in the order that the run began with, whatever the versions installed.
+    # A resumed run must keep the order with which it began, with any installed versions.
     assert Schedule(10, 10, None, None, 42).units(1).tolist() == [4, 8, 1, 9, 3, 6, 0, 7, 2, 5]
 
 

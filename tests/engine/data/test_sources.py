@@ -1,4 +1,4 @@
-"""Folders to the data sets in them: what `datasets` saved, downloads with splits, metadata."""
+"""Data sets in folders: saved by `datasets`, downloads with splits, metadata."""
 
 import json
 import shutil
@@ -71,7 +71,7 @@ def test_a_saved_data_set_is_read(tmp_path: Path, shards: int) -> None:
     made.save_to_disk(tmp_path / "saved", num_shards=shards)
     assert read(tmp_path / "saved") == ["a", "b", "c", "d"]
     assert [row.where for row in read_rows([str(tmp_path / "saved")], "auto")][2].endswith("d:3")
-    # one among other files
+    # a saved data set among other files
     write_rows(tmp_path / "more.jsonl", rows("e"))
     assert read(tmp_path) == ["e", "a", "b", "c", "d"]
 

@@ -1,4 +1,4 @@
-"""The look before training: every figure against rows whose properties are known."""
+"""The summary of the training data: every figure, for rows with known properties."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -147,7 +147,7 @@ def test_text_that_the_tokenizer_does_not_know_is_counted_and_warned_of(tmp_path
     rows = [pair("a", "b", "a b"), pair("b", "a x b", "a"), pair("y", "a a", "b")]
     found = overview(tokenized(tmp_path, rows, str(tmp_path)))
     assert found.unknown_tokens == 3  # the positive with x, and both traces of prompt y
-    assert "3 of 6 traces hold text" in warnings(found)[0]
+    assert "3 of 6 traces contain text" in warnings(found)[0]
 
 
 def test_control_tokens_in_a_trace_are_counted_named_and_refused_on_request(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_control_tokens_in_a_trace_are_counted_named_and_refused_on_request(tmp_
     assert tokens.control_tokens == {"<|im_end|>": 2, "<|im_start|>": 1}
     found = overview(tokens)
     assert found.control_tokens == 2
-    assert "2 of 6 traces spell control tokens" in warnings(found)[0]
+    assert "2 of 6 traces contain control tokens" in warnings(found)[0]
     assert "<|im_start|>" in warnings(found)[0]
     refusing = replace(settings(str(tmp_path / "rows.jsonl"), tokenizer), control_tokens="error")
     for cache in ("cache", "another"):  # found again, and made anew

@@ -1,4 +1,4 @@
-"""The closer look at a set, against rows whose properties are known."""
+"""The summary by source, for rows with known properties."""
 
 import pickle
 from pathlib import Path

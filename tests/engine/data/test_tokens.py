@@ -108,7 +108,7 @@ def test_without_template_the_completion_and_eos_are_trained(make, name, request
 def test_eos_is_there_exactly_once(make, name, template, request):
     tokenizer = request.getfixturevalue(name)
     own = loaded(tokenizer)
-    # A trace may bring its own EOS, with white space behind it: no second one then.
+    # A trace may already end with EOS and white space: no second one is added.
     rows = [PAIR, {**PAIR, "chosen": POSITIVE + own.eos_token + " \n"}]
     tokens = make(rows if template == "none" else rows[:1], tokenizer, template=template)
     for index in range(len(tokens)):
@@ -262,20 +262,20 @@ def test_without_template_a_document_begins_as_the_tokenizer_begins_it(make, tmp
 
 
 @pytest.mark.parametrize(
-    ("template", "start", "told"),
+    ("template", "start", "reported"),
     [
         (WITH_BOS, "<|bos|>", "<|bos|>"),
         (CHATML, "", "no <|bos|>: the chat template writes none"),
     ],
 )
 def test_with_a_chat_template_the_template_alone_decides_on_bos(
-    make, tmp_path, template, start, told
+    make, tmp_path, template, start, reported
 ):
     tokenizer = save_tokenizer(tmp_path / "tokenizer", template=template, document="<|bos|> $A")
     tokens = make([PAIR], tokenizer)
     head = f"{start}<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
     assert prompt_and_trained(tokens, 0, tokenizer)[0] == head
-    assert tokens.document_start == told
+    assert tokens.document_start == reported
 
 
 def test_the_date_that_a_template_prints_is_part_of_the_key(tmp_path, monkeypatch):
@@ -304,7 +304,7 @@ def test_what_cannot_be_tokenized_is_the_users_error(make, tmp_path, tiny):
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     with pytest.raises(InputError, match=r"rows.jsonl:1: a prompt of several messages"):
         make([{"messages": turns}], tiny, template="none")
-    with pytest.raises(InputError, match="system_prompt has no place"):
+    with pytest.raises(InputError, match="system_prompt needs template"):
         make([PAIR], tiny, template="none", system_prompt=SYSTEM)
     with pytest.raises(InputError, match="template 'chatml' is unknown"):
         make([PAIR], tiny, template="chatml")
@@ -395,7 +395,7 @@ def test_tokens_are_read_from_the_cache_and_named_by_todays_path(tmp_path, tiny,
 def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeypatch):
     path, cache = tmp_path / "large.jsonl", tmp_path / "cache"
     with path.open("wb") as file:
-        file.truncate(fingerprints.WORTH_REMEMBERING)
+        file.truncate(fingerprints.MIN_CACHED_BYTES)
     monkeypatch.setattr(fingerprints, "_CLOCK_TICK", 0)
     hashed = []
     really = fingerprints._hashed
@@ -433,7 +433,7 @@ def test_weights_are_hashed_once_and_again_when_one_file_changes(tmp_path, monke
     folder.mkdir()
     assert fingerprints.model_fingerprint(str(folder), cache) is None
     monkeypatch.setattr(fingerprints, "_CLOCK_TICK", 0)
-    monkeypatch.setattr(fingerprints, "WORTH_REMEMBERING", 6)
+    monkeypatch.setattr(fingerprints, "MIN_CACHED_BYTES", 6)
     (folder / "model-2.safetensors").write_bytes(b"cd")
     (folder / "model-1.safetensors").write_bytes(b"ab")
     small = fingerprints.model_fingerprint(str(folder), cache)

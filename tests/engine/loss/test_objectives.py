@@ -134,7 +134,7 @@ def rows_of(tokens: TokenizedTraces, of: ObjectiveConfig, row_tokens: int) -> li
         cost=Cost(1.0, 0.0),
         keep_pairs_together=examples.keep_pairs_together,
     )
-    chosen = [sequences[row] for step in packing.rows for row in step] + [sequences[:0]]
+    chosen = [sequences[own] for step in packing.packs for own in step] + [sequences[:0]]
     batches = [build_batch(tokens, row, examples.lengths[row]) for row in chosen]
     return [replace(batch, targets=_in_vocabulary(batch.targets)) for batch in batches]
 
