@@ -170,5 +170,5 @@ def test_held_out_rows_without_answers_are_refused_before_training(
     data = tmp_path / "test.jsonl"
     data.write_text('{"prompt": "1=", "chosen": "12", "rejected": "3"}\n')
     assert main(["train", str(recipe("r", changes(data)))]) == 2
-    assert "test.jsonl:1: no right answer" in capsys.readouterr().err
+    assert "test.jsonl:1: no answer" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
