@@ -151,7 +151,7 @@ def test_a_folder_that_is_no_run_is_left_alone(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     assert main(["train", str(recipe("r", {"run.dir": str(tmp_path / "mine")}))]) == 2
-    assert "is not a run folder" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
