@@ -27,7 +27,7 @@ from redi.bench.inputs import Operands, Sizes, make_operands
 from redi.bench.measure import time_in_turns
 from redi.bench.report import hardware_name
 from redi.kernels.backends import kernels_of
-from redi.kernels.chunked import Outputs, cross_entropy_chunks
+from redi.kernels.chunked import Outputs, Schedule, cross_entropy_chunks
 from redi.kernels.experimental import exp_gemm_triton
 from redi.kernels.experimental.launches import (
     TABLE,
@@ -82,24 +82,16 @@ def step_of(operands: Operands, launch: Launch | None) -> Callable[[], Gradients
     hidden, weight, targets = (tensor.detach() for tensor in operands[:3])
     token_weights = operands.token_weights.float()
     index = torch.arange(len(targets), device=targets.device)
+    schedule = Schedule(index, len(index), None)
     kernels = kernels_of("triton")
     if launch is not None:
         kernels = replace(kernels, exp_gemm=partial(exp_gemm_triton.exp_gemm, launch=launch))
 
     def step() -> Gradients:
         dhidden, dweight = (torch.empty_like(t, dtype=torch.float32) for t in (hidden, weight))
-        cross_entropy_chunks(
-            hidden,
-            weight,
-            targets,
-            token_weights,
-            Outputs(
-                torch.empty(len(targets), device=targets.device), dhidden=dhidden, dweight=dweight
-            ),
-            kernels=kernels,
-            valid_index=index,
-            num_with_grad=len(index),
-        )
+        logps = torch.empty(len(targets), device=targets.device)
+        out = Outputs(logps=logps, dhidden=dhidden, dweight=dweight)
+        cross_entropy_chunks(hidden, weight, targets, token_weights, out, schedule, kernels)
         return dhidden, dweight
 
     return step

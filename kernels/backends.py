@@ -11,7 +11,7 @@ from torch import Tensor
 
 from redi.kernels import segments, softmax
 from redi.kernels.reference import Backend
-from redi.kernels.softmax import GradientRows, SoftmaxKernel
+from redi.kernels.softmax import GradientRows
 from redi.kernels.validate import check_choice
 
 # Read once, as Triton reads its variable once, and outside of what torch.compile traces.
@@ -23,7 +23,7 @@ TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "tru
 class Kernels:
     """The parts in which backends differ."""
 
-    softmax: SoftmaxKernel
+    softmax: Callable[..., Tensor | None]
     """See `softmax.softmax`."""
     token_weights: Callable[..., tuple[Tensor, Tensor]]
     """See `segments.token_weights`."""
@@ -41,14 +41,14 @@ def choose_backend(
     dtype: torch.dtype = torch.float32,
     hidden_size: int | None = None,
 ) -> Backend:
-    """The backend to use there: what was asked for, or what "auto" stands for.
+    """The backend to use: the given one, or what "auto" means there.
 
     "auto" is "triton" on a GPU where Triton is installed ("triton-exp" where the launch table has a
     measurement that it is faster), else "torch". "triton-exp" is for bfloat16: any other dtype is
     computed as by "triton".
 
     Args:
-        backend: what the user asked for.
+        backend: what the user gave.
         device: of the operands.
         dtype: of the operands.
         hidden_size: D, where it is known.

@@ -10,6 +10,7 @@ A kernel does the step between the first product and the other two: `softmax.py`
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,39 @@ from redi.kernels.softmax import GradientRows, multiplies_halves
 # float16: dZ is multiplied by a power of two that brings the largest weight to 2^14 .. 2^15, as
 # the weights themselves (1e-7 at 32 pairs of 20,000 tokens) would underflow.
 HALF_EXPONENT = 15
+
+
+class Schedule(NamedTuple):
+    """What the caller may fix beforehand; None: found or chosen in the op."""
+
+    valid_index: Tensor | None
+    """[N] positions of unmasked targets; without it a GPU must synchronise once."""
+    num_with_grad: int | None
+    """How many of `valid_index`, from the first, may have a weight other than 0."""
+    chunk_tokens: int | None
+    """Rows of a chunk at most."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Tensors to fill in, in the accumulation dtype; one that is None is not computed."""
+
+    logps: Tensor | None = None
+    """[T], 0 where masked."""
+    entropies: Tensor | None = None
+    """[T] likewise; only along with logps."""
+    dropped: Tensor | None = None
+    """[T], a filter's: the share of each token's probability that was left out."""
+    dhidden: Tensor | None = None
+    """[T, D] contiguous, 0 where masked."""
+    dweight: Tensor | None = None
+    """[V, D] contiguous."""
+    accumulate: bool = False
+    """Add to `dweight` instead of overwriting it."""
+    kept: GradientRows | None = None
+    """p - onehot of the unmasked tokens for `kept_gradient_chunks`, in place of dhidden and
+    dweight. At least N rows, those after N are set to 0. The matrix is in hidden's dtype (float16:
+    times 2^15, see HALF_EXPONENT); only `exp_gemm` writes factors and residues."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +71,6 @@ class TokenOrder:
         """Chunks of at most `most`: of the tokens with a gradient, then of the others."""
         middle = self.with_grad
         return [*split(0, middle, most), *split(middle, len(self.index), most)]
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Tensors to fill in, in the accumulation dtype; one that is None is not computed."""
-
-    logps: Tensor | None = None
-    """[T], 0 where masked."""
-    entropies: Tensor | None = None
-    """[T] likewise; only along with logps."""
-    dhidden: Tensor | None = None
-    """[T, D] contiguous, 0 where masked."""
-    dweight: Tensor | None = None
-    """[V, D] contiguous."""
-    accumulate: bool = False
-    """Add to `dweight` instead of overwriting it."""
 
 
 @dataclass(frozen=True)
@@ -133,58 +151,15 @@ def run_chunks(
         del chunk, gradient  # before those of the next chunk are allocated
 
 
-def gradient_rows(
-    chunk: Chunk,
-    weight: Tensor,
-    operand: Tensor,
-    targets: Tensor,
-    token_weights: Tensor | None,
-    *,
-    kernels: Kernels,
-    coefficient: str = "weight",
-    logps: Tensor,
-    entropies: Tensor | None = None,
-    out: Tensor,
-    dlogits: Tensor | None = None,
-) -> GradientRows | None:
-    """Log-probs of a chunk and, given weights, its gradient by the logits.
-
-    Args:
-        weight: [V, D].
-        operand: the same as `product_operand` returns it.
-        targets, token_weights, coefficient, logps, entropies, dlogits: see `softmax.softmax`.
-        kernels: of the backend; `exp_gemm`, if there, replaces `softmax`.
-        out: [C, V], overwritten.
-    """
-    where = chunk.tokens, targets, token_weights
-    if kernels.exp_gemm is not None:
-        return kernels.exp_gemm(
-            chunk.hidden, weight, *where, coefficient=coefficient, logps=logps, out=out
-        )
-    dz = kernels.softmax(
-        matmul(chunk.hidden, operand.T, out),
-        *where,
-        coefficient=coefficient,
-        dtype=chunk.hidden.dtype,
-        logps=logps,
-        entropies=entropies,
-        dlogits=dlogits,
-    )
-    return None if dz is None else GradientRows(dz)
-
-
 def cross_entropy_chunks(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     token_weights: Tensor | None,
     out: Outputs,
-    *,
+    schedule: Schedule,
     kernels: Kernels,
     coefficient: str = "weight",
-    valid_index: Tensor | None = None,
-    num_with_grad: int | None = None,
-    chunk_tokens: int | None = None,
 ) -> None:
     """Fill in the outputs.
 
@@ -192,109 +167,77 @@ def cross_entropy_chunks(
         hidden: [T, D], any strides.
         weight: [V, D], any strides.
         targets: [T] int64, -100 masks.
-        token_weights: [T] accumulation dtype; None where no gradient is wanted.
+        token_weights: [T] accumulation dtype; None if neither dhidden nor dweight is wanted.
         kernels: of the backend. Entropies are always computed from logits.
         coefficient: see `softmax.effective_weights`.
-        valid_index: [N] positions of unmasked targets; without it a GPU must synchronise once.
-        num_with_grad: how many of `valid_index`, from the first, may have a weight other than 0.
-        chunk_tokens: rows of a chunk at most; None chooses (`default_chunk_tokens`).
 
     Tokens of weight 0 cost the logits product alone, masked tokens nothing. (A GPU that is given
     `valid_index` without `num_with_grad` does not know them and treats all tokens alike.)
     """
-    if out.dhidden is None and out.dweight is None:
-        token_weights = None
+    kept, dtype = out.kept, accumulation_dtype(hidden.dtype)
     if out.entropies is not None:
         kernels = replace(kernels, exp_gemm=None)
-    order = order_tokens(targets, token_weights, valid_index, num_with_grad)
+    if kept is not None:
+        order = _all_with_grad(targets, schedule)
+        token_weights = torch.full_like(targets, _kept_scale(hidden.dtype), dtype=dtype)
+    else:
+        if out.dhidden is None and out.dweight is None:
+            token_weights = None
+        order = order_tokens(targets, token_weights, schedule)
     if out.logps is None:
         order = TokenOrder(order.index[: order.with_grad], order.with_grad)
-    dtype = accumulation_dtype(hidden.dtype)
     buffer_dtype = dtype if kernels.exp_gemm is None else hidden.dtype
-    ranges = order.ranges(
-        chunk_tokens or default_chunk_tokens(len(order.index), weight, buffer_dtype)
-    )
+    most = schedule.chunk_tokens or default_chunk_tokens(len(order.index), weight, buffer_dtype)
+    ranges = order.ranges(most)
     operand = product_operand(weight)
-    buffer = chunk_buffer(ranges, weight, buffer_dtype)
+    in_place = kept is not None and kept.matrix.dtype == buffer_dtype
+    buffer = chunk_buffer([] if in_place else ranges, weight, buffer_dtype)
 
     scale = None
-    if token_weights is not None and hidden.dtype == torch.float16 and order.with_grad:
+    if hidden.dtype == torch.float16 and order.with_grad and kept is None:
+        assert token_weights is not None
         scale = _power_of_two(token_weights[order.index[: order.with_grad]], HALF_EXPONENT)
         token_weights = token_weights * scale
     for values in (out.logps, out.entropies):
         if values is not None:
             values.zero_()
+    if kept is not None:
+        for part in (kept.matrix, kept.factors, kept.residues):
+            if part is not None:
+                part[len(order.index) :].zero_()
     logps = hidden.new_empty(targets.shape, dtype=dtype) if out.logps is None else out.logps
 
     def make(chunk: Chunk) -> GradientRows | None:
-        return gradient_rows(
-            chunk,
-            weight,
-            operand,
-            targets,
-            token_weights if chunk.has_grad else None,
-            kernels=kernels,
+        kept_rows = None if kept is None else kept.matrix[chunk.rows]
+        room = buffer[: len(chunk.tokens)]
+        if in_place and kept_rows is not None:
+            room = kept_rows
+        where = chunk.tokens, targets, token_weights if chunk.has_grad else None
+        if kernels.exp_gemm is not None:
+            return kernels.exp_gemm(
+                chunk.hidden, weight, *where, coefficient=coefficient, logps=logps, out=room
+            )
+        dlogits = kernels.softmax(
+            matmul(chunk.hidden, operand.T, room),
+            *where,
             coefficient=coefficient,
+            dtype=hidden.dtype,
             logps=logps,
             entropies=out.entropies,
-            out=buffer[: len(chunk.tokens)],
+            dlogits=kept_rows,
         )
-
-    products = Products(operand, targets, out, scale)
-    run_chunks(hidden, order, ranges, make, products.add)
-    products.finish()
-
-
-def keep_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    kernels: Kernels,
-    valid_index: Tensor | None,
-    chunk_tokens: int | None,
-    token_logps: Tensor,
-    kept: GradientRows,
-) -> None:
-    """Log-probs [T] and, for `kept_gradient_chunks`, p - onehot of the unmasked tokens.
-
-    `kept` has room for at least N rows; the rest are set to 0, as an op must not return
-    uninitialised memory. Its matrix is in hidden's dtype (float16: times 2^15, see HALF_EXPONENT);
-    factors and residues are written by `exp_gemm`, otherwise the matrix holds all of p - onehot.
-    """
-    index = order_tokens(targets, None, valid_index).index
-    order = TokenOrder(index, len(index))
-    dtype = accumulation_dtype(hidden.dtype)
-    ranges = order.ranges(chunk_tokens or default_chunk_tokens(len(index), weight, dtype))
-    operand = product_operand(weight)
-    in_place = kept.matrix.dtype == dtype or kernels.exp_gemm is not None
-    buffer = chunk_buffer([] if in_place else ranges, weight, dtype)
-    ones = torch.full_like(token_logps, _kept_scale(hidden.dtype))
-    token_logps.zero_()
-    for part in (kept.matrix, kept.factors, kept.residues):
-        if part is not None:
-            part[len(index) :].zero_()
-
-    def make(chunk: Chunk) -> GradientRows | None:
-        rows = kept.matrix[chunk.rows]
-        return gradient_rows(
-            chunk,
-            weight,
-            operand,
-            targets,
-            ones,
-            kernels=kernels,
-            logps=token_logps,
-            out=rows if in_place else buffer[: len(rows)],
-            dlogits=rows,
-        )
+        return None if dlogits is None else GradientRows(dlogits)
 
     def keep(made: GradientRows, chunk: Chunk) -> None:
+        """The matrix was written in its place."""
+        assert kept is not None
         for part, values in ((kept.factors, made.factors), (kept.residues, made.residues)):
             if part is not None and values is not None:
                 part[chunk.rows] = values
 
-    run_chunks(hidden, order, ranges, make, keep)
+    products = Products(operand, targets, out, scale)
+    run_chunks(hidden, order, ranges, make, products.add if kept is None else keep)
+    products.finish()
 
 
 def kept_gradient_chunks(
@@ -304,50 +247,44 @@ def kept_gradient_chunks(
     targets: Tensor,
     token_weights: Tensor,
     out: Outputs,
-    *,
-    valid_index: Tensor | None,
-    chunk_tokens: int | None,
+    schedule: Schedule,
 ) -> None:
-    """The gradients of - sum_t w_t logp_t from what `keep_chunks` kept.
+    """The gradients of - sum_t w_t logp_t from what `cross_entropy_chunks` kept.
 
     The weights multiply the small operands of the products, as factors: `kept` is only read, and
     backward may run again.
     """
-    index = order_tokens(targets, None, valid_index).index
-    order = TokenOrder(index, len(index))
-    dtype = accumulation_dtype(hidden.dtype)
-    ranges = order.ranges(chunk_tokens or default_chunk_tokens(len(index), weight, dtype))
-    factors = token_weights[index]
+    order = _all_with_grad(targets, schedule)
+    most = schedule.chunk_tokens or default_chunk_tokens(
+        len(order.index), weight, accumulation_dtype(hidden.dtype)
+    )
+    factors = token_weights[order.index]
     scale = None
-    if hidden.dtype == torch.float16 and len(index):
+    if hidden.dtype == torch.float16 and len(factors):
         scale = _power_of_two(factors, 0)  # w X no larger than X, no smaller than w
         factors = factors * scale
         scale = scale * _kept_scale(hidden.dtype)
     if kept.factors is not None:
-        factors = factors * kept.factors[: len(index)]
+        factors = factors * kept.factors[: len(factors)]
 
     def make(chunk: Chunk) -> GradientRows:
         residues = None if kept.residues is None else kept.residues[chunk.rows]
         return GradientRows(kept.matrix[chunk.rows], factors[chunk.rows], residues)
 
     products = Products(product_operand(weight), targets, out, scale)
-    run_chunks(hidden, order, ranges, make, products.add)
+    run_chunks(hidden, order, order.ranges(most), make, products.add)
     products.finish()
 
 
-def order_tokens(
-    targets: Tensor,
-    token_weights: Tensor | None,
-    valid_index: Tensor | None,
-    num_with_grad: int | None = None,
-) -> TokenOrder:
+def order_tokens(targets: Tensor, token_weights: Tensor | None, schedule: Schedule) -> TokenOrder:
     """The unmasked tokens, those of non-zero weight first and otherwise in order.
 
     With `valid_index` on a GPU nothing is read back; otherwise the two counts are, at once.
     """
-    if valid_index is not None and (num_with_grad is not None or targets.device.type != "cpu"):
-        with_grad = len(valid_index) if num_with_grad is None else num_with_grad
-        return TokenOrder(valid_index.long(), 0 if token_weights is None else with_grad)
+    index, with_grad, _ = schedule
+    if index is not None and (with_grad is not None or targets.device.type != "cpu"):
+        with_grad = len(index) if with_grad is None else with_grad
+        return TokenOrder(index.long(), 0 if token_weights is None else with_grad)
     valid = targets != IGNORE_INDEX
     has_weight = torch.zeros_like(valid)
     if token_weights is not None:
@@ -355,6 +292,11 @@ def order_tokens(
     rank = torch.where(valid, torch.where(has_weight, 0, 1), 2)
     count, with_grad = torch.stack([valid.sum(), has_weight.sum()]).tolist()
     return TokenOrder(torch.argsort(rank, stable=True)[:count], with_grad)
+
+
+def _all_with_grad(targets: Tensor, schedule: Schedule) -> TokenOrder:
+    index = order_tokens(targets, None, schedule).index
+    return TokenOrder(index, len(index))
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from redi.kernels import reference
 from redi.kernels.backends import choose_backend, kernels_of
 from redi.kernels.chunk_sizes import padded
-from redi.kernels.chunked import Outputs, cross_entropy_chunks, keep_chunks, kept_gradient_chunks
+from redi.kernels.chunked import Outputs, Schedule, cross_entropy_chunks, kept_gradient_chunks
 from redi.kernels.reference import Backend, accumulation_dtype
 from redi.kernels.softmax import GradientRows
 from redi.kernels.validate import (
@@ -91,7 +91,7 @@ def _new_kept(
 
 
 def _kept(weight: Tensor, matrix: Tensor, parts: Tensor) -> GradientRows:
-    """The memory as `keep_chunks` fills it; `parts` are factors and residues, or empty."""
+    """The memory as `cross_entropy_chunks` fills it; `parts` are factors and residues, or empty."""
     matrix = matrix[:, : weight.shape[0]]
     return GradientRows(matrix, *parts) if parts.shape[1] else GradientRows(matrix)
 
@@ -110,32 +110,12 @@ def _linear_logprobs_op(
     check_target_values(targets, weight.shape[0], valid_index)
     logps = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
     matrix, parts = _new_kept(hidden, weight, valid_index, backend, keep)
-    kernels = kernels_of(backend)
+    out = Outputs(logps=logps, kept=_kept(weight, matrix, parts) if keep else None)
+    schedule = Schedule(valid_index, None, chunk_tokens)
     with torch.autocast(hidden.device.type, enabled=False):
-        if keep:
-            keep_chunks(
-                hidden,
-                weight,
-                targets,
-                kernels=kernels,
-                valid_index=valid_index,
-                chunk_tokens=chunk_tokens,
-                token_logps=logps,
-                kept=_kept(weight, matrix, parts),
-            )
-            # Padding, which a kernel may have written to: an op's result must be reproducible.
-            matrix[:, weight.shape[0] :].zero_()
-        else:
-            cross_entropy_chunks(
-                hidden,
-                weight,
-                targets,
-                None,
-                Outputs(logps),
-                kernels=kernels,
-                valid_index=valid_index,
-                chunk_tokens=chunk_tokens,
-            )
+        cross_entropy_chunks(hidden, weight, targets, None, out, schedule, kernels_of(backend))
+    if keep:  # padding, which a kernel may have written to: results must be reproducible
+        matrix[:, weight.shape[0] :].zero_()
     return logps, matrix, parts
 
 
@@ -174,23 +154,12 @@ def _linear_logprobs_backward_op(
         for operand, needed in zip((hidden, weight), needs, strict=True)
     )
     operands, out = (hidden, weight, targets, -dlogps), Outputs(dhidden=dhidden, dweight=dweight)
+    schedule = Schedule(valid_index, None, chunk_tokens)
     with torch.autocast(hidden.device.type, enabled=False):
         if keep:
-            kept_gradient_chunks(
-                _kept(weight, matrix, parts),
-                *operands,
-                out,
-                valid_index=valid_index,
-                chunk_tokens=chunk_tokens,
-            )
+            kept_gradient_chunks(_kept(weight, matrix, parts), *operands, out, schedule)
         else:
-            cross_entropy_chunks(
-                *operands,
-                out,
-                kernels=kernels_of(backend),
-                valid_index=valid_index,
-                chunk_tokens=chunk_tokens,
-            )
+            cross_entropy_chunks(*operands, out, schedule, kernels_of(backend))
     return (
         hidden.new_empty(0) if dhidden is None else dhidden.to(hidden.dtype),
         weight.new_empty(0) if dweight is None else dweight.to(weight.dtype),

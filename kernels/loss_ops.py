@@ -6,15 +6,16 @@ autocast off: the operands' own dtype decides. Arguments have been checked, exce
 a tensor's values shows: those checks are in the ops, where torch.compile does not trace them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from redi.kernels.backends import kernels_of
-from redi.kernels.chunked import Outputs, cross_entropy_chunks
+from redi.kernels.chunked import Outputs, Schedule, cross_entropy_chunks
 from redi.kernels.reference import IGNORE_INDEX, accumulation_dtype
 from redi.kernels.softmax import token_losses
 from redi.kernels.validate import (
@@ -70,42 +71,20 @@ def signed_cross_entropy_op(
     loss, logps, entropies, dropped, dhidden, dweight = results
     need_entropies, need_dhidden, need_dweight = needs
     out = Outputs(
-        logps,
-        entropies if need_entropies else None,
-        dhidden if need_dhidden else None,
-        dweight if need_dweight else None,
+        logps=logps,
+        entropies=entropies if need_entropies else None,
+        dropped=dropped,
+        dhidden=dhidden if need_dhidden else None,
+        dweight=dweight if need_dweight else None,
     )
-    with _weights_for(hidden, weight, targets, token_weights, valid_index, num_with_grad) as w:
-        if epsilon is None:
-            cross_entropy_chunks(
-                hidden,
-                weight,
-                targets,
-                w,
-                out,
-                kernels=kernels_of(backend),
-                coefficient=coefficient,
-                valid_index=valid_index,
-                num_with_grad=num_with_grad,
-                chunk_tokens=chunk_tokens,
-            )
-        else:
-            # Imported late: no exact loss needs it.
-            from redi.kernels.experimental.filter import filtered_cross_entropy_chunks
+    schedule = Schedule(valid_index, num_with_grad, chunk_tokens)
+    fill: Callable[..., None] = cross_entropy_chunks
+    if epsilon is not None:  # imported late: no exact loss needs it
+        from redi.kernels.experimental.filter import filtered_cross_entropy_chunks
 
-            filtered_cross_entropy_chunks(
-                hidden,
-                weight,
-                targets,
-                w,
-                out,
-                dropped,
-                epsilon=epsilon,
-                kernels=kernels_of(backend),
-                valid_index=valid_index,
-                num_with_grad=num_with_grad,
-                chunk_tokens=chunk_tokens,
-            )
+        fill = partial(filtered_cross_entropy_chunks, epsilon=epsilon)
+    with _weights_for(hidden, weight, targets, token_weights, schedule) as w:
+        fill(hidden, weight, targets, w, out, schedule, kernels_of(backend), coefficient)
         loss.copy_(_total(logps, w, targets, coefficient))
     return results
 
@@ -157,18 +136,11 @@ def accumulate_gradient_op(
     """(loss, token_logps, dhidden); writes or adds to `dweight`, both gradients x grad_scale."""
     dhidden = _new_gradient(hidden, True)
     logps = hidden.new_empty(hidden.shape[0], dtype=dhidden.dtype)
-    with _weights_for(hidden, weight, targets, token_weights, valid_index, num_with_grad) as w:
-        cross_entropy_chunks(
-            hidden,
-            weight,
-            targets,
-            w * grad_scale,
-            Outputs(logps, None, dhidden, dweight, accumulate),
-            kernels=kernels_of(backend),
-            valid_index=valid_index,
-            num_with_grad=num_with_grad,
-            chunk_tokens=chunk_tokens,
-        )
+    out = Outputs(logps=logps, dhidden=dhidden, dweight=dweight, accumulate=accumulate)
+    schedule = Schedule(valid_index, num_with_grad, chunk_tokens)
+    with _weights_for(hidden, weight, targets, token_weights, schedule) as w:
+        kernels = kernels_of(backend)
+        cross_entropy_chunks(hidden, weight, targets, w * grad_scale, out, schedule, kernels)
         return _total(logps, w, targets, "weight"), logps, dhidden.to(hidden.dtype)
 
 
@@ -183,16 +155,11 @@ def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @contextmanager
 def _weights_for(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_weights: Tensor,
-    valid_index: Tensor | None,
-    num_with_grad: int | None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, schedule: Schedule
 ) -> Iterator[Tensor]:
     """The weights in the accumulation dtype, values checked; autocast is off in the block."""
-    check_target_values(targets, weight.shape[0], valid_index)
-    check_weight_values(token_weights, targets, valid_index, num_with_grad)
+    check_target_values(targets, weight.shape[0], schedule.valid_index)
+    check_weight_values(token_weights, targets, schedule.valid_index, schedule.num_with_grad)
     with torch.autocast(hidden.device.type, enabled=False):
         yield token_weights.to(accumulation_dtype(hidden.dtype))
 

@@ -42,7 +42,7 @@ def sum_segments(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """`segment_sum` without checks and autograd: values [T], cu_seqlens [S + 1]; returns [S]."""
     sequences = cu_seqlens.shape[0] - 1
     bounds = cu_seqlens.long()
-    longest = values.shape[0]  # of any sequence, as far as the host knows
+    longest = values.shape[0]  # an upper bound: the host does not read the lengths
     if sequences == 0 or longest == 0:
         return values.new_zeros(sequences)
     while True:
@@ -65,8 +65,8 @@ def spread_segments(sums: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
 def _sum_blocks(values: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     """Sum each block of each sequence; returns the sums and the bounds of the sequences in them.
 
-    A sequence has at least one block. Only the device knows how many there are: the table has room
-    for the largest possible number, and rows after the last block sum to 0.
+    A sequence has at least one block. Their number stays on the device: the table has room for the
+    largest possible one, and rows after the last block sum to 0.
     """
     tokens, sequences = values.shape[0], bounds.shape[0] - 1
     blocks = (bounds.diff() + BLOCK - 1).div(BLOCK, rounding_mode="floor").clamp(min=1)

@@ -1,12 +1,11 @@
 """The softmax step of a chunk of logits: log-probs, and the gradient over the logits.
 
-This is where backends differ. `chunked.py` makes the logits and multiplies the gradient; the
-`SoftmaxKernel` between them is `softmax` here, in plain PyTorch, or its twin in
-`softmax_triton.py`. The formulas are the same: read this one first.
+This is where backends differ. `chunked.py` makes the logits and multiplies the gradient; the kernel
+between them is `softmax` here, in plain PyTorch, or its twin in `softmax_triton.py`. The formulas
+are the same: read this one first.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,24 +33,6 @@ class GradientRows:
     residues: Tensor | None = None
     """[C] float32: what rounding took from the target's entry; None: 0. dW is a sum over tokens
     and needs no such correction; in dX the rounding would show where the row nearly cancels."""
-
-
-class SoftmaxKernel(Protocol):
-    """Signature of `softmax`."""
-
-    def __call__(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        targets: Tensor,
-        weights: Tensor | None,
-        *,
-        coefficient: str,
-        dtype: torch.dtype,
-        logps: Tensor,
-        entropies: Tensor | None = None,
-        dlogits: Tensor | None = None,
-    ) -> Tensor | None: ...
 
 
 def token_losses(logps: Tensor, weights: Tensor, coefficient: str) -> Tensor:

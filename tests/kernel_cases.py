@@ -27,7 +27,7 @@ class Target(NamedTuple):
 
 
 TARGETS = [Target("torch", "cpu")]
-# Those that differ from the others in bfloat16 alone: `test_kernels_exp_gemm.py`.
+# Those that differ from the others in bfloat16 alone: `kernels/test_exp_gemm.py`.
 EXP_TARGETS: list[Target] = []
 if torch.cuda.is_available():
     TARGETS += [Target("torch", "cuda"), Target("triton", "cuda")]

@@ -122,7 +122,7 @@ def greedy_accuracy(
         Sampling(problems.new_tokens(student.model.config)),
         problems.batch_size,
         in_step=world.size > 1,
-        should_stop=lambda: stop.asked,
+        should_stop=lambda: stop.requested,
     )
     completions: list[Completion] = []
     student.unshard()  # embeddings and norm; `generate` does not pass through the root
@@ -130,7 +130,7 @@ def greedy_accuracy(
         # Compiled blocks were never traced with a key-value cache.
         with torch.compiler.set_stance("force_eager"):
             for batch in batches:
-                if world.any_rank(stop.asked):
+                if world.any_rank(stop.requested):
                     return None
                 completions += batch
     finally:

@@ -257,7 +257,7 @@ def _train(
         return True
 
     with closing(checkpointer), closing(metrics), closing(progress):
-        if world.any_rank(stop.asked) or not evaluate(done):
+        if world.any_rank(stop.requested) or not evaluate(done):
             console.say(f"stopped after step {done} of {total}; {RESUMES}")
             return False
         began = time.perf_counter()
@@ -274,7 +274,7 @@ def _train(
                 batches,
                 recipe,
                 world,
-                stop_asked=stop.asked,
+                stop_requested=stop.requested,
                 save_failed=checkpointer.failed,
             )
             if step == done + 1:
@@ -292,7 +292,7 @@ def _train(
             progress.update(1, *_step_figures(line))
             if result.save_failed:
                 checkpointer.wait()  # raises the error of the save
-            stopping = result.stop_asked or not evaluate(step)
+            stopping = result.stop_requested or not evaluate(step)
             if step % recipe.run.save_every == 0 or step == total or stopping:
                 checkpointer.save(step, guards.good_before if step < total else None)
             if stopping:

@@ -55,8 +55,8 @@ def squared_update(optimizer: torch.optim.AdamW, finite: torch.Tensor) -> torch.
     depend on the number of parameters.
 
     Args:
-        optimizer: the parameters of a group have all taken the same steps; those without state
-            are left out.
+        optimizer: all parameters of a group have taken the same number of steps; parameters
+            without state (no gradient so far) count as unchanged.
         finite: bool scalar, whether the step was taken.
 
     Returns:

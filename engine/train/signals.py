@@ -21,12 +21,12 @@ class StopRequest:
         verbose: True if this process prints a line on the first request.
 
     Attributes:
-        asked: True once a stop was requested.
+        requested: True once a stop was requested.
     """
 
     def __init__(self, *, verbose: bool) -> None:
         self._verbose = verbose
-        self.asked = False
+        self.requested = False
         self._interruptible = False
         self._first_sigint = 0.0
         self._previous: dict[int, object] = {}
@@ -52,14 +52,14 @@ class StopRequest:
         """
         self._interruptible = when
         try:
-            self._raise_if_asked()
+            self._raise_if_requested()
             yield
-            self._raise_if_asked()  # the first may have been raised in code that drops exceptions
+            self._raise_if_requested()  # the handler may have raised where it was dropped
         finally:
             self._interruptible = False
 
-    def _raise_if_asked(self) -> None:
-        if self.asked and self._interruptible:
+    def _raise_if_requested(self) -> None:
+        if self.requested and self._interruptible:
             self._interruptible = False  # once: clean-up is not interrupted
             raise KeyboardInterrupt
 
@@ -71,8 +71,8 @@ class StopRequest:
         if number == signal.SIGINT and not self._first_sigint:
             self._first_sigint = now
         # Set before anything is printed: a second signal may arrive meanwhile.
-        first, self.asked = not self.asked, True
-        self._raise_if_asked()
+        first, self.requested = not self.requested, True
+        self._raise_if_requested()
         if first and self._verbose:
             # Not by print: the signal may have interrupted one.
             again = "; Ctrl-C again exits without saving" if number == signal.SIGINT else ""

@@ -36,7 +36,7 @@ class StepResult:
     """l2 norm of the change of the parameters."""
     taken: bool
     """False if loss or gradient was not finite: weights and moments are unchanged."""
-    stop_asked: bool
+    stop_requested: bool
     """True if a stop was requested on any rank."""
     save_failed: bool
     """True if the background save failed on any rank."""
@@ -51,20 +51,20 @@ def train_step(
     recipe: Recipe,
     world: World,
     *,
-    stop_asked: bool,
+    stop_requested: bool,
     save_failed: bool,
 ) -> tuple[StepResult, list[PackResult]]:
     """Train on the packs of a step. The host waits for the device once, at the end. Collective.
 
     Args:
-        stop_asked, save_failed: of this rank; reduced over the ranks together with the sums.
+        stop_requested, save_failed: of this rank; reduced over the ranks together with the sums.
 
     Returns:
         The step's figures, and the results of this rank's packs, which messages need.
     """
     packs = forward_backward(student, batches, world.device, recipe.shard.reduce)
     grad_norm = clip(student, recipe.optim.max_grad_norm)
-    sums = _step_sums(packs, stop_asked, save_failed, world.device)
+    sums = _step_sums(packs, stop_requested, save_failed, world.device)
     # Decided on the device: the host reads no value until all operations are queued.
     finite = sums[0].isfinite() & grad_norm.isfinite()
     step_if(optimizer, finite)
@@ -85,7 +85,7 @@ def train_step(
         grad_norm=norm,
         update_norm=update,
         taken=bool(taken),
-        stop_asked=stops > 0,
+        stop_requested=stops > 0,
         save_failed=failures > 0,
         filtered=recipe.objective.filter_epsilon > 0,
     )
@@ -129,7 +129,7 @@ def clip(student: Student, max_norm: float) -> torch.Tensor:
 
 
 def _step_sums(
-    packs: list[PackResult], stop_asked: bool, save_failed: bool, device: torch.device
+    packs: list[PackResult], stop_requested: bool, save_failed: bool, device: torch.device
 ) -> torch.Tensor:
     """Sums over the packs of all ranks, float64 [7] on the device.
 
@@ -137,7 +137,7 @@ def _step_sums(
     positives and of negatives; stop requests; failed saves.
     """
     sums = torch.zeros(7, dtype=torch.float64, device=device)
-    sums[5], sums[6] = stop_asked, save_failed
+    sums[5], sums[6] = stop_requested, save_failed
     for one in packs:
         sums[0] += one.loss
         for first, values in ((1, one.means), (3, one.dropped)):

@@ -63,7 +63,7 @@ def validate(
     student.eval()
     stopped = False
     for packs in packing.packs:
-        if stopped := world.any_rank(stop.asked):
+        if stopped := world.any_rank(stop.requested):
             break
         row = sequences[packs[world.rank]]
         batch = build_batch(tokens, row, examples.lengths[row]).to(world.device)
@@ -72,7 +72,7 @@ def validate(
             mean = out.sequence_logps.double() / out.sequence_lengths.clamp(min=1)
             means[row] = mean.cpu()
     student.train()
-    if stopped or world.any_rank(stop.asked):
+    if stopped or world.any_rank(stop.requested):
         return None
     dist.all_reduce(means)
     by_unit = means.numpy()[examples.units]

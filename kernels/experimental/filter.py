@@ -33,6 +33,7 @@ from redi.kernels.chunk_sizes import chunk_buffer, default_chunk_tokens
 from redi.kernels.chunked import (
     Chunk,
     Outputs,
+    Schedule,
     matmul,
     order_tokens,
     product_operand,
@@ -91,31 +92,25 @@ def filtered_cross_entropy_chunks(
     targets: Tensor,
     token_weights: Tensor | None,
     out: Outputs,
-    dropped: Tensor,
-    *,
-    epsilon: float,
+    schedule: Schedule,
     kernels: Kernels,
-    valid_index: Tensor | None,
-    num_with_grad: int | None,
-    chunk_tokens: int | None,
+    coefficient: str,
+    epsilon: float,
 ) -> None:
-    """`chunked.cross_entropy_chunks` with a filter, for bfloat16.
+    """`chunked.cross_entropy_chunks` with a filter, for bfloat16 and the coefficient "weight".
 
-    Args:
-        dropped: [T] float32, written: the share of each token's probability that was left out; 0
-            where there is no gradient.
-        epsilon: the largest share of a token's probability that may be left out with a tile.
-        The others are those of `cross_entropy_chunks`.
+    epsilon is the largest share of a token's probability that may be left out with a tile.
     """
+    assert coefficient == "weight"
     if out.dhidden is None and out.dweight is None:
         token_weights = None
-    logps = out.logps
+    logps, dropped = out.logps, out.dropped
     assert logps is not None
-    order = order_tokens(targets, token_weights, valid_index, num_with_grad)
+    assert dropped is not None
+    order = order_tokens(targets, token_weights, schedule)
     buffer_dtype = torch.float32 if kernels.exp_gemm is None else hidden.dtype
-    ranges = order.ranges(
-        chunk_tokens or default_chunk_tokens(len(order.index), weight, buffer_dtype)
-    )
+    most = schedule.chunk_tokens or default_chunk_tokens(len(order.index), weight, buffer_dtype)
+    ranges = order.ranges(most)
     for values in (logps, dropped, out.dhidden, out.dweight):
         if values is not None:
             values.zero_()
@@ -138,27 +133,15 @@ def filtered_cross_entropy_chunks(
     def make(chunk: Chunk) -> GradientRows | None:
         weights = token_weights if chunk.has_grad else None
         made = buffer[: len(chunk.tokens)]
+        where = chunk.tokens, targets, weights
+        options = {"coefficient": coefficient, "logps": logps}
         if kernels.exp_gemm is not None:
             return kernels.exp_gemm(
-                chunk.hidden,
-                weight,
-                chunk.tokens,
-                targets,
-                weights,
-                coefficient="weight",
-                logps=logps,
-                out=made,
-                epsilon=epsilon,
+                chunk.hidden, weight, *where, out=made, epsilon=epsilon, **options
             )
-        dz = kernels.softmax(
-            matmul(chunk.hidden, operand.T, made),
-            chunk.tokens,
-            targets,
-            weights,
-            coefficient="weight",
-            dtype=torch.float32,  # as the tiles' sums are taken from it
-            logps=logps,
-        )
+        logits = matmul(chunk.hidden, operand.T, made)
+        # Not rounded, as the tiles' sums are taken from it.
+        dz = kernels.softmax(logits, *where, dtype=torch.float32, **options)
         return None if dz is None else GradientRows(dz)
 
     def use(gradient: GradientRows, chunk: Chunk) -> None:

@@ -153,7 +153,7 @@ def test_a_directory_that_is_not_a_run_is_not_touched(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     assert main(["train", str(recipe("r", {"run.dir": str(tmp_path / "mine")}))]) == 2
-    assert "is not a run folder" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 

@@ -307,10 +307,10 @@ def test_max_new_tokens_defaults_to_the_context_less_the_longest_prompt(
 BAD_DATA = {
     "missing file": (None, "data.jsonl: no such file"),
     "empty file": ("", "data.jsonl: holds no rows"),
-    "no answer column": ('{"prompt": "1="}\n', "data.jsonl:1: no right answer"),
+    "no answer column": ('{"prompt": "1="}\n', "data.jsonl:1: no answer"),
     "no prompt column": ('{"text": "1=", "answer": "2"}\n', "data.jsonl:1: no prompt"),
     "empty answer": ('{"prompt": "1=", "answer": " "}\n', "data.jsonl:1: column 'answer' is empty"),
-    "unmarked solution": ('{"prompt": "1=", "solution": "2"}\n', "marks no answer"),
+    "unmarked solution": ('{"prompt": "1=", "solution": "2"}\n', "has no answer marked by"),
     "a list for an answer": ('{"prompt": "1=", "answer": ["2"]}\n', "must be text or a number"),
     "two answers": (
         '{"prompt": "1=", "answer": "2"}\n{"prompt": "1=", "answer": "3"}\n',

@@ -1,4 +1,4 @@
-"""What the authors' code does otherwise, each by its name in a recipe."""
+"""Recipe options for the behaviour of the authors' code that differs from the paper."""
 
 import json
 from collections.abc import Callable
@@ -34,12 +34,12 @@ def test_original_length_weighs_a_truncated_trace_less(name: str, tmp_path: Path
     out = PackedLoss(section)(hidden, head, batch, totals)
     positive, negative = out.sequence_logps.tolist()
     alpha = 0.8 if name == "redi" else 0.0
-    # 10 and 5 tokens are trained; 30 and 5 were there.
+    # 10 and 5 tokens are trained; there were 30 and 5 before truncation.
     assert out.loss.item() == pytest.approx(-positive / 30 + alpha * negative / 5, rel=1e-6)
 
 
-def test_an_end_that_is_left_out_is_no_target(tmp_path: Path) -> None:
-    """Tokens are numbered through: 8 closes the first trace, 14 the second."""
+def test_an_untrained_end_is_not_a_target(tmp_path: Path) -> None:
+    """Token ids are consecutive numbers: 8 ends the first trace, 14 the second."""
     tokens = make_tokens(tmp_path / "set", [3, 2, 2], [5, 4, 1], [1, -1, 1], [0, 0, 1])
     options: dict[str, Any] = {"max_tokens": 7, "overlong": "truncate", "row_tokens": 99}
 
@@ -51,7 +51,7 @@ def test_an_end_that_is_left_out_is_no_target(tmp_path: Path) -> None:
         return sorted(batch.targets[batch.valid_index].tolist())
 
     assert targets(None) == [4, 5, 6, 7, 11, 12, 13, 14, 17]  # the first is truncated
-    assert targets(8) == targets(None)  # its end was cut off anyway
+    assert targets(8) == targets(None)  # its end was truncated anyway
     assert targets(14) == [4, 5, 6, 7, 11, 12, 13, 17]
     assert targets(17) == targets(None)  # the only token of its completion
 
@@ -81,7 +81,7 @@ def test_the_base_model_is_edited_for_training_and_in_the_export(
         config = AutoConfig.from_pretrained(tmp_path / "edited" / folder)
         assert config.rope_parameters["rope_theta"] == 50.0
         assert config.max_position_embeddings == 96
-    # The weights did not move in a step of rate 0: the export computes what training did.
+    # A step with rate 0 does not change the weights: the export gives the log-probs of training.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "edited" / "export")
     ids = torch.arange(11)[None]
     ours = model(ids).logits
@@ -99,7 +99,7 @@ def test_an_edit_out_of_range_is_named(
     assert f"model.{key} must be > 0, got 0" in capsys.readouterr().err
 
 
-def test_a_model_without_rope_theta_is_the_users_to_solve(
+def test_a_model_without_rope_theta_is_an_input_error(
     recipe: Callable[..., Path], world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "gpt2"

@@ -1,4 +1,4 @@
-"""Training with `[objective] filter_epsilon`: told at each step, and refused where it cannot be."""
+"""Training with `[objective] filter_epsilon`: logged at each step, refused if not supported."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ def large_vocabulary(world: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return {"model.path": str(folder), "model.tokenizer": str(world / "model")}
 
 
-def test_each_step_tells_what_was_left_out(
+def test_each_step_logs_the_dropped_probability(
     large_vocabulary: dict[str, str], recipe: Recipe, steps: Steps, tmp_path: Path
 ) -> None:
     exact = {"objective.backend": "torch", "train.dtype": "bfloat16", "train.max_steps": 2}
@@ -37,7 +37,8 @@ def test_each_step_tells_what_was_left_out(
     assert main(["train", str(recipe("filtered", FILTER | large_vocabulary))]) == 0
     expected, got = steps(tmp_path / "exact"), steps(tmp_path / "filtered")
     assert "positive_dropped" not in expected[0]
-    # The first step's rate is 0 under warm-up: log-probs are exact in both steps, gradients not.
+    # The rate of the first step is 0 (warm-up), so log-probs are equal in both steps; gradients are
+    # not.
     for a, b in zip(expected, got, strict=True):
         for name in ("loss", "positive_logp", "negative_logp"):
             assert math.isclose(a[name], b[name], rel_tol=1e-4), name
@@ -46,7 +47,7 @@ def test_each_step_tells_what_was_left_out(
         assert a["grad_norm"] != b["grad_norm"]
 
 
-def test_sft_has_no_negatives_to_tell_of(
+def test_sft_logs_no_dropped_probability_of_negatives(
     large_vocabulary: dict[str, str], recipe: Recipe, steps: Steps, tmp_path: Path
 ) -> None:
     sft = {"objective.name": "sft", "train.max_steps": 1}
@@ -57,7 +58,7 @@ def test_sft_has_no_negatives_to_tell_of(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"train.dtype": "float32"}, 'needs bfloat16: set train.dtype = "bfloat16"'),
         ({"objective.backend": "triton"}, "filter_epsilon needs objective.backend = 'auto' or"),
@@ -66,15 +67,15 @@ def test_sft_has_no_negatives_to_tell_of(
         ({"objective.name": "unlikelihood"}, "objective.filter_epsilon"),
     ],
 )
-def test_what_a_filter_cannot_do_is_one_line(
+def test_unsupported_settings_with_a_filter_are_one_line(
     changes: dict[str, Any],
-    told: str,
+    message: str,
     recipe: Recipe,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     assert main(["train", str(recipe("a", FILTER | changes))]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
 
 

@@ -1,4 +1,4 @@
-"""Each objective against its formula, written again here over whole logits in float64."""
+"""Each objective against its formula, implemented here on full logits in float64."""
 
 import json
 import math
@@ -38,8 +38,8 @@ def section(name: str, **options: Any) -> ObjectiveConfig:
     return ObjectiveConfig(name=name, alpha=ALPHA, **{**needed, **options})  # type: ignore[arg-type]
 
 
-# name: section, and the loss of (log-probs of the tokens of each positive y and negative z,
-# reference sums r and q, weights of both): formulas as the papers print them.
+# name: section, and the loss as a function of the log-probs of the tokens of each positive y and
+# negative z, reference sums r and q, and weights of both. Formulas are as in the papers.
 Pair = tuple[Tensor, Tensor, float, float, float, float]
 CASES: dict[str, tuple[ObjectiveConfig, Callable[..., Tensor]]] = {
     "sft": (section("sft"), lambda y, z, r, q, a, b: -a * y.mean() / 5),
@@ -117,8 +117,8 @@ def tokens(request: pytest.FixtureRequest, tmp_path: Path) -> TokenizedTraces:
     return make_tokens(tmp_path / "set", PROMPTS, COMPLETIONS, SIGNS, groups, weights)
 
 
-def rows_of(tokens: TokenizedTraces, of: ObjectiveConfig, row_tokens: int) -> list[PackedBatch]:
-    """The whole set as one step's rows, with a dummy row as another rank may have one."""
+def packs_of(tokens: TokenizedTraces, of: ObjectiveConfig, row_tokens: int) -> list[PackedBatch]:
+    """The whole set as the packs of one step, with a dummy pack as other ranks may have."""
     examples = select(
         tokens,
         objective_needs=of.kind.units,
@@ -144,12 +144,12 @@ def _in_vocabulary(targets: Tensor) -> Tensor:
 
 
 def states_of(tokens: TokenizedTraces, index: int) -> Tensor:
-    """Made-up hidden states of a trace, the same wherever it is packed."""
+    """Random hidden states of a trace, the same in any pack."""
     generator = torch.Generator().manual_seed(index)
     return torch.randn(int(tokens.lengths[index]), D, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("row_tokens", [30, 1000], ids=["split", "one row"])
+@pytest.mark.parametrize("row_tokens", [30, 1000], ids=["split", "one pack"])
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_those_of_the_formula(
     case: str, row_tokens: int, tokens: TokenizedTraces
@@ -165,9 +165,9 @@ def test_loss_and_gradients_are_those_of_the_formula(
     objective = PackedLoss(of, REFERENCE.double())
     total = torch.zeros((), dtype=torch.float64)
     leaves: dict[int, Tensor] = {}
-    rows = rows_of(tokens, of, row_tokens)
-    assert len(rows) >= 3 or row_tokens == 1000
-    for batch in rows:
+    packs = packs_of(tokens, of, row_tokens)
+    assert len(packs) >= 3 or row_tokens == 1000
+    for batch in packs:
         parts = []
         for index in batch.sequence_ids.tolist():
             leaf = states.get(index, torch.zeros(1, D, dtype=torch.float64)).clone()
@@ -199,17 +199,17 @@ def test_loss_and_gradients_are_those_of_the_formula(
 
 
 def close(ours: Tensor | None, theirs: Tensor | None) -> bool:
-    """Weights and lengths are float32 in the row, hence 1e-6 and not less."""
+    """Weights and lengths are float32 in the pack, hence a tolerance of 1e-6."""
     assert ours is not None
     theirs = torch.zeros_like(ours) if theirs is None else theirs
     return bool((ours - theirs).norm() <= 1e-6 * theirs.norm() + 1e-15)
 
 
 def test_dpo_before_any_step_is_ln_2(tmp_path: Path) -> None:
-    """With the policy's own log-probs as reference the margin is 0."""
+    """The margin is 0 if the reference is the policy."""
     tokens = make_tokens(tmp_path / "set", PROMPTS, COMPLETIONS, SIGNS, np.repeat(range(5), 2))
     of = section("dpo")
-    (batch, _) = rows_of(tokens, of, 1000)
+    (batch, _) = packs_of(tokens, of, 1000)
     hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids]).float()
     head = torch.randn(V, D, generator=torch.Generator().manual_seed(1))
     totals = StepTotals(units=5, targets=1)
@@ -227,7 +227,7 @@ def test_redi_with_gamma_0_is_redi() -> None:
 def test_another_objective_is_a_formula_and_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """IPO (arXiv 2310.12036, equation 17), with DPO's keys: recipes know it by its line alone."""
+    """IPO (arXiv 2310.12036, equation 17), with DPO's keys: a formula and one declaration."""
 
     def ipo(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
         assert section.beta is not None
@@ -240,7 +240,7 @@ def test_another_objective_is_a_formula_and_a_line(
     path.write_text("[objective]\nname = 'ipo'\nbeta = 0.5\n")
     of = load_recipe(build_parser("", ""), str(path), [str(path)]).objective
     tokens = make_tokens(tmp_path / "set", [2, 2], [7, 4], [1, -1], [0, 0])
-    (batch, _) = rows_of(tokens, of, 100)
+    (batch, _) = packs_of(tokens, of, 100)
     hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids])
     head = torch.randn(V, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     objective = PackedLoss(of, torch.tensor([-30.0, -20.0]).double())
@@ -258,27 +258,27 @@ def test_asymre_is_redi_with_another_alpha(tmp_path: Path) -> None:
     redi = replace(section("redi"), alpha=(1 + baseline) / (1 - baseline))
     losses = []
     for of, units in ((asymre, 2), (redi, 1)):
-        (batch, _) = rows_of(tokens, of, 100)
+        (batch, _) = packs_of(tokens, of, 100)
         hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids])
         head = torch.randn(V, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         losses.append(PackedLoss(of)(hidden, head, batch, StepTotals(units, 14)).loss.item())
     assert losses[0] / (1 - baseline) * 2 / 7 == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_a_pair_that_needs_its_margin_lies_in_one_row(tmp_path: Path) -> None:
+def test_a_pair_with_a_margin_is_in_one_pack(tmp_path: Path) -> None:
     tokens = make_tokens(tmp_path / "set", PROMPTS, COMPLETIONS, SIGNS, np.repeat(range(5), 2))
-    rows = rows_of(tokens, section("simpo"), 32)
-    assert len(rows) > 3
-    for row in rows:
-        ids = row.sequence_ids[row.sequence_ids >= 0].view(-1, 2)
+    packs = packs_of(tokens, section("simpo"), 32)
+    assert len(packs) > 3
+    for batch in packs:
+        ids = batch.sequence_ids[batch.sequence_ids >= 0].view(-1, 2)
         assert torch.equal(ids[:, 0] + 1, ids[:, 1])
 
 
-def test_a_pair_longer_than_a_row_is_the_users_to_solve(tmp_path: Path) -> None:
+def test_a_pair_longer_than_a_pack_is_an_input_error(tmp_path: Path) -> None:
     tokens = make_tokens(tmp_path / "set", PROMPTS, COMPLETIONS, SIGNS, np.repeat(range(5), 2))
     with pytest.raises(InputError, match=r"made.jsonl:5: its pair has 30 tokens.*row_tokens = 29"):
-        rows_of(tokens, section("dpo"), 29)
-    assert rows_of(tokens, section("redi"), 29)
+        packs_of(tokens, section("dpo"), 29)
+    assert packs_of(tokens, section("redi"), 29)
 
 
 USERS_MISTAKES = {

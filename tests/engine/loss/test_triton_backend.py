@@ -1,4 +1,4 @@
-"""Training with Triton's kernels: sharded over two ranks, by the interpreter where no card is."""
+"""Training with Triton's kernels, sharded over two ranks; without a GPU by the interpreter."""
 
 import math
 from collections.abc import Callable

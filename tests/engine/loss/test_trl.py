@@ -1,4 +1,4 @@
-"""DPO and SimPO against TRL's own loss code on the same log-probs, where TRL is installed."""
+"""DPO and SimPO against TRL's loss code on the same log-probs, if TRL is installed."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ PAIRS = 6
 
 @pytest.fixture
 def logps() -> Tensor:
-    """Sums of log-probs: positive, negative, positive, ...; some margins saturate the sigmoid."""
+    """Log-prob sums: positive, negative, positive, ...; some margins saturate the sigmoid."""
     return -torch.rand(2 * PAIRS, generator=torch.Generator().manual_seed(0)).double() * 60
 
 
@@ -68,7 +68,7 @@ def test_dpo_is_trl(smoothing: float, logps: Tensor) -> None:
 
 
 def stand_in(section: ObjectiveConfig, log_probs: Tensor) -> SimpleNamespace:
-    """What TRL's DPO loss reads of its trainer, with a model that has these log-probs [2, 1].
+    """The attributes of a trainer that TRL's DPO loss reads; its model has log-probs [2, 1].
 
     For a single pair TRL's "aot", the only one of its losses that smooths labels as DPO does, is
     that of DPO.

@@ -1,4 +1,4 @@
-"""Each causal architecture of transformers trains as transformers has it, or is refused."""
+"""Each causal architecture of transformers is trained correctly or refused."""
 
 import pytest
 from architecture_cases import PAGE, page, sweep, try_type

@@ -1,4 +1,4 @@
-"""Documents of a packed row do not see each other."""
+"""Documents of a pack do not attend to each other."""
 
 import sys
 from collections.abc import Iterator
@@ -78,7 +78,7 @@ def test_changing_one_document_leaves_the_others_bitwise_alone(
     after = packed(model, changed_first_document(ids), BOUNDARIES)
     assert torch.equal(before[13:], after[13:])
     assert not torch.equal(before[:13], after[:13])
-    # The gradient does not cross either.
+    # Nor does a gradient flow between documents.
     embeddings = model.get_input_embeddings().weight
     after[13:].sum().backward()
     others = set(ids[13:].tolist())
@@ -112,8 +112,8 @@ def test_an_attention_that_cannot_run_here_is_an_input_error(wanted: str) -> Non
         choose_attention(wanted, torch.device("cpu"), torch.float32)
 
 
-# In the place of flash-attn's releases, which need a card: their modules and signatures, and what
-# they return (flash-attn 4 always a tuple), computed document by document.
+# Stand-ins for flash-attn's releases, which need a GPU: their modules, signatures and return values
+# (flash-attn 4 always returns a tuple), computed document by document.
 SIGNATURES = {
     "flash-2": "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,"
     " softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,"
@@ -148,7 +148,7 @@ def flash_attn_varlen_func({signature}):
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of packages, first on the path; what is imported from it is forgotten."""
+    """A directory of packages, first on the path; its modules are removed afterwards."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
@@ -159,7 +159,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def install(site: Path, kind: str, source: str | None = None) -> None:
-    """A stand-in for a release of flash-attn, or with `source` something else in its place."""
+    """A stand-in for a release of flash-attn, or with `source` a module with that text."""
     name = FLASH[kind].package
     info = site / f"{name.replace('-', '_')}-9.0.dist-info"
     info.mkdir()
@@ -194,7 +194,7 @@ def test_the_flash_attn_that_suits_the_card_is_taken(site: Path) -> None:
         "flash-attn-3 is not installed; flash-attn-4 is not installed; flash-attn is not installed",
     )
     install(site, "flash-2")
-    write_module(site, "flash-4")  # the older copy that flash-attn 2 brings along
+    write_module(site, "flash-4")  # the older copy in flash-attn 2
     assert find_flash(10) == ("flash-2", "flash-attn 9.0")
     install(site, "flash-3", "raise OSError('undefined symbol')")
     assert find_flash(9) == ("flash-2", "flash-attn 9.0")

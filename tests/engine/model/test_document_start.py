@@ -1,4 +1,4 @@
-"""The real commands with a tokenizer that begins each document with a token of its own."""
+"""The real commands with a tokenizer that adds a start token to each document."""
 
 import json
 import shutil
@@ -46,8 +46,8 @@ def test_prepare_trains_the_start_and_evaluate_prompts_with_it(
     assert main(["prepare", str(recipe("run", changes))]) == 0
     tokenizer = AutoTokenizer.from_pretrained(begun)
     shown = capsys.readouterr()
-    [told] = [text for text in (shown.out + shown.err).splitlines() if "each document" in text]
-    assert told.split()[-1] == tokenizer.pad_token
+    [line] = [text for text in (shown.out + shown.err).splitlines() if "each document" in text]
+    assert line.split()[-1] == tokenizer.pad_token
     (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     tokens = open_cache(folder)
     assert tokens is not None

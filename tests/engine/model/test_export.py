@@ -1,4 +1,4 @@
-"""What a run leaves behind is a Hugging Face folder that plain transformers loads and runs."""
+"""The export of a run is a Hugging Face directory that plain transformers loads and runs."""
 
 import json
 import resource
@@ -27,7 +27,7 @@ def finished(
     write_recipe: WriteRecipe,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A run of four steps, checkpoints at 2 and 4, evaluated on the way."""
+    """A run of four steps with checkpoints at 2 and 4 and evaluations."""
     path = write_recipe(
         tmp_path_factory.mktemp("export"),
         "run",
@@ -101,7 +101,7 @@ def test_the_export_of_the_last_checkpoint_is_the_export(finished: Path) -> None
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_large_weights_lie_in_several_files(
+def test_large_weights_are_split_into_files(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("redi.engine.model.export.FILE_BYTES", 300_000)
@@ -158,7 +158,7 @@ def test_the_second_recipe_starts_from_the_export_of_the_first(
     assert losses[0] == losses[1]
 
 
-def test_a_tokenizer_that_does_not_fit_on_the_disk_is_told_and_leaves_nothing(
+def test_a_tokenizer_that_does_not_fit_on_the_disk_is_an_error_and_leaves_nothing(
     world: Path, tmp_path: Path
 ) -> None:
     model = empty_model(AutoConfig.from_pretrained(world / "model"))

@@ -1,4 +1,4 @@
-"""An export computes the same in transformers 4, which most inference servers have."""
+"""An export gives the same logits in transformers 4, which most inference servers use."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ torch.save((transformers.__version__, logits, tokenizer("12=3").input_ids), sys.
 def export(
     request: pytest.FixtureRequest, world: Path, recipe: Callable[..., Path], tmp_path: Path
 ) -> Path:
-    """What `redi train` exports of a small Llama with this rope."""
+    """The export by `redi train` of a small Llama with this rope."""
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -1,4 +1,4 @@
-"""How the student is grouped, gathered and cast under FSDP2."""
+"""Groups, gathers and casts of the student under FSDP2."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -44,7 +44,7 @@ def sharded(folder: Path, dtype: torch.dtype = torch.float32, **section: Any) ->
 def masked_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **of: Any
 ) -> tuple[Tensor, None]:
-    """Documents kept apart by a mask: one graph captures it, as it does a card's attention."""
+    """Documents separated by a mask: one graph captures it, as it does attention on a GPU."""
     positions = torch.arange(query.shape[2])
     document = torch.searchsorted(of["cu_seq_lens_q"], positions, right=True)
     mask = (document[:, None] == document) & (positions[:, None] >= positions)
@@ -52,15 +52,15 @@ def masked_attention(
     return out.transpose(1, 2), None
 
 
-def row(lengths: Sequence[int] = (9, 7)) -> PackedBatch:
-    """In token ids of the small world."""
+def pack(lengths: Sequence[int] = (9, 7)) -> PackedBatch:
+    """A pack with token ids of the small world."""
     return packed_row(lengths, 3, 12)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_untied_head_is_reduced_before_the_trunk_runs_backward(world: Path, tied: bool) -> None:
     student = sharded(world / ("tied" if tied else "model"))
-    loss = student(row(), TOTALS).loss
+    loss = student(pack(), TOTALS).loss
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         loss.backward()
     prefix = "FSDP::post_backward_reduce"
@@ -75,9 +75,9 @@ def test_an_untied_head_is_reduced_before_the_trunk_runs_backward(world: Path, t
 
 
 def test_a_traces_weight_is_not_rounded_to_the_compute_dtype(world: Path) -> None:
-    """In bfloat16 0.3 would be 0.30078125."""
+    """0.3 rounds to 0.30078125 in bfloat16."""
     student = sharded(world / "model", torch.bfloat16)
-    batch = row()
+    batch = pack()
     plain = student(replace(batch, weights=torch.ones(2)), TOTALS).loss
     weighted = student(replace(batch, weights=torch.full((2,), 0.3)), TOTALS).loss
     assert weighted.item() == pytest.approx(0.3 * plain.item(), rel=1e-5)
@@ -86,7 +86,7 @@ def test_a_traces_weight_is_not_rounded_to_the_compute_dtype(world: Path) -> Non
 @torch.no_grad()
 def test_reshard_leaves_nothing_gathered_after_scoring(world: Path) -> None:
     student = sharded(world / "model")
-    student(row(), None)
+    student(pack(), None)
     assert not all(isinstance(p, DTensor) for p in student.parameters())
     reshard(student)
     assert all(isinstance(p, DTensor) for p in student.parameters())
@@ -101,7 +101,7 @@ def test_compiled_blocks_compute_the_same(world: Path, checkpointing: str) -> No
     for compiles in (False, True):
         student = sharded(world / "model", compile=compiles, checkpointing=checkpointing)
         AttentionInterface.register(NAME, masked_attention)
-        out = student(row(), TOTALS)
+        out = student(pack(), TOTALS)
         out.loss.backward()
         gradients = [p.grad.full_tensor() for p in student.parameters()]
         found.append([out.loss.detach(), out.sequence_logps, *gradients])
@@ -112,11 +112,11 @@ def test_compiled_blocks_compute_the_same(world: Path, checkpointing: str) -> No
 
 
 @pytest.mark.slow
-def test_rows_of_any_lengths_share_what_is_compiled(world: Path) -> None:
+def test_packs_of_any_lengths_share_compiled_graphs(world: Path) -> None:
     student = sharded(world / "model", compile=True)
     for lengths in ((9, 7), (12, 5), (20, 8, 9)):
-        student(row(lengths), TOTALS).loss.backward()
+        student(pack(lengths), TOTALS).loss.backward()
     counters.clear()
     for lengths in ((30, 4), (5, 6, 7, 8, 9), (44, 13), (3, 3)):
-        student(row(lengths), TOTALS).loss.backward()
+        student(pack(lengths), TOTALS).loss.backward()
     assert counters["stats"]["unique_graphs"] == 0

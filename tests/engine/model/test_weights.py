@@ -1,4 +1,4 @@
-"""A sharded model gets its weights slice by slice; none is lost, untied or made up silently."""
+"""A sharded model reads its weights slice by slice; none is silently lost, untied or invented."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -56,7 +56,7 @@ def saved(folder: Path, config: Any, model_class: type[PreTrainedModel], **how: 
 
 
 def read(folder: Path, **changes: Any) -> Student:
-    """As a run reads it: built, sharded, then given its weights."""
+    """Read as in a run: build, shard, read weights."""
     config = AutoConfig.from_pretrained(folder)
     for name, value in changes.items():
         config.rope_parameters[name] = value
@@ -121,7 +121,7 @@ def test_weights_in_several_files_are_found_by_their_index(tmp_path: Path) -> No
     folder = saved(tmp_path, Qwen2Config(**SIZES), Qwen2ForCausalLM, max_shard_size="10KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
     expected = AutoModelForCausalLM.from_pretrained(folder)
-    # Not in the index, hence not the model's: other formats of the weights lie beside them.
+    # A file that is not in the index is ignored, as other formats of the weights are.
     save_file({"junk": torch.zeros(1)}, folder / "consolidated.safetensors")
     assert_same(read(folder), expected)
 

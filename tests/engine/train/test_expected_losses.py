@@ -46,5 +46,5 @@ def test_a_short_run_of_both_stages_gives_the_committed_curve(
     for stage, curve in curves.items():
         assert len(curve) == len(expected[stage]) == 20
         for ours, theirs in zip(curve, expected[stage], strict=True):
-            # Another CPU rounds otherwise, and twenty steps of Adam carry it on.
+            # Another CPU rounds differently, and twenty steps of Adam amplify it.
             assert ours == [x if x is None else pytest.approx(x, rel=1e-3) for x in theirs]

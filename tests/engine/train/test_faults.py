@@ -1,4 +1,4 @@
-"""Signals at awkward moments, ranks that die, disks that fill up: the run says so and goes on.
+"""Signals at awkward moments, killed ranks and full disks: all are reported, and runs resume.
 
 Only Linux: ranks are found in /proc.
 """
@@ -29,13 +29,13 @@ WriteRecipe = Callable[..., Path]
 
 STEPS = 12
 SOON = 20.0
-"""Seconds that a signal may take to end a run of the small model."""
+"""Maximum seconds from a signal to the end of a run of the small model."""
 RESUMES = "the same command resumes"
 
 
 @pytest.fixture(scope="module")
 def settings(world: Path) -> dict[str, Any]:
-    """Evaluations of many small rows: there is time to be disturbed in."""
+    """Evaluations of many small packs, long enough to be interrupted."""
     return {
         "train.max_steps": STEPS,
         "train.batch": 4,
@@ -50,7 +50,7 @@ def settings(world: Path) -> dict[str, Any]:
 def undisturbed(
     write_recipe: WriteRecipe, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The run folder of a run that nobody disturbed."""
+    """The run directory of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     assert main(["train", str(write_recipe(folder, "run", settings))]) == 0
     return folder / "run"
@@ -58,12 +58,12 @@ def undisturbed(
 
 @pytest.fixture
 def path(recipe: WriteRecipe, settings: dict[str, Any]) -> Path:
-    """The same recipe, to be run in the test's folder."""
+    """The same recipe in the test's directory."""
     return recipe("run", settings)
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
-    """All of metrics.jsonl but what no two runs share."""
+    """metrics.jsonl without the values that differ between runs."""
     found = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in line.items() if k not in TIMINGS} for line in found]
 
@@ -112,7 +112,7 @@ def children(pid: int) -> list[int]:
 
 
 def rank_pid(agent: int, rank: int) -> int:
-    """The process number of a rank, by that of its torchrun."""
+    """The process id of a rank, given that of its torchrun."""
     (found,) = (
         pid
         for pid in children(agent)
@@ -130,7 +130,7 @@ def wait_for(condition: Callable[[], bool], agent: subprocess.Popen[bytes], log:
 
 
 @pytest.mark.slow
-def test_a_signal_during_an_evaluation_breaks_it_off_and_going_on_does_it_again(
+def test_a_signal_interrupts_an_evaluation_and_a_resume_repeats_it(
     path: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -150,11 +150,11 @@ def test_a_signal_during_an_evaluation_breaks_it_off_and_going_on_does_it_again(
 def test_ctrl_c_in_code_made_from_text_ends_with_the_exit_code_that_is_documented(
     command: str, code: int, tmp_path: Path
 ) -> None:
-    """Imports are full of such code, and CPython takes the interrupt for unhandled under -m."""
+    """Imports run such code, and under -m CPython takes the interrupt for unhandled."""
     (tmp_path / "interrupted.py").write_text(
         "import signal, sys\n"
         "from redi.engine import cli\n"
-        # Else ignored in what a shell has started in the background, this test too.
+        # Ignored in processes that a shell started in the background, as may be this test.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def interrupt(*_):\n"
         "    exec('import os, signal; os.kill(os.getpid(), signal.SIGINT)')\n"
@@ -167,7 +167,7 @@ def test_ctrl_c_in_code_made_from_text_ends_with_the_exit_code_that_is_documente
     assert done.stderr.splitlines()[-1].startswith(("stopped before", "redi: interrupted"))
 
 
-def test_a_save_that_fails_is_told_before_the_next_and_leaves_the_older_one(
+def test_a_failed_save_is_reported_before_the_next_and_keeps_the_older_one(
     path: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -180,12 +180,12 @@ def test_a_save_that_fails_is_told_before_the_next_and_leaves_the_older_one(
         f"older checkpoints are intact, {RESUMES} from the newest"
     )
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-4"]
-    assert not has_steps(run_dir, STEPS), "it was told only at the end"
+    assert not has_steps(run_dir, STEPS), "it was reported only at the end"
     assert main(["train", str(path)]) == 0
     assert same(run_dir, undisturbed)
 
 
-def test_a_run_folder_that_cannot_be_written_is_said_before_the_data_is_read(
+def test_an_unwritable_run_directory_is_reported_before_data_is_read(
     recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -199,7 +199,7 @@ def test_a_run_folder_that_cannot_be_written_is_said_before_the_data_is_read(
 
 
 def test_ranks_that_are_started_again_read_nothing_of_those_before() -> None:
-    """torchrun hands all of them the same store."""
+    """torchrun gives every attempt the same store."""
     shared = dist.HashStore()
     shared.set("start", "of ranks that died early")
 
@@ -215,7 +215,7 @@ def test_ranks_that_are_started_again_read_nothing_of_those_before() -> None:
 
 
 def slow_to_tokenize(world: Path, folder: Path) -> dict[str, Any]:
-    """A data set whose tokens are made by this run, in some seconds."""
+    """A data set that the run tokenizes, which takes some seconds."""
     rows = (world / "traces.jsonl").read_text().splitlines()
     many = [row.replace('"id": "', f'"id": "{n}-') for n in range(150) for row in rows]
     (folder / "many.jsonl").write_text("\n".join(many))
@@ -242,7 +242,7 @@ def test_a_signal_while_tokenizing_ends_at_once_and_leaves_no_run(
 
 
 @pytest.mark.slow
-def test_a_kill_while_tokenizing_leaves_no_process_behind(
+def test_a_kill_while_tokenizing_leaves_no_process(
     recipe: WriteRecipe, world: Path, tmp_path: Path
 ) -> None:
     changes = slow_to_tokenize(world, tmp_path) | {"data.processes": 2}
@@ -308,7 +308,7 @@ def test_a_signal_at_any_moment_ends_soon_and_the_same_command_ends_the_same(
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal."""
+    """True if a process has a handler for a signal."""
     status = dict(
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
     )
@@ -320,7 +320,7 @@ def test_ctrl_c_while_it_starts_is_no_traceback(path: Path) -> None:
     line = [sys.executable, "-m", "redi.engine.cli", "train", str(path)]
     for seconds in (0.0, 1.0, 3.0):
         process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
-        while not catches(process.pid, signal.SIGTERM):  # of which Python alone has no handler
+        while not catches(process.pid, signal.SIGTERM):  # Python has no handler by default
             assert process.poll() is None
             time.sleep(0.05)
         time.sleep(seconds)
@@ -332,7 +332,7 @@ def test_ctrl_c_while_it_starts_is_no_traceback(path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """`small_disk("size=7m")`: a file system of that size, or the same one with another."""
+    """`small_disk("size=7m")`: a file system of that size, or resized."""
     folder = tmp_path / "disk"
 
     def mount(options: str) -> Path:
@@ -359,7 +359,7 @@ FULL = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", FULL)
-def test_a_full_disk_is_named_and_with_more_room_the_run_goes_on(
+def test_a_full_disk_is_reported_and_with_more_space_the_run_resumes(
     what: str,
     recipe: WriteRecipe,
     settings: dict[str, Any],
@@ -390,7 +390,7 @@ def test_a_full_disk_is_named_and_with_more_room_the_run_goes_on(
 
 
 @pytest.mark.slow
-def test_a_read_only_disk_is_said_before_the_data_is_read(
+def test_a_read_only_disk_is_reported_before_data_is_read(
     recipe: WriteRecipe,
     small_disk: Callable[[str], Path],
     tmp_path: Path,
@@ -433,7 +433,7 @@ def test_a_rank_that_is_killed_is_started_again_by_torchrun(
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_others_and_the_same_command_goes_on(
+def test_a_killed_rank_ends_the_others_and_the_same_command_resumes(
     path: Path, on_two_ranks: Path, tmp_path: Path
 ) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
@@ -455,7 +455,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_same_command_goes_on(
         ("a checkpoint is written", "agent and ranks"),
     ],
 )
-def test_a_signal_under_torchrun_saves_soon_and_the_same_command_goes_on(
+def test_a_signal_under_torchrun_saves_soon_and_the_same_command_resumes(
     moment: str, to: str, path: Path, on_two_ranks: Path, tmp_path: Path
 ) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"

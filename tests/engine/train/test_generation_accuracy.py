@@ -19,7 +19,7 @@ PROBLEMS = 21  # odd: two ranks have unequal shares
 
 
 def likeliest(folder: Path, prompt: str, most: int) -> str:
-    """The greedy completion, by forwards without padding, cache or batches."""
+    """The greedy completion, by single forwards without padding or cache."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -38,7 +38,7 @@ def likeliest(folder: Path, prompt: str, most: int) -> str:
 
 @pytest.fixture(scope="module")
 def held_out(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Problems of which the untrained model solves every third."""
+    """Problems; the untrained model solves every third."""
     path = tmp_path_factory.mktemp("held_out") / "test.jsonl"
     with path.open("w") as file:
         for number in range(PROBLEMS):
@@ -67,7 +67,7 @@ def evaluations(run: Path) -> dict[int, dict[str, Any]]:
     return {line["step"]: line for line in lines if line.get("event") == "eval"}
 
 
-def test_accuracy_is_that_of_the_weights_and_training_goes_on_as_without(
+def test_accuracy_is_that_of_the_weights_and_training_is_unaffected(
     recipe: Callable[..., Path], held_out: Path, tmp_path: Path
 ) -> None:
     checked = changes(held_out)
@@ -79,7 +79,7 @@ def test_accuracy_is_that_of_the_weights_and_training_goes_on_as_without(
     texts = [likeliest(tmp_path / "with" / "export", row["prompt"], 5) for row in rows]
     right = sum(text == row["answer"] for text, row in zip(texts, rows, strict=True))
     assert found[2]["greedy_accuracy"] == pytest.approx(right / 21)
-    # What generation does to the model must not reach training.
+    # Generation must not affect training.
     weights = "export/model.safetensors"
     assert (tmp_path / "with" / weights).read_bytes() == (
         tmp_path / "without" / weights
@@ -105,7 +105,7 @@ def test_two_ranks_find_the_same_accuracy(
 ENDLESS = {"eval.max_new_tokens": 1_000_000, "model.max_position_embeddings": 2_000_000}
 
 
-def test_a_signal_breaks_off_a_long_generation_at_the_next_token(
+def test_a_signal_interrupts_a_long_generation_at_the_next_token(
     recipe: Callable[..., Path],
     held_out: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -136,7 +136,7 @@ def test_ranks_of_which_one_has_the_signal_end_together(
     path = recipe("run", changes(held_out) | some)
     runs = ranks(2, "train", path, log=tmp_path / "log")
     runs[0].wait_for(lambda: "held out:" in runs[0].stderr)
-    time.sleep(2)  # wherever it is by then
+    time.sleep(2)  # at any point of the run
     runs[1].send(signal.SIGTERM)
     for run in runs:
         assert run.end(120) == 75, run.stderr
@@ -170,5 +170,5 @@ def test_held_out_rows_without_answers_are_refused_before_training(
     data = tmp_path / "test.jsonl"
     data.write_text('{"prompt": "1=", "chosen": "12", "rejected": "3"}\n')
     assert main(["train", str(recipe("r", changes(data)))]) == 2
-    assert "test.jsonl:1: no right answer" in capsys.readouterr().err
+    assert "test.jsonl:1: no answer" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()

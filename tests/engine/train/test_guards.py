@@ -1,4 +1,4 @@
-"""Steps that are not finite are left out and named; collapse is told from a good run.
+"""Steps that are not finite are skipped and named; collapse is distinguished from a good run.
 
 `guard_curves.json` holds [loss, positive_logp, grad_norm] of real runs of the quickstart's stage 2
 from the same stage 1: "sound" with alpha 0.8 at 5e-5, "collapse" with alpha 1 at 2e-4.
@@ -33,7 +33,7 @@ def lines(name: str) -> list[dict[str, Any]]:
 def judge(
     section: GuardConfig, all_lines: list[dict[str, Any]], run: Path, done: int
 ) -> list[GuardEvent]:
-    """What is said behind step `done` by a guard that starts there."""
+    """Events after step `done` of a guard that resumes there."""
     said, _ = judge_and_date(section, all_lines, run, done)
     return said
 
@@ -41,7 +41,7 @@ def judge(
 def judge_and_date(
     section: GuardConfig, all_lines: list[dict[str, Any]], run: Path, done: int = 0
 ) -> tuple[list[GuardEvent], int | None]:
-    """As `judge`, and the step before which checkpoints are good at the end."""
+    """As `judge`, with the final `good_before`."""
     with join_world() as world:
         guards = Guards(section, run / "metrics.jsonl", done, world)
         said = []
@@ -69,7 +69,7 @@ def test_collapse_is_warned_of_and_then_ends_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("done", [10, 31, 32, 36])
-def test_a_resumed_run_judges_as_one_that_was_never_stopped(done: int, tmp_path: Path) -> None:
+def test_a_resumed_run_gives_the_same_events(done: int, tmp_path: Path) -> None:
     all_lines = lines("collapse")
     text = "".join(json.dumps(line) + "\n" for line in all_lines[:done])
     (tmp_path / "metrics.jsonl").write_text(text)
@@ -86,7 +86,7 @@ def test_one_sign_alone_is_no_collapse() -> None:
     assert at_the_end(surging) is None
 
 
-def test_a_collapse_goes_on_though_the_gradient_has_calmed(tmp_path: Path) -> None:
+def test_a_collapse_lasts_even_if_the_gradient_calms_down(tmp_path: Path) -> None:
     all_lines = lines("collapse")
     calm = [line | {"grad_norm": 2.0} for line in all_lines[33:]]
     warning, end = judge(GuardConfig(), [*all_lines[:33], *calm], tmp_path, 0)
@@ -101,7 +101,7 @@ def at_the_end(all_lines: list[dict[str, Any]]) -> str | None:
     return trend.collapse()
 
 
-def test_what_was_saved_after_the_fall_is_not_good_though_the_gradient_surges_later(
+def test_checkpoints_after_the_fall_are_not_good_even_if_the_gradient_surges_later(
     tmp_path: Path,
 ) -> None:
     curve = [(-1.0, 1.0)] * 12 + [(-3.0, 1.0)] * 20 + [(-3.0, 3.0)] * 20
@@ -115,8 +115,8 @@ def test_what_was_saved_after_the_fall_is_not_good_though_the_gradient_surges_la
     assert 12 - WINDOW < good_before <= 13
 
 
-def test_steps_left_out_do_not_spoil_the_checkpoints_between_them(tmp_path: Path) -> None:
-    """Their weights are those of the last step that was taken."""
+def test_skipped_steps_do_not_spoil_the_checkpoints_between_them(tmp_path: Path) -> None:
+    """Their weights are those of the last step taken."""
     good = lines("sound")[:10]
     bad = [good[-1] | {"step": step, "loss": float("nan")} for step in (11, 12, 13)]
     (end,), good_before = judge_and_date(GuardConfig(collapse="off"), [*good, *bad], tmp_path)
@@ -148,7 +148,7 @@ def test_update_norm_is_the_norm_of_the_parameter_change() -> None:
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
-    """Weights, moments and the step's number; the next step is as if it had not been."""
+    """Weights, moments and step count; the next step is as without it."""
     left_out, plain = parameters(), parameters()
     optimizers = [make_optimizer(m, OptimConfig(lr=0.02)) for m in (left_out, plain)]
     for step, scale in enumerate((1.0, float("nan"), 1.0, float("inf"), 1.0)):
@@ -169,15 +169,13 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(("save_every", "keep"), [(1, 1), (2, 1), (5, 2), (9, 1), (100, 2)])
-def test_a_checkpoint_from_before_a_collapse_stays_whenever_it_begins(
-    save_every: int, keep: int
-) -> None:
+def test_a_checkpoint_from_before_a_collapse_is_kept(save_every: int, keep: int) -> None:
     complete: list[int] = []
     for step in range(save_every, 40 * save_every, save_every):
         complete = sorted(kept_checkpoints(complete, keep, step - WINDOW))
         assert len(complete) <= keep + 2
         if step > 3 * (WINDOW + save_every):
-            # Until the next checkpoint a warning may come at any step.
+            # A warning may come at any step before the next checkpoint.
             for good_before in range(step - WINDOW, step + save_every - WINDOW):
                 good = [saved for saved in (*complete, step) if saved < good_before]
                 assert good
@@ -188,7 +186,7 @@ def test_a_checkpoint_from_before_a_collapse_stays_whenever_it_begins(
 
 @pytest.fixture
 def overflowing(world: Path, tmp_path: Path) -> Path:
-    """Traces of which one, in row 3, has a weight whose product with a log-prob overflows."""
+    """Traces; one, in row 3, has a weight whose product with a log-prob overflows."""
     rows = [json.loads(line) for line in (world / "traces.jsonl").read_text().splitlines()]
     rows[2]["traces"][0]["weight"] = 3e38
     path = tmp_path / "overflowing.jsonl"
@@ -196,10 +194,10 @@ def overflowing(world: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_row_that_overflows_is_named_and_the_run_goes_on(
+def test_a_row_that_overflows_is_named_and_the_run_continues(
     overflowing: Path, recipe: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:
-    """Rows are short, so that few other traces lie in the one that is named."""
+    """Packs are short, so that few other traces are named."""
     changes = {
         "data.path": str(overflowing),
         "data.pairing": "first",
@@ -215,7 +213,7 @@ def test_a_row_that_overflows_is_named_and_the_run_goes_on(
     (event,) = [line for line in found if line.get("event") == "skipped"]
     named = [where.rpartition("/")[2] for where in event["rows"]["0"]]
     assert "overflowing.jsonl:3" in named
-    assert len(named) <= 2  # no other trace but those of its packed row
+    assert len(named) <= 2  # only traces of its pack
     steps = [line for line in found if "loss" in line]
     assert len(steps) == 20
     for line in steps:
@@ -229,10 +227,10 @@ def test_a_row_that_overflows_is_named_and_the_run_goes_on(
     assert "not finite at rank 0: " in err
 
 
-def test_too_many_in_a_row_end_the_run_which_may_go_on(
+def test_too_many_in_a_row_end_the_run_which_may_resume(
     overflowing: Path, recipe: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:
-    """Its weights are as they were, and what made the steps so may lie outside of it."""
+    """Skipped steps do not change weights, and the cause may be outside the run."""
     changes = {
         "data.path": str(overflowing),
         "data.pairing": "first",

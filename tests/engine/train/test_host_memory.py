@@ -1,4 +1,4 @@
-"""No process holds a whole model: not while loading, not while exporting."""
+"""No process holds a whole model, neither while loading nor while exporting."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-# Loads and exports as a run does, and says how far the process's memory rose at its highest.
+# Loads and exports as a run does, and prints by how much the peak memory of the process rose.
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -70,6 +70,6 @@ def test_a_rank_never_holds_more_than_its_shard_and_a_file(world: Path, tmp_path
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         print(f"rank {rank}, of {whole}: {found}")
-        assert found["loaded"] > 0.45 * whole  # that the shard is in memory at all
+        assert found["loaded"] > 0.45 * whole  # the shard is in memory
         assert found["loading"] < 0.7 * whole
         assert found["exporting"] < 0.75 * whole

@@ -1,4 +1,4 @@
-"""The mathematics of a step does not depend on packing, micro-steps, ranks or sharding.
+"""The result of a step does not depend on packing, micro-steps, ranks or sharding.
 
 One launch per world size runs all its recipes: a launch costs seconds. The oracle is plain
 transformers in float64, one sequence at a time.
@@ -23,8 +23,8 @@ from redi.engine.train.prepare_data import prepare_data
 
 Steps = Callable[[Path], list[dict[str, Any]]]
 
-# Adam's first updates are signs of the gradient: where it is rounding noise, a large eps keeps
-# noise from becoming a whole step.
+# Adam's first updates are the signs of the gradient. A large eps keeps gradients that are rounding
+# noise from becoming whole steps.
 STEADY = {"optim.eps": 1e-3, "optim.schedule": "constant", "optim.warmup": 0.0}
 OBJECTIVES = {
     "sft": {"objective.name": "sft"},
@@ -39,20 +39,20 @@ HEADS = {
     "alpha0": ("tied",),
 }
 CASES = [(objective, head) for objective, heads in HEADS.items() for head in heads]
-# One of each kind: all traces singly, a token's own log-prob, a sequence's, a pair's in one row.
+# One objective per kind: weights of traces, a token's log-prob, a sequence's, a pair in one pack.
 SIBLINGS = {
     "signed": {"objective.name": "signed"},
     "unlikelihood": {"objective.name": "unlikelihood"},
     "discounted": {"objective.name": "redi", "objective.negative_gamma": 0.5},
     "simpo": {"objective.name": "simpo", "objective.beta": 2.0},
 }
-# Fewer sequences than ranks need: on 2 ranks one has only a dummy, or only a negative. (With a
-# tied head: the slow test on 4 ranks.)
+# Fewer sequences than ranks: of 2 ranks one has only a dummy, or only a negative. (The slow test on
+# 4 ranks does this with a tied head.)
 FEW = {
     "dummy": {"objective.name": "sft", "train.batch": 1},
     "apart": {"objective.name": "redi", "train.batch": 1},
 }
-# Rows of 64 tokens hold one or two sequences, rows of 4096 a whole step.
+# Packs of 64 tokens hold one or two sequences, packs of 4096 a whole step.
 LAYOUTS = {
     "whole": {"train.row_tokens": 4096},
     "split": {"train.row_tokens": 64},
@@ -68,7 +68,7 @@ def runs(
     write_recipe: Callable[..., Path],
     redi: Callable[..., Any],
 ) -> Path:
-    """All recipes on 1 process (in this one) and on 2 ranks (torchrun)."""
+    """All recipes in this process and on 2 ranks (torchrun)."""
     folder = tmp_path_factory.mktemp("invariants")
     recipes: dict[int, list[Path]] = {1: [], 2: []}
     for ranks in recipes:
@@ -94,7 +94,7 @@ def runs(
                     "train.max_steps": 3,
                 }
                 recipes[ranks].append(write_recipe(folder, name, changes))
-    # Starts from the export of the one before it, which rank 1 must not read too early.
+    # Starts from the export of the previous recipe, which rank 1 must not read too early.
     chained = {**STEADY, "model.path": None, "train.max_steps": 3, "run.dir": str(folder / "next")}
     recipes[2].append(write_recipe(folder, "next", chained))
     train(recipes, redi)
@@ -102,7 +102,7 @@ def runs(
 
 
 def train(recipes: dict[int, list[Path]], redi: Callable[..., Any]) -> None:
-    """Those of one process in this one, the others in one launch for each number of ranks."""
+    """Train recipes of one rank in this process, others by one launch per number of ranks."""
     for ranks, paths in recipes.items():
         if ranks == 1:
             assert main(["train", *map(str, paths)]) == 0
@@ -150,7 +150,7 @@ def sibling_runs(
     write_recipe: Callable[..., Path],
     redi: Callable[..., Any],
 ) -> Path:
-    """The other objectives: on 1 process in whole and split rows, on 2 ranks in split ones."""
+    """The other objectives: one process with whole and split packs, 2 ranks with split ones."""
     folder = tmp_path_factory.mktemp("siblings")
     recipes: dict[int, list[Path]] = {1: [], 2: []}
     for objective, of_objective in SIBLINGS.items():
@@ -203,7 +203,7 @@ def test_four_ranks_sharded_over_all_or_two_are_one(
 
 
 def compare(runs: Path, steps: Steps, objective: str, head: str) -> int:
-    """Hold every run of an objective to the one on 1 process in whole rows; counts them."""
+    """Compare every run of an objective with that of one process and whole packs; count them."""
     expected = steps(runs / f"{objective}-{head}-whole-1")
     assert len(expected) == 3
     compared = 0
@@ -234,7 +234,7 @@ def test_the_layouts_really_differ(runs: Path, steps: Steps) -> None:
 
 
 def test_alpha_0_is_sft_with_a_mean_per_sequence(runs: Path, steps: Steps) -> None:
-    """Its loss is that of the positives alone; negatives only show in their log-prob."""
+    """Its loss is that of the positives alone; only the log-prob of negatives is logged."""
     line = steps(runs / "alpha0-tied-whole-1")[0]
     assert line["loss"] == pytest.approx(-line["positive_logp"], rel=1e-6)
     assert line["negative_logp"] is not None

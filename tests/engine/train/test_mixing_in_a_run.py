@@ -1,4 +1,4 @@
-"""`[data] mixing_weights` in a run: what is told, what is trained, what a resume may not change."""
+"""`[data] mixing_weights` in a run: the summary, the training, and a resume."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ def write_pairs(path: Path, count: int, first: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_run_trains_and_tells_its_draws_and_resumes_bit_equal_with_the_same_weights_alone(
+def test_a_run_reports_its_draws_and_resumes_bit_equal_only_with_the_same_weights(
     recipe: Callable[..., Path],
     steps: Callable[[Path], list[dict[str, Any]]],
     tmp_path: Path,

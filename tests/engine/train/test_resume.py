@@ -1,4 +1,4 @@
-"""A run can be killed at any moment and goes on: the same metrics, bit-equal weights."""
+"""A run killed at any moment resumes with the same metrics and bit-equal weights."""
 
 import json
 import os
@@ -23,13 +23,13 @@ WriteRecipe = Callable[..., Path]
 
 STEPS = 12
 SOON = 20.0
-"""Seconds that a signal may take to end a run of the small model."""
+"""Maximum seconds from a signal to the end of a run of the small model."""
 SETTINGS = {"train.max_steps": STEPS, "run.save_every": 3, "train.row_tokens": 128}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(write_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a run that nobody disturbed."""
+    """The run directory of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     assert main(["train", str(write_recipe(folder, "run", SETTINGS))]) == 0
     return folder / "run"
@@ -37,7 +37,7 @@ def undisturbed(write_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def same(undisturbed: Path, steps: Steps) -> Callable[[Path], None]:
-    """Assert that a run ended as the undisturbed one did."""
+    """Assert that a run gave the same result as the uninterrupted one."""
 
     def check(run_dir: Path) -> None:
         assert untimed(steps(run_dir)) == untimed(steps(undisturbed))
@@ -70,7 +70,7 @@ def test_killed_between_checkpoints_and_started_again_it_ends_the_same(
     same(run_dir)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_leaves_it_as_it_was(
+def test_training_continues_while_a_checkpoint_is_written_and_does_not_change_it(
     recipe: WriteRecipe,
     same: Callable[[Path], None],
     tmp_path: Path,
@@ -136,7 +136,7 @@ def test_killed_at_twenty_moments(
 
 @pytest.mark.slow
 def test_ranks_come_and_go(recipe: WriteRecipe, steps: Steps, tmp_path: Path) -> None:
-    """2 ranks, then 4, then 1: the same to rounding."""
+    """2 ranks, then 4, then 1: equal up to rounding."""
     changes = SETTINGS | {"optim.eps": 1e-3}
     whole, moved = recipe("whole", changes), recipe("moved", changes)
     assert main(["train", str(whole)]) == 0
@@ -175,13 +175,13 @@ def test_two_ranks_stopped_and_started_again_end_the_same(
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_and_exits_75_and_says_how_to_go_on(
+def test_a_signal_saves_and_exits_75_and_prints_how_to_resume(
     number: signal.Signals, recipe: WriteRecipe, same: Callable[[Path], None], tmp_path: Path
 ) -> None:
     path, run_dir = recipe("run", SETTINGS), tmp_path / "run"
     run = Run("train", path, log=tmp_path / "log")
     run.wait_for(lambda: has_steps(run_dir, 4))
-    run.send(number, number)  # twice within moments is one request
+    run.send(number, number)  # twice in quick succession is one request
     assert run.end(SOON) == 75, run.stderr
     assert run.stderr.count("stopping after this step and its checkpoint") == 1
     assert ("Ctrl-C again exits without saving" in run.stderr) == (number == signal.SIGINT)
@@ -217,7 +217,7 @@ def test_a_checkpoint_cut_off_is_passed_over(
     same(run_dir)
 
 
-def test_a_checkpoint_whose_bytes_rotted_is_named_and_the_one_before_it_goes_on(
+def test_a_corrupt_checkpoint_is_named_and_the_one_before_it_resumes(
     undisturbed: Path,
     recipe: WriteRecipe,
     same: Callable[[Path], None],
@@ -238,7 +238,7 @@ def test_a_checkpoint_whose_bytes_rotted_is_named_and_the_one_before_it_goes_on(
 
 
 def unfinished(undisturbed: Path, folder: Path) -> Path:
-    """A copy of the undisturbed run that was ended before its export."""
+    """A copy of the uninterrupted run, without its export."""
     shutil.copytree(undisturbed, folder / "run")
     shutil.rmtree(folder / "run" / "export")
     return folder / "run"
@@ -255,7 +255,7 @@ def test_half_a_line_of_metrics_is_cut_off(
     same(run_dir)
 
 
-def test_a_finished_run_says_so_and_changes_nothing(
+def test_a_finished_run_prints_so_and_changes_nothing(
     undisturbed: Path, recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
@@ -276,7 +276,7 @@ def test_another_recipe_in_the_same_folder_is_refused_by_key(
     assert err.count("\n") == 1
 
 
-# Steps 1 to 6 of a run that is lengthened are those of a straight one where the rate is the same.
+# Steps 1 to 6 of a lengthened run equal those of a straight one if the learning rate is the same.
 SHORT = 6
 CONSTANT = {"optim.schedule": "constant", "optim.warmup": 0, "run.save_every": 4}
 LONG = CONSTANT | {"train.max_steps": STEPS}
@@ -284,7 +284,7 @@ LONG = CONSTANT | {"train.max_steps": STEPS}
 
 @pytest.fixture(scope="module")
 def dropout(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model with attention dropout: its draws may not depend on the run's length."""
+    """The small model with attention dropout, which must not depend on the length of the run."""
     folder = tmp_path_factory.mktemp("dropout") / "model"
     shutil.copytree(world / "model", folder)
     config = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.2}
@@ -296,7 +296,7 @@ def dropout(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def straight(
     write_recipe: WriteRecipe, dropout: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The run folder of a run that had all its steps from the start."""
+    """The run directory of a run with all steps from the start."""
     folder = tmp_path_factory.mktemp("straight")
     changes = LONG | {"model.path": str(dropout)}
     assert main(["train", str(write_recipe(folder, "run", changes))]) == 0
@@ -305,7 +305,7 @@ def straight(
 
 @pytest.fixture
 def short(recipe: WriteRecipe, dropout: Path) -> Path:
-    """The recipe of a finished run of SHORT steps in the test's folder."""
+    """The recipe of a finished run of SHORT steps in the test's directory."""
     path = recipe("run", LONG | {"model.path": str(dropout), "train.max_steps": SHORT})
     assert main(["train", str(path)]) == 0
     return path
@@ -339,7 +339,7 @@ def test_a_finished_run_is_lengthened_and_ends_as_a_straight_one(
     assert "finished already" in capsys.readouterr().err
 
 
-def test_a_run_that_is_killed_while_it_is_lengthened_goes_on_and_ends_as_a_straight_one(
+def test_a_run_killed_while_it_is_lengthened_resumes_and_ends_as_a_straight_one(
     short: Path,
     straight: Path,
     steps: Steps,
@@ -417,7 +417,7 @@ def test_an_unfinished_run_on_two_ranks_is_lengthened_and_ends_as_a_straight_one
 
 
 @pytest.mark.slow
-def test_other_rows_on_resume_end_the_same_to_rounding(
+def test_other_packs_on_resume_end_the_same_to_rounding(
     undisturbed: Path, recipe: WriteRecipe, steps: Steps, tmp_path: Path
 ) -> None:
     run_dir = unfinished(undisturbed, tmp_path)
@@ -446,7 +446,7 @@ def test_changed_data_is_refused(
 
 @pytest.fixture
 def two_files(recipe: WriteRecipe, world: Path, tmp_path: Path) -> Path:
-    """The recipe of a run on a folder of two files, with a tokenizer that shows the time.
+    """The recipe of a run on a directory of two files, with a tokenizer that prints the time.
 
     It has one step, and may be lengthened.
     """
@@ -461,7 +461,7 @@ def two_files(recipe: WriteRecipe, world: Path, tmp_path: Path) -> Path:
 
 
 def refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What is said of a run that cannot go on."""
+    """The error message of a run that cannot resume."""
     capsys.readouterr()
     assert main(["train", str(path), "--train.max_steps", "2"]) == 2
     (line,) = [li for li in capsys.readouterr().err.splitlines() if li.startswith("redi: ")]
@@ -494,7 +494,7 @@ def test_a_resume_names_what_has_changed(
     assert main(["train", str(two_files), "--train.max_steps", "2"]) == 0
 
 
-def test_a_resume_names_what_a_template_prints_anew(
+def test_a_resume_names_the_changed_output_of_a_template(
     two_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (file,) = (tmp_path / "tokenizer").glob("chat_template.jinja")

@@ -1,4 +1,4 @@
-"""A command that a signal stopped is not taken for one that is done."""
+"""A command stopped by a signal is distinguishable from a finished one."""
 
 import json
 import os
@@ -17,7 +17,7 @@ REDI = f"{shlex.quote(sys.executable)} -m redi.engine.cli"
 
 
 def stop(process: subprocess.Popen[str], when: Callable[[], bool]) -> str:
-    """Signal the group of a shell line as soon as `when`; what it said."""
+    """Signal the group of a shell line as soon as `when`; returns its output."""
     deadline = time.monotonic() + 120
     while not when():
         assert process.poll() is None, process.communicate()[1]

@@ -1,4 +1,4 @@
-"""What a person sees: plain lines, silence on request, curves, trackers, help with examples."""
+"""Output for the user: plain lines, quiet mode, curves, trackers, help with examples."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ def run(
     world: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, str]:
-    """A finished run with held-out traces and TensorBoard, and what it wrote to stderr."""
+    """A finished run with held-out traces and TensorBoard, and its stderr."""
     folder = tmp_path_factory.mktemp("terminal")
     changes = {
         "eval.path": str(world / "traces.jsonl"),
@@ -114,7 +114,7 @@ def test_the_report_shows_the_greedy_accuracy_of_checked_answers(
         ([("not_finite", 4, False)], False, "4, not finite at step 4"),
     ],
 )
-def test_the_report_says_what_became_of_a_run(
+def test_the_report_shows_the_outcome_of_a_run(
     events: list[tuple[str, int, bool]],
     finished: bool,
     said: str,
@@ -184,7 +184,7 @@ def test_a_mistyped_command_is_answered_with_the_nearest(
     assert capsys.readouterr().err == "redi: unknown command trian; did you mean train?\n"
 
 
-def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"redi-engine {version('redi-engine')}\n"
 

@@ -1,4 +1,4 @@
-"""What a real run ran, on each rank: counted, told in the log, kept in the manifest."""
+"""What a real run ran on each rank: counted, logged, and written to the manifest."""
 
 import json
 import os
@@ -36,7 +36,7 @@ TINY = {
     "pad_token_id": None,
 }
 LAYERS = 3
-# Runs the command with a profiler on the real calls: what attention got, and how often.
+# Runs the command and records the real calls of attention: their arguments and number.
 SPY = """
 import json, sys
 import torch.nn.functional as F
@@ -105,7 +105,7 @@ def test_an_empty_model_leaves_the_configuration_of_another_alone(world: Path) -
 def test_a_model_that_lost_its_attention_is_refused_in_its_first_forward(world: Path) -> None:
     config = AutoConfig.from_pretrained(world / "model")
     model = build_model(str(world / "model"), config, "sdpa")
-    # A block with a configuration of its own, as a careless copy would leave it.
+    # A block with a separate configuration, as a careless copy would have.
     block = model.base_model.layers[1].self_attn
     block.config = AutoConfig.from_pretrained(world / "model", attn_implementation="sdpa")
     student = Student(model.to_empty(device="cpu"), PackedLoss(ObjectiveConfig(name="sft")))
@@ -183,12 +183,12 @@ def test_dropout_on_attention_is_applied_or_refused(world: Path) -> None:
 
 
 def longrope(vocabulary: int, short: int) -> Phi3Config:
-    """A small Phi-3 whose documents of more than `short` tokens have other rotary factors."""
+    """A small Phi-3 with other rotary factors for documents of more than `short` tokens."""
     factors = {"long_factor": [8.0] * 4, "short_factor": [1.0] * 4}
     return Phi3Config(
         **TINY,
         vocab_size=vocabulary,
-        initializer_range=0.3,  # else rotary factors hardly show
+        initializer_range=0.3,  # otherwise rotary factors have little effect
         max_position_embeddings=64,
         original_max_position_embeddings=short,
         rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors},
@@ -238,7 +238,7 @@ def test_with_longrope_a_document_does_not_depend_on_its_neighbours(world: Path)
         torch.testing.assert_close(packed[start:end], alone, atol=2e-6, rtol=1e-5)
 
 
-def test_dynamic_rope_is_refused_and_a_router_loss_is_told() -> None:
+def test_dynamic_rope_is_refused_and_a_router_loss_gives_a_warning() -> None:
     config = AutoConfig.for_model("llama")
     config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(InputError, match="rope_type is dynamic"):
@@ -254,7 +254,7 @@ def test_what_trains_passes(kind: str) -> None:
 
 
 class _Traces:
-    """Traces of given lengths in the place of a tokenized set."""
+    """Traces of given lengths, in place of a tokenized set."""
 
     def __init__(self, lengths: list[int]) -> None:
         generator = np.random.default_rng(0)

@@ -1,5 +1,7 @@
 """The loss ops as citizens of PyTorch: custom ops, torch.compile, autocast, errors."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -226,6 +228,19 @@ def test_the_reference_is_a_backend() -> None:
         flat_expected, _ = torch.utils._pytree.tree_flatten(expected)
         for value, true in zip(flat_got, flat_expected, strict=True):
             assert torch.equal(value, true)
+
+
+def test_an_exact_loss_on_a_cpu_imports_no_triton_kernels_and_nothing_experimental() -> None:
+    code = """
+import sys, torch, redi.kernels as k
+x = torch.ones(2, 3)
+targets, bounds, signs = torch.tensor([0, 1]), torch.tensor([0, 2]), torch.tensor([1])
+k.redi_loss(x, x, targets, bounds, signs, alpha=1, num_pairs=1)
+ours = [name for name in sys.modules if name.startswith("redi.kernels")]
+print([name for name in ours if "triton" in name or "experimental" in name])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def _changed(**changes: Any) -> dict[str, Any]:

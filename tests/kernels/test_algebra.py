@@ -177,19 +177,6 @@ def test_micro_batches_add_up_to_the_batch(target: Target) -> None:
     assert relative_error(dweight, expected.dweight) < 1e-6
 
 
-def test_redi_is_the_signed_cross_entropy_of_its_token_weights(target: Target) -> None:
-    case = leaves(make_case(device=target.device))
-    out, expected = run(redi_loss, case, backend=target.backend)
-    loss, logps = signed_cross_entropy(
-        case.hidden, case.weight, case.targets, case.token_weights, backend=target.backend
-    )
-    got = gradients(loss, case.hidden, case.weight)
-    torch.testing.assert_close(loss, out.loss)
-    torch.testing.assert_close(logps.sum(), out.sequence_logps.sum())
-    for value, true in zip(got, expected, strict=True):
-        assert relative_error(value, true) < 1e-6
-
-
 @pytest.mark.slow
 def test_valid_index_changes_nothing_in_any_order(target: Target) -> None:
     case = make_case(device=target.device)
