@@ -18,7 +18,7 @@ from redi.bench import loss as bench
 from redi.bench.baselines import Absent, Contender, Method, Result
 from redi.bench.inputs import Operands, Sizes, make_operands
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = [
     "--tokens", "96", "--vocab", "160", "--hidden", "24", "--sequences", "4", "--repeats", "2",
     "--threads", str(torch.get_num_threads()),
