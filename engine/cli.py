@@ -14,6 +14,7 @@ import sys
 import time
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -374,6 +375,8 @@ def report(argv: Sequence[str]) -> None:
 
 
 def _find_data_of(path: str, recipe: Recipe) -> None:
+    if not all(recipe.eval.paths):
+        raise InputError(f"{path}: eval.path has an empty name")
     if not all(recipe.data.paths):
         raise InputError(f"{path}: data.path is missing")
     _announce_hub("model", recipe.model.path, recipe.model.tokenizer)
@@ -476,7 +479,8 @@ def _fail(text: str, code: int) -> int:
     """
     rank = _rank()
     if rank:
-        time.sleep(RANK_0_SECONDS)
+        with suppress(KeyboardInterrupt):  # torchrun ends this rank
+            time.sleep(RANK_0_SECONDS)
         text = f"rank {rank}: {text}"
     print(f"redi: {text}", file=sys.stderr, flush=True)
     return code

@@ -83,7 +83,7 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str], options: type[Opt
     try:
         return options(**vars(parser.parse_args(list(argv))))
     except ArgumentError as error:
-        if problem := _explain(str(error), options, parser.prog):
+        if problem := _explain(str(error), options, parser.prog) or _missing(str(error), parser):
             raise InputError(problem) from None
         raise
     except ValueError as error:
@@ -100,6 +100,20 @@ def _explain(error: str, options: Any, command: str) -> str | None:
         got = value[1].strip() if value else "another type"
         return f"{found[1]}: needs {plain_type(types[found[1]])}, got {got}"
     return None
+
+
+def _missing(error: str, parser: ArgumentParser) -> str | None:
+    """One line for arguments that are missing, spelled as the usage spells them."""
+    found = re.search(r"arguments are required: (.+)", error)
+    if not found:
+        return None
+    names = {action.dest: action for action in parser._actions}
+    spelled = []
+    for name in found[1].split(", "):
+        shown = str(names[name].metavar or "")
+        option = f"--{name}" if names[name].option_strings else ""
+        spelled.append(f"{option} {shown}".strip() or name)
+    return f"missing: {' and '.join(spelled)}; --help shows the whole line"
 
 
 def _unknown_option(error: str, options: Iterable[str], command: str) -> str | None:
@@ -124,8 +138,12 @@ def plain_type(annotation: object) -> str:
     text = str(annotation).replace("Literal", "one of ").replace("| None", "")
     text = re.sub(r"list\[one of (\[[^]]*\])\]", r"a list of \1", text)
     text = text.replace("tuple[float, float]", "two numbers such as [0.9,0.999]")
-    text = text.replace("list[float]", "a list of numbers")
-    text = text.replace("dict[str, float]", "a table of numbers such as { r1 = 2.0 }")
+    text = text.replace("list[float]", "a list of numbers such as [1,2]")
+    text = text.replace("list[str]", 'a list of text such as ["a","b"]')
+    text = text.replace(
+        "dict[str, float]",
+        'a table of numbers such as { r1 = 2.0 } (on the command line {"r1": 2.0})',
+    )
     for python, plain in (("str", "text"), ("int", "a whole number"), ("float", "a number")):
         text = re.sub(rf"\b{python}\b", plain, text)
     return re.sub(r"\s+", " ", text.replace("bool", "true or false")).strip()

@@ -113,6 +113,8 @@ def _whole_names(argv: Sequence[str]) -> list[str]:
                 if not finite:
                     raise InputError(f"{option[2:]}: needs a number, got {value}")
                 name = option.removeprefix(f"--{key}.").replace(".", _DOT)
+                if not name:
+                    raise InputError(f"{option[2:]}: a name is missing after the dot")
                 words[place] = f"--{key}.{name}{equals}{value if equals else ''}"
     return words
 
@@ -200,7 +202,7 @@ def _not_used(key: str, name: str) -> str:
 def explain(error: Exception) -> str:
     """One line instead of jsonargparse's message of several."""
     text = str(error)
-    if found := re.search(r"unrecognized arguments: --([\w.-]+)", text):
+    if found := re.search(r"unrecognized arguments: --([\w.+-]+)", text):
         return _unknown(found[1])
     if found := re.search(r"arguments are required: (.+)", text):
         missing = " and ".join(ARGUMENTS.get(name, name) for name in found[1].split(", "))

@@ -22,13 +22,14 @@ class Range:
         """What `value` must be, or None if it is in the range."""
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        if math.isfinite(value) and above and below:
+        is_finite = isinstance(value, int) or math.isfinite(value)  # an int may be too large
+        if is_finite and above and below:
             return None
         if self.high < math.inf:
             left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
             return f"be in {left}{self.low:g}, {self.high:g}{right}"
         bound = f"{'>' if self.open_low else '>='} {self.low:g}" if self.low > -math.inf else ""
-        finite = "" if math.isfinite(value) else "finite"
+        finite = "" if is_finite else "finite"
         return f"be {' and '.join(filter(None, (finite, bound)))}"
 
 

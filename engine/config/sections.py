@@ -219,6 +219,14 @@ class OptimConfig(Section, name="optim"):
     max_grad_norm: float = ranged(1.0, NOT_NEGATIVE)
     """Clip gradients to this l2 norm; 0: no clipping."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError(
+                f"optim.weight_decay * optim.lr must be < 1, got {self.lr * self.weight_decay:g}: "
+                "each step would erase the weights"
+            )
+
 
 @dataclass(frozen=True)
 class TrainConfig(Section, name="train"):

@@ -158,6 +158,18 @@ def _checked(tokens: TokenizedTraces, settings: TokenSettings) -> TokenizedTrace
     return tokens
 
 
+def file_fingerprints(paths: tuple[str, ...], cache_dir: Path) -> list[list[str]]:
+    """[name, hash of the content] of each file that the paths name; empty with a hub name.
+
+    Raises:
+        InputError: a path does not exist.
+    """
+    sources = find_sources(paths)
+    if any(source.kind == "hub" for source in sources):
+        return []
+    return [[source.name, source_fingerprint(source, cache_dir)] for source in sources]
+
+
 def _cache_key(parts: dict[str, Any]) -> str:
     """Hash of everything that determines the tokens; file names do not."""
     applied = json.dumps([parts["format"], parts["template"], parts["system_prompt"]])

@@ -19,6 +19,7 @@ from redi.engine.data.packing import Cost, PackedBatch, Packing, build_batch, pa
 from redi.engine.data.summary import show, warnings
 from redi.engine.distributed import join_world
 from redi.engine.errors import InputError
+from redi.engine.model.architecture import check_dropout
 from redi.engine.model.build import check_vocabulary, model_config
 from redi.engine.model.flops import run_cost, training_cost
 from redi.engine.plan.cards import Cluster
@@ -50,6 +51,9 @@ def plan_recipes(
     for path, recipe in recipes:
         config = model_config(recipe, weights=False)
         check_vocabulary(recipe, config)
+        chosen = recipe.model.attention
+        check_dropout(recipe.model.path or "", config, "varlen" if chosen == "auto" else chosen)
+        config.attention_dropout = 0.0  # takes no memory, and the plan's attention has none
         with join_world() as world:
             data = prepare_data(recipe, world, console)
         check_positions(

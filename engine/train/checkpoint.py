@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
 from redi.engine.distributed import World
-from redi.engine.errors import RunError
+from redi.engine.errors import InputError, RunError
 from redi.engine.model.student import Student
 
 FOLDER = "checkpoints"
@@ -39,12 +39,37 @@ FAILURES = (Exception, CheckpointException)
 
 def complete_checkpoints(run_dir: Path) -> dict[int, Path]:
     """The complete checkpoints of a run: step -> directory."""
-    found = {}
-    for folder in run_dir.glob(f"{FOLDER}/step-*"):
-        step = folder.name.removeprefix("step-")
-        if step.isdecimal() and _is_complete(folder):  # skips renamed directories
-            found[int(step)] = folder
-    return found
+    return {step: folder for step, folder in _saved(run_dir).items() if _is_complete(folder)}
+
+
+def check_not_damaged(run_dir: Path) -> str | None:
+    """A warning if newer checkpoints than the newest complete one were damaged after their save.
+
+    A checkpoint whose save was interrupted has no metadata and is not meant.
+
+    Raises:
+        InputError: all are damaged, so that the run would start again from its first step.
+    """
+    complete = complete_checkpoints(run_dir)
+    damaged = [
+        step
+        for step, folder in _saved(run_dir).items()
+        if step > max(complete, default=0) and (folder / ".metadata").exists()
+    ]
+    if not damaged:
+        return None
+    steps = ", ".join(map(str, sorted(damaged)))
+    what = f"{run_dir / FOLDER}: damaged (files are missing or truncated): step {steps}"
+    if not complete:
+        raise InputError(f"{what}; restore them, or remove {run_dir} to start again")
+    return f"{what}; resuming from step {max(complete)}"
+
+
+def _saved(run_dir: Path) -> dict[int, Path]:
+    folders = {
+        folder.name.removeprefix("step-"): folder for folder in run_dir.glob(f"{FOLDER}/step-*")
+    }
+    return {int(step): folder for step, folder in folders.items() if step.isdecimal()}
 
 
 def _is_complete(folder: Path) -> bool:

@@ -19,6 +19,7 @@ from redi.engine.data.fingerprints import model_fingerprint
 from redi.engine.data.loader import StepBatches, StepLoader
 from redi.engine.data.packing import Cost
 from redi.engine.data.summary import show, warnings
+from redi.engine.data.tokens import file_fingerprints
 from redi.engine.distributed import World
 from redi.engine.errors import RunError
 from redi.engine.model.architecture import router_loss
@@ -26,7 +27,7 @@ from redi.engine.model.build import build_student
 from redi.engine.model.export import export
 from redi.engine.model.flops import training_cost
 from redi.engine.model.student import Student
-from redi.engine.train.checkpoint import Checkpointer
+from redi.engine.train.checkpoint import Checkpointer, check_not_damaged
 from redi.engine.train.guards import GuardEvent, Guards, last_good, name_rows, skip_message
 from redi.engine.train.metrics import MetricsLog, peak_memory_gib
 from redi.engine.train.optimizer import learning_rate, make_optimizer
@@ -37,8 +38,8 @@ from redi.engine.train.prepare_data import (
     prepare_data,
 )
 from redi.engine.train.run_folder import (
-    PreviousRun,
     check_same_data,
+    check_same_files,
     check_same_model,
     check_same_recipe,
     finish,
@@ -77,10 +78,11 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
     run_dir = Path(recipe.run.dir or "")
     check_same_recipe(recipe, run_dir)
     previous = read_previous_run(run_dir)
-    finished_already = f"{run_dir}: finished already; the model is in {run_dir / 'export'}"
     if previous.finished and previous.limits == (recipe.train.epochs, recipe.train.max_steps):
-        console.say(finished_already)
+        _report_finished(recipe, run_dir, world, console)
         return True
+    if world.is_main and (damaged := check_not_damaged(run_dir)):
+        console.warn(damaged)
     found = check_before_data(recipe, run_dir, world)
 
     def prepare() -> PreparedData:
@@ -92,7 +94,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
     total = data.schedule.total_steps
     first_total, old_total = previous.totals(data.schedule)
     if previous.finished and total == old_total:
-        console.say(finished_already)
+        _report_finished(recipe, run_dir, world, console)
         return True
     previous.check_not_shortened(total, old_total, run_dir)
     check_positions(
@@ -121,7 +123,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
             write_run_dir(recipe, keys, summary, found.dtype, run_dir, world, old_total)
         rate = learning_rate(recipe.optim, total, first_total)
         if total > old_total:
-            _report_lengthened(recipe, previous, old_total, total, rate, console)
+            _report_lengthened(recipe, old_total, total, rate, console)
         finished = _train(
             recipe, run_dir, data, rate, cost, student, optimizer, world, console, stop
         )
@@ -182,20 +184,25 @@ def _build(
     return student, tokenizer, make_optimizer(student, recipe.optim)
 
 
+def _report_finished(recipe: Recipe, run_dir: Path, world: World, console: Console) -> None:
+    """Say that nothing is left to do; InputError if the model or the data has changed since."""
+    path = recipe.model.path or ""
+    if world.is_main:
+        if Path(path).exists():
+            check_same_model(model_fingerprint(path, recipe.data.cache_dir), run_dir)
+        check_same_files(file_fingerprints(recipe.data.paths, recipe.data.cache_dir), run_dir)
+    console.say(f"{run_dir}: finished already; the model is in {run_dir / 'export'}")
+
+
 def _report_lengthened(
-    recipe: Recipe,
-    previous: PreviousRun,
-    old: int,
-    total: int,
-    rate: Callable[[int], float],
-    console: Console,
+    recipe: Recipe, old: int, total: int, rate: Callable[[int], float], console: Console
 ) -> None:
     console.say(f"{recipe.run.dir}: lengthened from {old} to {total} steps")
-    if previous.finished and recipe.optim.schedule != "constant":
+    if recipe.optim.schedule != "constant":
         console.warn(
-            f'optim.schedule = "{recipe.optim.schedule}" had reached 0 after step {old}; step '
-            f"{old + 1} uses the rate of a run of {total} steps, {rate(old + 1):g}; the result "
-            f"differs from that of {total} steps in one run"
+            f'optim.schedule = "{recipe.optim.schedule}" was planned to reach 0 after step {old}; '
+            f"the rate is now that of {total} steps ({rate(old + 1):g} in step {old + 1}), so the "
+            f"result differs from that of {total} steps in one run"
         )
 
 

@@ -46,7 +46,7 @@ def model_path(path: str, name: str) -> str:
         name: option or key of the path, for messages.
 
     Raises:
-        InputError: the run has no export yet.
+        InputError: the run has no export yet, or only that from before it was lengthened.
     """
     if not (Path(path) / RECIPE).is_file():
         return path
@@ -55,6 +55,11 @@ def model_path(path: str, name: str) -> str:
         raise InputError(
             f"{name}: the run {path} has no export yet; finish it, or export a checkpoint with "
             f"`redi export {path}` and give its directory here"
+        )
+    if not is_finished(Path(path)):
+        raise InputError(
+            f"{name}: the run {path} is being lengthened; finish it, or give {export}, the model "
+            "from before"
         )
     return str(export)
 
@@ -113,7 +118,8 @@ def check_writable(run_dir: Path) -> None:
 class PreviousRun:
     """What a run directory held before this command.
 
-    Every rank reads it at the start. Rank 0 rewrites it only after every rank has set up training.
+    Every rank reads it at the start. Rank 0 may rewrite it before another rank has read it: the
+    totals and the learning rate are the same either way.
     """
 
     limits: tuple[int | None, int | None] | None
@@ -203,9 +209,11 @@ def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
     """
     if not run_dir.exists():
         return
-    if not run_dir.is_dir() or (any(run_dir.iterdir()) and not (run_dir / RECIPE).is_file()):
+    # A recipe alone may be the user's own file: a run directory appears with both.
+    is_run = all((run_dir / name).is_file() for name in (RECIPE, MANIFEST))
+    if not run_dir.is_dir() or (any(run_dir.iterdir()) and not is_run):
         raise InputError(f"run.dir: {run_dir} exists and is not a run directory; choose another")
-    if not (run_dir / RECIPE).is_file():
+    if not is_run:
         return
     if not recipe.run.resume:
         raise InputError(
@@ -244,12 +252,33 @@ def check_same_data(
     for name, key in data_keys.items():
         if old[name] != key:
             old_parts = old.get("parts", {}).get(name) or {}
-            found = old_parts and what_changed(old_parts, parts[name])
+            found = what_changed(old_parts, parts[name]) if old_parts else ""
             what = "changed" if found else "the data or tokenizer has changed"
+            key = "model.tokenizer" if found.startswith("the tokenizer") else f"{name}.path"
             raise InputError(
-                f"{name}.path: {what} since {run_dir} was started{': ' if found else ''}"
-                f"{found or ''}; choose another run.dir, or restore it to resume"
+                f"{key}: {what} since {run_dir} was started{': ' if found else ''}"
+                f"{found}; choose another run.dir, or restore it to resume"
             )
+
+
+def check_same_files(files: list[list[str]], run_dir: Path) -> None:
+    """Check that the data files of a finished run are unchanged, without reading them.
+
+    Args:
+        files: see `file_fingerprints`; empty ones are not compared.
+
+    Raises:
+        InputError: some have changed; the message names them.
+    """
+    manifest = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))
+    parts = manifest.get("parts", {}).get("data")
+    if not files or not parts:  # the manifest of an older version has no parts
+        return
+    if found := what_changed(parts, parts | {"files": files}):
+        raise InputError(
+            f"data.path: changed since {run_dir} was finished: {found}; choose another run.dir to "
+            "train on it, or restore it"
+        )
 
 
 def what_changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

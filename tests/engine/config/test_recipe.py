@@ -95,21 +95,23 @@ MISTAKES = {
     "[objective]\nname = 'redi'\nnormalisation = 'token'\n": "objective.normalisation",
     "[data]\npath = 'a'\nmixing_weights = [2, 1]\n": "must have one number per path, got 2 for 1",
     "[data]\npath = 'a'\nmixing_weights = [nan]\n": "must be finite and > 0, got nan",
-    "[data]\npath = 'a'\nmixing_weights = 2\n": "mixing_weights: needs a list of numbers, got 2",
+    "[data]\npath = 'a'\nmixing_weights = 2\n": "needs a list of numbers such as [1,2], got 2",
     "num_train_epochs = 1\n": "did you mean train.epochs?",
     "[data]\nteacher_weights.gpt-4.1 = 1\n": 'a name with a dot needs quotes: "gpt-4.1"',
     "[data]\nteacher_weights = { r1 = 0 }\n": "data.teacher_weights.r1 must be > 0, got 0",
-    "[data]\nteacher_weights = 3\n": "needs a table of numbers such as { r1 = 2.0 }, got 3",
+    "[data]\nteacher_weights = 3\n": "needs a table of numbers such as { r1 = 2.0 }",
     "[train]\nbatch = 0\n": "train.batch must be >= 1, got 0",
     "[train]\nbatch = 1.5\n": "train.batch: needs a whole number, got 1.5",
     "[model]\npath = 3\n": "model.path: needs text, got 3",
+    f"[train]\nmax_steps = 1{'0' * 400}\n[optim]\nwarmup = 2.0\n": "optim.warmup must be in",
+    "[optim]\nlr = 10.0\nweight_decay = 0.1\n": "optim.weight_decay * optim.lr must be < 1, got 1",
     "[run]\ntrackers = 'wandb'\n": "needs a list of ['tensorboard', 'wandb'], got wandb",
     "[optim\nlr = 1\n": "not valid TOML",
     "\ufeff[optim]\nlr = 1\n": "begins with a byte order mark; save it as UTF-8 without one",
 }
 
 
-@pytest.mark.parametrize("text", MISTAKES, ids=lambda t: t.replace("\n", " "))
+@pytest.mark.parametrize("text", MISTAKES, ids=lambda t: t.replace("\n", " ")[:60])
 def test_a_mistake_in_a_recipe_is_one_line_with_file_and_key(text: str, tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text(text)
@@ -129,6 +131,8 @@ OVERRIDES = {
     ("--data.teacher_weights.gpt-4.1", "x"): "data.teacher_weights.gpt-4.1: needs a number, got x",
     ("--data.teacher_weights.gpt-4.1", "-2"): "teacher_weights.gpt-4.1 must be > 0, got -2",
     ("--data.teacher_weights.gpt-4.1",): "needs a number, got nothing",
+    ("--data.teacher_weights.", "2"): "a name is missing after the dot",
+    ("--train.max_steps+", "1"): "unknown key train.max_steps+",
     ("--train.batch", "-2"): "train.batch must be >= 1, got -2",
 }
 
@@ -220,7 +224,10 @@ def test_two_recipes_may_not_share_a_run_folder(
 ) -> None:
     same = {"run.dir": str(tmp_path / "same")}
     assert main(["train", str(recipe("a", same)), str(recipe("b", same))]) == 2
-    assert "name each its own in the recipes, not by --run.dir" in capsys.readouterr().err
+    assert (
+        "set a different run.dir in each recipe (--run.dir applies to all)"
+        in capsys.readouterr().err
+    )
 
 
 def test_what_a_resumed_run_may_change(recipe: WriteRecipe) -> None:

@@ -15,8 +15,10 @@ from processes import Run, ranks
 from safetensors.torch import load_file
 
 from redi.engine.cli import main
+from redi.engine.errors import InputError
 from redi.engine.train.checkpoint import _Writer, complete_checkpoints
 from redi.engine.train.metrics import TIMINGS
+from redi.engine.train.run_folder import model_path
 
 Steps = Callable[[Path], list[dict[str, Any]]]
 WriteRecipe = Callable[..., Path]
@@ -339,6 +341,87 @@ def test_a_finished_run_is_lengthened_and_ends_as_a_straight_one(
     assert "finished already" in capsys.readouterr().err
 
 
+def test_stage_2_of_a_lengthened_stage_1_is_not_called_finished(
+    recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [
+        recipe("sft", LONG | {"train.max_steps": 1}),
+        recipe("redi", {"train.max_steps": 1, "model.path": str(tmp_path / "sft" / "export")}),
+    ]
+    for path in stages:
+        assert main(["train", str(path)]) == 0
+    assert main(["train", str(stages[0]), "--train.max_steps", "2"]) == 0
+    capsys.readouterr()
+    assert main(["train", str(stages[1])]) == 2
+    assert "model.path: the weights have changed since" in capsys.readouterr().err
+
+
+def test_a_finished_run_names_the_data_that_has_changed(
+    recipe: WriteRecipe, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "mine.jsonl"
+    data.write_bytes((world / "traces.jsonl").read_bytes())
+    path = recipe("run", {"data.path": str(data), "train.max_steps": 1})
+    assert main(["train", str(path)]) == 0
+    assert main(["train", str(path)]) == 0
+    assert "finished already" in capsys.readouterr().err
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
+    assert main(["train", str(path)]) == 2
+    assert f"was finished: {data}; choose another run.dir" in capsys.readouterr().err
+
+
+def damage(checkpoint: Path) -> None:
+    for file in checkpoint.glob("*.distcp"):
+        os.truncate(file, file.stat().st_size // 2)
+
+
+def test_damaged_checkpoints_are_named_and_never_all_passed_over(
+    recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe("run", CONSTANT | {"train.max_steps": 3, "run.save_every": 1, "run.keep": 0})
+    run_dir = tmp_path / "run"
+    assert main(["train", str(path)]) == 0
+    expected = load_file(run_dir / "export" / "model.safetensors")
+    shutil.rmtree(run_dir / "export")
+    damage(run_dir / "checkpoints" / "step-3")
+    capsys.readouterr()
+    assert main(["train", str(path)]) == 0
+    said = capsys.readouterr().err
+    assert "damaged (files are missing or truncated): step 3; resuming from step 2" in said
+    weights = load_file(run_dir / "export" / "model.safetensors")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    shutil.rmtree(run_dir / "export")
+    for checkpoint in (run_dir / "checkpoints").iterdir():
+        damage(checkpoint)
+    lines = (run_dir / "metrics.jsonl").read_bytes()
+    assert main(["train", str(path)]) == 2
+    assert "step 1, 2, 3; restore them, or remove" in capsys.readouterr().err
+    assert (run_dir / "metrics.jsonl").read_bytes() == lines
+
+
+def test_a_directory_with_a_recipe_of_the_user_is_not_a_run(
+    recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "mine" / "recipe.toml"
+    own.parent.mkdir()
+    own.write_bytes(recipe("run").read_bytes())
+    text = own.read_text()
+    assert main(["train", str(own), "--run.dir", str(own.parent)]) == 2
+    assert "exists and is not a run directory" in capsys.readouterr().err
+    assert own.read_text() == text
+
+
+def test_the_old_export_of_a_run_that_is_lengthened_is_not_evaluated_as_the_run(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "recipe.toml").write_text("")
+    pending = {"lengthened": [{"from": 1, "to": 2, "pending": True}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(pending))
+    with pytest.raises(InputError, match="is being lengthened; finish it, or give"):
+        model_path(str(tmp_path), "model")
+
+
 def test_a_run_killed_while_it_is_lengthened_resumes_and_ends_as_a_straight_one(
     short: Path,
     straight: Path,
@@ -395,7 +478,7 @@ def test_more_epochs_keep_the_first_warm_up_and_warn_of_a_rate_that_had_ended(
     left = [3 * first - step for step in range(first, 3 * first)]
     assert rates[first:] == pytest.approx([1e-3 * n / (3 * first - warmup) for n in left])
     said = " ".join(capsys.readouterr().err.split())
-    assert f'optim.schedule = "linear" had reached 0 after step {first}' in said
+    assert f'optim.schedule = "linear" was planned to reach 0 after step {first}' in said
 
 
 @pytest.mark.slow
