@@ -7,9 +7,9 @@ BIN = $(VENV)/bin
 .PHONY: train test slow lint types kernels
 
 train: $(VENV)/.installed
-	$(BIN)/python -m redi.engine.quickstart make runs/quickstart
+	$(BIN)/python -m redi.engine.quickstart.task make runs/quickstart
 	OMP_NUM_THREADS=1 $(BIN)/redi train $(addprefix engine/recipes/quickstart-, sft.toml control.toml redi.toml)
-	OMP_NUM_THREADS=1 $(BIN)/python -m redi.engine.quickstart report runs/quickstart
+	OMP_NUM_THREADS=1 $(BIN)/python -m redi.engine.quickstart.task report runs/quickstart
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest --import-mode=importlib -n 2 --dist loadfile
@@ -31,7 +31,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet -c constraints.txt -e .
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[engine]'
 	touch $@
 
 $(VENV)/.installed-test: setup.py constraints.txt | $(VENV)/bin/python

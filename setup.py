@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 
 FOLDERS = ("engine", "kernels", "bench")
 
+# `redi.kernels` alone is what a plain install is for; the command `redi` needs the extra `engine`.
 KERNELS = ["numpy", "torch>=2.11"]
 ENGINE = [
     "datasets>=4.0",
@@ -23,17 +24,19 @@ ENGINE = [
     "transformers>=5.17",
     "xxhash>=3.4",
 ]
-# Linux only, and imported late: a CPU or macOS machine works without them.
+# Those for Linux only are imported late: a CPU or macOS machine works without them.
 EXTRAS = {
+    "engine": ENGINE,
     "triton": ["triton>=3.6; sys_platform == 'linux'"],
     "liger": ["liger-kernel>=0.8; sys_platform == 'linux'"],
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "tensorboard": ["tensorboard>=2.16"],
-    "trl": ["trl>=1.16"],  # tests/engine/test_trl.py compares with its losses
+    "trl": ["trl>=1.16"],  # tests/engine/loss/test_trl.py compares with its losses
     "vllm": ["vllm>=0.10; sys_platform == 'linux'"],
     "wandb": ["wandb>=0.18"],
     "gguf": ["accelerate>=1.0", "gguf>=0.17"],
     "test": [
+        *ENGINE,
         "accelerate>=1.1",  # transformers' Trainer, in docs/kernels.md
         "hypothesis>=6.100",
         "mypy>=1.15",
@@ -56,7 +59,7 @@ setup(
     version="0.1.0",
     description="Training on correct and incorrect reasoning traces: fused loss, packing, FSDP2",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     packages=packages,
     package_dir={f"redi.{folder}": folder for folder in FOLDERS},
     package_data={
@@ -66,7 +69,7 @@ setup(
         "redi.engine": ["py.typed", "recipes/*.toml"],
         "redi.bench": ["py.typed", "smollm2_hidden.json"],
     },
-    install_requires=KERNELS + ENGINE,
+    install_requires=KERNELS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["redi = redi.engine.cli:main"]},
 )

@@ -278,11 +278,11 @@ def build(variant: Variant, target: str) -> Build:
     assert {*variant.types, *variant.constants} <= {*names}
     signature = {name: variant.types.get(name, "constexpr") for name in names}
     constants = {name: None for name in names if name not in variant.types} | variant.constants
-    anywhere = {p.name for p in variant.kernel.params if p.do_not_specialize_on_alignment}
+    any_rank = {p.name for p in variant.kernel.params if p.do_not_specialize_on_alignment}
     aligned = [
         name
         for name, kind in variant.types.items()
-        if (kind.startswith("*") and name not in anywhere) or name.endswith(("stride", "room"))
+        if (kind.startswith("*") and name not in any_rank) or name.endswith(("stride", "room"))
     ]
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     compiled = triton.compile(

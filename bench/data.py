@@ -24,9 +24,9 @@ import pyarrow as pa
 from redi.bench.report import environment
 from redi.engine.data.cache import SCHEMA, Meta, open_cache, write_cache
 from redi.engine.data.loader import StepBatches, StepLoader
-from redi.engine.data.overview import Overview, look_over
 from redi.engine.data.packing import Cost
 from redi.engine.data.schedule import Schedule, select
+from redi.engine.data.summary import Summary, summarize
 
 ROW_TOKENS = 32_768
 COST = Cost(linear=6 * 1.54e9, quadratic=6 * 28 * 1536)
@@ -62,7 +62,7 @@ def write(folder: Path, lengths: np.ndarray) -> None:
     write_cache(folder, batches(), lambda size, rows: Meta(folder.name, size, rows, ("made",), {}))
 
 
-def start(folder: Path) -> tuple[Iterator[StepBatches], Callable[[], Overview]]:
+def start(folder: Path) -> tuple[Iterator[StepBatches], Callable[[], Summary]]:
     """What a run does with a cache before its first step: its steps, and the overview if asked."""
     tokens = open_cache(folder)
     assert tokens is not None
@@ -78,7 +78,7 @@ def start(folder: Path) -> tuple[Iterator[StepBatches], Callable[[], Overview]]:
         tokens, examples, schedule, row_tokens=ROW_TOKENS, rank=0, world_size=1, cost=COST
     )
     overview = partial(
-        look_over, tokens, examples, schedule, row_tokens=ROW_TOKENS, world_size=1, cost=COST
+        summarize, tokens, examples, schedule, row_tokens=ROW_TOKENS, world_size=1, cost=COST
     )
     return loader.steps(0), overview
 

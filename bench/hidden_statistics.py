@@ -122,7 +122,7 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="folder that redi.bench.models wrote")
     parser.add_argument("traces", type=Path, nargs="+", help="files of traces")
-    parser.add_argument("--traces-per-file", type=int, default=20)
+    parser.add_argument("--traces_per_file", type=int, default=20)
     parser.add_argument("--sample", type=int, default=1024, help="tokens recorded one by one")
     parser.add_argument("--out", type=Path, default=STATISTICS)
     args = parser.parse_args()

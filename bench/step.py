@@ -38,8 +38,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--median-tokens", type=int, default=192, help="of a positive trace")
-    parser.add_argument("--row-tokens", type=int, default=4096)
+    parser.add_argument("--median_tokens", type=int, default=192, help="of a positive trace")
+    parser.add_argument("--row_tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=32768)
@@ -53,7 +53,9 @@ def main() -> None:
     results = {}
     for way in WAYS:
         line = [sys.executable, "-m", "redi.bench.step", *sys.argv[1:], "--way", way]
-        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True)
+        if done.returncode:  # its stderr has the reason
+            raise SystemExit(done.returncode)
         results[way] = json.loads(done.stdout.splitlines()[-1])
     ours = results["packed"]
     print(f"{'way':8} {'s/step':>8} {'x ours':>7} {'tokens/s':>9} {'peak GiB':>9}  loss")
@@ -154,21 +156,20 @@ def _update(model: torch.nn.Module) -> Callable[[], None]:
 def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
     from torch.distributed.fsdp import FSDPModule
 
-    from redi.engine.config import Objective as ObjectiveSection
-    from redi.engine.config import Shard
+    from redi.engine.config.sections import ObjectiveConfig, ShardConfig
     from redi.engine.data.packing import build_batch, pack
-    from redi.engine.estimate import training_cost
+    from redi.engine.loss.packed_loss import PackedLoss, StepTotals
     from redi.engine.model.attention import choose_attention, register_attention
+    from redi.engine.model.flops import training_cost
     from redi.engine.model.sharding import compute_dtype, shard
     from redi.engine.model.student import Student
-    from redi.engine.train.row_loss import Objective, StepTotals
 
     device = torch.device(_device())
     dtype = compute_dtype("auto", device)
     attention = register_attention(choose_attention("auto", device, dtype)[0])
-    objective = Objective(ObjectiveSection(name="redi", alpha=ALPHA))
+    objective = PackedLoss(ObjectiveConfig(name="redi", alpha=ALPHA))
     student = Student(_model(args, attention), objective)
-    shard(student, Shard(), dtype, device)
+    shard(student, ShardConfig(), dtype, device)
     update = _update(student)
     traces = _traces(args)
     lengths = np.array([len(trace) for trace in traces])

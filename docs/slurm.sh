@@ -16,6 +16,8 @@ set -euo pipefail
 
 # One torchrun on each node; they meet at the first one. When a rank dies all are started again, and
 # go on from the newest checkpoint. 150 of the 180 s before the time limit are for the last save.
+# SLURM's SIGTERM reaches torchrun too, which then starts nothing again and returns 1, also where all
+# ranks stopped in order (their 75 does not get through): the next job in line takes over.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 exec srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" \

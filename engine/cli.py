@@ -6,7 +6,6 @@ from __future__ import annotations
 import difflib
 import faulthandler
 import os
-import re
 import signal
 import sys
 import time
@@ -17,26 +16,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from redi.engine.cards import CARDS, MFU, Cluster
-from redi.engine.config import (
-    Data,
-    Model,
-    Recipe,
-    Train,
-    build_parser,
-    check_overrides,
-    check_replicas,
-    explain,
-    help_formatter,
-    load_recipe,
-    unknown_option,
-)
+from redi.engine.config.options import command_parser, parse_arguments
+from redi.engine.config.parse import build_parser, check_overrides, explain, load_recipe
+from redi.engine.config.sections import DataConfig, ModelConfig, Recipe, TrainConfig, check_replicas
 from redi.engine.errors import InputError, RunError, Stopped
+from redi.engine.extras import missing_packages
 from redi.engine.hub import is_asked_for
+from redi.engine.plan.cards import CARDS, MFU, Cluster
 from redi.engine.train.signals import StopRequest
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import ArgumentParser
 
 STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
@@ -71,7 +61,7 @@ examples:
 
 PREPARE_EXAMPLES = """\
 examples:
-  redi prepare redi.toml --ranks 8           fill the cache, show what would be trained
+  redi prepare redi.toml --ranks 8 --report report
   redi prepare openr1 open-r1/OpenR1-Math-Raw --out data --tokenizer Qwen/Qwen2.5-Math-1.5B
 """
 
@@ -87,13 +77,13 @@ def prepare(argv: Sequence[str]) -> None:
     from redi.engine.console import Console
 
     if argv and argv[0] == "openr1":
-        from redi.engine.prepare_options import parse_options
+        from redi.engine.commands.prepare_options import parse_prepare
 
-        options = parse_options(argv[1:])
+        options = parse_prepare(argv[1:])
         _tell_of_the_hub("model", options.tokenizer)
         _find_data(*options.data)
 
-        from redi.engine.prepare import select_openr1
+        from redi.engine.commands.prepare import select_openr1
 
         select_openr1(options, Console())
         return
@@ -103,11 +93,6 @@ def prepare(argv: Sequence[str]) -> None:
         "`redi prepare openr1 --help`: select the paper's sets from OpenR1-Math-Raw.",
         PREPARE_EXAMPLES,
     )
-    parser.epilog = (
-        "examples:\n"
-        "  redi prepare redi.toml --ranks 8 --report report\n"
-        "  redi prepare openr1 open-r1/OpenR1-Math-Raw --out data --tokenizer runs/sft/export\n"
-    )
     parser.add_argument("--ranks", type=int, default=1, help="of the run, for rank efficiency")
     parser.add_argument("--report", type=Path | None, help="folder of report.json and lengths.png")
     arguments = parser.parse_args(list(argv))
@@ -115,8 +100,8 @@ def prepare(argv: Sequence[str]) -> None:
         raise InputError(f"ranks must be >= 1, got {arguments.ranks}")
     recipes = _with_models(parser, arguments.recipes, argv, "its tokenizer is needed")
 
+    from redi.engine.commands.prepare import fill_cache
     from redi.engine.distributed import join_world
-    from redi.engine.prepare import fill_cache
 
     console = Console(quiet=arguments.quiet)
     with join_world() as world:
@@ -152,7 +137,7 @@ def plan(argv: Sequence[str]) -> None:
     for _, recipe in recipes:
         check_replicas(recipe.shard, cluster.ranks)
 
-    from redi.engine.plan import plan_recipes
+    from redi.engine.plan.command import plan_recipes
 
     plan_recipes(recipes, cluster, Console(quiet=arguments.quiet), arguments.json)
 
@@ -169,7 +154,7 @@ def _with_models(
     for path, recipe in recipes:
         _find_data_of(path, recipe)
     resolved: list[tuple[str, Recipe]] = []
-    exports: dict[Path, Model] = {}  # of runs that need not have begun
+    exports: dict[Path, ModelConfig] = {}  # of runs that need not have begun
     for path, recipe in recipes:
         model = recipe.model
         if model.path is None:
@@ -183,7 +168,7 @@ def _with_models(
     return resolved
 
 
-def _as_exported(trained: Model, wanted: Model) -> Model:
+def _as_exported(trained: ModelConfig, wanted: ModelConfig) -> ModelConfig:
     """What `wanted` will be of the export of a run of `trained`: that has what `trained` changed,
     and `wanted` may change it again."""
     return replace(
@@ -202,9 +187,9 @@ def train(argv: Sequence[str]) -> None:
         Stopped: a signal ended it early.
     """
     finished = True
-    with StopRequest(speaks=_rank() == 0) as stop:
+    with StopRequest(verbose=_rank() == 0) as stop:
         try:
-            with stop.breaking_off():  # takes seconds
+            with stop.interruptible():  # takes seconds
                 recipes, quiet = _read_recipes(argv)
 
                 from redi.engine.console import Console
@@ -262,10 +247,10 @@ def export(argv: Sequence[str]) -> None:
     )
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--step", type=int | None, help="which checkpoint; left out: the newest")
-    args = _arguments(parser, argv)
+    args = parse_arguments(parser, argv)
 
+    from redi.engine.commands.export import export_run
     from redi.engine.console import Console
-    from redi.engine.model.export import export_run
     from redi.engine.train.guards import collapse_of
 
     print(export_run(Path(args.run), args.step))
@@ -275,15 +260,15 @@ def export(argv: Sequence[str]) -> None:
 
 def evaluate(argv: Sequence[str]) -> None:
     """`redi evaluate`: sample completions, check their answers, report pass@k."""
-    from redi.engine.evaluate_options import parse_options
+    from redi.engine.evaluate.options import parse_evaluate
 
-    options = parse_options(argv)
+    options = parse_evaluate(argv)
     _tell_of_the_hub("model", options.model)
     _find_data(*options.data)
 
-    from redi.engine import evaluate
+    from redi.engine.evaluate.command import run
 
-    evaluate.evaluate(options)
+    run(options)
 
 
 def logprobs(argv: Sequence[str]) -> None:
@@ -301,26 +286,28 @@ def logprobs(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--system_prompt", type=str | None, help="left out: the run's")
     parser.add_argument("--row_tokens", type=int, default=32768, help="as train.row_tokens")
-    args = _arguments(parser, argv)
+    args = parse_arguments(parser, argv)
     _tell_of_the_hub("model", args.model)
     _find_data(*args.data)
 
     from redi.engine.train.run_folder import trained_prompts
 
     asked = (args.template, args.system_prompt)
-    template, system_prompt, warning = trained_prompts(args.model, *asked)
+    template, system_prompt, eos, warning = trained_prompts(args.model, *asked)
     try:
         recipe = Recipe(
-            model=Model(path=args.model),
-            data=Data(path=args.data, template=template, system_prompt=system_prompt),
-            train=Train(row_tokens=args.row_tokens),
+            model=ModelConfig(path=args.model),
+            data=DataConfig(
+                path=args.data, template=template, system_prompt=system_prompt, eos=eos
+            ),
+            train=TrainConfig(row_tokens=args.row_tokens),
         )
     except ValueError as error:
         raise InputError(str(error)) from None
 
+    from redi.engine.commands.logprobs import write_logprobs
     from redi.engine.console import Console
     from redi.engine.distributed import join_world
-    from redi.engine.logprobs import write_logprobs
 
     with join_world() as world:
         console = Console(active=world.is_main)
@@ -338,9 +325,9 @@ def doctor(argv: Sequence[str]) -> None:
         "What this machine has, what a run here uses and why; tests the loss.",
         "redi doctor",
     )
-    _arguments(parser, argv)
+    parse_arguments(parser, argv)
 
-    from redi.engine.doctor import examine
+    from redi.engine.commands.doctor import examine
 
     if not examine():
         raise RunError("the self-test of the loss failed")
@@ -355,9 +342,9 @@ def report(argv: Sequence[str]) -> None:
         "redi report runs/redi-alpha-0.5 runs/redi-alpha-0.8      side by side",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    args = _arguments(parser, argv)
+    args = parse_arguments(parser, argv)
 
-    from redi.engine.report import report
+    from redi.engine.commands.report import report
 
     print(report([Path(run) for run in args.runs]))
 
@@ -388,28 +375,9 @@ def _tell_of_the_hub(kind: Literal["model", "dataset"], *names: str | None) -> N
 
 
 def _parser(command: str, description: str, *examples: str) -> ArgumentParser:
-    """A command's parser; the examples end its help."""
-    from jsonargparse import ArgumentParser
-
-    return ArgumentParser(
-        prog=f"redi {command}",
-        description=description,
-        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
-        formatter_class=help_formatter(),
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-
-
-def _arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
-    """What a command line says; InputError for an option that its command does not have."""
-    try:
-        return parser.parse_args(list(argv))
-    except ArgumentError as error:
-        options = re.findall(r"--([\w-]+)", parser.format_usage())
-        if problem := unknown_option(str(error), options, parser.prog):
-            raise InputError(problem) from None
-        raise
+    """The parser of a command without a recipe."""
+    lines = "\n".join(f"  {example}" for example in examples)
+    return command_parser(f"redi {command}", description, f"examples:\n{lines}")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -429,6 +397,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not faulthandler.is_enabled():
         faulthandler.enable(2)  # a crash in native code should say where Python was
+    if missing := missing_packages():
+        return _fail(missing, 2)
     if argv and argv[0] == "--version":
         print(f"redi-engine {version('redi-engine')}")
         return 0

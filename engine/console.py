@@ -10,7 +10,7 @@ import io
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import IO, Any
+from typing import IO
 
 from tqdm import tqdm
 
@@ -52,13 +52,14 @@ class Console:
         """A counter of unknown end, on a terminal only."""
         return tqdm(desc=what, unit=f" {unit}", disable=not (self.shows and self.is_terminal))
 
-    def count(self, what: str, unit: str, total: int) -> Count:
-        """A counter towards `total`."""
-        return Count(self, what, unit, total)
+    def progress(self, what: str, total: int, done: int = 0, *, endpoints: bool = True) -> Progress:
+        """Progress towards `total`, of which an earlier attempt did `done`.
 
-    def steps(self, total: int, done: int) -> Progress:
-        """The progress of training, from step `done` to `total`."""
-        return Progress(self, total, done)
+        Args:
+            what: is counted, in the singular.
+            endpoints: off a terminal, the first and the last update are shown too.
+        """
+        return Progress(self, what, total, done, endpoints)
 
 
 def print_table(
@@ -92,70 +93,44 @@ def print_table(
     print("\n".join(filter(None, shown)), file=file, flush=True)
 
 
-class Count:
-    """A counter with a known end: a bar on a terminal; elsewhere a plain line every ten seconds."""
-
-    def __init__(self, console: Console, what: str, unit: str, total: int) -> None:
-        self._console = console
-        self._what = f"{what}: {{:,}} of {total:,} {unit}"
-        self._last = time.monotonic()
-        shows_bar = console.shows and console.is_terminal
-        self._bar = tqdm(desc=what, unit=f" {unit}", total=total, disable=not shows_bar)
-        self._done = 0
-
-    def update(self, more: int) -> None:
-        """So many more are done."""
-        self._done += more
-        self._bar.update(more)
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._last > PLAIN_SECONDS:
-            self._last = now
-            self._console.say(self._what.format(self._done))
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self._bar.close()
-
-
 class Progress:
-    """One progress line on a terminal; elsewhere a plain line every ten seconds."""
+    """One progress line on a terminal; otherwise a plain line every ten seconds."""
 
-    def __init__(self, console: Console, total: int, done: int) -> None:
+    def __init__(self, console: Console, what: str, total: int, done: int, endpoints: bool) -> None:
         self._plain = console.shows and not console.is_terminal
-        self._total = total
-        self._first = done + 1
+        self._what, self._total, self._done, self._endpoints = what, total, done, endpoints
+        self._first = -1  # what the first update came to
         self._after_first = self._last = time.monotonic()
         self._bar = tqdm(
             total=total,
             initial=done,
             disable=not (console.shows and console.is_terminal),
             dynamic_ncols=True,
-            bar_format="step {n_fmt}/{total_fmt} {bar:12} {postfix}",
+            bar_format=what + " {n_fmt}/{total_fmt} {bar:12} {postfix}",
         )
 
-    def step(self, line: dict[str, Any]) -> None:
-        """Show a step's metrics, and from the second one on the time left.
+    def update(self, more: int, *figures: str) -> None:
+        """Count `more` as done and show figures; from the second update on also the time left.
 
-        The first takes longer: libraries compile and warm up, and held-out traces come before it.
+        The first takes longer than the others: libraries compile and warm up.
         """
-        now, step = time.monotonic(), line["step"]
-        figures = [f"loss {line['loss']:.4f}"]
-        for name, key in (("logp+", "positive_logp"), ("logp-", "negative_logp")):
-            if line[key] is not None:
-                figures.append(f"{name} {line[key]:.3f}")
-        figures.append(f"{line['tokens_per_s']:,.0f} tok/s")
-        if step == self._first:
-            self._after_first = now
+        now = time.monotonic()
+        self._done += more
+        shown = list(figures)
+        is_first = self._first < 0
+        if is_first:
+            self._first, self._after_first = self._done, now
         else:
-            seconds = (now - self._after_first) / (step - self._first) * (self._total - step)
-            figures.append(f"left {tqdm.format_interval(seconds)}")
-        self._bar.set_postfix_str("  ".join(figures), refresh=False)
-        self._bar.update()
-        at_end = step in (self._first, self._total)
+            rate = (now - self._after_first) / (self._done - self._first)
+            shown.append(f"left {tqdm.format_interval(rate * (self._total - self._done))}")
+        self._bar.set_postfix_str("  ".join(shown), refresh=False)
+        self._bar.update(more)
+        at_end = self._endpoints and (is_first or self._done == self._total)
         if self._plain and (at_end or now - self._last > PLAIN_SECONDS):
             self._last = now
-            print("  ".join([f"step {step}/{self._total}", *figures]), file=sys.stderr, flush=True)
+            line = "  ".join([f"{self._what} {self._done:,}/{self._total:,}", *shown])
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it is."""
         self._bar.close()

@@ -21,7 +21,7 @@ from redi.engine.errors import InputError, RunError
 PREPARE_TIMEOUT = timedelta(hours=24)
 
 # What rank 0 tells the others of how its work ended.
-FATES = {"input": InputError, "stop": KeyboardInterrupt, "run": RunError}
+OUTCOMES = {"input": InputError, "stop": KeyboardInterrupt, "run": RunError}
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class World:
         store: key-value store shared by all ranks, for waits that outlast a collective's timeout.
         checkpoint_group: gloo group of its own for background saves; on the default group their
             collectives would interleave with training's and hang.
-        calls: how many times `main_first` ran, the same on every rank.
+        calls: how many times `rank0_first` ran, the same on every rank.
     """
 
     rank: int
@@ -51,13 +51,13 @@ class World:
         """Whether this process writes and speaks."""
         return self.rank == 0
 
-    def anywhere(self, here: bool) -> bool:
+    def any_rank(self, here: bool) -> bool:
         """Whether `here` is true on any rank. Collective; waits for the device."""
         flag = torch.tensor(float(here), device=self.device)
         dist.all_reduce(flag)
         return bool(flag)
 
-    def main_first(self, work: Callable[[], T]) -> T:
+    def rank0_first(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0, then on the others, who find its result on disk.
 
         Raises:
@@ -67,12 +67,12 @@ class World:
         if self.size == 1:
             return work()
         self.calls += 1
-        key = f"main_first/{self.calls}"
+        key = f"rank0_first/{self.calls}"
         if self.is_main:
             try:
                 result = work()
             except BaseException as error:
-                kind = next((n for n, known in FATES.items() if isinstance(error, known)), "run")
+                kind = next((n for n, known in OUTCOMES.items() if isinstance(error, known)), "run")
                 self.store.set(key, f"{kind} {error}")
                 raise
             self.store.set(key, "done")
@@ -81,7 +81,7 @@ class World:
         outcome = self.store.get(key).decode()
         kind, _, text = outcome.partition(" ")
         if kind != "done":
-            raise FATES[kind](text)
+            raise OUTCOMES[kind](text)
         return work()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from redi.engine import quickstart
+from redi.engine.quickstart import task as quickstart
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,10 +28,10 @@ INSTEAD = {
 }
 # Commands that another test runs, or that only set up what runs the tests.
 ELSEWHERE = {
-    "make train": "tests/engine/test_quickstart.py trains the quickstart in full",
+    "make train": "tests/engine/quickstart/test_quickstart.py trains the quickstart in full",
     "make test": "this is part of it",
     "torchrun --nproc-per-node 8 -m redi.engine.cli train engine/recipes/paper-": (
-        "tests/engine/test_paper_recipes.py runs two steps of each"
+        "tests/engine/config/test_paper_recipes.py runs two steps of each"
     ),
 }
 
@@ -117,7 +117,7 @@ def follow(block: Block, folder: Path, output: str | None) -> str | None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_recipe_in_a_page_is_a_recipe(page: Path, tmp_path: Path) -> None:
-    from redi.engine.config import build_parser, load_recipe
+    from redi.engine.config.parse import build_parser, load_recipe
 
     recipes = [block for block in blocks_of(page) if block.language == "toml"]
     for block in recipes:

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from redi.bench.learning.report import ALPHAS, CONTROL, Record, chosen
 from redi.bench.learning.students import TEMPERATURE
 from redi.bench.learning.tasks import TASKS
-from redi.engine.report import COLOURS
-from redi.engine.scoring import mean_and_error, paired_difference
+from redi.engine.commands.report import COLOURS
+from redi.engine.generation.scoring import mean_and_error, paired_difference
 
 SHOWN = "REDI 0.8"
 """The method whose courses are shown at every learning rate."""

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from redi.engine.quickstart import BLANK, DIGITS
+from redi.engine.quickstart.task import BLANK, DIGITS
 
 OPTIONAL = DIGITS - 2
 """Boxes that may be left blank."""

@@ -15,7 +15,7 @@ from redi.bench.learning.tasks import HABIT, TASKS
 from redi.bench.learning.trial import read_pairs
 from redi.bench.report import environment
 from redi.engine.console import print_table
-from redi.engine.scoring import mean_and_error, paired_difference
+from redi.engine.generation.scoring import mean_and_error, paired_difference
 
 CONTROL = "control"
 ALPHAS = {CONTROL: 0.0, "REDI 0.2": 0.2, "REDI 0.5": 0.5, "REDI 0.8": 0.8, "REDI 1": 1.0}

@@ -18,22 +18,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from redi.bench.learning.trial import ROW_TOKENS, Trial, select_units, whole_folder
-from redi.engine.config import Objective as ObjectiveSection
-from redi.engine.config import Optim
+from redi.engine.config.sections import ObjectiveConfig, OptimConfig
 from redi.engine.data.loader import StepLoader
 from redi.engine.data.packing import Cost, PackedBatch, build_batch
 from redi.engine.data.schedule import Pairing, Schedule
-from redi.engine.generate import Sampling, generate
+from redi.engine.generation.generate import Sampling, generate
+from redi.engine.generation.scoring import score
+from redi.engine.loss.packed_loss import PackedLoss, StepTotals
 from redi.engine.model.student import Student
-from redi.engine.scoring import score
-from redi.engine.train.objectives import formula
 from redi.engine.train.optimizer import learning_rate, make_optimizer, squared_update, step_if
-from redi.engine.train.row_loss import Objective, StepTotals
 
 TEMPERATURE = 0.7
 
 
-STAGE_1 = Optim(lr=3e-3, weight_decay=0.01, schedule="cosine", warmup=0.05)
+STAGE_1 = OptimConfig(lr=3e-3, weight_decay=0.01, schedule="cosine", warmup=0.05)
 
 
 @dataclass(frozen=True)
@@ -41,23 +39,23 @@ class Method:
     """An objective of stage 2 and the batches it trains on."""
 
     name: str
-    objective: ObjectiveSection
+    objective: ObjectiveConfig
     batches: int = 1
     """Units of a step, in batches of `Sizes.batch`."""
 
 
 METHODS = (
-    Method("control", ObjectiveSection("redi", alpha=0.0)),
+    Method("control", ObjectiveConfig("redi", alpha=0.0)),
     # A step of pairs costs as much as one of twice as many correct traces.
-    Method("control 2x", ObjectiveSection("sft"), batches=2),
-    Method("REDI 0.2", ObjectiveSection("redi", alpha=0.2)),
-    Method("REDI 0.5", ObjectiveSection("redi", alpha=0.5)),
-    Method("REDI 0.8", ObjectiveSection("redi", alpha=0.8)),
-    Method("REDI 1", ObjectiveSection("redi", alpha=1.0)),
-    Method("DPO", ObjectiveSection("dpo", beta=0.1)),
-    Method("SimPO", ObjectiveSection("simpo", beta=2.0, margin=0.5)),
-    Method("SimPER", ObjectiveSection("simper")),
-    Method("unlikelihood", ObjectiveSection("unlikelihood", alpha=1.0)),
+    Method("control 2x", ObjectiveConfig("sft"), batches=2),
+    Method("REDI 0.2", ObjectiveConfig("redi", alpha=0.2)),
+    Method("REDI 0.5", ObjectiveConfig("redi", alpha=0.5)),
+    Method("REDI 0.8", ObjectiveConfig("redi", alpha=0.8)),
+    Method("REDI 1", ObjectiveConfig("redi", alpha=1.0)),
+    Method("DPO", ObjectiveConfig("dpo", beta=0.1)),
+    Method("SimPO", ObjectiveConfig("simpo", beta=2.0, margin=0.5)),
+    Method("SimPER", ObjectiveConfig("simper")),
+    Method("unlikelihood", ObjectiveConfig("unlikelihood", alpha=1.0)),
 )
 RATES = (2e-5, 1e-4, 5e-4, 2.5e-3)
 """Peak learning rates of stage 2, the same for every method."""
@@ -89,9 +87,9 @@ def load_student(trial: Trial, folder: Path) -> PreTrainedModel:
 
 def reference_logps(trial: Trial, model: PreTrainedModel) -> Tensor:
     """float32 [traces]: log-prob sums of the traces in pairs, for DPO; 0 for the others."""
-    student = PaddedStudent(model, Objective(ObjectiveSection("sft")))
+    student = PaddedStudent(model, PackedLoss(ObjectiveConfig("sft")))
     found = torch.zeros(len(trial.train), device=trial.device)
-    paired = np.unique(select_units(trial.train, ObjectiveSection("dpo", beta=1.0)).units)
+    paired = np.unique(select_units(trial.train, ObjectiveConfig("dpo", beta=1.0)).units)
     with torch.no_grad():
         for some in np.array_split(paired, len(paired) // 512 + 1):
             row = build_batch(trial.train, some, trial.train.lengths[some]).to(trial.device)
@@ -102,8 +100,8 @@ def reference_logps(trial: Trial, model: PreTrainedModel) -> Tensor:
 def train(
     trial: Trial,
     model: PreTrainedModel,
-    objective: Objective,
-    optim: Optim,
+    objective: PackedLoss,
+    optim: OptimConfig,
     *,
     steps: int,
     batch: int,
@@ -158,7 +156,7 @@ def teach_stage_1(trial: Trial) -> PreTrainedModel:
     folder = trial.folder / "student"
     if not folder.is_dir():
         model = load_student(trial, trial.folder / "model")
-        objective = Objective(ObjectiveSection("sft"))
+        objective = PackedLoss(ObjectiveConfig("sft"))
         steps = round(trial.task.stage_1_steps * trial.sizes.stage_1)
         for _ in train(
             trial,
@@ -186,9 +184,9 @@ def teach_stage_2(
         reference: gives `reference_logps` of the student of stage 1.
     """
     model, sizes = teach_stage_1(trial), trial.sizes
-    needed = formula(method.objective).reference
-    objective = Objective(method.objective, reference() if needed else None)
-    optim = Optim(lr=rate, weight_decay=0.0)
+    needed = method.objective.kind.reference
+    objective = PackedLoss(method.objective, reference() if needed else None)
+    optim = OptimConfig(lr=rate, weight_decay=0.0)
     steps, looks = [], [{"step": 0, **look(trial, model)}]
     for line in train(
         trial,
@@ -208,7 +206,7 @@ def teach_stage_2(
 def look(trial: Trial, model: PreTrainedModel) -> dict[str, float | None]:
     """Log-probs and margin accuracy of the validation pairs, and one trace of each problem."""
     with torch.no_grad():
-        scores = PaddedStudent(model, Objective(ObjectiveSection("sft")))(trial.pairs, None)
+        scores = PaddedStudent(model, PackedLoss(ObjectiveConfig("sft")))(trial.pairs, None)
     means = scores.sequence_logps / scores.sequence_lengths
     return {
         **_mean_logps(means, trial.pairs.signs),

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from redi.engine import quickstart
-from redi.engine.quickstart import Attempt
+from redi.engine.quickstart import task as quickstart
+from redi.engine.quickstart.task import Attempt
 
 
 @dataclass(frozen=True)

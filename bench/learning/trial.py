@@ -14,15 +14,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from redi.bench.learning.tasks import Task
-from redi.engine import quickstart
-from redi.engine.config import Objective as ObjectiveSection
+from redi.engine.config.sections import ObjectiveConfig
 from redi.engine.console import Console
-from redi.engine.data.breakdown import break_down
 from redi.engine.data.packing import PackedBatch, build_batch
 from redi.engine.data.schedule import Examples, Pairing, select
+from redi.engine.data.summary_by_source import summarize_by_source
 from redi.engine.data.text import TokenSettings, load_tokenizer
 from redi.engine.data.tokens import TokenizedTraces, tokenize
-from redi.engine.train.objectives import formula
+from redi.engine.quickstart import task as quickstart
 
 ROW_TOKENS = 1_000_000
 """A step is one row: its traces are short."""
@@ -113,7 +112,7 @@ def open_trial(task: Task, seed: int, sizes: Sizes, folder: Path, device: torch.
         return [json.loads(line)["prompt"] for line in lines]
 
     validation = tokens("validation")
-    pairs = select_units(validation, ObjectiveSection("redi")).units.reshape(-1)
+    pairs = select_units(validation, ObjectiveConfig("redi")).units.reshape(-1)
     return Trial(
         task=task,
         seed=seed,
@@ -128,12 +127,12 @@ def open_trial(task: Task, seed: int, sizes: Sizes, folder: Path, device: torch.
 
 
 def select_units(
-    tokens: TokenizedTraces, objective: ObjectiveSection, pairing: Pairing = "first"
+    tokens: TokenizedTraces, objective: ObjectiveConfig, pairing: Pairing = "first"
 ) -> Examples:
     """The units of training; stage 2 takes one trace of each sign from a problem."""
     return select(
         tokens,
-        objective_needs=formula(objective).units,
+        objective_needs=objective.kind.units,
         pairing=pairing,
         max_tokens=ROW_TOKENS,
         overlong="error",
@@ -155,10 +154,10 @@ def read_pairs(folder: Path) -> list[tuple[str, str, str]]:
 def describe_pairs(trial: Trial) -> dict[str, float | None]:
     """What `redi prepare` tells of the training pairs, and the teacher's fault by verdict."""
     problems, positives, negatives = zip(*read_pairs(trial.folder), strict=True)
-    examples = select_units(trial.train, ObjectiveSection("redi"))
+    examples = select_units(trial.train, ObjectiveConfig("redi"))
     found = {
         "pairs": len(examples.units),
-        "overlap": break_down(trial.train, examples, ROW_TOKENS).overlap,
+        "overlap": summarize_by_source(trial.train, examples, ROW_TOKENS).overlap,
     }
     for name, traces in (("positive", positives), ("negative", negatives)):
         judged = zip(problems, traces, strict=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -65,6 +65,8 @@ class Meta:
     """Traces that were cut off before the data was made: their end is not trained."""
     document_start: str = ""
     """The tokens that begin each document and are no text of the row; "" if there are none."""
+    parts: dict[str, Any] = field(default_factory=dict)
+    """What `key` is the hash of; `files` are digests, one a source. Nothing in old caches."""
 
 
 class TokenizedTraces:
@@ -88,6 +90,7 @@ class TokenizedTraces:
         document_start: the tokens that begin each document and are no text of the row.
         sources: names of the input files.
         source_numbers: int32 [n], positions in `sources`.
+        parts: what the cache's key is the hash of, by name; `files` are (name, digest).
     """
 
     def __init__(
@@ -106,6 +109,8 @@ class TokenizedTraces:
         self.unfinished = meta.unfinished
         self.document_start = meta.document_start
         self.sources = tuple(sources)
+        named = zip(self.sources, meta.parts.get("files", ()), strict=False)
+        self.parts = meta.parts and meta.parts | {"files": [list(one) for one in named]}
         found = zip(self.sources, meta.unread, strict=False)
         self.unread = {name: tuple(columns) for name, columns in found if columns}
         self._meta = meta

@@ -72,7 +72,7 @@ class _Steps(Dataset[StepBatches]):
             row_tokens=self._row_tokens,
             world_size=self._world_size,
             cost=self._cost,
-            together=self._examples.together,
+            keep_pairs_together=self._examples.keep_pairs_together,
         )
         positives = int(np.sum(self._tokens.signs[sequences] > 0))
         return StepBatches(

@@ -6,19 +6,58 @@ The rules are those of arXiv 2505.24850 (appendix on data); what each leaves out
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
-from redi.engine.checkers import final_answer
+from redi.engine.config.ranges import NOT_NEGATIVE, check_ranges, ranged
+from redi.engine.data.final_answer import final_answer
 from redi.engine.data.rows import Row
 from redi.engine.data.traces import Generation, read_openr1, read_text
 from redi.engine.errors import InputError
-from redi.engine.prepare_options import PrepareOptions
 
 _START_OF_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
 # The last line that says "answer": a thought may hold such a line of its own.
 _THINK_ANSWER = re.compile(r"think\n(.*)\nanswer\n(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What becomes of the rows of OpenR1-Math-Raw."""
+
+    data: list[str]
+    """Files of such rows (JSONL, JSON, Parquet; gzip too), folders of them, or hub names."""
+    out: str
+    """Folder of the two sets and the report."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer that counts for the two limits."""
+    take: Literal["first", "shortest", "longest", "all"] = "first"
+    """Which correct and which incorrect generation of a problem; all: every correct one, and every
+    correct one with every incorrect one. Lengths are in characters."""
+    verifiers: Literal["both", "agree", "either", "llama", "math"] = "both"
+    """When a generation is correct: both verifiers say so, else it is incorrect (the paper);
+    agree: the same, but generations on which they differ are left out; either; or one alone."""
+    max_prompt_tokens: int = ranged(800, NOT_NEGATIVE)
+    """Pairs whose prompt is longer are left out; 0: no limit."""
+    max_trace_tokens: int = ranged(19000, NOT_NEGATIVE)
+    """Pairs with a longer trace are left out; 0: no limit."""
+    exclude_sources: list[str] = field(default_factory=lambda: ["cn_k12"])
+    """Values of the column source whose rows are left out."""
+    finished: bool = False
+    r"""Keep only generations with a </think> and an answer marked behind it (\boxed{} or ####)."""
+    open_think: bool = False
+    """Put <think> before generations that have its end alone, and both tags around the thought of
+    those that begin with a line "think" and go on behind a line "answer" (s1.1)."""
+    seed: int = ranged(42, NOT_NEGATIVE)
+    """Of the shuffle, which is that of `datasets`."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.tokenizer is None and (self.max_prompt_tokens or self.max_trace_tokens):
+            raise ValueError(
+                "tokenizer is missing: the limits count its tokens (without limits: "
+                "--max_prompt_tokens 0 --max_trace_tokens 0)"
+            )
 
 
 @dataclass(frozen=True, slots=True)

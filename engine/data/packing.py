@@ -55,7 +55,12 @@ _SLACKS = (1.0, 1.05, 1.1)
 
 
 def pack(
-    lengths: np.ndarray, *, row_tokens: int, world_size: int, cost: Cost, together: int = 1
+    lengths: np.ndarray,
+    *,
+    row_tokens: int,
+    world_size: int,
+    cost: Cost,
+    keep_pairs_together: int = 1,
 ) -> Packing:
     """Packs sequences into the fewest micro-steps that work, balanced by cost.
 
@@ -74,21 +79,23 @@ def pack(
     lengths = np.asarray(lengths, dtype=np.int64)
     if lengths.size == 0 or lengths.min() < 1 or lengths.max() > row_tokens:
         raise ValueError(f"lengths must be non-empty and in [1, row_tokens = {row_tokens}]")
-    if together > 1:
-        return _pack_together(lengths, row_tokens, world_size, cost, together)
+    if keep_pairs_together > 1:
+        return _pack_together(lengths, row_tokens, world_size, cost, keep_pairs_together)
     return _pack(lengths, cost.of(lengths), row_tokens, world_size)
 
 
 def _pack_together(
-    lengths: np.ndarray, row_tokens: int, world_size: int, cost: Cost, together: int
+    lengths: np.ndarray, row_tokens: int, world_size: int, cost: Cost, keep_pairs_together: int
 ) -> Packing:
     """Packs groups of neighbours as one sequence each, of their tokens' and costs' sums."""
-    tokens = lengths.reshape(-1, together).sum(axis=1)
+    tokens = lengths.reshape(-1, keep_pairs_together).sum(axis=1)
     if tokens.max() > row_tokens:
-        raise ValueError(f"{together} neighbours must fit into row_tokens = {row_tokens}")
-    costs = cost.of(lengths).reshape(-1, together).sum(axis=1)
+        raise ValueError(
+            f"{keep_pairs_together} neighbours must fit into row_tokens = {row_tokens}"
+        )
+    costs = cost.of(lengths).reshape(-1, keep_pairs_together).sum(axis=1)
     packing = _pack(tokens, costs, row_tokens, world_size)
-    members = np.arange(len(lengths)).reshape(-1, together)
+    members = np.arange(len(lengths)).reshape(-1, keep_pairs_together)
     rows = tuple(tuple(members[row].reshape(-1) for row in step) for step in packing.rows)
     return replace(packing, rows=rows)
 

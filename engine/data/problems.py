@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from redi.engine.checkers import final_answer
+from redi.engine.data.final_answer import final_answer
 from redi.engine.data.formats import ANSWER_COLUMNS, ID_COLUMNS, PROMPT_COLUMNS
 from redi.engine.data.rows import Row, read_source
 from redi.engine.data.sources import find_sources

@@ -7,13 +7,11 @@ from typing import Literal
 
 import numpy as np
 
+from redi.engine.config.objectives import UnitKind
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.mixing import MixedPath, epoch_draws, permutation
 from redi.engine.errors import InputError
 
-Needs = Literal["positives", "traces", "pairs", "margins"]
-"""What an objective's units are: single positives; single traces of either sign; pairs; or pairs
-that must lie in one row, because the loss depends on the difference of their log-probs."""
 Pairing = Literal["zip", "first", "all"]
 Duplicates = Literal["keep", "drop"]
 Overlong = Literal["error", "drop", "truncate"]
@@ -31,14 +29,14 @@ class Examples:
     """bool [traces]: whose end was cut off at a limit."""
     left_out: dict[str, int]
     """Counts of traces that are in no unit, by reason."""
-    together: int = 1
+    keep_pairs_together: int = 1
     """Sequences that packing keeps in one row: 2 where a pair's margin is needed."""
 
 
 def select(
     tokens: TokenizedTraces,
     *,
-    objective_needs: Needs,
+    objective_needs: UnitKind,
     pairing: Pairing = "zip",
     duplicates: Duplicates = "keep",
     max_tokens: int,
@@ -52,7 +50,7 @@ def select(
 
     Args:
         tokens: the data set.
-        objective_needs: see `Needs`; "positives" leaves negatives out, "traces" takes all.
+        objective_needs: see `UnitKind`; "positives" leaves negatives out, "traces" takes all.
         pairing: within each problem: "zip" pairs the first positive with the first negative, the
             second with the second, ...; "first" takes only the first of each; "all" takes every
             combination. For positives, "first" takes one a problem and the others all; for
@@ -73,7 +71,7 @@ def select(
     """
     lengths = tokens.lengths
     if untrained_end is not None:
-        lengths = lengths - _closed_by(tokens, untrained_end)
+        lengths = lengths - closed_by(tokens, untrained_end)
     usable = np.ones(len(tokens), dtype=bool)
     if objective_needs == "positives":
         usable = tokens.signs > 0
@@ -138,11 +136,11 @@ def select(
     ):
         if limit is not None:
             _check_lengths(tokens, np.flatnonzero(used), counts, limit, key, advice)
-    together = 2 if objective_needs == "margins" else 1
-    if together == 2:
+    keep_pairs_together = 2 if objective_needs == "margins" else 1
+    if keep_pairs_together == 2:
         _check_pairs_fit(tokens, units, lengths, row_tokens)
     kept = {reason: count for reason, count in left_out.items() if count}
-    return Examples(units, lengths, over & (overlong == "truncate"), kept, together)
+    return Examples(units, lengths, over & (overlong == "truncate"), kept, keep_pairs_together)
 
 
 def repeats(*columns: np.ndarray) -> np.ndarray:
@@ -158,7 +156,7 @@ def repeats(*columns: np.ndarray) -> np.ndarray:
     return again
 
 
-def _closed_by(tokens: TokenizedTraces, end: int) -> np.ndarray:
+def closed_by(tokens: TokenizedTraces, end: int) -> np.ndarray:
     """Which traces end with this token behind a completion of others, bool [traces]."""
     last = np.array([tokens.ids(index)[-1] for index in range(len(tokens))])
     return (last == end) & (tokens.lengths - tokens.prompt_lengths > 1)
@@ -211,7 +209,7 @@ def _pairs(positives: _OneSign, negatives: _OneSign, pairing: Pairing) -> np.nda
 
 
 def _check_units(
-    tokens: TokenizedTraces, units: np.ndarray, needs: Needs, left_out: Counter[str]
+    tokens: TokenizedTraces, units: np.ndarray, needs: UnitKind, left_out: Counter[str]
 ) -> None:
     if len(units):
         return

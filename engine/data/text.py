@@ -44,7 +44,7 @@ class TokenSettings:
     paths: tuple[str, ...]
     """Files, folders and hub names."""
     format: str
-    """A row shape of `redi.engine.data.formats`, or "auto"."""
+    """A row shape of `redi.engine.data.rows`, or "auto"."""
     template: str
     """"chat": the tokenizer's chat template. "none": prompt and completion as they are."""
     system_prompt: str | None

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from redi.engine.console import Console
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
-from redi.engine.data.digests import source_digest, tokenizer_digest
+from redi.engine.data.fingerprints import source_fingerprint, tokenizer_fingerprint
 from redi.engine.data.rows import Row, scan_source
-from redi.engine.data.sources import Source, find_sources, unread_splits
+from redi.engine.data.sources import find_sources, unread_splits
 from redi.engine.data.text import (
     Encoded,
     Encoder,
@@ -89,11 +89,21 @@ def tokenize(
     names = [source.name for source in sources]
     # Loading the tokenizer takes longer than all the rest, where the cache has what is needed.
     encoder = cache(lambda: Encoder(settings))
-    tokenizer = tokenizer_digest(settings.tokenizer_path, cache_dir, lambda: encoder().digest())
-    if settings.template == "chat" and is_volatile(tokenizer):
-        # What the template prints today is not what it printed when its digest was remembered.
-        tokenizer += encoder().rendering()
-    key = _cache_key(sources, settings, tokenizer, cache_dir)
+    tokenizer = tokenizer_fingerprint(
+        settings.tokenizer_path, cache_dir, lambda: encoder().digest()
+    )
+    # What a template prints today is not what it printed when its digest was remembered.
+    volatile = settings.template == "chat" and is_volatile(tokenizer)
+    parts = {
+        "version": CACHE_VERSION,
+        "format": settings.format,
+        "template": settings.template,
+        "system_prompt": settings.system_prompt,
+        "tokenizer": tokenizer,
+        "rendering": encoder().rendering() if volatile else "",
+        "files": [source_fingerprint(source, cache_dir) for source in sources],
+    }
+    key = _cache_key(parts)
     folder = cache_dir / key
     cached = open_cache(folder, names)
     if cached is not None:
@@ -123,6 +133,7 @@ def tokenize(
             unread=tuple(tuple(sorted(found)) for found in unread),
             unfinished=unfinished.total(),
             document_start=encoder().document_start(),
+            parts=parts,
         )
 
     with console.bar("tokenizing", "traces") as bar:
@@ -146,14 +157,12 @@ def _checked(tokens: TokenizedTraces, settings: TokenSettings) -> TokenizedTrace
     return tokens
 
 
-def _cache_key(
-    sources: list[Source], settings: TokenSettings, tokenizer: str, cache_dir: Path
-) -> str:
+def _cache_key(parts: dict[str, Any]) -> str:
     """Hash of everything that shapes the tokens; file names do not."""
-    applied = json.dumps([settings.format, settings.template, settings.system_prompt])
-    parts = [str(CACHE_VERSION), applied, tokenizer]
-    parts += [source_digest(source, cache_dir) for source in sources]
-    return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
+    applied = json.dumps([parts["format"], parts["template"], parts["system_prompt"]])
+    tokenizer = parts["tokenizer"] + parts["rendering"]
+    lines = [str(parts["version"]), applied, tokenizer, *parts["files"]]
+    return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
 
 def _tokenized_chunks(

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from redi.engine.errors import InputError
 from redi.engine.model.attention import (
@@ -34,6 +35,24 @@ UNSUPPORTED = {
 }
 
 PROBED_LAYERS = 2
+
+DROPOUT_OPS = {"bernoulli", "bernoulli_", "native_dropout"}
+
+# What leads from the last hidden states to lm_head's logits, in float32 or not.
+HEAD_OPS = {
+    "_to_copy",
+    "_unsafe_view",
+    "alias",
+    "clone",
+    "detach",
+    "expand",
+    "mm",
+    "bmm",
+    "slice",
+    "t",
+    "transpose",
+    "view",
+}
 
 
 def check_architecture(path: str, config: Any) -> None:
@@ -80,13 +99,17 @@ def router_loss(config: Any) -> str | None:
 
 def _config_problem(config: Any) -> str | None:
     kind = config.model_type
-    if config.get_text_config() is not config:
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{kind} is an encoder-decoder; a causal language model is needed"
+    if _is_composite(config):
         return (
             f"{kind} is a composite model (text with vision or audio); save its text model as a "
             "folder of its own"
         )
-    if getattr(config, "is_encoder_decoder", False):
-        return f"{kind} is an encoder-decoder; a causal language model is needed"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return f"{kind} is not a causal language model"
+    if getattr(config, "is_decoder", None) is False and not hasattr(config, "rope_parameters"):
+        return f"{kind} has is_decoder = false; a causal language model is needed"
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are quantized (quantization_config), which cannot be trained"
     for name, meaning in UNSUPPORTED.items():
@@ -109,6 +132,15 @@ def _config_problem(config: Any) -> str | None:
     return None
 
 
+def _is_composite(config: Any) -> bool:
+    if {"vision_config", "audio_config"} & set(config.sub_configs):
+        return True
+    try:
+        return config.get_text_config() is not config
+    except ValueError:  # it has several
+        return True
+
+
 def rope_types(config: Any) -> set[str]:
     """The rope types of a configuration: one for all layers, or one a layer type."""
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -121,12 +153,10 @@ def _probe_problem(config: Any) -> str | None:
     attention = register_probe()
     try:
         model = empty_model(_shallow(config), attention=attention)
-    except KeyError as error:
-        if error.args != (attention,):
-            raise
-        return f"{config.model_type} has an attention that cannot be replaced by a packed one"
     except Exception as error:  # transformers raises many types for what it does not know
-        return f"transformers cannot build it: {first_line(error)}"
+        if isinstance(error, KeyError) and error.args == (attention,):
+            return f"{config.model_type} has an attention that cannot be replaced by a packed one"
+        return f"transformers cannot build it: {type(error).__name__}: {first_line(error)}"
     return model_problem(model) or _forward_problem(model)
 
 
@@ -153,20 +183,62 @@ def _forward_problem(model: PreTrainedModel) -> str | None:
             module.forward = _first_argument
     tokens = torch.arange(6, device="meta")[None]
     boundaries = torch.tensor([0, 4, 6], dtype=torch.int32)
+    ops = _ProbedOps()
+    hook = model.base_model.register_forward_hook(ops.leave_trunk)
     try:
-        with recording_calls() as calls, torch.no_grad():
-            model.base_model(
+        with recording_calls() as calls, torch.no_grad(), ops:
+            logits = model(
                 input_ids=tokens, position_ids=tokens, **document_kwargs(boundaries, 4)
-            )
+            ).logits
     except InputError as error:
         return f"{name}: {error}, which packed rows do not allow"
-    except Exception:
-        # Not every layer runs without values. The first forward of training looks again.
-        return None
+    except Exception as error:
+        if isinstance(error, NotImplementedError) or "meta" in str(error):
+            # Not every layer runs without values. The first forward of training looks again.
+            return None
+        return f"{name}: its forward fails without a mask: {first_line(error)}"
+    finally:
+        hook.remove()
     blocks = len(model.base_model.layers)
     if len(calls) != blocks:
         return f"{name}: {len(calls)} of {blocks} layers call the attention function"
+    if ops.random:
+        return f"{name}: it draws random numbers in training ({ops.random[0]})"
+    if ops.on_logits or logits.shape[-1] != model.get_output_embeddings().weight.shape[0]:
+        how = f" ({ops.on_logits[0]})" if ops.on_logits else ""
+        return f"{name}: its logits are not lm_head's alone{how}, which the fused loss needs"
     return None
+
+
+class _ProbedOps(TorchDispatchMode):
+    """Records ops of a forward that the engine would not repeat.
+
+    Random numbers other than dropout's: a router that samples. And what is done to the last hidden
+    states beside their product with lm_head: scaled, capped or otherwise changed logits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.random: list[str] = []
+        self.on_logits: list[str] = []
+        self._in_trunk = True
+
+    def leave_trunk(self, *_: Any) -> None:
+        """Hook after the trunk's forward."""
+        self._in_trunk = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if isinstance(out, torch.Tensor) and out.is_meta:  # layer dropout draws a number on the CPU
+            if torch.Tag.nondeterministic_seeded in func.tags and name not in DROPOUT_OPS:
+                self.random.append(name)
+            by_one = name in ("div", "mul") and args[1] == 1
+            if not self._in_trunk and name not in HEAD_OPS and not by_one:
+                self.on_logits.append(name)
+        return out
 
 
 def _first_argument(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

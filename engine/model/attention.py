@@ -229,7 +229,8 @@ def _sdpa(
             strict=True,
         )
     ]
-    return torch.cat(documents, dim=2).transpose(1, 2), None
+    # Contiguous as transformers' own functions give it: some models take a view.
+    return torch.cat(documents, dim=2).transpose(1, 2).contiguous(), None
 
 
 Varlen = Callable[

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tomllib
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from copy import deepcopy
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -31,14 +28,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from redi.engine.distributed import World
-from redi.engine.errors import InputError, RunError
-from redi.engine.model.load import empty_model, generation_config, read_config
+from redi.engine.errors import RunError
+from redi.engine.model.load import empty_model
 from redi.engine.model.student import Student
 from redi.engine.model.weights import INDEX, as_stored, check_weights, weight_files
-from redi.engine.train.checkpoint import complete_checkpoints
 
 FILE_BYTES = 5 * 10**9
 """Most bytes of weights in a file, but that a single tensor may be larger."""
@@ -57,8 +52,8 @@ def export(
         RunError: the weights are not finite, or what was written would not load.
     """
     state: dict[str, Any] = get_model_state_dict(student)
-    model = _architecture(student.model.config, dtype)
-    files = _files(model)
+    model = architecture_to_export(student.model.config, dtype)
+    files = files_of(model)
     tensors = (_whole(state[f"model.{name}"]) for names in files.values() for name in names)
 
     def write() -> None:
@@ -72,60 +67,14 @@ def export(
     if not world.is_main:
         deque(tensors, maxlen=0)
     # The others wait: a recipe that follows reads the folder.
-    world.main_first(write)
+    world.rank0_first(write)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def export_run(run_dir: Path, step: int | None) -> Path:
-    """`redi export`: write a checkpoint of a run, the newest or that of `step`.
-
-    Returns:
-        The folder, `RUN/export-step-N`.
-
-    Raises:
-        InputError: no such run or checkpoint.
-    """
-    if not (run_dir / "recipe.toml").is_file():
-        raise InputError(f"{run_dir} is not a run folder (it has no recipe.toml)")
-    checkpoints = complete_checkpoints(run_dir)
-    if not checkpoints or (step is not None and step not in checkpoints):
-        have = ", ".join(map(str, sorted(checkpoints))) or "none"
-        wanted = "" if step is None else f" of step {step}"
-        raise InputError(f"{run_dir} has no complete checkpoint{wanted}; it has: {have}")
-    transformers_logging.disable_progress_bar()
-    step = max(checkpoints) if step is None else step
-    recipe = tomllib.loads((run_dir / "recipe.toml").read_text(encoding="utf-8"))
-    path = recipe["model"]["path"]
-    model = recipe["model"]
-    config = read_config(path, model.get("rope_theta"), model.get("max_position_embeddings"))
-    manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
-    architecture = _architecture(config, getattr(torch, manifest["dtype"]))
-    files = _files(architecture)
-    tokenizer = AutoTokenizer.from_pretrained(model.get("tokenizer") or path)
-    folder = run_dir / f"export-step-{step}"
-    tensors = _checkpointed(checkpoints[step], architecture, files)
-    write_folder(folder, architecture, files, tensors, tokenizer, generation_config(path))
-    return folder
-
-
-def _checkpointed(
-    checkpoint: Path, model: PreTrainedModel, files: dict[str, list[str]]
-) -> Iterator[torch.Tensor]:
-    """The master weights of a checkpoint in the order of `files`, a file's worth in memory."""
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for names in files.values():
-        state = {f"model.{name}": torch.empty(shapes[name]) for name in names}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it loads in a single process, which is meant
-            dcp.load({"model": state}, checkpoint_id=checkpoint, no_dist=True)
-        for name in names:
-            yield state.pop(f"model.{name}")
-
-
-def _architecture(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def architecture_to_export(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """What is exported, without weights; its configuration says so."""
     model = empty_model(deepcopy(config), dtype)
     model.config.dtype = str(dtype).removeprefix("torch.")
@@ -133,7 +82,7 @@ def _architecture(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _files(model: PreTrainedModel) -> dict[str, list[str]]:
+def files_of(model: PreTrainedModel) -> dict[str, list[str]]:
     """Which file holds which weights; a tied one is in none, as transformers has it."""
     state = model.state_dict()
     for name in model.all_tied_weights_keys:
@@ -178,8 +127,12 @@ def write_folder(
     for file in partial.iterdir():
         # safetensors writes files that only their owner may read.
         shutil.copymode(partial / "config.json", file)
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)  # it stays until the new one is in its place
     os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _save_config(config: Any, folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from redi.engine.config import Shard
+from redi.engine.config.sections import ShardConfig
 from redi.engine.model.student import Student
 
 # Results that selective checkpointing keeps: products and attention cost far more to recompute
@@ -45,7 +45,9 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def shard(student: Student, section: Shard, dtype: torch.dtype, device: torch.device) -> Student:
+def shard(
+    student: Student, section: ShardConfig, dtype: torch.dtype, device: torch.device
+) -> Student:
     """Recompute, compile and shard in place, in this order; on the meta device too.
 
     Each block is a group, so is an untied lm_head: its gradient, ready first, is reduced while the

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from redi.engine.data.packing import PackedBatch
+from redi.engine.loss.packed_loss import PackedLoss, StepTotals
 from redi.engine.model.attention import NAME, document_kwargs
 from redi.engine.model.first_forward import Ran, watch
-from redi.engine.train.row_loss import Objective, StepTotals
 from redi.kernels import FilteredRediLoss, RediLoss, segment_sum, signed_cross_entropy
 
 Out = TypeVar("Out")
@@ -60,7 +60,7 @@ class Head(nn.Module):
 class Student(nn.Module):
     """A causal LM that turns a packed row into its share of the step's loss."""
 
-    def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
+    def __init__(self, model: PreTrainedModel, objective: PackedLoss) -> None:
         super().__init__()
         self.model = model
         self.objective = objective

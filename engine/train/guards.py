@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from redi.engine.config import Guard
+from redi.engine.config.sections import GuardConfig
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
@@ -60,7 +60,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GuardEvent:
     """What a guard has to say after a step."""
 
     kind: Literal["not_finite", "collapse"]
@@ -83,7 +83,7 @@ class Guards:
             can be told now; None where collapse is not watched for.
     """
 
-    def __init__(self, section: Guard, metrics: Path, done: int, world: World) -> None:
+    def __init__(self, section: GuardConfig, metrics: Path, done: int, world: World) -> None:
         self.good_before: int | None = None
         self._section = section
         self._skips = 0
@@ -102,7 +102,7 @@ class Guards:
         for line in history[0] or []:
             self.after(line)  # what it says was said then
 
-    def after(self, line: dict[str, Any]) -> Verdict | None:
+    def after(self, line: dict[str, Any]) -> GuardEvent | None:
         """What is to be said after a step, given its line of metrics."""
         step = line["step"]
         if not is_finite(line):
@@ -113,7 +113,7 @@ class Guards:
         self._trend.add(line["positive_logp"], line["grad_norm"])
         return self._collapse(step)
 
-    def _skipped(self, step: int) -> Verdict | None:
+    def _skipped(self, step: int) -> GuardEvent | None:
         self._skips += 1
         if self._skips < self._section.max_skips:
             return None
@@ -121,9 +121,11 @@ class Guards:
             self.good_before = step  # a step that is left out leaves the weights as they were
         first = step - self._skips + 1
         what = "with a loss or gradient that is not finite"
-        return Verdict("not_finite", f"{self._skips} steps in a row (from {first}) {what}", False)
+        return GuardEvent(
+            "not_finite", f"{self._skips} steps in a row (from {first}) {what}", False
+        )
 
-    def _collapse(self, step: int) -> Verdict | None:
+    def _collapse(self, step: int) -> GuardEvent | None:
         if not self._trend.fallen:
             self._fallen = None
         elif self._fallen is None:
@@ -141,10 +143,12 @@ class Guards:
         advice = "lower optim.lr, or the weight of incorrect traces"
         if step == self._warned:
             text = f"step {step}: this looks like collapse: {what}; {advice}"
-            return Verdict("collapse", text, True)
+            return GuardEvent("collapse", text, True)
         if self._section.collapse == "warn" or step < self._warned + PATIENCE:
             return None
-        return Verdict("collapse", f"collapse since step {self._warned}: {what}; {advice}", False)
+        return GuardEvent(
+            "collapse", f"collapse since step {self._warned}: {what}; {advice}", False
+        )
 
 
 class Trend:
@@ -194,7 +198,7 @@ class Trend:
         return f"{fall}, the gradient is {norm / self._calmest:.1f} times the smallest so far"
 
 
-def check_not_collapsed(section: Guard, run_dir: Path) -> None:
+def check_not_collapsed(section: GuardConfig, run_dir: Path) -> None:
     """A run that collapsed would only train its ruined weights on.
 
     One that steps without a finite loss have ended may go on: they left its weights as they were.

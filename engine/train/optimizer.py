@@ -11,13 +11,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
-from redi.engine.config import Optim
+from redi.engine.config.sections import OptimConfig
 
 # transformers.Trainer.get_decay_parameter_names: names that are not decayed.
 NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
-def make_optimizer(student: nn.Module, section: Optim) -> torch.optim.AdamW:
+def make_optimizer(student: nn.Module, section: OptimConfig) -> torch.optim.AdamW:
     """AdamW over sharded fp32 masters; norms and biases are not decayed, as in transformers."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
@@ -76,17 +76,24 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def learning_rate(section: Optim, total_steps: int) -> Callable[[int], float]:
+def learning_rate(
+    section: OptimConfig, total_steps: int, first_total: int | None = None
+) -> Callable[[int], float]:
     """The learning rate of step 1, 2, ..., total_steps: transformers' schedule.
 
     A function of the step alone, so that a resumed run has nothing to restore. The first of the
-    ceil(warmup * total_steps) warm-up steps has rate 0, as in transformers.
+    ceil(warmup * first_total) warm-up steps has rate 0, as in transformers.
+
+    Args:
+        first_total: the steps that a lengthened run began with; its warm-up stays as it was. None:
+            total_steps.
     """
+    warmup = section.warmup * (total_steps if first_total is None else first_total)
     name = "constant_with_warmup" if section.schedule == "constant" else section.schedule
     scheduler = get_scheduler(
         name,
         torch.optim.SGD([nn.Parameter(torch.empty(1))], lr=1.0),
-        num_warmup_steps=math.ceil(section.warmup * total_steps),
+        num_warmup_steps=math.ceil(warmup),
         num_training_steps=total_steps,
     )
     multiplier = scheduler.lr_lambdas[0]

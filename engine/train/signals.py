@@ -21,8 +21,8 @@ class StopRequest:
         speaks: whether this process says that it was asked.
     """
 
-    def __init__(self, *, speaks: bool) -> None:
-        self._speaks = speaks
+    def __init__(self, *, verbose: bool) -> None:
+        self._speaks = verbose
         self.asked = False
         self._breaks_off = False
         self._first_sigint = 0.0
@@ -38,7 +38,7 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     @contextmanager
-    def breaking_off(self, when: bool = True) -> Iterator[None]:
+    def interruptible(self, when: bool = True) -> Iterator[None]:
         """Work that loses nothing when it ends in the middle: a request ends it at once.
 
         Args:

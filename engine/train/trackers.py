@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from redi.engine.config import Recipe
+from redi.engine.config.sections import Recipe
 from redi.engine.errors import InputError
 
 

@@ -13,8 +13,8 @@ from redi.engine.data.schedule import Examples
 from redi.engine.data.tokens import TokenizedTraces
 from redi.engine.distributed import World
 from redi.engine.model.student import Student
-from redi.engine.train.greedy import HeldOutProblems, greedy_accuracy
-from redi.engine.train.sequence_scores import scored_row_tokens
+from redi.engine.train.generation_accuracy import HeldOutProblems, greedy_accuracy
+from redi.engine.train.score_traces import scored_row_tokens
 from redi.engine.train.signals import StopRequest
 
 
@@ -65,7 +65,7 @@ def validate(
     student.eval()
     stopped = False
     for rows in packing.rows:
-        if stopped := world.anywhere(stop.asked):
+        if stopped := world.any_rank(stop.asked):
             break
         row = sequences[rows[world.rank]]
         batch = build_batch(tokens, row, examples.lengths[row]).to(world.device)
@@ -74,7 +74,7 @@ def validate(
             mean = out.sequence_logps.double() / out.sequence_lengths.clamp(min=1)
             means[row] = mean.cpu()
     student.train()
-    if stopped or world.anywhere(stop.asked):
+    if stopped or world.any_rank(stop.asked):
         return None
     dist.all_reduce(means)
     by_unit = means.numpy()[examples.units]

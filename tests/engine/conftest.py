@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from redi.engine.quickstart import write_model
+from redi.engine.quickstart.task import write_model
 
 ENV = {
     **os.environ,

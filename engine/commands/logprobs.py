@@ -1,0 +1,120 @@
+"""`redi logprobs`: what a model says of each trace, as a table that people select traces by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers.utils import logging as transformers_logging
+
+from redi.engine.config.sections import Recipe
+from redi.engine.console import Console
+from redi.engine.data.fingerprints import model_fingerprint
+from redi.engine.data.schedule import closed_by
+from redi.engine.data.summary import unread_warnings
+from redi.engine.data.text import load_tokenizer
+from redi.engine.distributed import World
+from redi.engine.errors import InputError, RunError
+from redi.engine.model.build import build_student, model_config
+from redi.engine.model.flops import training_cost
+from redi.engine.model.sharding import compute_dtype
+from redi.engine.train.prepare_data import check_positions, tokenized
+from redi.engine.train.run_folder import model_path, report_what_ran
+from redi.engine.train.score_traces import model_key, score_traces
+
+
+def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) -> None:
+    """Score every trace of `[data]` under `[model]` and write one Parquet row for each.
+
+    Columns: row ("file.jsonl:12"), trace (number in the data), correct, teacher, tokens (scored:
+    the completion with its end, without it where data.eos leaves it out), logp_sum, logp_mean and
+    entropy_mean (nats a token; float64).
+
+    Args:
+        recipe: its `[model]`, `[data]`, `train.row_tokens` and `train.dtype` count; a run folder as
+            `model.path` means its export.
+        out: the file; it appears whole.
+
+    Raises:
+        InputError: wrong model or data, a trace longer than a row or than the model has
+            positions, a place that cannot be written.
+        RunError: the disk is full.
+    """
+    model = replace(recipe.model, path=model_path(recipe.model.path or "", "MODEL"))
+    recipe = replace(recipe, model=model)
+    if not out.parent.is_dir():
+        raise InputError(f"--out: {out.parent} is no folder")
+    if out.is_dir():
+        raise InputError(f"--out: {out} is a folder; name a file in it")
+    if out.suffix != ".parquet":
+        raise InputError(f"--out: {out} is written as Parquet: name it {out.stem}.parquet")
+    partial = out.with_name(f"{out.name}.partial")
+    if world.is_main:
+        try:
+            partial.touch()  # told now, not after hours
+            partial.unlink()
+        except OSError as error:
+            raise InputError(f"--out: {out} cannot be written: {error.strerror}") from None
+    transformers_logging.disable_progress_bar()
+    config = model_config(recipe)
+    tokens = tokenized(recipe, recipe.data.paths, world, console)
+    for line in unread_warnings(tokens.unread):
+        console.warn(line)
+    lengths = tokens.lengths
+    if recipe.data.eos == "left_out":  # what the run did not train is not scored
+        end = load_tokenizer(recipe.model.tokenizer or recipe.model.path or "").eos_token_id
+        lengths = lengths - closed_by(tokens, end)
+    longest = int(np.argmax(lengths))
+    if lengths[longest] > recipe.train.row_tokens:
+        raise InputError(
+            f"{tokens.where(longest)}: {lengths[longest]} tokens are more than --row_tokens = "
+            f"{recipe.train.row_tokens}: raise it"
+        )
+    check_positions(
+        tokens,
+        lengths,
+        np.arange(len(tokens)),
+        config,
+        "leave them out, or raise max_position_embeddings in the model's config.json",
+    )
+    digest = None
+    if world.is_main:
+        digest = model_fingerprint(recipe.model.path or "", recipe.data.cache_dir)
+    dtype = compute_dtype(recipe.train.dtype, world.device)
+    student, _ = build_student(recipe, config, dtype, world, console)
+    scores = score_traces(
+        student,
+        tokens,
+        np.arange(len(tokens)),
+        lengths,
+        model=model_key(student, recipe.model.path or "", digest, dtype),
+        row_tokens=recipe.train.row_tokens,
+        cost=training_cost(config),
+        world=world,
+        console=console,
+    )
+    if student.ran is not None:  # None: every score was cached
+        report_what_ran(student.ran, None, world, console)
+    if not world.is_main:
+        return
+    scored = lengths - tokens.prompt_lengths
+    table = pa.table(
+        {
+            "row": [tokens.where(index) for index in range(len(tokens))],
+            "trace": np.arange(len(tokens)),
+            "correct": tokens.signs > 0,
+            "teacher": pa.array(map(tokens.teacher, range(len(tokens))), pa.string()),
+            "tokens": scored,
+            "logp_sum": scores.logps,
+            "logp_mean": scores.logps / scored,
+            "entropy_mean": scores.entropies / scored,
+        }
+    )
+    try:
+        pq.write_table(table, partial)
+        partial.replace(out)
+    except OSError as error:
+        raise RunError(f"--out: {out} cannot be written: {error}; the scores are cached") from None

@@ -1,0 +1,220 @@
+"""`redi prepare`: from raw rows to the sets that are trained on, and from a recipe to its tokens.
+
+`redi prepare openr1` selects D_SFT and D_Pref (`select_openr1`); `redi prepare RECIPE.toml` fills
+the token cache of a recipe and shows what would be trained (`fill_cache`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from redi.engine.config.sections import Recipe
+from redi.engine.console import Console
+from redi.engine.data.openr1 import PrepareOptions, select_traces
+from redi.engine.data.rows import scan_source
+from redi.engine.data.sources import find_sources, unread_splits
+from redi.engine.data.summary import show, warnings
+from redi.engine.data.summary_by_source import (
+    ORIGIN_COLUMNS,
+    draw_lengths,
+    origin_rows,
+    share_rows,
+    summarize_by_source,
+)
+from redi.engine.data.text import load_tokenizer
+from redi.engine.distributed import World
+from redi.engine.errors import InputError, RunError, faulty_rows
+from redi.engine.model.build import check_vocabulary, model_config
+from redi.engine.model.flops import training_cost
+from redi.engine.train.prepare_data import prepare_data
+
+_PAIRS_TOGETHER = 64
+"""Pairs whose tokens are counted in one call."""
+
+
+def select_openr1(options: PrepareOptions, console: Console) -> dict[str, int]:
+    """Write OUT/sft.jsonl, OUT/pref.jsonl and OUT/report.json; nothing if any row is wrong.
+
+    Rows are streamed: memory holds a few numbers of each kept one. Their order is that of
+    `datasets.Dataset.shuffle(seed)` over all rows read, as in the paper.
+
+    Returns the report's counts: rows and generations that each rule left out, problems by what
+    they have, rows of the two sets.
+
+    Raises InputError naming the faulty rows, RunError if OUT cannot be written.
+    """
+    sources = find_sources(options.data)
+    for notice in unread_splits(options.data):
+        console.warn(notice)
+    limits = _Limits(options)
+    counts: Counter[str] = Counter()
+    faults: list[str] = []
+    out = Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out) as folder, console.bar("reading", "rows") as bar:
+            sft = _Spool(Path(folder) / "sft.jsonl")
+            pref = _Spool(Path(folder) / "pref.jsonl")
+            waiting: list[tuple[int, dict[str, Any]]] = []
+            rows = chain.from_iterable(scan_source(source, "openr1") for source in sources)
+            for index, row in enumerate(rows):
+                bar.update()
+                try:
+                    if isinstance(row, InputError):
+                        raise row
+                    found = select_traces(row, options, counts)
+                except InputError as error:
+                    faults.append(str(error))
+                    continue
+                counts["rows read"] += 1
+                for line in found.sft:
+                    sft.add(index, line)
+                counts["pairs before the limits"] += len(found.pref)
+                waiting += [(index, line) for line in found.pref]
+                if len(waiting) >= _PAIRS_TOGETHER:
+                    pref.add_all(limits.kept(waiting, counts))
+                    waiting.clear()
+            if faults:
+                raise faulty_rows(faults)
+            pref.add_all(limits.kept(waiting, counts))
+            place = _shuffled_places(counts["rows read"], options.seed)
+            if not sft.rows:
+                raise InputError(f"{', '.join(options.data)}: the rules leave no correct trace")
+            counts["rows of sft.jsonl"] = sft.write(out / "sft.jsonl", place)
+            counts["rows of pref.jsonl"] = pref.write(out / "pref.jsonl", place)
+        report = {"options": asdict(options), "counts": _in_order(counts)}
+        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written: {error}") from error
+    table = [(what, f"{number:,}") for what, number in report["counts"].items()]
+    console.table(f"{out}: what was selected", ("", ""), table)
+    return report["counts"]
+
+
+def _in_order(counts: Counter[str]) -> dict[str, int]:
+    """As the rules follow one another."""
+    kinds = ("rows read", "rows", "generations", "problems", "pairs before", "pairs", "rows of")
+
+    def place(what: str) -> int:
+        return kinds.index(max((kind for kind in kinds if what.startswith(kind)), key=len))
+
+    return {what: counts[what] for what in sorted(counts, key=lambda what: (place(what), what))}
+
+
+def _shuffled_places(count: int, seed: int) -> np.ndarray:
+    """int64 [count]: where `datasets.Dataset.shuffle(seed)` puts each row."""
+    return np.argsort(np.random.default_rng(seed).permutation(count))
+
+
+class _Limits:
+    """The rules on length, which need a tokenizer."""
+
+    def __init__(self, options: PrepareOptions) -> None:
+        self._tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+        self._prompt = options.max_prompt_tokens or None
+        self._trace = options.max_trace_tokens or None
+
+    def kept(
+        self, pairs: Sequence[tuple[int, dict[str, Any]]], counts: Counter[str]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The pairs within the limits; the others are counted."""
+        texts = {pair[key] for _, pair in pairs for key in ("prompt", "chosen", "rejected")}
+        tokens = self._count(list(texts))
+        for index, pair in pairs:
+            if self._prompt and tokens[pair["prompt"]] > self._prompt:
+                counts[f"pairs: prompt over {self._prompt:,} tokens"] += 1
+            elif self._trace and max(tokens[pair[key]] for key in ("chosen", "rejected")) > (
+                self._trace
+            ):
+                counts[f"pairs: a trace over {self._trace:,} tokens"] += 1
+            else:
+                yield index, pair
+
+    def _count(self, texts: list[str]) -> dict[str, int]:
+        if not (texts and self._tokenizer and (self._prompt or self._trace)):
+            return dict.fromkeys(texts, 0)
+        ids = self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        return dict(zip(texts, map(len, ids), strict=True))
+
+
+class _Spool:
+    """Lines on disk in the order of reading, to be written out in another one.
+
+    Attributes:
+        rows: the row that each line came from.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("w+b")
+        self.rows: list[int] = []
+        self._starts = [0]
+
+    def add(self, row: int, value: dict[str, Any]) -> None:
+        """Append the line of a row, which may have several."""
+        line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
+        self._file.write(line)
+        self.rows.append(row)
+        self._starts.append(self._starts[-1] + len(line))
+
+    def add_all(self, values: Iterator[tuple[int, dict[str, Any]]]) -> None:
+        """Append a line for each (row, value)."""
+        for row, value in values:
+            self.add(row, value)
+
+    def write(self, target: Path, places: np.ndarray) -> int:
+        """Write the lines to `target`, rows at their places; returns how many there are."""
+        order = np.argsort(places[np.array(self.rows, dtype=np.int64)], kind="stable")
+        partial = self._path.with_suffix(".ordered")
+        with self._file, partial.open("wb") as file:
+            for index in order.tolist():
+                self._file.seek(self._starts[index])
+                file.write(self._file.read(self._starts[index + 1] - self._starts[index]))
+        os.replace(partial, target)
+        return len(order)
+
+
+def fill_cache(
+    recipe: Recipe, world: World, console: Console, ranks: int, report: Path | None
+) -> None:
+    """Tokenize the sets of a recipe, unless the cache has them, and show what would be trained.
+
+    Args:
+        recipe: resolved; `model.path` is set.
+        world: this process.
+        console: where the tables go.
+        ranks: of the run to come, for its rank efficiency.
+        report: folder of report.json and lengths.png; None: no report.
+
+    Raises InputError for anything wrong with the recipe, the data, the tokenizer or the folder.
+    """
+    config = model_config(recipe, weights=False)
+    check_vocabulary(recipe, config)
+    data = prepare_data(recipe, world, console)
+    overview = data.summarize(recipe.train.row_tokens, ranks, training_cost(config))
+    show(overview, ", ".join(recipe.data.paths), console)
+    found = summarize_by_source(data.tokens, data.examples, recipe.data.max_tokens)
+    console.table("where the traces come from", ORIGIN_COLUMNS, origin_rows(found))
+    console.table("", ("", ""), share_rows(found))
+    for warning in warnings(overview):
+        console.warn(warning)
+    if report is not None:
+        content = {"overview": asdict(overview), "breakdown": asdict(found)}
+        try:
+            report.mkdir(parents=True, exist_ok=True)
+            (report / "report.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+            draw_lengths(data.tokens, data.examples, recipe.data.max_tokens, report / "lengths.png")
+        except OSError as error:
+            raise InputError(f"report: {report} cannot be written: {error}") from None

@@ -1,0 +1,269 @@
+"""Reads a recipe: TOML with dotted overrides from the command line.
+
+`load_recipe` is the only way in. Every mistake that a user can make in a recipe ends as one
+`InputError` that names the file and the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import tomllib
+from argparse import SUPPRESS, ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from redi.engine.config.objectives import OBJECTIVES
+from redi.engine.config.options import command_parser, plain_type
+from redi.engine.config.sections import KEYS, SECTIONS, TABLES, ObjectiveConfig, Recipe
+from redi.engine.errors import InputError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+# What the help calls the arguments that argparse names by their variables.
+ARGUMENTS = {
+    "recipes": "RECIPE.toml",
+    "runs": "RUN",
+    "model": "MODEL",
+    "data": "--data FILE",
+    "out": "--out",
+}
+
+# What people coming from other trainers type.
+ALIASES = {
+    "learning_rate": "optim.lr",
+    "batch_size": "train.batch",
+    "per_device_train_batch_size": "train.batch",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "dataset_mixer": "data.mixing_weights",
+    "interleave_probs": "data.mixing_weights",
+    "max_length": "data.max_tokens",
+    "max_seq_length": "data.max_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_completion_length": "data.max_completion_tokens",
+    "model_name_or_path": "model.path",
+    "output_dir": "run.dir",
+    "warmup_ratio": "optim.warmup",
+    "lr_scheduler_type": "optim.schedule",
+    "gradient_checkpointing": "shard.checkpointing",
+    "save_steps": "run.save_every",
+    "eval_steps": "eval.every",
+    "chat_template": "data.template",
+    "loss_type": "objective.name",
+    "adam_epsilon": "optim.eps",
+}
+
+_DOT = "\x1f"
+"""Replaces a dot in a name of a table while jsonargparse, which splits at dots, reads it."""
+
+TRAIN_EXAMPLES = """\
+examples:
+  redi train sft.toml redi.toml                      both stages; the second starts from the first
+  redi train redi.toml --objective.alpha 0.5 --run.dir runs/alpha-0.5
+"""
+
+
+def build_parser(prog: str, description: str, examples: str = TRAIN_EXAMPLES) -> ArgumentParser:
+    """The parser of one recipe: `recipes...` and every dotted key as an option."""
+    parser = command_parser(
+        prog,
+        description,
+        examples,
+        f"{prog} RECIPE.toml [MORE.toml ...] [--section.key value ...]",
+        parser_class=_recipe_parser(),
+        parser_mode="toml",
+        print_config=None,
+    )
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE.toml", help="run in this order")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and errors")
+    parser.add_argument("--recipe", action="config", help=SUPPRESS)  # how load_recipe gives one
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    return parser
+
+
+def _recipe_parser() -> type[ArgumentParser]:
+    """A parser that takes `--data.teacher_weights.NAME` with dots in NAME."""
+    from jsonargparse import ArgumentParser, Namespace
+
+    class RecipeParser(ArgumentParser):
+        def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Namespace:
+            found = super().parse_args(_whole_names(args), *more, **options)
+            for key in TABLES:
+                found[key] = {name.replace(_DOT, "."): v for name, v in found[key].items()}
+            return found
+
+    return RecipeParser
+
+
+def _whole_names(argv: Sequence[str]) -> list[str]:
+    """A command line whose options `--data.teacher_weights.NAME` keep NAME whole, dots and all.
+
+    Raises:
+        InputError: one that sets no number.
+    """
+    words = list(argv)
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        for key in TABLES:
+            if option.startswith(f"--{key}."):
+                if not equals:
+                    value = words[place + 1] if place + 1 < len(words) else "nothing"
+                try:
+                    finite = math.isfinite(float(value))
+                except ValueError:
+                    finite = False
+                if not finite:
+                    raise InputError(f"{option[2:]}: needs a number, got {value}")
+                name = option.removeprefix(f"--{key}.").replace(".", _DOT)
+                words[place] = f"--{key}.{name}{equals}{value if equals else ''}"
+    return words
+
+
+def load_recipe(parser: ArgumentParser, path: str, argv: Sequence[str]) -> Recipe:
+    """Read one recipe file and lay the overrides of the command line over it.
+
+    Args:
+        parser: made by `build_parser`.
+        path: the recipe.
+        argv: the whole command line after the command's name, overrides included.
+
+    Raises:
+        InputError: the file is missing or no TOML, a key is unknown, a value has the wrong type
+            or lies outside its range.
+    """
+    if not Path(path).is_file():
+        kind = "a folder, not a recipe file" if Path(path).is_dir() else "no such recipe file"
+        raise InputError(f"{path}: {kind}")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise InputError(f"{path}: begins with a byte order mark; save it as UTF-8 without one")
+        content = tomllib.loads(text)
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not valid UTF-8; save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    for key in _dotted(content):
+        if key not in KEYS:
+            raise InputError(f"{path}: {_unknown(key)}")
+    for key in TABLES:
+        section, name = key.split(".")
+        table = content.get(section, {}).get(name)
+        for entry in _dotted(table) if isinstance(table, Mapping) else ():
+            if entry not in table:
+                raise InputError(f'{path}: {key}: a name with a dot needs quotes: "{entry}"')
+    overridden = {a[2:].split("=")[0] for a in argv if a.startswith("--")}
+    try:
+        values = parser.parse_args(["--recipe", path, *argv])
+        sections = {
+            name: section(**vars(getattr(values, name))) for name, section in SECTIONS.items()
+        }
+    except (ArgumentError, ValueError) as error:
+        raise InputError(f"{_origin(str(error), path, overridden)}{explain(error)}") from None
+    recipe = Recipe(**sections)
+    objective = recipe.objective
+    for key in unused_keys(objective):
+        if key in content.get("objective", {}) and f"objective.{key}" not in overridden:
+            raise InputError(f"{path}: {_not_used(key, objective.name)}")
+    # An override applies to all recipes of a command; one that it means nothing to is as without.
+    return replace(recipe, objective=_without(objective, unused_keys(objective)))
+
+
+def check_overrides(recipes: Sequence[Recipe], argv: Sequence[str]) -> None:
+    """InputError for an override of `[objective]` that none of the recipes uses."""
+    overridden = {a[2:].split("=")[0] for a in argv if a.startswith("--objective.")}
+    names = list(dict.fromkeys(recipe.objective.name for recipe in recipes))
+    used = {key for name in names for key in OBJECTIVES[name].keys}
+    for key in sorted(name.removeprefix("objective.") for name in overridden):
+        if key not in used:
+            raise InputError(_not_used(key, " and ".join(names)))
+
+
+def unused_keys(objective: ObjectiveConfig) -> list[str]:
+    """Parameters that have another than their default value, and that the objective never reads."""
+    default = ObjectiveConfig()
+    return [
+        f.name
+        for f in fields(ObjectiveConfig)
+        if f.name not in OBJECTIVES[objective.name].keys
+        and getattr(objective, f.name) != getattr(default, f.name)
+    ]
+
+
+def _without(objective: ObjectiveConfig, keys: Sequence[str]) -> ObjectiveConfig:
+    return replace(objective, **{key: getattr(ObjectiveConfig(), key) for key in keys})
+
+
+def _not_used(key: str, name: str) -> str:
+    users = ", ".join(user for user, declared in OBJECTIVES.items() if key in declared.keys)
+    return f"objective.{key} is not used by {name} (but by {users}); remove it"
+
+
+def explain(error: Exception) -> str:
+    """One clear line for what jsonargparse says in several."""
+    text = str(error)
+    if found := re.search(r"unrecognized arguments: --([\w.-]+)", text):
+        return _unknown(found[1])
+    if found := re.search(r"arguments are required: (.+)", text):
+        missing = " and ".join(ARGUMENTS.get(name, name) for name in found[1].split(", "))
+        return f"missing: {missing}; --help shows the whole line"
+    if (found := re.search(r'Parser key "(\w+)":', text)) and found[1] in SECTIONS:
+        keys = ", ".join(f"{found[1]}.{f.name}" for f in fields(SECTIONS[found[1]]))
+        return f"{found[1]} is a section, not a key; it has {keys}"
+    if found := re.search(r'Parser key "([\w.]+)":', text):
+        value = re.search(r"(?:Given value|Got value): (.*)", text)
+        expected = _expected(found[1]) if found[1] in KEYS else "another value"
+        got = value[1].strip() if value else "another type"
+        return f"{found[1]}: needs {expected}, got {got}"
+    return " ".join(text.split())
+
+
+def _expected(key: str) -> str:
+    section, name = key.split(".")[:2]
+    return plain_type(next(f.type for f in fields(SECTIONS[section]) if f.name == name))
+
+
+def _origin(text: str, path: str, overridden: set[str]) -> str:
+    """The file, unless the command line set the key that is wrong."""
+    return "" if any(key in text for key in overridden) else f"{path}: "
+
+
+def _unknown(key: str) -> str:
+    section, _, name = key.rpartition(".")
+    if alias := ALIASES.get(name or key):
+        return f"unknown key {key}; did you mean {alias}?"
+    near = [known for known in KEYS if known.rpartition(".")[2] == name]
+    near += difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
+    if near:
+        return f"unknown key {key}; did you mean {near[0]}?"
+    if section in SECTIONS:
+        names = ", ".join(f.name for f in fields(SECTIONS[section]))
+        return f"unknown key {key}; [{section}] has {names}"
+    return f"unknown key {key}; the sections are {', '.join(SECTIONS)}"
+
+
+def _dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        if isinstance(value, Mapping) and f"{prefix}{key}" not in KEYS:
+            yield from _dotted(value, f"{prefix}{key}.")
+            if not value and f"{prefix}{key}" not in SECTIONS:
+                yield f"{prefix}{key}"
+        else:
+            yield f"{prefix}{key}"
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as TOML (keys without a value are left out)."""
+    import tomli_w
+
+    content = {
+        name: {key: value for key, value in section.items() if value is not None}
+        for name, section in asdict(recipe).items()
+    }
+    return tomli_w.dumps(content)

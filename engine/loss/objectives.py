@@ -1,0 +1,140 @@
+"""The formulas of the objectives.
+
+`config/objectives.py` declares each objective's name, keys and units. Its formula is one of two
+kinds:
+
+    wanted      how much the log-probs of correct and of incorrect traces are wanted, known before
+                the forward pass: one fused pass of three matrix products. With `coefficient` the
+                loss of a token may also depend on its own log-prob, at the same price.
+    terms       from the sequences' log-probs (`Sequences`) to the loss of each sequence or pair;
+                log-probs first, then a backward scaled per sequence.
+
+`packed_loss.py` turns either into a pack's share of the step's loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from redi.engine.config.sections import ObjectiveConfig
+from redi.kernels import Coefficient
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What a formula of sequence log-probs sees of a packed row.
+
+    A row of an objective with units "margins" holds whole pairs only: sequence 2 i is the positive
+    of pair i, sequence 2 i + 1 its negative.
+    """
+
+    logps: Tensor
+    """[S]: log p(y_s | x), sums over tokens, differentiable."""
+    lengths: Tensor
+    """float32 [S]: |y_s|, at least 1."""
+    signs: Tensor
+    """int64 [S]: +1, -1, or 0 for a dummy."""
+    reference: Tensor | None
+    """[S]: the reference model's log-probs, where the objective declares them."""
+
+    @property
+    def means(self) -> Tensor:
+        """[S]: mean log-prob per token."""
+        return self.logps / self.lengths
+
+
+@dataclass(frozen=True)
+class Formula:
+    """The formula of an objective. It has either `wanted` or `terms`."""
+
+    wanted: Callable[[ObjectiveConfig], tuple[float, float]] | None = None
+    """For correct and for incorrect traces."""
+    coefficient: Coefficient = "weight"
+    """See `redi.kernels.signed_cross_entropy`."""
+    terms: Callable[[ObjectiveConfig, Sequences], Tensor] | None = None
+    """The result is [S], or [S / 2] for units "margins"."""
+
+
+def _positives(section: ObjectiveConfig) -> tuple[float, float]:
+    """Correct traces alone."""
+    return 1.0, 0.0
+
+
+def _redi(section: ObjectiveConfig) -> tuple[float, float]:
+    """Correct traces, and alpha times the opposite of incorrect ones (arXiv 2505.24850)."""
+    return 1.0, -section.alpha
+
+
+def _signed(section: ObjectiveConfig) -> tuple[float, float]:
+    """A weight for each verdict.
+
+    AsymRE (arXiv 2506.20520) with baseline V has positive_weight 1 - V and alpha 1 + V; NSR and
+    PSR (arXiv 2506.01347) have one of the two 0.
+    """
+    return section.positive_weight, -section.alpha
+
+
+def _discounted_redi(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
+    """REDI whose negatives' terms are multiplied by exp(gamma * mean log-prob), not detached.
+
+    An option of the authors' code: what has become unlikely is pushed down less and less.
+    """
+    means = sequences.means
+    negative = section.alpha * means * (section.negative_gamma * means).exp()
+    return (-means).where(sequences.signs > 0, negative)
+
+
+def _simper(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
+    """-exp(mean log-prob) of a positive, + that of a negative (SimPER, arXiv 2502.00883)."""
+    return -sequences.signs * sequences.means.exp()
+
+
+def _simpo(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
+    """-log sigmoid(beta (mean_w - mean_l) - margin) (SimPO, arXiv 2405.14734, equation 6)."""
+    assert section.beta is not None
+    positive, negative = pairs(sequences.means)
+    return -logsigmoid(section.beta * (positive - negative) - section.margin)
+
+
+def _dpo(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
+    """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h) with label smoothing e.
+
+    h = log p/p_ref of the positive minus that of the negative, sums over tokens (arXiv 2305.18290,
+    equation 7; smoothing as in its reference code).
+    """
+    assert section.beta is not None
+    assert sequences.reference is not None
+    positive, negative = pairs(sequences.logps - sequences.reference)
+    logits = section.beta * (positive - negative)
+    smoothing = section.label_smoothing
+    return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
+
+
+def pairs(values: Tensor) -> tuple[Tensor, Tensor]:
+    """[S] of whole pairs -> the positives' and the negatives' [S / 2]; a dummy belongs to none."""
+    whole = values[: values.shape[0] // 2 * 2].view(-1, 2)
+    return whole[:, 0], whole[:, 1]
+
+
+FORMULAS = {
+    "sft": Formula(_positives),
+    "redi": Formula(_redi),
+    "signed": Formula(_signed),
+    "dft": Formula(_positives, "dft"),
+    "unlikelihood": Formula(_redi, "unlikelihood"),
+    "simper": Formula(terms=_simper),
+    "simpo": Formula(terms=_simpo),
+    "dpo": Formula(terms=_dpo),
+}
+_DISCOUNTED_REDI = Formula(terms=_discounted_redi)
+
+
+def formula(section: ObjectiveConfig) -> Formula:
+    """The formula of a recipe's objective."""
+    if section.name == "redi" and section.negative_gamma:
+        return _DISCOUNTED_REDI
+    return FORMULAS[section.name]

@@ -1,0 +1,168 @@
+"""A packed row's share of the optimizer step's loss, by the objective of the recipe.
+
+All shares are sums over sequences (or pairs) with denominators that are counts of the whole step,
+known from the schedule; so nothing depends on which row, micro-step or rank a sequence lies in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from redi.engine.config.sections import ObjectiveConfig
+from redi.engine.data.packing import PackedBatch
+from redi.engine.loss.objectives import Formula, Sequences, formula, pairs
+from redi.kernels import (
+    FilteredRediLoss,
+    RediLoss,
+    filtered_redi_loss,
+    linear_logprobs,
+    redi_loss,
+    segment_sum,
+    signed_cross_entropy,
+)
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Global counts of one optimizer step, over all ranks and micro-steps.
+
+    Attributes:
+        units: pairs, or sequences where the objective has no pairs: B.
+        targets: trained tokens.
+    """
+
+    units: int
+    targets: int
+
+
+@dataclass(frozen=True)
+class PackedLoss:
+    """The objective of a recipe: a packed row's hidden states -> its share of the step's loss.
+
+    Attributes:
+        section: name and parameters.
+        reference: float32 [traces] on the student's device, log-probs of the reference model by
+            index of the trace; needed before the first call where the formula declares it.
+    """
+
+    section: ObjectiveConfig
+    reference: Tensor | None = None
+
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, batch: PackedBatch, totals: StepTotals
+    ) -> RediLoss | FilteredRediLoss:
+        """The loss share, and the sequences' log-probs.
+
+        Args:
+            hidden: [T, D] last hidden states.
+            weight: [V, D] lm_head.
+            batch: the row; where units are "margins", its sequences are whole pairs.
+            totals: denominators.
+        """
+        declared = formula(self.section)
+        if declared.wanted is None:
+            return self._from_sequences(declared, hidden, weight, batch, totals)
+        positive, negative = declared.wanted(self.section)
+        # Where incorrect traces are only measured, the op is told so on the host.
+        num_with_grad = batch.num_positive_targets if negative == 0 else None
+        filtered = self.section.filter_epsilon > 0
+        if filtered or self._is_plain_redi(declared, positive, batch):
+            op: Callable[..., RediLoss | FilteredRediLoss] = redi_loss
+            if filtered:
+                op = partial(
+                    filtered_redi_loss,
+                    epsilon=self.section.filter_epsilon,
+                    sequence_weights=batch.weights,
+                )
+            return op(
+                hidden,
+                weight,
+                batch.targets,
+                batch.cu_seqlens,
+                batch.signs,
+                alpha=-negative,
+                num_pairs=totals.units,
+                valid_index=batch.valid_index,
+                num_with_grad=num_with_grad,
+                backend=self.section.backend,
+            )
+        per_sequence = torch.where(batch.signs > 0, positive, negative) * (batch.signs != 0)
+        if batch.weights is not None:
+            per_sequence = per_sequence * batch.weights
+        loss, token_logps = signed_cross_entropy(
+            hidden,
+            weight,
+            batch.targets,
+            (per_sequence / self._denominators(batch, totals)).repeat_interleave(
+                batch.cu_seqlens.diff(), output_size=hidden.shape[0]
+            ),
+            coefficient=declared.coefficient,
+            valid_index=batch.valid_index,
+            num_with_grad=num_with_grad,
+            backend=self.section.backend,
+        )
+        return RediLoss(loss, segment_sum(token_logps, batch.cu_seqlens), batch.num_targets)
+
+    def _is_plain_redi(self, declared: Formula, positive: float, batch: PackedBatch) -> bool:
+        """Whether `redi_loss` says it all; it makes the tokens' weights on the way.
+
+        SFT with a mean per sequence is REDI without negatives.
+        """
+        return (
+            declared.coefficient == "weight"
+            and positive == 1
+            and self.section.normalisation == "sequence"
+            and self.section.length == "trained"
+            and batch.weights is None
+        )
+
+    def _lengths(self, batch: PackedBatch) -> Tensor:
+        """|y|, float32 [S], at least 1: what is trained, or what was there before truncation."""
+        original = self.section.length == "original"
+        return (batch.full_targets if original else batch.num_targets).clamp(min=1).float()
+
+    def _denominators(self, batch: PackedBatch, totals: StepTotals) -> Tensor:
+        """What divides a token's weight, float32 [S]."""
+        lengths = self._lengths(batch)
+        if self.section.normalisation == "sequence":
+            return totals.units * lengths
+        count = totals.targets if self.section.normalisation == "token" else totals.units
+        return torch.full_like(lengths, count)
+
+    def _from_sequences(
+        self,
+        declared: Formula,
+        hidden: Tensor,
+        weight: Tensor,
+        batch: PackedBatch,
+        totals: StepTotals,
+    ) -> RediLoss:
+        """The mean over units of terms that depend on the sequences' log-probs."""
+        assert declared.terms is not None
+        token_logps = linear_logprobs(
+            hidden,
+            weight,
+            batch.targets,
+            valid_index=batch.valid_index,
+            backend=self.section.backend,
+        )
+        logps = segment_sum(token_logps, batch.cu_seqlens)
+        reference = None
+        if self.section.kind.reference:
+            assert self.reference is not None, "the reference log-probs are computed first"
+            reference = self.reference[batch.sequence_ids]
+        lengths = self._lengths(batch)
+        terms = declared.terms(self.section, Sequences(logps, lengths, batch.signs, reference))
+        if self.section.kind.units != "margins":
+            terms = terms * (batch.signs != 0)
+            if batch.weights is not None:
+                terms = terms * batch.weights
+        elif batch.weights is not None:
+            positive, negative = pairs(batch.weights)
+            terms = terms * (positive + negative) / 2
+        return RediLoss(terms.sum() / totals.units, logps.detach(), batch.num_targets)

@@ -1,0 +1,99 @@
+"""Builds the model of a recipe: configuration, checks, attention, sharding, weights."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from redi.engine.config.sections import Recipe
+from redi.engine.console import Console
+from redi.engine.data.text import load_tokenizer
+from redi.engine.distributed import World
+from redi.engine.errors import InputError
+from redi.engine.loss.packed_loss import PackedLoss
+from redi.engine.model.architecture import (
+    check_architecture,
+    model_problem,
+    per_document_rope,
+)
+from redi.engine.model.attention import choose_attention, register_attention
+from redi.engine.model.export import check_exportable
+from redi.engine.model.liger import apply_liger
+from redi.engine.model.load import empty_model, generation_config, read_config
+from redi.engine.model.sharding import shard
+from redi.engine.model.student import Student
+from redi.engine.model.weights import read_weights
+
+
+def model_config(recipe: Recipe, weights: bool = True) -> Any:
+    """The configuration of the recipe's model, with what the recipe replaces in it.
+
+    Args:
+        weights: whether they are needed too.
+
+    Raises:
+        InputError: no such model, or one that cannot be trained.
+    """
+    model = recipe.model
+    path = model.path or ""
+    config = read_config(path, model.rope_theta, model.max_position_embeddings, weights)
+    check_architecture(path, config)
+    return config
+
+
+def check_vocabulary(recipe: Recipe, config: Any) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer; InputError where it has more tokens than the model knows."""
+    tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.path or "")
+    known = config.get_text_config().vocab_size
+    if len(tokenizer) > known:
+        raise InputError(
+            f"model.tokenizer: it has {len(tokenizer)} tokens, the model's vocabulary only {known}"
+        )
+    return tokenizer
+
+
+def build_model(path: str, config: Any, attention: str) -> PreTrainedModel:
+    """A model to train, on the meta device, with packed attention and without its weights.
+
+    Args:
+        path: folder or hub name.
+        config: the model's configuration.
+        attention: as `choose_attention` names it.
+
+    Raises:
+        InputError: it is not built as packed rows and the fused loss need.
+    """
+    model = empty_model(config, attention=register_attention(attention))
+    if problem := model_problem(model):
+        raise InputError(f"model.path: {path}: {problem}")
+    if (generation := generation_config(path)) is not None:
+        model.generation_config = generation
+    return model
+
+
+def build_student(
+    recipe: Recipe, config: Any, dtype: torch.dtype, world: World, console: Console
+) -> tuple[Student, PreTrainedTokenizerBase]:
+    """Build the model, check that it can be exported, shard it, read its weights."""
+    path = recipe.model.path or ""
+    kind, reason = choose_attention(recipe.model.attention, world.device, dtype)
+    precision = str(dtype).removeprefix("torch.")
+    console.say(f"attention: {kind} ({reason}) is to be used; compute dtype {precision}")
+    model = build_model(path, config, kind)
+    per_document_rope(model, config)  # not in a plan: where documents end is no shape
+    tokenizer = check_vocabulary(recipe, model.config)
+    if world.is_main:
+        with tempfile.TemporaryDirectory() as folder:
+            check_exportable(model, tokenizer, Path(folder) / "export")
+    liger = apply_liger(model, recipe.model.liger, world.device)
+    console.say(f"liger-kernel: {liger}")
+    model.train()
+    student = Student(model, PackedLoss(recipe.objective))
+    shard(student, recipe.shard, dtype, world.device)
+    student.to_empty(device=world.device)  # only the shards get memory
+    read_weights(model, path)
+    return student, tokenizer

@@ -1,0 +1,81 @@
+"""Checks of a recipe against this machine and this model, before data is read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from redi.engine.config.sections import Recipe, check_replicas
+from redi.engine.distributed import World
+from redi.engine.errors import InputError
+from redi.engine.model.architecture import check_dropout
+from redi.engine.model.attention import NOT_IN_GRAPHS, choose_attention
+from redi.engine.model.build import model_config
+from redi.engine.model.sharding import compute_dtype
+from redi.engine.train.guards import check_not_collapsed
+from redi.engine.train.run_folder import check_writable
+from redi.engine.train.trackers import check_trackers
+from redi.kernels.backends import choose_backend, filtering_backend
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the checks found out."""
+
+    config: Any
+    """The model's configuration, with what the recipe changes in it."""
+    dtype: torch.dtype
+    """Compute dtype, and dtype of the export."""
+
+
+def check_before_data(recipe: Recipe, run_dir: Path, world: World) -> Preflight:
+    """Check everything that can be known before data is tokenized, which may take hours.
+
+    Raises:
+        InputError: the model, the recipe or the machine does not allow this run.
+    """
+    check_not_collapsed(recipe.guard, run_dir)
+    if world.is_main:
+        check_writable(run_dir)
+    if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Nothing here reads memory that it has not written; filling gigabytes of logits costs.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    transformers_logging.disable_progress_bar()
+    config = model_config(recipe)
+    check_trackers(recipe.run.trackers)
+    check_replicas(recipe.shard, world.size)
+    dtype = compute_dtype(recipe.train.dtype, world.device)
+    kind, _ = choose_attention(recipe.model.attention, world.device, dtype)
+    check_dropout(recipe.model.path or "", config, kind)
+    _check_compile(recipe, kind)
+    _check_backend(recipe, world.device, dtype)
+    return Preflight(config, dtype)
+
+
+def _check_compile(recipe: Recipe, attention: str) -> None:
+    recomputed = recipe.shard.checkpointing != "none"
+    if recipe.shard.compile and recomputed and attention in NOT_IN_GRAPHS:
+        raise InputError(
+            "shard.compile: with shard.checkpointing a block is compiled whole or not at all, and "
+            f'attention "{attention}" cannot be; remove one of the two, or set model.attention to '
+            '"varlen" on CUDA'
+        )
+
+
+def _check_backend(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
+    filtered = bool(recipe.objective.filter_epsilon)
+    if filtered and dtype != torch.bfloat16:
+        raise InputError(
+            'objective.filter_epsilon needs bfloat16: set train.dtype = "bfloat16", or remove it'
+        )
+    try:
+        (filtering_backend if filtered else choose_backend)(recipe.objective.backend, device)
+    except ValueError as error:
+        raise InputError(f"objective.backend: {error}") from None

@@ -1,0 +1,145 @@
+"""Everything that is known of the data before a model is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from redi.engine.config.objectives import UnitKind
+from redi.engine.config.sections import Recipe
+from redi.engine.console import Console
+from redi.engine.data.mixing import mix
+from redi.engine.data.packing import Cost
+from redi.engine.data.schedule import Examples, Schedule, select
+from redi.engine.data.summary import Summary, summarize
+from redi.engine.data.text import load_tokenizer
+from redi.engine.data.tokens import TokenizedTraces, TokenSettings, tokenize
+from redi.engine.distributed import World
+from redi.engine.errors import InputError
+from redi.engine.train.generation_accuracy import held_out_problems
+from redi.engine.train.validation import HeldOut
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything that is known of the data before a model is loaded."""
+
+    tokens: TokenizedTraces
+    examples: Examples
+    schedule: Schedule
+    held_out: HeldOut | None
+
+    @property
+    def keys(self) -> dict[str, str | None]:
+        """Hashes of the tokenized sets, by section of the recipe."""
+        held_out = self.held_out.tokens.key if self.held_out else None
+        return {"data": self.tokens.key, "eval": held_out}
+
+    @property
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """What those are hashes of."""
+        held_out = self.held_out.tokens.parts if self.held_out else {}
+        return {"data": self.tokens.parts, "eval": held_out}
+
+    def summarize(self, row_tokens: int, ranks: int, cost: Cost) -> Summary:
+        """What a run on so many ranks would train; see `summarize`."""
+        held_out = self.held_out
+        return summarize(
+            self.tokens,
+            self.examples,
+            self.schedule,
+            (held_out.tokens, held_out.examples) if held_out else None,
+            row_tokens=row_tokens,
+            world_size=ranks,
+            cost=cost,
+        )
+
+
+def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData:
+    """Tokenize (or find the cache), choose what is trained, lay out the steps."""
+    tokens = tokenized(recipe, recipe.data.paths, world, console)
+    tokens = tokens.of_teachers(recipe.data.teachers, recipe.data.teacher_weights)
+    examples = _examples(recipe, tokens, recipe.objective.kind.units)
+    schedule = Schedule(
+        num_units=len(examples.units),
+        batch=recipe.train.batch,
+        epochs=recipe.train.epochs,
+        max_steps=recipe.train.max_steps,
+        seed=recipe.train.seed,
+        mixture=mix(tokens, examples.units, recipe.data.paths, recipe.data.mixing_weights),
+    )
+    return PreparedData(tokens, examples, schedule, _held_out(recipe, world, console))
+
+
+def _held_out(recipe: Recipe, world: World, console: Console) -> HeldOut | None:
+    """The traces of `[eval]`: pairs where there are any incorrect ones, else the correct ones."""
+    if not recipe.eval.paths:
+        return None
+    tokens = tokenized(recipe, recipe.eval.paths, world, console)
+    examples = _examples(recipe, tokens, "pairs" if (tokens.signs < 0).any() else "positives")
+    return HeldOut(tokens, examples, held_out_problems(recipe))
+
+
+def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: UnitKind) -> Examples:
+    end = None
+    if recipe.data.eos == "left_out":
+        end = load_tokenizer(recipe.model.tokenizer or recipe.model.path or "").eos_token_id
+    return select(
+        tokens,
+        objective_needs=objective_needs,
+        pairing=recipe.data.pairing,
+        duplicates=recipe.data.duplicates,
+        max_tokens=recipe.data.max_tokens,
+        max_prompt_tokens=recipe.data.max_prompt_tokens,
+        max_completion_tokens=recipe.data.max_completion_tokens,
+        overlong=recipe.data.overlong,
+        row_tokens=recipe.train.row_tokens,
+        untrained_end=end,
+    )
+
+
+def tokenized(
+    recipe: Recipe, paths: tuple[str, ...], world: World, console: Console
+) -> TokenizedTraces:
+    """The traces of files as `[data]` wants them tokenized: cached, or made by rank 0 first."""
+    settings = TokenSettings(
+        paths=paths,
+        format=recipe.data.format,
+        template=recipe.data.template,
+        system_prompt=recipe.data.system_prompt,
+        tokenizer_path=recipe.model.tokenizer or recipe.model.path or "",
+        control_tokens=recipe.data.control_tokens,
+    )
+    cache = recipe.data.cache_dir
+    processes = recipe.data.processes or min(8, os.cpu_count() or 1)
+    return world.rank0_first(
+        lambda: tokenize(settings, cache, processes=processes, console=console)
+    )
+
+
+def check_positions(
+    tokens: TokenizedTraces, lengths: np.ndarray, used: np.ndarray, config: Any, advice: str
+) -> None:
+    """No trace may be longer than what the model has positions for.
+
+    Args:
+        lengths: int64 [traces], how much of each is kept.
+        used: indices of traces, in any shape and order.
+        config: the model's configuration.
+        advice: what to do, with {} where the number of positions belongs.
+
+    Raises:
+        InputError: one is, naming its row.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and lengths[used].max() > positions:
+        traces = np.unique(used)  # slow where traces are millions: only now
+        over = traces[lengths[traces] > positions]
+        raise InputError(
+            f"{tokens.where(int(over[0]))}: {lengths[over[0]]} tokens are more than the model's "
+            f"{positions} positions ({len(over)} of {len(traces)} traces are): "
+            f"{advice.format(positions)}"
+        )

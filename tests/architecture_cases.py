@@ -1,0 +1,384 @@
+"""Tiny models of every causal architecture of transformers, through the engine's own construction.
+
+`python tests/architecture_cases.py --write` writes what was seen into docs/models.md;
+`python tests/architecture_cases.py llama qwen2` prints it for these types.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from redi.engine.config.sections import ModelConfig, ObjectiveConfig, Recipe
+from redi.engine.console import Console
+from redi.engine.data.packing import build_batch
+from redi.engine.distributed import join_world
+from redi.engine.errors import InputError
+from redi.engine.loss.packed_loss import StepTotals
+from redi.engine.model.build import build_student, model_config
+from redi.engine.model.load import empty_model
+from redi.engine.quickstart.task import write_model
+from redi.engine.train.step import clip
+
+TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+SECONDS = 100
+"""A type that takes longer than this is a failure."""
+MOST_PARAMETERS = 2_000_000
+
+LAYERS = 4
+LENGTHS = (5, 21, 9)
+SIGNS = (1, -1, 1)
+ALPHA = 0.8
+
+# Sizes by the names that configurations have for them; those that a type lacks are left out.
+TINY: dict[str, Any] = {
+    "vocab_size": 64,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 8,
+    "max_position_embeddings": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    # Mixtures of experts.
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "moe_intermediate_size": 16,
+    "expert_ffn_hidden_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "n_group": 1,
+    "num_expert_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": LAYERS - 1,
+    "zero_expert_num": 2,
+    # Layers of state spaces.
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    # Latent attention.
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "qk_head_dim": 12,
+    "v_head_dim": 8,
+    # Lengths that documents exceed: what happens beyond them must show.
+    "index_topk": 4,
+    "index_block_size": 4,
+    "index_topk_blocks": 1,
+    "keep_window_size": 4,
+    "sliding_window": 4,
+    "attention_chunk_size": 4,
+    "floor_scale": 4,
+    "log_scaling_n_floor": 4,
+    # Layers without rotary positions.
+    "no_rope_layer_interval": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+
+# What a type needs besides.
+OWN: dict[str, dict[str, Any]] = {
+    "dots1": {"n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["full_attention"] * LAYERS},
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came of a type."""
+
+    kind: str
+    variant: str
+    """"" for the type's default, "full" with full attention in every layer."""
+    outcome: str
+    """works, refused, wrong (other values than transformers' own), failed (no InputError)."""
+    text: str
+    """Why it is refused; the differences; the error."""
+    seconds: float = 0.0
+
+
+class _Traces:
+    """Traces of LENGTHS, in the place of a tokenized set."""
+
+    def __init__(self) -> None:
+        generator = np.random.default_rng(0)
+        self._ids = [generator.integers(2, 60, length) for length in LENGTHS]
+        self.lengths = np.array(LENGTHS)
+        self.prompt_lengths = np.array([2, 3, 1])
+        self.signs = np.array(SIGNS, np.int8)
+        self.weights = np.ones(len(LENGTHS), np.float32)
+
+    def ids(self, index: int) -> Any:
+        return self._ids[index]
+
+
+def tiny_config(kind: str, variant: str = "") -> Any:
+    """A small configuration of a type: its defaults but for sizes and dropout."""
+    default = AutoConfig.for_model(kind)
+    known = default.to_dict()
+    sizes = {name: value for name, value in TINY.items() if name in known}
+    off = {n: 0.0 for n, v in known.items() if "drop" in n and isinstance(v, float)}
+    if known.get("sliding_window") is None:
+        sizes.pop("sliding_window", None)
+    if "kv_lora_rank" in known:  # latent attention has as many key heads as query heads
+        sizes.update(num_key_value_heads=4, head_dim=sizes["qk_rope_head_dim"])
+    full: dict[str, Any] = {}
+    if variant:
+        known_types = "layer_types" in known
+        full = (
+            {"layer_types": ["full_attention"] * LAYERS}
+            if known_types
+            else {"sliding_window": None}
+        )
+    try:
+        return AutoConfig.for_model(kind, **{**off, **sizes, **OWN.get(kind, {}), **full})
+    except Exception:  # sizes that do not fit the type: it is refused without them, or not tiny
+        if variant:
+            raise
+        return default
+
+
+def try_type(kind: str, variant: str = "") -> Seen:
+    """Build a tiny model of a type as a run would, and compare it with transformers' own."""
+    try:
+        config = tiny_config(kind, variant)
+    except Exception:
+        return Seen(kind, variant, "refused", "transformers makes no such configuration")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return _try(kind, variant, config, folder)
+        except InputError as error:
+            text = str(error).removeprefix(f"model.path: {folder}: ")
+            outcome = "failed" if "\n" in text else "refused"
+            return Seen(kind, variant, outcome, text.replace(folder, "MODEL"))
+        except BaseException:
+            return Seen(kind, variant, "failed", traceback.format_exc())
+
+
+def _try(kind: str, variant: str, config: Any, folder: str) -> Seen:
+    torch.manual_seed(0)
+    write_model(Path(folder), seed=0)  # for its tokenizer
+    config.save_pretrained(folder)
+    recipe = Recipe(
+        model=ModelConfig(path=folder, liger="off"),
+        objective=ObjectiveConfig(name="redi", alpha=ALPHA),
+    )
+    config = model_config(recipe)  # refuses most that cannot be trained
+    size = sum(p.numel() for p in empty_model(config).parameters())
+    assert size <= MOST_PARAMETERS, f"not tiny: {size} parameters"
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    _draw(plain)
+    plain.save_pretrained(folder)
+    plain.train()
+    batch: Any = build_batch(_Traces(), np.arange(len(LENGTHS)), np.array(LENGTHS))  # type: ignore[arg-type]
+    totals = StepTotals(units=2, targets=int(batch.num_targets.sum()))
+
+    with join_world() as world:
+        student, _ = build_student(recipe, model_config(recipe), torch.float32, world, QUIET)
+        scores = student(batch, None)
+        out = student(batch, totals)
+        out.loss.backward()
+        norm = float(clip(student, 0))
+        loss = float(out.loss.detach())
+
+    logps, expected, gradient = _plain(plain, batch)
+    differences = {
+        "log-probs": float((scores.sequence_logps - logps).abs().max() / logps.abs().max()),
+        "log-probs in training": float(
+            (out.sequence_logps - logps).abs().max() / logps.abs().max()
+        ),
+        "loss": abs(loss - expected) / abs(expected),
+        "gradient norm": abs(norm - gradient) / gradient,
+    }
+    text = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    beyond = [name for name, value in differences.items() if value > 1e-5]
+    right = not beyond
+    if beyond == ["gradient norm"]:
+        # The model may be so steep that float32 gives no more: then transformers' own is as far
+        # from float64 as ours.
+        plain.zero_grad()
+        exact = _plain(plain.double(), batch)[2]
+        right = abs(norm - exact) <= 3 * abs(gradient - exact) <= 3e-4 * exact
+        ours, theirs = (abs(value - exact) / exact for value in (norm, gradient))
+        text += f"; from float64 {ours:.1e}, transformers {theirs:.1e}"
+    return Seen(kind, variant, "works" if right else "wrong", text)
+
+
+def _draw(model: torch.nn.Module) -> None:
+    """Weights large enough that every part of the model shows in its logits."""
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                noise = torch.randn_like(tensor)
+                tensor.copy_(0.2 * noise if tensor.dim() > 1 else tensor + 0.1 * noise)
+
+
+def _plain(model: Any, batch: Any) -> tuple[torch.Tensor, float, float]:
+    """Log-probs [S], loss and gradient norm, document by document by transformers alone."""
+    logps = []
+    for (start, end), sign in zip(pairwise(batch.cu_seqlens.tolist()), SIGNS, strict=True):
+        ids, targets = batch.input_ids[None, start:end], batch.targets[start:end]
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        valid = targets >= 0
+        tokens = logits.float().log_softmax(-1)[valid].gather(1, targets[valid, None])
+        factor = -1 if sign > 0 else ALPHA
+        (factor * tokens.mean() / 2).backward()
+        logps.append((tokens.sum().detach(), factor * tokens.mean().item() / 2))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return torch.stack([total for total, _ in logps]), sum(part for _, part in logps), float(norm)
+
+
+QUIET = Console(active=False)
+
+
+def sweep(kinds: Iterable[str] = TYPES, workers: int = 2) -> list[Seen]:
+    """Try types, each in a process of its own with a limit to its time; progress on stderr.
+
+    A type whose layers are refused is tried again with full attention in every layer.
+    """
+    waiting = [(kind, "") for kind in reversed(list(kinds))]
+    running: dict[Any, tuple[Any, str, str, float]] = {}
+    seen: list[Seen] = []
+    fork = multiprocessing.get_context("fork")  # imports are shared
+    while waiting or running:
+        while waiting and len(running) < workers:
+            kind, variant = waiting.pop()
+            here, there = fork.Pipe(duplex=False)
+            process = fork.Process(target=_child, args=(there, kind, variant))
+            process.start()
+            there.close()
+            running[here] = (process, kind, variant, time.monotonic())
+        ready = wait(list(running), timeout=1.0)
+        for pipe in list(running):
+            process, kind, variant, began = running[pipe]
+            late = time.monotonic() - began > SECONDS
+            if pipe not in ready and not late:
+                continue
+            try:
+                one = pipe.recv() if pipe in ready else None
+            except EOFError:
+                one = None
+            if one is None:
+                how = f"took longer than {SECONDS} s" if late else "its process died"
+                one = Seen(kind, variant, "failed", how)
+            process.kill()
+            process.join()
+            del running[pipe]
+            one = replace(one, seconds=time.monotonic() - began)
+            seen.append(one)
+            print(f"{len(seen)} {_line(one)}", file=sys.stderr, flush=True)
+            if not variant and one.outcome == "refused" and "layers of type" in one.text:
+                waiting.append((kind, "full"))
+    return sorted(seen, key=lambda one: (one.kind, one.variant))
+
+
+def _child(pipe: Any, kind: str, variant: str) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with open(os.devnull, "w") as null:  # transformers' warnings of what a tiny model has
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
+    torch.set_num_threads(1)
+    pipe.send(try_type(kind, variant))
+
+
+def _line(one: Seen) -> str:
+    return f"{one.kind} {one.variant} {one.outcome} ({one.seconds:.1f} s): {one.text}"
+
+
+INTRODUCTION = """# Models
+
+Which of transformers' causal language models `redi train` takes. Packed rows need attention that
+can be replaced in every layer, the fused loss needs logits that are lm_head's alone. What has
+neither would be trained wrongly, so it is refused in one line, before any data is read.
+
+| your model | its type | trains |
+|---|---|---|
+| Qwen2.5, Qwen2.5-Math, DeepSeek-R1-Distill-Qwen | `qwen2` | yes |
+| Qwen3, Qwen3 mixtures of experts | `qwen3`, `qwen3_moe` | yes |
+| Llama 3.x, DeepSeek-R1-Distill-Llama, SmolLM2 | `llama` | yes |
+| SmolLM3 | `smollm3` | yes |
+| OLMo 2, OLMoE | `olmo2`, `olmoe` | yes |
+| Phi-4, Phi-4-mini | `phi3` | yes, where `sliding_window` is null or no shorter window is in use |
+| Mistral 7B v0.3, Mistral Nemo | `mistral` | yes: `sliding_window` is null |
+| Mixtral | `mixtral` | yes: `sliding_window` is null |
+| Gemma | `gemma` | yes |
+| Gemma 2 | `gemma2` | no: soft-capped logits |
+| Gemma 3 | `gemma3_text`, `gemma3` | no: sliding attention; a composite model from 4B on |
+| Granite 3 | `granite` | no: scaled logits |
+| gpt-oss | `gpt_oss` | no: sliding attention and sinks |
+| Qwen3.5, Qwen3-Next | `qwen3_5`, `qwen3_next` | no: linear attention |
+
+The type is `model_type` in the model's config.json; `redi plan` with your recipe gives the answer
+for your checkpoint, whose configuration may differ from the type's default.
+
+The table below is made by a test: of each type a model of four small layers is built with the
+type's default features, saved and loaded as a run does it, and trained on a row of three packed
+documents, in float32 on a CPU. "works": log-probs, REDI's loss and the gradient norm equal those of
+transformers' own eager attention, document by document, to 1e-5 (a gradient norm that float32
+gives no better: as close to float64's as transformers'). Where the default has sliding or
+other layers, the type is tried again with full attention in every layer, which some of its
+checkpoints have. `python tests/architecture_cases.py --write` makes the table anew
+(transformers {version}).
+
+| types | default configuration | full attention in every layer |
+|---|---|---|
+"""
+
+
+def page(seen: Iterable[Seen]) -> str:
+    """docs/models.md: types with the same outcome share a row."""
+    outcomes: dict[str, dict[str, str]] = {}
+    for one in seen:
+        text = one.outcome
+        if one.outcome != "works":
+            # The class's name differs where the reason does not.
+            reason = re.sub(
+                rf"^(\w+(ForCausalLM|Model|Decoder|LMHead)\w*:?|{one.kind}) ", "", one.text
+            )
+            text = f"{one.outcome}: {reason}"
+        outcomes.setdefault(one.kind, {})[one.variant] = text
+    rows: dict[tuple[str, str], list[str]] = {}
+    for kind, texts in sorted(outcomes.items()):
+        rows.setdefault((texts[""], texts.get("full", "")), []).append(f"`{kind}`")
+    ordered = sorted(rows.items(), key=lambda row: (row[0][0] != "works", row[0][1] != "works"))
+    lines = [f"| {', '.join(kinds)} | {a} | {b} |" for (a, b), kinds in ordered]
+    return INTRODUCTION.format(version=transformers.__version__) + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        PAGE.write_text(page(sweep()))
+    else:
+        for one in sweep(sys.argv[1:] or TYPES):
+            print(_line(one))

@@ -1,0 +1,331 @@
+"""Each objective against its formula, written again here over whole logits in float64."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_cases import make_tokens
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from redi.engine.cli import main
+from redi.engine.config.objectives import OBJECTIVES, ObjectiveKind
+from redi.engine.config.parse import build_parser, load_recipe
+from redi.engine.config.sections import ObjectiveConfig
+from redi.engine.data.cache import TokenizedTraces
+from redi.engine.data.packing import Cost, PackedBatch, build_batch, pack
+from redi.engine.data.schedule import select
+from redi.engine.errors import InputError
+from redi.engine.loss.objectives import FORMULAS, Formula, Sequences, formula, pairs
+from redi.engine.loss.packed_loss import PackedLoss, StepTotals
+
+V, D = 97, 12
+BETA, MARGIN, ALPHA = 0.3, 0.7, 0.6
+PROMPTS = [3, 3, 1, 1, 5, 5, 2, 2, 4, 4]
+COMPLETIONS = [4, 9, 1, 1, 17, 3, 2, 12, 6, 6]
+SIGNS = [1, -1] * 5
+UNITS = {"positives": 5, "traces": 10, "pairs": 5, "margins": 5}
+
+
+def section(name: str, **options: Any) -> ObjectiveConfig:
+    needed = {"beta": BETA} if name in ("simpo", "dpo") else {}
+    return ObjectiveConfig(name=name, alpha=ALPHA, **{**needed, **options})  # type: ignore[arg-type]
+
+
+# name: section, and the loss of (log-probs of the tokens of each positive y and negative z,
+# reference sums r and q, weights of both): formulas as the papers print them.
+Pair = tuple[Tensor, Tensor, float, float, float, float]
+CASES: dict[str, tuple[ObjectiveConfig, Callable[..., Tensor]]] = {
+    "sft": (section("sft"), lambda y, z, r, q, a, b: -a * y.mean() / 5),
+    "sft-token": (
+        section("sft", normalisation="token"),
+        lambda y, z, r, q, a, b: -a * y.sum() / sum(COMPLETIONS[::2]),
+    ),
+    "redi": (section("redi"), lambda y, z, r, q, a, b: (-a * y.mean() + b * 0.6 * z.mean()) / 5),
+    "redi-gamma": (
+        section("redi", negative_gamma=0.5),
+        lambda y, z, r, q, a, b: (
+            (-a * y.mean() + b * 0.6 * z.mean() * torch.exp(0.5 * z.mean())) / 5
+        ),
+    ),
+    "signed": (
+        section("signed", positive_weight=0.25),
+        lambda y, z, r, q, a, b: (-a * 0.25 * y.mean() + b * 0.6 * z.mean()) / 10,
+    ),
+    "asymre": (  # baseline V = -0.4: weights r - V = 1.4 and -0.6, sums over tokens
+        section("signed", positive_weight=1.4, normalisation="none"),
+        lambda y, z, r, q, a, b: (-a * 1.4 * y.sum() - b * -0.6 * z.sum()) / 10,
+    ),
+    "nsr": (
+        section("signed", positive_weight=0.0, normalisation="token"),
+        lambda y, z, r, q, a, b: b * 0.6 * z.sum() / sum(COMPLETIONS),
+    ),
+    "dft": (
+        section("dft"),
+        lambda y, z, r, q, a, b: -a * (y.detach().exp() * y).mean() / 5,
+    ),
+    "unlikelihood": (
+        section("unlikelihood"),
+        lambda y, z, r, q, a, b: (-a * y.mean() - b * 0.6 * torch.log1p(-z.exp()).mean()) / 5,
+    ),
+    "simper": (
+        section("simper"),
+        lambda y, z, r, q, a, b: (-a * y.mean().exp() + b * z.mean().exp()) / 5,
+    ),
+    "simpo": (
+        section("simpo", margin=MARGIN),
+        lambda y, z, r, q, a, b: (
+            -(a + b) / 2 * logsigmoid(BETA * y.mean() - BETA * z.mean() - MARGIN) / 5
+        ),
+    ),
+    "dpo": (
+        section("dpo"),
+        lambda y, z, r, q, a, b: (
+            -(a + b) / 2 * logsigmoid(BETA * (y.sum() - r) - BETA * (z.sum() - q)) / 5
+        ),
+    ),
+    "dpo-smoothed": (
+        section("dpo", label_smoothing=0.2),
+        lambda y, z, r, q, a, b: (
+            (a + b)
+            / 2
+            * (
+                -0.8 * logsigmoid(BETA * (y.sum() - r - z.sum() + q))
+                - 0.2 * logsigmoid(-BETA * (y.sum() - r - z.sum() + q))
+            )
+            / 5
+        ),
+    ),
+}
+REFERENCE = torch.linspace(-40, -3, len(SIGNS))
+
+
+def test_every_objective_has_a_case() -> None:
+    assert {of.name for of, _ in CASES.values()} == set(OBJECTIVES)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "weighted"])
+def tokens(request: pytest.FixtureRequest, tmp_path: Path) -> TokenizedTraces:
+    weights = np.linspace(0.5, 2, len(SIGNS)) if request.param else None
+    groups = np.repeat(np.arange(5), 2)
+    return make_tokens(tmp_path / "set", PROMPTS, COMPLETIONS, SIGNS, groups, weights)
+
+
+def rows_of(tokens: TokenizedTraces, of: ObjectiveConfig, row_tokens: int) -> list[PackedBatch]:
+    """The whole set as one step's rows, with a dummy row as another rank may have one."""
+    examples = select(
+        tokens,
+        objective_needs=of.kind.units,
+        max_tokens=100,
+        overlong="error",
+        row_tokens=row_tokens,
+    )
+    sequences = examples.units.reshape(-1)
+    packing = pack(
+        examples.lengths[sequences],
+        row_tokens=row_tokens,
+        world_size=1,
+        cost=Cost(1.0, 0.0),
+        keep_pairs_together=examples.keep_pairs_together,
+    )
+    chosen = [sequences[row] for step in packing.rows for row in step] + [sequences[:0]]
+    batches = [build_batch(tokens, row, examples.lengths[row]) for row in chosen]
+    return [replace(batch, targets=_in_vocabulary(batch.targets)) for batch in batches]
+
+
+def _in_vocabulary(targets: Tensor) -> Tensor:
+    return torch.where(targets < 0, targets, targets % V)
+
+
+def states_of(tokens: TokenizedTraces, index: int) -> Tensor:
+    """Made-up hidden states of a trace, the same wherever it is packed."""
+    generator = torch.Generator().manual_seed(index)
+    return torch.randn(int(tokens.lengths[index]), D, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("row_tokens", [30, 1000], ids=["split", "one row"])
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_are_those_of_the_formula(
+    case: str, row_tokens: int, tokens: TokenizedTraces
+) -> None:
+    of, expected_loss = CASES[case]
+    generator = torch.Generator().manual_seed(99)
+    head = torch.randn(V, D, generator=generator, dtype=torch.float64)
+    states = {index: states_of(tokens, index) for index in range(len(tokens))}
+
+    ours = head.clone().requires_grad_()
+    targets = sum(COMPLETIONS) if of.kind.units == "traces" else sum(COMPLETIONS[::2])
+    totals = StepTotals(UNITS[of.kind.units], targets)
+    objective = PackedLoss(of, REFERENCE.double())
+    total = torch.zeros((), dtype=torch.float64)
+    leaves: dict[int, Tensor] = {}
+    rows = rows_of(tokens, of, row_tokens)
+    assert len(rows) >= 3 or row_tokens == 1000
+    for batch in rows:
+        parts = []
+        for index in batch.sequence_ids.tolist():
+            leaf = states.get(index, torch.zeros(1, D, dtype=torch.float64)).clone()
+            leaves[index] = leaf.requires_grad_()
+            parts.append(leaf)
+        out = objective(torch.cat(parts), ours, batch, totals)
+        out.loss.backward()
+        total = total + out.loss.detach()
+
+    theirs = head.clone().requires_grad_()
+    plain = {index: state.clone().requires_grad_() for index, state in states.items()}
+    loss = torch.zeros((), dtype=torch.float64)
+    for pair in range(5):
+        logps = []
+        for index in (2 * pair, 2 * pair + 1):
+            ids = torch.from_numpy(tokens.ids(index).astype("int64")) % V
+            logits = plain[index][:-1] @ theirs.T
+            logp = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+            logps.append(logp[PROMPTS[index] - 1 :])
+        marks = REFERENCE[2 * pair : 2 * pair + 2].double().tolist()
+        loss = loss + expected_loss(*logps, *marks, *tokens.weights[2 * pair : 2 * pair + 2])
+    loss.backward()
+
+    assert total.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert close(ours.grad, theirs.grad)
+    for index, leaf in leaves.items():
+        if index >= 0:
+            assert close(leaf.grad, plain[index].grad), index
+
+
+def close(ours: Tensor | None, theirs: Tensor | None) -> bool:
+    """Weights and lengths are float32 in the row, hence 1e-6 and not less."""
+    assert ours is not None
+    theirs = torch.zeros_like(ours) if theirs is None else theirs
+    return bool((ours - theirs).norm() <= 1e-6 * theirs.norm() + 1e-15)
+
+
+def test_dpo_before_any_step_is_ln_2(tmp_path: Path) -> None:
+    """With the policy's own log-probs as reference the margin is 0."""
+    tokens = make_tokens(tmp_path / "set", PROMPTS, COMPLETIONS, SIGNS, np.repeat(range(5), 2))
+    of = section("dpo")
+    (batch, _) = rows_of(tokens, of, 1000)
+    hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids]).float()
+    head = torch.randn(V, D, generator=torch.Generator().manual_seed(1))
+    totals = StepTotals(units=5, targets=1)
+    logps = PackedLoss(of, torch.zeros(10))(hidden, head, batch, totals).sequence_logps
+    reference = torch.empty(10)
+    reference[batch.sequence_ids] = logps
+    loss = PackedLoss(of, reference)(hidden, head, batch, totals).loss
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-7)
+
+
+def test_redi_with_gamma_0_is_redi() -> None:
+    assert formula(section("redi", negative_gamma=0.0)) == FORMULAS["redi"]
+
+
+def test_another_objective_is_a_formula_and_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """IPO (arXiv 2310.12036, equation 17), with DPO's keys: recipes know it by its line alone."""
+
+    def ipo(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
+        assert section.beta is not None
+        positive, negative = pairs(sequences.logps - sequences.reference)
+        return (positive - negative - 1 / (2 * section.beta)).square()
+
+    monkeypatch.setitem(OBJECTIVES, "ipo", ObjectiveKind("margins", ("beta",), reference=True))
+    monkeypatch.setitem(FORMULAS, "ipo", Formula(terms=ipo))
+    path = tmp_path / "r.toml"
+    path.write_text("[objective]\nname = 'ipo'\nbeta = 0.5\n")
+    of = load_recipe(build_parser("", ""), str(path), [str(path)]).objective
+    tokens = make_tokens(tmp_path / "set", [2, 2], [7, 4], [1, -1], [0, 0])
+    (batch, _) = rows_of(tokens, of, 100)
+    hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids])
+    head = torch.randn(V, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    objective = PackedLoss(of, torch.tensor([-30.0, -20.0]).double())
+    loss, logps, _ = objective(hidden, head, batch, StepTotals(units=1, targets=11))
+    positive, negative = logps.tolist()
+    assert loss.item() == pytest.approx((positive + 30 - negative - 20 - 1) ** 2, rel=1e-9)
+
+
+def test_asymre_is_redi_with_another_alpha(tmp_path: Path) -> None:
+    """PAPER: with r = +-1 and without length normalisation, alpha = (1 + V) / (1 - V)."""
+    tokens = make_tokens(tmp_path / "set", [2, 2], [7, 7], [1, -1], [0, 0])
+    baseline = -0.25
+    asymre = section("signed", normalisation="none", positive_weight=1 - baseline)
+    asymre = replace(asymre, alpha=1 + baseline)
+    redi = replace(section("redi"), alpha=(1 + baseline) / (1 - baseline))
+    losses = []
+    for of, units in ((asymre, 2), (redi, 1)):
+        (batch, _) = rows_of(tokens, of, 100)
+        hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids])
+        head = torch.randn(V, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        losses.append(PackedLoss(of)(hidden, head, batch, StepTotals(units, 14)).loss.item())
+    assert losses[0] / (1 - baseline) * 2 / 7 == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_pair_that_needs_its_margin_lies_in_one_row(tmp_path: Path) -> None:
+    tokens = make_tokens(tmp_path / "set", PROMPTS, COMPLETIONS, SIGNS, np.repeat(range(5), 2))
+    rows = rows_of(tokens, section("simpo"), 32)
+    assert len(rows) > 3
+    for row in rows:
+        ids = row.sequence_ids[row.sequence_ids >= 0].view(-1, 2)
+        assert torch.equal(ids[:, 0] + 1, ids[:, 1])
+
+
+def test_a_pair_longer_than_a_row_is_the_users_to_solve(tmp_path: Path) -> None:
+    tokens = make_tokens(tmp_path / "set", PROMPTS, COMPLETIONS, SIGNS, np.repeat(range(5), 2))
+    with pytest.raises(InputError, match=r"made.jsonl:5: its pair has 30 tokens.*row_tokens = 29"):
+        rows_of(tokens, section("dpo"), 29)
+    assert rows_of(tokens, section("redi"), 29)
+
+
+USERS_MISTAKES = {
+    "name = 'dpo'": "objective.beta is missing: dpo needs it",
+    "name = 'dpo'\nbeta = 0.0": "objective.beta must be > 0, got 0.0",
+    "name = 'dpo'\nbeta = 0.1\nlabel_smoothing = 0.5": "label_smoothing must lie in [0, 0.5)",
+    "name = 'redi'\nbeta = 0.1": "objective.beta is not used by redi (but by simpo, dpo)",
+    "name = 'sft'\nalpha = 0.5": "objective.alpha is not used by sft",
+    "name = 'simpo'\nbeta = 2.0\nmargin = inf": "objective.margin must be finite",
+    "name = 'dpo'\nbeta = 1.0\nnormalisation = 'token'": "normalisation must be sequence for dpo",
+    "name = 'simpoo'": "objective.name: simpoo is unknown; available: sft, redi, signed,",
+    "name = 'dft'\nnormalisation = 'token'\nlength = 'original'": (
+        'length = "original" is not used with objective.normalisation = "token"'
+    ),
+}
+
+
+@pytest.mark.parametrize("text", USERS_MISTAKES)
+def test_a_parameter_that_is_missing_or_unused_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(f"[objective]\n{text}\n")
+    with pytest.raises(InputError) as caught:
+        load_recipe(build_parser("", ""), str(path), [str(path)])
+    assert USERS_MISTAKES[text] in str(caught.value)
+
+
+def test_an_override_must_mean_something_to_one_of_the_recipes(
+    recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft = recipe("sft", {"objective.name": "sft"})
+    assert main(["train", str(sft), "--objective.alpha", "0.5"]) == 2
+    assert "objective.alpha is not used by sft" in capsys.readouterr().err
+    argv = [str(sft), "--objective.alpha", "0.5"]
+    assert load_recipe(build_parser("", ""), str(sft), argv).objective.alpha == 0.8
+
+
+def test_incorrect_traces_alone_train_and_log_no_log_prob_of_correct_ones(
+    recipe: Callable[..., Path], world: Path, tmp_path: Path, steps: Callable[[Path], list[Any]]
+) -> None:
+    """NSR on a set without a correct trace."""
+    rows = [json.loads(line) for line in (world / "traces.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["traces"] = [trace for trace in row["traces"] if not trace["correct"]]
+    data = tmp_path / "incorrect.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows if row["traces"]))
+    changes = {"objective.name": "signed", "data.path": str(data), "train.max_steps": 2}
+    assert main(["train", str(recipe("run", changes))]) == 0
+    for line in steps(tmp_path / "run"):
+        assert line["positive_logp"] is None
+        assert line["loss"] == pytest.approx(0.8 * line["negative_logp"], rel=1e-5)

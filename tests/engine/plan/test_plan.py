@@ -1,0 +1,419 @@
+"""`redi plan`: its packing is training's, its memory what a real step allocates."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_cases import packed_row
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from redi.engine.cli import main
+from redi.engine.config.sections import (
+    ModelConfig,
+    ObjectiveConfig,
+    Recipe,
+    ShardConfig,
+    TrainConfig,
+)
+from redi.engine.data.loader import StepBatches
+from redi.engine.data.packing import Cost, PackedBatch
+from redi.engine.distributed import join_world
+from redi.engine.loss.packed_loss import PackedLoss
+from redi.engine.model.build import build_model
+from redi.engine.model.flops import run_cost, training_cost
+from redi.engine.model.load import empty_model, read_config
+from redi.engine.model.sharding import shard
+from redi.engine.model.student import Student
+from redi.engine.plan.cards import CARDS
+from redi.engine.plan.memory import SHALLOW, Load, cache_memory, phase_peaks, step_memory
+from redi.engine.train.generation_accuracy import HeldOutProblems
+from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
+from redi.engine.train.step import clip, forward_backward
+
+CPU = torch.device("cpu")
+TOKENS = 1024
+
+
+def small_model(folder: Path, layers: int, **changes: Any) -> Path:
+    """A configuration whose vocabulary is small: what a loss takes differs between devices."""
+    config = Qwen2Config(
+        hidden_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=192,
+        vocab_size=64,
+        max_position_embeddings=TOKENS,
+        tie_word_embeddings=False,
+        **changes,
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+def row() -> PackedBatch:
+    """A positive and a negative of 512 tokens each."""
+    return packed_row((TOKENS // 2, TOKENS // 2), 0, 64)
+
+
+LOAD = Load(row(), frozenset([TOKENS - 2]), micro_steps=2)
+
+
+def recipe_of(model: Path, section: ShardConfig, **objective: Any) -> Recipe:
+    return Recipe(
+        model=ModelConfig(path=str(model)),
+        objective=ObjectiveConfig(**{"name": "redi", **objective}),
+        train=TrainConfig(dtype="float32"),
+        shard=section,
+    )
+
+
+class Measured:
+    """Bytes of a real step of two micro-steps, on one rank: tensors' own, and the allocator's."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        config = read_config(recipe.model.path or "", weights=False)
+        with join_world():
+            model = build_model(recipe.model.path or "", config, "sdpa")
+            objective = PackedLoss(recipe.objective, reference=torch.zeros(2))
+            student = Student(model.train(), objective)
+            shard(student, recipe.shard, torch.float32, CPU)
+            student.to_empty(device=CPU)
+            parameters = list(student.parameters())
+            for parameter in parameters:
+                torch.nn.init.constant_(parameter, 0.01)
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer = make_optimizer(student, recipe.optim)
+            optimizer.step()
+            optimizer.zero_grad()
+            states = [value for state in optimizer.state.values() for value in state.values()]
+            self.masters = sum(p.to_local().nbytes for p in parameters)
+            self.moments = sum(state.nbytes for state in states)
+            batches = StepBatches(
+                step=1,
+                micro_batches=[row(), row()],
+                units=torch.zeros(2).numpy(),
+                num_sequences=4,
+                num_positives=2,
+                num_negatives=2,
+                num_targets=2 * (TOKENS - 2),
+                num_tokens=2 * TOKENS,
+                rank_efficiency=1.0,
+            )
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+                forward_backward(student, batches, CPU, recipe.shard.reduce)
+                self.gradients = sum(p.grad.to_local().nbytes for p in parameters)
+                norm = clip(student, recipe.optim.max_grad_norm)
+                step_if(optimizer, norm.isfinite())
+                optimizer.zero_grad()
+                squared_update(optimizer, norm.isfinite())
+        held = self.peak = 0
+        for event in trace.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                self.peak = max(self.peak, held)
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "reduce", "objective"),
+    [
+        ("full", "step", {}),
+        pytest.param("selective", "step", {}, marks=pytest.mark.slow),
+        pytest.param("none", "step", {}, marks=pytest.mark.slow),
+        pytest.param("none", "micro_step", {}, marks=pytest.mark.slow),
+        pytest.param("none", "step", {"name": "dpo", "beta": 0.1}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_planned_memory_is_what_a_real_step_allocates(
+    tmp_path: Path, checkpointing: Any, reduce: Any, objective: dict[str, Any]
+) -> None:
+    """Weights, moments and gradients to a kilobyte; the allocator's peak to 4 %: attention on a
+    CPU, document by document, joins its results by a copy."""
+    recipe = recipe_of(
+        small_model(tmp_path, layers=SHALLOW),
+        ShardConfig(checkpointing=checkpointing, reduce=reduce),
+        **objective,
+    )
+    config = read_config(str(tmp_path), weights=False)
+    planned = step_memory(recipe, config, LOAD, 1, CARDS["h100"])
+    real = Measured(recipe)
+    assert planned.parts["masters"] == pytest.approx(real.masters, abs=1024)
+    assert planned.parts["moments"] == pytest.approx(real.moments, abs=1024)
+    assert planned.parts["gradients"] == pytest.approx(real.gradients, abs=1024)
+    in_step = planned.total - planned.parts["masters"] - planned.parts["moments"]
+    assert in_step == pytest.approx(real.peak, rel=0.04)
+    without_gradients = in_step - real.gradients
+    assert without_gradients != pytest.approx(real.peak, rel=0.04)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_deep_models_memory_is_continued_from_shallow_ones(
+    tmp_path: Path, checkpointing: Any, tied: bool
+) -> None:
+    small_model(tmp_path, layers=9)
+    config = read_config(str(tmp_path), weights=False)
+    config.tie_word_embeddings = tied
+    recipe = recipe_of(tmp_path, ShardConfig(checkpointing=checkpointing))
+    found = step_memory(recipe, config, LOAD, 4, CARDS["h100"])
+    whole = phase_peaks(recipe, config, LOAD, 4, CARDS["h100"])
+    phase, parts = max(whole.items(), key=lambda peak: peak[1].total())
+    assert found.phase == phase[1]
+    assert found.total == pytest.approx(parts.total(), rel=1e-4)
+    for name, size in found.parts.items():
+        assert size == pytest.approx(parts[name], rel=1e-3, abs=1024), name
+
+
+@pytest.mark.slow
+def test_gradients_lie_whole_on_each_rank_until_the_step_ends_or_sharded(tmp_path: Path) -> None:
+    config = read_config(str(small_model(tmp_path, layers=SHALLOW)), weights=False)
+    count = sum(parameter.numel() for parameter in empty_model(config).parameters())
+    for section, shards in (
+        (ShardConfig(checkpointing="full"), 1),
+        (ShardConfig(checkpointing="full", reduce="micro_step"), 8),
+        (ShardConfig(checkpointing="full", reduce="micro_step", replicate=2), 4),
+    ):
+        peaks = phase_peaks(recipe_of(tmp_path, section), config, LOAD, 8, CARDS["h100"])
+        assert peaks[0, "loss"]["gradients"] < 1024  # only what a row reports
+        assert peaks[1, "loss"]["gradients"] == pytest.approx(4 * count / shards, abs=1024)
+
+
+@pytest.mark.slow
+def test_the_loss_is_counted_as_a_card_runs_it(tmp_path: Path) -> None:
+    """In bfloat16: gradients and a chunk of logits in float32; p - onehot kept where it fits."""
+    width, tokens = 64, TOKENS - 2
+    config = read_config(str(small_model(tmp_path, layers=1)), weights=False)
+    simpo = {"name": "simpo", "beta": 2.0}
+    for objective, vocab, rows, keeps in (
+        ({}, 150_000, 1024, False),
+        (simpo, 1_000_000, 1024, True),  # 2 GB, of a card's 10
+        (simpo, 6_000_000, 512, False),  # 12 GB
+    ):
+        config.vocab_size = vocab
+        recipe = replace(
+            recipe_of(tmp_path, ShardConfig(), **objective), train=TrainConfig(dtype="bfloat16")
+        )
+        chunk = 4 * rows * vocab  # of float32 logits, in rows by 512
+        gradients = 4 * (TOKENS + vocab) * width
+        if keeps:
+            expected = chunk + 2 * tokens * vocab
+        else:
+            rounded = gradients // 2 if objective else 0  # at once, where backward computes
+            expected = chunk + gradients + rounded
+        found = phase_peaks(recipe, config, LOAD, 1, CARDS["h100"])[1, "loss"]["loss"]
+        assert found == pytest.approx(expected, rel=0.01), (objective, vocab)
+
+
+@pytest.mark.slow
+def test_a_row_too_large_to_be_kept_is_counted_beside_one_that_is_not(tmp_path: Path) -> None:
+    config = read_config(str(small_model(tmp_path, layers=1)), weights=False)
+    config.vocab_size = 6_000_000
+    recipe = recipe_of(tmp_path, ShardConfig(), name="simpo", beta=2.0)
+    recipe = replace(recipe, train=TrainConfig(dtype="bfloat16"))
+    found = []
+    for targets in ({TOKENS - 2}, {TOKENS - 2, 10}):
+        load = replace(LOAD, targets=frozenset(targets))
+        peaks = phase_peaks(recipe, config, load, 1, CARDS["h100"])
+        found.append(peaks[1, "loss"]["loss"])
+    assert found[1] >= found[0]
+
+
+def test_keys_and_values_are_what_generation_keeps(tmp_path: Path) -> None:
+    config = read_config(str(small_model(tmp_path, layers=2)), weights=False)
+    config.num_key_value_heads = 2
+    problems = HeldOutProblems(
+        prompts=["12="] * 3,
+        prompt_ids=[(1, 2, 3, 4, 5)] * 3,
+        answers=["3"] * 3,
+        tokenizer=None,
+        checker="exact",
+        answer_pattern=None,
+        max_new_tokens=7,
+        batch_size=64,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    cache = model(torch.zeros(3, 12, dtype=torch.long), use_cache=True).past_key_values
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cache_memory(recipe_of(tmp_path, ShardConfig()), config, problems) == kept
+    endless = replace(problems, max_new_tokens=10 * TOKENS)
+    assert cache_memory(recipe_of(tmp_path, ShardConfig()), config, endless) == kept * TOKENS // 12
+
+
+def test_recomputation_costs_the_blocks_forward_once_more(tmp_path: Path) -> None:
+    config = read_config(str(small_model(tmp_path, layers=2)), weights=False)
+    blocks = 2 * (4 * 64 * 64 + 3 * 64 + 3 * 64 * 192 + 2 * 64) + 64
+    trained = training_cost(config)
+    assert trained == Cost(linear=6.0 * (blocks + 64 * 64), quadratic=6.0 * 2 * 64)
+    assert run_cost(config, "selective") == trained
+    assert run_cost(config, "full") == Cost(
+        linear=trained.linear + 2.0 * blocks, quadratic=8.0 * 2 * 64
+    )
+
+
+def planned(*arguments: object) -> list[dict[str, Any]]:
+    """What `redi plan ... --json` wrote."""
+    path = Path(str(arguments[-1]))
+    assert main(["plan", *map(str, arguments[:-1]), "--json", str(path)]) == 0
+    return json.loads(path.read_text())
+
+
+def test_the_plan_is_what_training_then_does(
+    recipe: Callable[..., Path],
+    steps: Callable[[Path], list[dict[str, Any]]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A step of more tokens than a row has; the first recipe's model is also the second's."""
+    sft = recipe("sft", {"objective.name": "sft", "train.max_steps": 3, "train.batch": 16})
+    redi = recipe("redi", {"model.path": None, "train.max_steps": 3, "train.batch": 16})
+    plans = planned(sft, redi, "--mfu", "0.5", tmp_path / "plan.json")
+    shown = capfd.readouterr().err
+    assert "assumed, not measured" in shown
+    assert main(["train", str(sft), str(redi)]) == 0
+    for name, plan in zip(("sft", "redi"), plans, strict=True):
+        lines = steps(tmp_path / name)
+        found = plan["packing"]
+        assert found["steps"] == len(lines)
+        assert found["tokens"] == sum(line["tokens"] for line in lines)
+        micro_steps = [line["micro_steps"] for line in lines]
+        assert found["micro_steps"] == pytest.approx(sum(micro_steps) / len(lines))
+        assert found["most_micro_steps"] == max(micro_steps) > 1
+        efficiencies = [line["rank_efficiency"] for line in lines]
+        assert found["rank_efficiency"] == pytest.approx(sum(efficiencies) / len(lines))
+        # One rank waits for nobody: its time is that of all flops at half of an H100's peak.
+        assert plan["step_seconds"] == pytest.approx(found["flops"] / (0.5 * 989e12))
+        assert plan["tokens_per_s"] == pytest.approx(found["tokens"] / plan["seconds"])
+
+
+@pytest.mark.slow
+def test_the_plan_for_two_ranks_is_what_two_ranks_do(
+    recipe: Callable[..., Path],
+    redi: Callable[..., Any],
+    steps: Callable[[Path], list[dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    path = recipe("run", {"train.batch": 9, "train.row_tokens": 96})
+    (plan,) = planned(path, "--ranks", 2, tmp_path / "plan.json")
+    assert redi("train", path, ranks=2).returncode == 0
+    lines = steps(tmp_path / "run")
+    efficiencies = [line["rank_efficiency"] for line in lines]
+    found = plan["packing"]
+    assert found["rank_efficiency"] == pytest.approx(sum(efficiencies) / len(lines))
+    assert found["worst"]["rank_efficiency"] == pytest.approx(min(efficiencies))
+    assert efficiencies[found["worst"]["step"] - 1] == min(efficiencies)
+    # float64 sums of rows in another order
+    slowest = found["flops"] / 2 / found["slowest_flops"]
+    assert slowest == pytest.approx(found["rank_efficiency"], rel=0.01)
+
+
+def each_takes_less(plan: dict[str, Any]) -> bool:
+    """Whether every change of a plan lowers the peak that those before it left."""
+    peaks = [sum(plan["memory"]["parts"].values())]
+    peaks += [change["peak"] for change in plan["alternatives"]]
+    return all(after < before for before, after in pairwise(peaks))
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_comes_with_a_change_that_does(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe("run", {"train.batch": 16})
+    (roomy,) = planned(path, "--ranks", 2, tmp_path / "roomy.json")
+    assert roomy["fits"]
+    assert roomy["alternatives"] == []
+    peak = sum(roomy["memory"]["parts"].values())
+    monkeypatch.setitem(CARDS, "h100", replace(CARDS["h100"], memory=peak))
+    (plan,) = planned(path, "--ranks", 2, tmp_path / "tight.json")
+    assert not plan["fits"]
+    *others, last = plan["alternatives"]
+    assert last["fits"]
+    assert last["peak"] <= plan["card_memory"]
+    assert not any(other["fits"] for other in others)
+    assert each_takes_less(plan)
+
+
+# With one pair and all recomputed, shorter rows would take more: gradients of two micro-steps.
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch", "checkpointing"), [(2, "none"), (1, "full")])
+def test_no_more_ranks_are_proposed_than_a_step_has_sequences(
+    batch: int,
+    checkpointing: str,
+    recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(CARDS, "h100", replace(CARDS["h100"], memory=2**10))
+    section = {"train.batch": batch, "shard.checkpointing": checkpointing}
+    (plan,) = planned(recipe("run", section), tmp_path / "plan.json")
+    changes = " ".join(change["change"] for change in plan["alternatives"])
+    assert f"{2 * batch} ranks" in changes
+    assert f"{4 * batch} ranks" not in changes
+    assert each_takes_less(plan)
+    assert "none of these is enough" in capfd.readouterr().err
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_one_line(
+    recipe: Callable[..., Path], world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world / "model", tmp_path / "small")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 4}))
+    path = recipe("run", {"model.path": str(tmp_path / "small")})
+    for command in ("plan", "prepare"):
+        assert main([command, str(path)]) == 2
+        assert "tokens, the model's vocabulary only 4" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ranks", "0"], "ranks must be >= 1, got 0"),
+        (["--card", "h1000"], "card: h1000 is not known; there are a100, h100, h200, b200"),
+        (["--mfu", "0"], "mfu, a share of the peak, must lie in (0, 1], got 0"),
+        (["--mfu", "2"], "mfu, a share of the peak, must lie in (0, 1], got 2"),
+        (["--ranks", "4", "--shard.replicate", "3"], "shard.replicate = 3 does not divide"),
+        (["--model.path", "./nowhere"], "model.path: ./nowhere: no such folder"),
+        (["--json", "no/such/plan.json"], "json: no/such: no such folder"),
+        (["--json", "."], "json: . is a folder; name a file"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    recipe: Callable[..., Path],
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
+    assert main(["plan", str(recipe("run")), "--quiet", *arguments]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+def test_a_recipe_may_change_the_model_that_it_has_of_the_one_before(
+    recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    short = {"data.max_tokens": 30, "data.overlong": "drop", "model.max_position_embeddings": 30}
+    sft = recipe("sft", {"objective.name": "sft", "train.batch": 4, **short})
+    redi = recipe("redi", {"model.path": None, "model.max_position_embeddings": 512})
+    assert len(planned(sft, redi, tmp_path / "plan.json")) == 2
+
+
+def test_no_recipe_and_a_recipe_without_a_model_are_one_line(
+    recipe: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan"]) == 2
+    assert main(["plan", str(tmp_path / "none.toml")]) == 2
+    assert main(["plan", str(recipe("run", {"model.path": None}))]) == 2
+    missing, unknown, without = capfd.readouterr().err.splitlines()
+    assert "RECIPE.toml" in missing
+    assert "no such recipe file" in unknown
+    assert "model.path is missing" in without

@@ -1,0 +1,304 @@
+"""The mathematics of a step does not depend on packing, micro-steps, ranks or sharding.
+
+One launch per world size runs all its recipes: a launch costs seconds. The oracle is plain
+transformers in float64, one sequence at a time.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from redi.engine.cli import main
+from redi.engine.config.parse import build_parser, load_recipe
+from redi.engine.console import Console
+from redi.engine.data.loader import StepLoader
+from redi.engine.data.packing import Cost
+from redi.engine.distributed import join_world
+from redi.engine.train.prepare_data import prepare_data
+
+Steps = Callable[[Path], list[dict[str, Any]]]
+
+# Adam's first updates are signs of the gradient: where it is rounding noise, a large eps keeps
+# noise from becoming a whole step.
+STEADY = {"optim.eps": 1e-3, "optim.schedule": "constant", "optim.warmup": 0.0}
+OBJECTIVES = {
+    "sft": {"objective.name": "sft"},
+    "token": {"objective.name": "sft", "objective.normalisation": "token"},
+    "redi": {"objective.name": "redi"},
+    "alpha0": {"objective.name": "redi", "objective.alpha": 0.0},
+}
+HEADS = {
+    "sft": ("model", "tied"),
+    "token": ("model",),
+    "redi": ("model", "tied"),
+    "alpha0": ("tied",),
+}
+CASES = [(objective, head) for objective, heads in HEADS.items() for head in heads]
+# One of each kind: all traces singly, a token's own log-prob, a sequence's, a pair's in one row.
+SIBLINGS = {
+    "signed": {"objective.name": "signed"},
+    "unlikelihood": {"objective.name": "unlikelihood"},
+    "discounted": {"objective.name": "redi", "objective.negative_gamma": 0.5},
+    "simpo": {"objective.name": "simpo", "objective.beta": 2.0},
+}
+# Fewer sequences than ranks need: on 2 ranks one has only a dummy, or only a negative. (With a
+# tied head: the slow test on 4 ranks.)
+FEW = {
+    "dummy": {"objective.name": "sft", "train.batch": 1},
+    "apart": {"objective.name": "redi", "train.batch": 1},
+}
+# Rows of 64 tokens hold one or two sequences, rows of 4096 a whole step.
+LAYOUTS = {
+    "whole": {"train.row_tokens": 4096},
+    "split": {"train.row_tokens": 64},
+    "recomputed": {"train.row_tokens": 128, "shard.checkpointing": "full"},
+    "selective": {"train.row_tokens": 128, "shard.checkpointing": "selective"},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(
+    world: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    write_recipe: Callable[..., Path],
+    redi: Callable[..., Any],
+) -> Path:
+    """All recipes on 1 process (in this one) and on 2 ranks (torchrun)."""
+    folder = tmp_path_factory.mktemp("invariants")
+    recipes: dict[int, list[Path]] = {1: [], 2: []}
+    for ranks in recipes:
+        layouts = dict(LAYOUTS)
+        if ranks == 2:
+            layouts["replicated"] = {"train.row_tokens": 128, "shard.replicate": 2}
+        for few, of_few in FEW.items():
+            name = f"{few}-model-whole-{ranks}"
+            changes = {**STEADY, **of_few, "run.dir": str(folder / name), "train.max_steps": 3}
+            recipes[ranks].append(write_recipe(folder, name, changes))
+        for objective, head in CASES:
+            for layout, of_layout in layouts.items():
+                simple = objective in ("token", "alpha0") or head == "tied"
+                if simple and layout in ("recomputed", "selective"):
+                    continue
+                name = f"{objective}-{head}-{layout}-{ranks}"
+                changes = {
+                    **STEADY,
+                    **OBJECTIVES[objective],
+                    **of_layout,
+                    "model.path": str(world / head),
+                    "run.dir": str(folder / name),
+                    "train.max_steps": 3,
+                }
+                recipes[ranks].append(write_recipe(folder, name, changes))
+    # Starts from the export of the one before it, which rank 1 must not read too early.
+    chained = {**STEADY, "model.path": None, "train.max_steps": 3, "run.dir": str(folder / "next")}
+    recipes[2].append(write_recipe(folder, "next", chained))
+    train(recipes, redi)
+    return folder
+
+
+def train(recipes: dict[int, list[Path]], redi: Callable[..., Any]) -> None:
+    """Those of one process in this one, the others in one launch for each number of ranks."""
+    for ranks, paths in recipes.items():
+        if ranks == 1:
+            assert main(["train", *map(str, paths)]) == 0
+        else:
+            done = redi("train", *paths, ranks=ranks)
+            assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def runs_on_4(
+    world: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    write_recipe: Callable[..., Path],
+    redi: Callable[..., Any],
+) -> Path:
+    """7 sequences or pairs a step on 1 and 4 ranks, sharded over all, or over two and reduced after
+    each micro-step; fewer sequences than the ranks need. Every gradient is clipped."""
+    folder = tmp_path_factory.mktemp("four")
+    recipes: dict[int, list[Path]] = {1: [], 4: []}
+    steps_of = {
+        "sft": {"objective.name": "sft", "train.batch": 7},
+        "redi": {"objective.name": "redi", "train.batch": 7},
+        "dummy": {"objective.name": "sft", "train.batch": 3},
+        "apart": {"objective.name": "redi", "train.batch": 2},
+    }
+    for objective, of_objective in steps_of.items():
+        for head in ("model", "tied"):
+            layouts = {("whole", 1): {}, ("hsdp", 4): {"shard.replicate": 2}}
+            if objective in ("sft", "redi"):
+                layouts["hsdp", 4] |= {"train.row_tokens": 64, "shard.reduce": "micro_step"}
+                layouts["split", 4] = {"train.row_tokens": 64}
+            for (layout, ranks), of_layout in layouts.items():
+                name = f"{objective}-{head}-{layout}-{ranks}"
+                changes = {**STEADY, **of_objective, "train.row_tokens": 4096, **of_layout}
+                changes |= {"run.dir": str(folder / name), "model.path": str(world / head)}
+                changes |= {"train.max_steps": 3, "optim.max_grad_norm": 0.1}
+                recipes[ranks].append(write_recipe(folder, name, changes))
+    train(recipes, redi)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sibling_runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_recipe: Callable[..., Path],
+    redi: Callable[..., Any],
+) -> Path:
+    """The other objectives: on 1 process in whole and split rows, on 2 ranks in split ones."""
+    folder = tmp_path_factory.mktemp("siblings")
+    recipes: dict[int, list[Path]] = {1: [], 2: []}
+    for objective, of_objective in SIBLINGS.items():
+        for layout, row_tokens, ranks in (("whole", 4096, 1), ("split", 128, 1), ("split", 128, 2)):
+            name = f"{objective}-model-{layout}-{ranks}"
+            changes = {**STEADY, **of_objective, "train.row_tokens": row_tokens}
+            changes |= {"run.dir": str(folder / name), "train.max_steps": 3}
+            recipes[ranks].append(write_recipe(folder, name, changes))
+    train(recipes, redi)
+    return folder
+
+
+@pytest.mark.parametrize(("objective", "head"), CASES)
+def test_layout_and_world_size_do_not_matter(
+    runs: Path, steps: Steps, objective: str, head: str
+) -> None:
+    assert compare(runs, steps, objective, head) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", SIBLINGS)
+def test_layout_and_world_size_do_not_matter_to_other_objectives(
+    sibling_runs: Path, steps: Steps, objective: str
+) -> None:
+    assert compare(sibling_runs, steps, objective, "model") == 3
+
+
+@pytest.mark.parametrize("few", FEW)
+def test_a_rank_with_only_a_dummy_or_only_a_negative_changes_nothing(
+    runs: Path, steps: Steps, few: str
+) -> None:
+    assert compare(runs, steps, few, "model") == 2
+    for line in steps(runs / f"{few}-model-whole-2"):
+        assert line["micro_steps"] == 1
+        # One sequence: the other rank has none. Two: each has one.
+        assert (line["rank_efficiency"] == 0.5) == (few == "dummy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["model", "tied"])
+@pytest.mark.parametrize("objective", ["sft", "redi", "dummy", "apart"])
+def test_four_ranks_sharded_over_all_or_two_are_one(
+    runs_on_4: Path, steps: Steps, objective: str, head: str
+) -> None:
+    assert compare(runs_on_4, steps, objective, head) == (3 if objective in ("sft", "redi") else 2)
+    lines = steps(runs_on_4 / f"{objective}-{head}-hsdp-4")
+    assert all(line["grad_norm"] > 0.1 for line in lines)  # clipping did something
+    if objective == "dummy":
+        assert all(line["rank_efficiency"] <= 0.75 for line in lines)
+
+
+def compare(runs: Path, steps: Steps, objective: str, head: str) -> int:
+    """Hold every run of an objective to the one on 1 process in whole rows; counts them."""
+    expected = steps(runs / f"{objective}-{head}-whole-1")
+    assert len(expected) == 3
+    compared = 0
+    for run in sorted(runs.glob(f"{objective}-{head}-*")):
+        if not run.is_dir():
+            continue
+        for ours, theirs in zip(steps(run), expected, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6), run.name
+            assert ours["positive_logp"] == pytest.approx(theirs["positive_logp"], rel=1e-6)
+            if theirs["negative_logp"] is not None:
+                assert ours["negative_logp"] == pytest.approx(theirs["negative_logp"], rel=1e-6)
+            else:
+                assert ours["negative_logp"] is None
+            for norm in ("grad_norm", "update_norm"):
+                assert ours[norm] == pytest.approx(theirs[norm], rel=2e-5), (run.name, norm)
+            assert ours["tokens"] == theirs["tokens"], run.name
+        compared += 1
+    return compared
+
+
+def test_the_layouts_really_differ(runs: Path, steps: Steps) -> None:
+    micro_steps = {
+        layout: steps(runs / f"redi-model-{layout}")[0]["micro_steps"]
+        for layout in ("whole-1", "split-1", "split-2", "whole-2")
+    }
+    assert micro_steps["whole-1"] == micro_steps["whole-2"] == 1
+    assert micro_steps["split-1"] > micro_steps["split-2"] > 3
+
+
+def test_alpha_0_is_sft_with_a_mean_per_sequence(runs: Path, steps: Steps) -> None:
+    """Its loss is that of the positives alone; negatives only show in their log-prob."""
+    line = steps(runs / "alpha0-tied-whole-1")[0]
+    assert line["loss"] == pytest.approx(-line["positive_logp"], rel=1e-6)
+    assert line["negative_logp"] is not None
+
+
+@pytest.mark.parametrize(("objective", "head"), CASES)
+def test_the_first_step_is_plain_transformers_in_float64(
+    runs: Path, steps: Steps, objective: str, head: str
+) -> None:
+    name = f"{objective}-{head}-split-1"
+    path = str(runs / f"{name}.toml")
+    recipe = load_recipe(build_parser("", ""), path, [path])
+    with join_world() as alone:
+        data = prepare_data(recipe, alone, Console(active=False))
+    loader = StepLoader(
+        data.tokens,
+        data.examples,
+        data.schedule,
+        row_tokens=4096,
+        rank=0,
+        world_size=1,
+        cost=Cost(1.0, 0.0),
+    )
+    batches = next(iter(loader.steps(0)))
+    model = AutoModelForCausalLM.from_pretrained(
+        recipe.model.path, dtype=torch.float64, attn_implementation="eager"
+    )
+    loss = torch.zeros((), dtype=torch.float64)
+    means: dict[int, list[float]] = {1: [], -1: []}
+    for index in data.examples.units[batches.units].flatten().tolist():
+        ids = torch.from_numpy(data.tokens.ids(index).astype("int64"))
+        prompt = int(data.tokens.prompt_lengths[index])
+        sign = int(data.tokens.signs[index])
+        logp = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        logps = logp.gather(1, ids[1:, None])[prompt - 1 :, 0]
+        means[sign].append(logps.mean().item())
+        if recipe.objective.normalisation == "token":
+            loss = loss - logps.sum() / batches.num_targets
+        else:
+            alpha = recipe.objective.alpha
+            loss = loss + (-1.0 if sign > 0 else alpha) * logps.mean() / len(batches.units)
+    loss.backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+    line = steps(runs / name)[0]
+    assert line["loss"] == pytest.approx(loss.item(), rel=2e-6)
+    assert line["grad_norm"] == pytest.approx(norm, rel=2e-5)
+    assert line["positive_logp"] == pytest.approx(sum(means[1]) / len(means[1]), rel=2e-6)
+    if means[-1]:
+        expected = sum(means[-1]) / len(means[-1])
+        assert line["negative_logp"] == pytest.approx(expected, rel=2e-6)
+    else:
+        assert line["negative_logp"] is None
+
+
+def test_a_recipe_that_follows_starts_from_the_export_on_every_rank(
+    runs: Path, steps: Steps
+) -> None:
+    before, after = steps(runs / "alpha0-tied-replicated-2"), steps(runs / "next")
+    assert len(after) == 3
+    assert after[0]["positive_logp"] > before[0]["positive_logp"]
+
+
+def test_a_different_alpha_is_a_different_loss(runs: Path, steps: Steps) -> None:
+    with_negatives = steps(runs / "redi-tied-whole-1")[0]
+    assert with_negatives["loss"] != pytest.approx(
+        steps(runs / "alpha0-tied-whole-1")[0]["loss"], rel=1e-3
+    )
