@@ -188,7 +188,7 @@ def _loss_memory(
 ) -> LossMemory:
     vocab, hidden_size = head
     buffer_dtype = dtype if exponentials else accumulation_dtype(dtype)
-    in_place = exponentials or dtype == accumulation_dtype(dtype)  # as `keep_chunks` has it
+    in_place = exponentials or dtype == accumulation_dtype(dtype)  # as in `cross_entropy_chunks`
     worst = LossMemory(0, 0, 0, 0)
     for tokens in load.targets:
         workspace = gpu_workspace(
