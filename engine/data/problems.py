@@ -66,7 +66,7 @@ def read_problems(paths: Sequence[str], limit: int | None = None) -> list[Proble
 
 def _problem(row: Row) -> Problem:
     prompt = read_prompt(row, _column(row, PROMPT_COLUMNS, "prompt"))
-    column = _column(row, ANSWER_COLUMNS, "correct answer")
+    column = _column(row, ANSWER_COLUMNS, "answer")
     value = row.value[column]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InputError(f"{row.where}: column {column!r} must be text or a number")

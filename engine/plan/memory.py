@@ -192,7 +192,7 @@ def _loss_memory(
 ) -> LossMemory:
     vocab, hidden_size = head
     buffer_dtype = dtype if exp_gemm else accumulation_dtype(dtype)
-    in_place = exp_gemm or dtype == accumulation_dtype(dtype)  # as in `keep_chunks`
+    in_place = exp_gemm or dtype == accumulation_dtype(dtype)  # as in `cross_entropy_chunks`
     worst = LossMemory(0, 0, 0, 0)
     for tokens in load.targets:
         workspace = gpu_workspace(

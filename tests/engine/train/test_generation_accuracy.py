@@ -111,7 +111,7 @@ def test_a_signal_interrupts_a_long_generation_at_the_next_token(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    asked = generate._BreakOff.__call__
+    asked = generate._StopIf.__call__
     tokens = 0
 
     def count(*args: Any, **kwargs: Any) -> torch.BoolTensor:
@@ -122,7 +122,7 @@ def test_a_signal_interrupts_a_long_generation_at_the_next_token(
         assert tokens <= 4
         return asked(*args, **kwargs)
 
-    monkeypatch.setattr(generate._BreakOff, "__call__", count)
+    monkeypatch.setattr(generate._StopIf, "__call__", count)
     assert main(["train", str(recipe("run", changes(held_out) | ENDLESS))]) == 75
     assert tokens in (3, 4)
     assert "stopped after step 0 of 2" in capfd.readouterr().err
