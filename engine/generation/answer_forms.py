@@ -80,7 +80,7 @@ _UNITS = {
         "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce", "ml milliliter mL",
         "l liter litre L", "s sec second", "min minute", "h hr hour", "day", "week", "month",
         "year", "N newton", "J joule", "kJ kilojoule", "W watt", "kW kilowatt", "V volt",
-        "Hz hertz", "Pa pascal", "mol mole", r"dollar \$ USD", "cent", r"euro € EUR \euro",
+        "Hz hertz", "Pa pascal", "mol mole", r"dollar \$ $ USD", "cent", r"euro € EUR \euro",
         r"£ GBP \pounds", "¥ yen", "₹ rupee Rs Rs.", "am a.m. a.m", "pm p.m. p.m",
     )
     for alias in names.split()
@@ -98,13 +98,13 @@ _NO_UNIT = re.compile(
 _BOUND = re.compile(
     r"\{\s*or\s+(more|less|fewer|greater|higher|lower|above|below)\b", re.IGNORECASE
 )
-
-
-_NUMBER_RULES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
+_Rules = tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
+# Numbers anywhere in an answer.
+_NUMBER_RULES: _Rules = (
     # 1{,}234  1{\small,}234: a comma in braces only separates thousands.
     (
         re.compile(r"(?<=\d)\{\s*(?:\\[a-z]+\s*)?,\s*\}(?=\d{3})|(?<=\d)(?:\\!,|,\\!)(?=\d{3})"),
-        lambda found: "",
+        "",
     ),
     # 1 234 567  1\,234: groups of exactly three digits.
     (
@@ -113,18 +113,19 @@ _NUMBER_RULES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...
         ),
         lambda found: re.sub(_SPACE, "", found[0]),
     ),
-    # 3 1/2
+    # 3 1/2 would be a product.
     (
         re.compile(r"(?<![\d./^_])(\d+)\s+(\d+)/(\d+)(?![\d/])"),
-        lambda found: rf"{found[1]}\frac{{{found[2]}}}{{{found[3]}}}",
+        r"\1\\frac{\2}{\3}",
     ),
-    # {1,30} here and below: int() refuses numbers of more than 4300 digits.
+    # 0.1\overline{6} would be 0.1 * 6. {1,30}: int() refuses numbers of more than 4300 digits.
     (
         re.compile(r"(?<![\d.])(\d{0,30})\.(\d{0,30})\\overline\{(\d{1,30})\}"),
         lambda found: _repeating(found),
     ),
     # math-verify rounds decimals to six places, so 0.0000016 would equal 0.0000021.
     (re.compile(r"(?<![\d.])0?\.0000\d{1,30}(?!\d)"), lambda found: _exact(found[0], 0)),
+    # 3 million would be 3.
     (
         re.compile(
             rf"(?<![\w./])(\d{{1,30}}(?:\.\d{{1,30}})?){_SPACE}*"
@@ -133,11 +134,11 @@ _NUMBER_RULES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...
         lambda found: _exact(found[1], _SCALES[found[3]]) + (found[2] or ""),
     ),
 )
+_RELATION = r"(?:[<>]|\\(?:[lg](?:t|e|eq|eqslant)|neq?)(?![a-zA-Z]))"
 # An interval or a set, which may be equal to an inequality.
 _SET = re.compile(r",|\\(?:infty|mathbb|setminus|backslash|in|emptyset)(?![a-zA-Z])")
-_RELATION = r"(?:[<>]|\\(?:[lg](?:t|e|eq|eqslant)|neq?)(?![a-zA-Z]))"
-# The same for a whole answer, after its unit.
-_ANSWER_RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+# A whole answer, without its unit.
+_ANSWER_RULES: _Rules = (
     # 1,000,000 would be a list of 1, 0 and 0.
     (
         re.compile(r"^(?:[A-Za-z]\s*=\s*)?[-+]?(?:\\?\$)?\d{1,3}(?:,\d{3})+(?:\.\d+)?$"),
@@ -155,15 +156,18 @@ _ANSWER_RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]
     (re.compile(rf"^(?=\s*{_RELATION})"), "x "),
 )
 _PERCENT = re.compile(rf"({_NUMBER}){_SPACE}*(?:{_TEXT}\{{\s*)?(?:\\?%|percent|per cent)\s*\}}?")
-_MODULUS = re.compile(r"(.*\S)\s*(?:\\pmod\s*(\d+|[a-z]|\{[^{}]*\})|\(\s*\\?mod\b([^()]*)\))")
+_MODULUS = re.compile(
+    rf"(.*[\w}})\]]){_SPACE}*(?:\\pmod\s*(\d+|[a-z]|\{{[^{{}}]*\}})"
+    rf"|\((?:\\?mod\b|{_TEXT}\{{\s*mod\s*\}})([^()]*)\))"
+)
 _ABOUT = re.compile(
     rf"({_TEXT}\s*\{{\s*)?(?:approximately|approx\.?|about|roughly)\s*(?(1)\}}){_SPACE}*"
     r"(?=[-+.\d\\$])",
     re.IGNORECASE,
 )
-# A ratio or any other number.
-_RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)*")
-# 3 hours 20 minutes
+# A number, a ratio or a time: 3  3:4  6:30 PM.
+_RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)*(?:\s*[AaPp]\.?[Mm]\b)?")
+# 3 hours 20 minutes  5 ft and 6 in
 _QUANTITY = r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)\.?"
 _QUANTITIES = re.compile(rf"{_QUANTITY}(?:(?:\s*,)?(?:\s*and)?\s*{_QUANTITY})+")
 
@@ -314,11 +318,11 @@ def quantities(text: str) -> list[tuple[Decimal, str]]:
 
 
 def last_ratio(prose: str, right: str) -> str | None:
-    """The text's last number, if it is a ratio and the correct answer is one, too."""
-    if ":" not in right or not _RATIO.fullmatch(right):
-        return None
+    """The text's last number, if it is a ratio or time and the correct answer is one, too."""
     found = _RATIO.findall(prose)
-    return found[-1] if found and ":" in found[-1] else None
+    if not (found and _RATIO.fullmatch(right) and re.search("[:mM]", right)):
+        return None
+    return found[-1] if re.search("[:mM]", found[-1]) else None
 
 
 def same_structure(given: str, right: str) -> bool:
