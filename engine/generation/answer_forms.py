@@ -136,7 +136,7 @@ _NUMBER_RULES: _Rules = (
 )
 _RELATION = r"(?:[<>]|\\(?:[lg](?:t|e|eq|eqslant)|neq?)(?![a-zA-Z]))"
 # An interval or a set, which may be equal to an inequality.
-_SET = re.compile(r",|\\(?:infty|mathbb|setminus|backslash|in|emptyset)(?![a-zA-Z])")
+_SET = r"(?:,|\\(?:infty|mathbb|setminus|backslash|in|emptyset)(?![a-zA-Z]))"
 # A whole answer, without its unit.
 _ANSWER_RULES: _Rules = (
     # 1,000,000 would be a list of 1, 0 and 0.
@@ -329,8 +329,9 @@ def same_structure(given: str, right: str) -> bool:
     """False if the answers differ in what math-verify ignores: relations, repeated elements."""
     if _bound(given) != _bound(right):
         return False
-    if bool(re.search(_RELATION, given)) != bool(re.search(_RELATION, right)):
-        return bool(_SET.search(given + right))
+    for one, other in ((given, right), (right, given)):
+        if re.search(_RELATION, one) and not re.search(rf"{_RELATION}|{_SET}", other):
+            return False
     parts, expected = _elements(given), _elements(right)
     if len(expected) > 1:
         return not _is_tuple(given) and _repeats(parts) == _repeats(expected)

@@ -269,6 +269,8 @@ KINDS: dict[str, list[tuple[str, str, bool]]] = {
         ("8", r"\boxed{\neq 8}", False),
         ("> 8", r"\boxed{8}", False),
         ("> 8", r"\boxed{< 8}", False),
+        ("8", r"\boxed{8, 8 > 0}", False),
+        ("8", r"\boxed{x > 8, x \in \mathbb{R}}", False),
         ("8", r"\boxed{= 8}", True),
         ("x > 8", r"\boxed{> 8}", True),
         ("x > 8", r"\boxed{(8,\infty)}", True),
