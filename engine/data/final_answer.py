@@ -6,6 +6,8 @@ import re
 
 BOX = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{")
 """The start of a box; its opening brace is the last character of the match."""
+_ONLY_BOX = re.compile(rf"\s*(?:{BOX.pattern})")
+_BRACE = re.compile(r"(?<!\\)[{}]")
 
 
 def final_answer(text: str) -> str | None:
@@ -14,26 +16,30 @@ def final_answer(text: str) -> str | None:
     If a box contains only another box, the content of the inner one is returned. None if no answer
     is marked.
     """
-    content, end = None, 0
+    closing = closing_braces(text)
+    span, end = None, 0
     for opened in BOX.finditer(text):
-        if opened.start() >= end and (closed := closing_brace(text, opened.end())) is not None:
-            content, end = text[opened.end() : closed].strip(), closed + 1
-    if content is not None:
-        inner = BOX.match(content)
-        if inner and closing_brace(content, inner.end()) == len(content) - 1:
-            return final_answer(content)
-        return content
+        closed = closing.get(opened.end() - 1)
+        if opened.start() >= end and closed is not None:
+            span, end = (opened.end(), closed), closed + 1
+    while span is not None:
+        start, end = span
+        inner = _ONLY_BOX.match(text, start)
+        closed = closing.get(inner.end() - 1) if inner else None
+        if inner is None or closed is None or text[closed + 1 : end].strip():
+            return text[start:end].strip()
+        span = inner.end(), closed
     _, found, rest = text.rpartition("####")
     line = rest.strip().split("\n")[0].strip()
     return line if found and line else None
 
 
-def closing_brace(text: str, start: int) -> int | None:
-    """Position of the brace that closes the one before `start`; None if there is none."""
-    depth = 1
-    for place in range(start, len(text)):
-        if text[place] in "{}" and (place == 0 or text[place - 1] != "\\"):
-            depth += 1 if text[place] == "{" else -1
-            if not depth:
-                return place
-    return None
+def closing_braces(text: str) -> dict[int, int]:
+    """Position of each opening brace that is closed -> position of its closing brace."""
+    closing, opened = {}, []
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            closing[opened.pop()] = brace.start()
+    return closing

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from decimal import Decimal
 
 # Characters with one meaning in any text. NFKC is not used, because it turns x² into x2.
@@ -39,17 +40,6 @@ _WRAPPED = re.compile(
     rf"(?:{_TEXT}|\\underline)\s*\{{([^{{}}]*)\}}"
     r"|\*\*([^*]+)\*\*|`([^`]+)`|\\\((.+)\\\)|\\\[(.+)\\\]|\$+([^$]+)\$+"
 )
-# 1{,}234  1{\small,}234: a comma in braces only separates thousands.
-_BRACED_COMMA = re.compile(
-    r"(?<=\d)\{\s*(?:\\[a-z]+\s*)?,\s*\}(?=\d{3})|(?<=\d)(?:\\!,|,\\!)(?=\d{3})"
-)
-# 1 234 567  1\,234: groups of exactly three digits.
-_SPACED = re.compile(
-    rf"(?<![\d.,])(?<!\d\s)[1-9]\d{{0,2}}(?:{_SPACE}\d{{3}})+(?![\d,/^])(?!{_SPACE}\d)"
-)
-_MIXED = re.compile(r"(?<![\d./^_])(\d+)\s+(\d+)/(\d+)(?![\d/])")  # 3 1/2
-# {1,30} here and below: int() refuses numbers of more than 4300 digits.
-_REPEATING = re.compile(r"(?<![\d.])(\d{0,30})\.(\d{0,30})\\overline\{(\d{1,30})\}")
 # 1.5e3  1.5\times 10^{3}. Not after /, ^ or _, which bind more than the 1.5.
 _SCIENTIFIC = re.compile(
     r"(?<![\w.\\^/])(\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})"
@@ -57,12 +47,7 @@ _SCIENTIFIC = re.compile(
     r"|\s*(?:\\times|\\cdot|×|·|⋅|\*|[xX])\s*10\s*\^\s*"
     r"(?:\{\s*([-+]?\d{1,3})\s*\}|\(?([-+]?\d{1,3})(?!\d)\)?))"
 )
-# math-verify rounds decimals to six places, so 0.0000016 would equal 0.0000021.
-_SMALL = re.compile(r"(?<![\d.])0?\.0000\d{1,30}(?!\d)")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALED = re.compile(
-    rf"(?<![\w./])(\d{{1,30}}(?:\.\d{{1,30}})?){_SPACE}*({_TEXT}\{{)?\s*({'|'.join(_SCALES)})\b"
-)
 
 _CURRENCY = r"(?:\\\$|[$€£¥₹]|\\pounds|\\euro|USD|EUR|GBP|Rs\.?)"
 _MONEY = re.compile(
@@ -73,7 +58,8 @@ _POWER = r"(?:\^\{?-?\d\}?)?"
 _PIECE = rf"{_TEXT}\s*\{{[^{{}}]*\}}{_POWER}"
 _MARKED_UNIT = re.compile(  # \text{ m}^3  \text{km}/\text{h}  \frac{\text{km}}{\text{h}}
     rf"(.*[\d}})]){_SPACE}*((?:{_PIECE}|\\frac\{{{_PIECE}\}}\{{{_PIECE}\}})"
-    rf"(?:{_SPACE}*(?:/|\\cdot)?{_SPACE}*{_PIECE})*)",
+    # Each space has one place in the pattern; with two, the number of ways to match is exponential.
+    rf"(?:{_SPACE}*(?:(?:/|\\cdot){_SPACE}*)?{_PIECE})*)",
     re.DOTALL,
 )
 # Words without \text: only after a plain number, since 5 x is a product.
@@ -93,8 +79,9 @@ _UNITS = {
         "km kilometer kilometre", "in inch inche inches", "ft foot feet", "yd yard", "mi mile",
         "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce", "ml milliliter mL",
         "l liter litre L", "s sec second", "min minute", "h hr hour", "day", "week", "month",
-        "year", r"dollar \$ USD", "cent", r"euro € EUR \euro", r"£ GBP \pounds", "¥ yen",
-        "₹ rupee Rs Rs.", "am a.m. a.m", "pm p.m. p.m",
+        "year", "N newton", "J joule", "kJ kilojoule", "W watt", "kW kilowatt", "V volt",
+        "Hz hertz", "Pa pascal", "mol mole", r"dollar \$ $ USD", "cent", r"euro € EUR \euro",
+        r"£ GBP \pounds", "¥ yen", "₹ rupee Rs Rs.", "am a.m. a.m", "pm p.m. p.m",
     )
     for alias in names.split()
 }  # fmt: skip
@@ -111,6 +98,78 @@ _NO_UNIT = re.compile(
 _BOUND = re.compile(
     r"\{\s*or\s+(more|less|fewer|greater|higher|lower|above|below)\b", re.IGNORECASE
 )
+_Rules = tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
+# Numbers anywhere in an answer.
+_NUMBER_RULES: _Rules = (
+    # 1{,}234  1{\small,}234: a comma in braces only separates thousands.
+    (
+        re.compile(r"(?<=\d)\{\s*(?:\\[a-z]+\s*)?,\s*\}(?=\d{3})|(?<=\d)(?:\\!,|,\\!)(?=\d{3})"),
+        "",
+    ),
+    # 1 234 567  1\,234: groups of exactly three digits.
+    (
+        re.compile(
+            rf"(?<![\d.,])(?<!\d\s)[1-9]\d{{0,2}}(?:{_SPACE}\d{{3}})+(?![\d,/^])(?!{_SPACE}\d)"
+        ),
+        lambda found: re.sub(_SPACE, "", found[0]),
+    ),
+    # 3 1/2 would be a product.
+    (
+        re.compile(r"(?<![\d./^_])(\d+)\s+(\d+)/(\d+)(?![\d/])"),
+        r"\1\\frac{\2}{\3}",
+    ),
+    # 0.1\overline{6} would be 0.1 * 6. {1,30}: int() refuses numbers of more than 4300 digits.
+    (
+        re.compile(r"(?<![\d.])(\d{0,30})\.(\d{0,30})\\overline\{(\d{1,30})\}"),
+        lambda found: _repeating(found),
+    ),
+    # math-verify rounds decimals to six places, so 0.0000016 would equal 0.0000021.
+    (re.compile(r"(?<![\d.])0?\.0000\d{1,30}(?!\d)"), lambda found: _exact(found[0], 0)),
+    # 3 million would be 3.
+    (
+        re.compile(
+            rf"(?<![\w./])(\d{{1,30}}(?:\.\d{{1,30}})?){_SPACE}*"
+            rf"(?:({_TEXT}\{{)\s*)?({'|'.join(_SCALES)})\b"
+        ),
+        lambda found: _exact(found[1], _SCALES[found[3]]) + (found[2] or ""),
+    ),
+)
+_RELATION = r"(?:[<>]|\\(?:[lg](?:t|e|eq|eqslant)|neq?)(?![a-zA-Z]))"
+# An interval or a set, which may be equal to an inequality.
+_SET = r"(?:,|\\(?:infty|mathbb|setminus|backslash|in|emptyset)(?![a-zA-Z]))"
+# A whole answer, without its unit.
+_ANSWER_RULES: _Rules = (
+    # 1,000,000 would be a list of 1, 0 and 0.
+    (
+        re.compile(r"^(?:[A-Za-z]\s*=\s*)?[-+]?(?:\\?\$)?\d{1,3}(?:,\d{3})+(?:\.\d+)?$"),
+        lambda found: found[0].replace(",", ""),
+    ),
+    # 3 and 4  3\text{ or }4: a list. Not within braces, where the words belong to a unit.
+    (
+        re.compile(
+            rf"\s*(?:,\s*)?{_TEXT}\s*\{{\s*(?:and|or)\s*\}}"
+            r"|\s*(?:,\s*)?\b(?:and|or)\b(?![^{}]*\})"
+        ),
+        ",",
+    ),
+    # > 7: without a left side, math-verify ignores the relation.
+    (re.compile(rf"^(?=\s*{_RELATION})"), "x "),
+)
+_PERCENT = re.compile(rf"({_NUMBER}){_SPACE}*(?:{_TEXT}\{{\s*)?(?:\\?%|percent|per cent)\s*\}}?")
+_MODULUS = re.compile(
+    rf"(.*[\w}})\]]){_SPACE}*(?:\\pmod\s*(\d+|[a-z]|\{{[^{{}}]*\}})"
+    rf"|\((?:\\?mod\b|{_TEXT}\{{\s*mod\s*\}})([^()]*)\))"
+)
+_ABOUT = re.compile(
+    rf"({_TEXT}\s*\{{\s*)?(?:approximately|approx\.?|about|roughly)\s*(?(1)\}}){_SPACE}*"
+    r"(?=[-+.\d\\$])",
+    re.IGNORECASE,
+)
+# A number, a ratio or a time: 3  3:4  6:30 PM.
+_RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)*(?:\s*[AaPp]\.?[Mm]\b)?")
+# 3 hours 20 minutes  5 ft and 6 in
+_QUANTITY = r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)\.?"
+_QUANTITIES = re.compile(rf"{_QUANTITY}(?:(?:\s*,)?(?:\s*and)?\s*{_QUANTITY})+")
 
 
 def clean_characters(text: str) -> str:
@@ -121,13 +180,14 @@ def clean_characters(text: str) -> str:
 def clean_prose(text: str) -> str:
     """`clean_characters`, and rewrite numbers that math-verify does not find in prose."""
     # math-verify needs a space before a number; Chinese and Japanese have none.
+    text = re.sub(r"[^\S\n]+", " ", text)
     text = re.sub(r"(?<=[\u3040-\u9fff：，。])(?=[-−－\d０-９$])", " ", text)
     return scientific(_FRACTION.sub(_vulgar, clean_characters(text)))
 
 
 def clean_formula(text: str) -> str:
     r"""Remove what only changes an answer's appearance: Unicode symbols, \text{...}, **...**."""
-    text = _FRACTION.sub(_vulgar, clean_characters(text))
+    text = _FRACTION.sub(_vulgar, clean_characters(" ".join(text.split())))
     text = _RAISED.sub(lambda found: f"^{{{_narrow(found[0])}}}", text)
     text = _LOWERED.sub(lambda found: f"_{{{_narrow(found[0])}}}", text)
     text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
@@ -139,17 +199,23 @@ def clean_formula(text: str) -> str:
         before, text = text, text.strip().removesuffix(".").rstrip()
         if found := _WRAPPED.fullmatch(text):
             text = next(group for group in found.groups() if group is not None).strip()
+        if found := _ABOUT.match(text):
+            text = text[found.end() :]
     return text
 
 
 def clean_numbers(text: str) -> str:
     """Rewrite thousands, mixed numbers, repeating and small decimals in plain digits."""
-    text = _BRACED_COMMA.sub("", text)
-    text = _SPACED.sub(lambda found: re.sub(_SPACE, "", found[0]), text)
-    text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
-    text = _REPEATING.sub(_repeating, text)
-    text = _SMALL.sub(lambda found: _exact(found[0], 0), text)
-    return _SCALED.sub(lambda found: _exact(found[1], _SCALES[found[3]]) + (found[2] or ""), text)
+    for pattern, rewrite in _NUMBER_RULES:
+        text = pattern.sub(rewrite, text)
+    return text
+
+
+def clean_answer(text: str) -> str:
+    """Rewrite a whole answer, without its unit: thousands, and/or in a list, > 7."""
+    for pattern, rewrite in _ANSWER_RULES:
+        text = pattern.sub(rewrite, text)
+    return text
 
 
 def scientific(text: str) -> str:
@@ -179,12 +245,6 @@ def split_unit(text: str) -> tuple[str, list[str]]:
     return text, []
 
 
-def bounds(text: str) -> str | None:
-    r"""Word that turns an answer into a range, which math-verify drops: 12\text{ or more}."""
-    found = _BOUND.search(text)
-    return found[1].lower() if found else None
-
-
 def _unit(text: str) -> list[str]:
     words = (
         re.sub(rf"{_TEXT}|\\frac|\\cdot|\^\{{?-?\d\}}?|[{{}}]", " ", text).replace("/", " ").split()
@@ -205,7 +265,7 @@ def split_choice(text: str) -> tuple[str | None, str | None]:
     text = re.sub(rf"\*\*|{_SPACE}+", lambda found: "" if found[0] == "**" else " ", text).strip()
     text = re.sub(r"^(?:the )?(?:option|choice|answer)s?[ :]+", "", text, flags=re.IGNORECASE)
     if found := re.fullmatch(r"\(?([A-Ja-j])\)?", text):
-        return found[1], None
+        return found[1].upper(), None
     letters = re.sub(r"[\s,;&()]|\band\b", "", text)
     if re.fullmatch("[A-J]{2,}", letters) and len(set(letters)) == len(letters):
         return letters, None
@@ -217,7 +277,7 @@ def split_choice(text: str) -> tuple[str | None, str | None]:
 
 def same_letters(given: str, right: str) -> bool:
     """Compare letters as a set; if the correct ones are unsorted, they are a ranking: in order."""
-    given, ordered = given.upper(), "".join(sorted(right))
+    ordered = "".join(sorted(right))
     return "".join(sorted(given)) == right if right == ordered else given == right
 
 
@@ -232,7 +292,59 @@ def split_base(text: str) -> tuple[str, int] | None:
     return found[1].lstrip("0") or "0", base
 
 
-def elements(text: str) -> list[str]:
+def split_percent(text: str) -> tuple[str, bool]:
+    """Split off the percent sign of a number; True if there is one."""
+    found = _PERCENT.fullmatch(text)
+    return (found[1], True) if found else (text, False)
+
+
+def split_modulus(text: str) -> tuple[str, str | None]:
+    r"""Split x \equiv 3 \pmod 7 into x = 3 and the modulus 7; None if there is no modulus."""
+    found = _MODULUS.fullmatch(text)
+    if not found:
+        return text, None
+    return found[1].replace(r"\equiv", "="), (found[2] or found[3]).strip("{} ")
+
+
+def quantities(text: str) -> list[tuple[Decimal, str]]:
+    """Numbers and units of a quantity of two or more units, such as 5 ft 6 in; else []."""
+    text = re.sub(
+        rf"{_TEXT}\s*\{{([^{{}}]*)\}}|{_SPACE}+", lambda found: f" {found[1] or ''} ", text
+    )
+    if not _QUANTITIES.fullmatch(text.strip()):
+        return []
+    found = [(Decimal(number), _unit(unit)) for number, unit in re.findall(_QUANTITY, text)]
+    return [(number, unit[0]) for number, unit in found] if all(unit for _, unit in found) else []
+
+
+def last_ratio(prose: str, right: str) -> str | None:
+    """The text's last number, if it is a ratio or time and the correct answer is one, too."""
+    found = _RATIO.findall(prose)
+    if not (found and _RATIO.fullmatch(right) and re.search("[:mM]", right)):
+        return None
+    return found[-1] if re.search("[:mM]", found[-1]) else None
+
+
+def same_structure(given: str, right: str) -> bool:
+    """False if the answers differ in what math-verify ignores: relations, repeated elements."""
+    if _bound(given) != _bound(right):
+        return False
+    for one, other in ((given, right), (right, given)):
+        if re.search(_RELATION, one) and not re.search(rf"{_RELATION}|{_SET}", other):
+            return False
+    parts, expected = _elements(given), _elements(right)
+    if len(expected) > 1:
+        return not _is_tuple(given) and _repeats(parts) == _repeats(expected)
+    return len(parts) == 1 or bool(re.search(r",|\\pm", right))
+
+
+def _bound(text: str) -> str | None:
+    r"""Word that turns an answer into a range, which math-verify ignores: 12\text{ or more}."""
+    found = _BOUND.search(text)
+    return found[1].lower() if found else None
+
+
+def _elements(text: str) -> list[str]:
     """Parts of a list, split at its outermost commas."""
     parts, depth = [""], 0
     for character in text.replace(r"\{", "{").replace(r"\}", "}"):
@@ -244,16 +356,14 @@ def elements(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def is_tuple(text: str) -> bool:
+def _is_tuple(text: str) -> bool:
     """True if the whole answer is (...) with a comma."""
     text = text.replace(r"\left", "").replace(r"\right", "")
-    inner = text[1:-1]
-    return text[:1] + text[-1:] == "()" and len(elements(inner)) > 1 and len(elements(text)) == 1
+    return len(_elements(text)) == 1 < len(_elements(text[1:-1])) and text[0] + text[-1] == "()"
 
 
-def repeats(text: str) -> list[int]:
-    """Counts of equal elements of a list without brackets, largest first."""
-    return sorted(Counter(elements(text)).values(), reverse=True)
+def _repeats(elements: list[str]) -> int:
+    return max(Counter(elements).values())
 
 
 def _narrow(text: str) -> str:

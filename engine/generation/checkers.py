@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from redi.engine.config.patterns import answer_pattern
-from redi.engine.data.final_answer import BOX, closing_brace, final_answer
+from redi.engine.data.final_answer import BOX, closing_braces, final_answer
 from redi.engine.generation import answer_forms as forms
 
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
@@ -27,11 +27,13 @@ _ANSWER_IS = re.compile(
     r"|(?:option|choice)\s+(\(?[A-J]\)?)(?:[.\s]*$|\s+is\s+(?:the\s+)?(?:correct|right))",
     re.IGNORECASE | re.MULTILINE,
 )
-_REASON = re.compile(r"[\s,;]*\b(?:because|since)\b.*", re.IGNORECASE)
+_REASON = re.compile(r"(?<![\s,;])[\s,;]*\b(?:because|since)\b.*", re.IGNORECASE)
 _THINK = re.compile(r"</?think(?:ing)?>")
 # Boxes that final_answer does not handle: \framebox{7}, \boxed 7.
 _OTHER_BOX = re.compile(r"\\framebox\s*(?=\{)|\\boxed\s+(-?[\d.]+|[A-J])\b")
 _OPEN_BOX = re.compile(r"\\(?:f|frame)?box(?:ed)?\s*$")
+# Longer answers are compared as text only: the regular expressions for shorter ones would be slow.
+_LONGEST = 300
 _START_SECONDS = 120.0
 
 
@@ -92,7 +94,7 @@ class MathChecker:
 
     Answers are compared in a separate process, which is killed after `seconds`: an answer such as
     9^{9^{9^9}} computes practically forever and cannot be interrupted by a signal. It counts as
-    incorrect.
+    incorrect. Answers of more than 300 characters are compared as text.
     """
 
     def __init__(self, seconds: float = 5.0) -> None:
@@ -108,61 +110,9 @@ class MathChecker:
         marked = final_answer(conclusion)
         if not (marked or conclusion).strip():
             return CheckResult(marked, False)
-        right = forms.clean_formula(answer)
-        if marked is None and (_words(right) or forms.split_choice(right)[0]):
-            pointed = _unmarked_words(conclusion)
-            # A choice that has a value may be answered by that value, anywhere in the text.
-            _, value = forms.split_choice(right)
-            if value is None or forms.split_choice(forms.clean_formula(pointed))[0]:
-                return CheckResult(pointed, self._same(forms.clean_formula(pointed), right))
-            right = value
-        if marked is None:
-            value, _ = forms.split_unit(forms.scientific(forms.clean_numbers(right)))
-            return self._ask(forms.clean_prose(conclusion), None, value)
-        return CheckResult(marked, self._same(forms.clean_formula(marked), right))
-
-    def _same(self, given: str, right: str) -> bool:
-        """Return whether two cleaned answers are equal."""
-        if given == right:
-            return True
-        letters, value = forms.split_choice(right)
-        given_letters, given_value = forms.split_choice(given)
-        if (words := _words(right)) and not (letters and given_letters):  # ACD: word or choices
-            return _words(given) == words
-        if letters and (given_letters or not value):
-            if not given_letters or not forms.same_letters(given_letters, letters):
-                return False
-            return not (value and given_value) or self._same(given_value, value)
-        if letters or given_value:
-            return self._same(given_value or given, value or right)
-        return self._same_formula(forms.clean_numbers(given), forms.clean_numbers(right))
-
-    def _same_formula(self, given: str, right: str) -> bool:
-        if given_base := forms.split_base(given):
-            if right_base := forms.split_base(right):
-                return given_base == right_base
-            given = str(int(*given_base))
-        elif forms.split_base(right):
-            return False
-        given, given_unit = forms.split_unit(given)
-        right, right_unit = forms.split_unit(right)
-        if given_unit and right_unit and given_unit != right_unit:
-            return False
-        if forms.bounds(given) != forms.bounds(right):
-            return False
-        if len(forms.elements(right)) > 1 and (
-            forms.is_tuple(given) or forms.repeats(given)[0] != forms.repeats(right)[0]
-        ):
-            return False
-        # 2e-1 is 0.2, or 2 * e - 1: correct if the answers are equal in either reading.
-        readings = {(given, right), (forms.scientific(given), forms.scientific(right))}
-        return any(self._ask("", *reading).correct for reading in sorted(readings))
-
-    def _ask(self, completion: str, marked: str | None, answer: str) -> CheckResult:
-        """Result of math-verify, from the separate process."""
         connection = self._connection or self._start()
         try:
-            connection.send((completion, marked, answer))
+            connection.send((conclusion, marked, answer))
             if connection.poll(self._seconds):
                 return connection.recv()
         except (EOFError, OSError):  # the worker died: out of memory, or recursion too deep
@@ -220,7 +170,7 @@ def _conclusion(completion: str) -> str | None:
         lambda box: rf"\boxed{{{box[1]}}}" if box[1] else r"\boxed", completion[start:]
     )
     opened = list(BOX.finditer(text))
-    if _OPEN_BOX.search(text) or (opened and closing_brace(text, opened[-1].end()) is None):
+    if _OPEN_BOX.search(text) or (opened and opened[-1].end() - 1 not in closing_braces(text)):
         return None
     return text
 
@@ -247,13 +197,88 @@ def _serve(connection: Connection) -> None:
     connection.send(None)
     while True:
         try:
-            completion, marked, answer = connection.recv()
+            question = connection.recv()
         except EOFError:
             return
-        connection.send(_compare(completion, marked, answer))
+        connection.send(_judge(*question))
+
+
+def _judge(conclusion: str, marked: str | None, answer: str) -> CheckResult:
+    right = forms.clean_formula(answer)
+    if marked is None and len(answer) <= _LONGEST:
+        if _words(right) or forms.split_choice(right)[0]:
+            pointed = _unmarked_words(conclusion)
+            # A choice that has a value may be answered by that value, anywhere in the text.
+            _, value = forms.split_choice(right)
+            if value is None or forms.split_choice(forms.clean_formula(pointed))[0]:
+                return CheckResult(pointed, _same_answer(pointed, answer))
+            right = value
+        marked = forms.last_ratio(conclusion, right)
+        if marked is None:
+            value, _ = forms.split_unit(forms.scientific(forms.clean_numbers(right)))
+            return _compare(forms.clean_prose(conclusion), None, forms.clean_answer(value))
+    pointed = _unmarked_words(conclusion) if marked is None else marked
+    return CheckResult(pointed, _same_answer(pointed, answer))
+
+
+def _same_answer(given: str, right: str) -> bool:
+    """Return whether two answers as found are equal."""
+    if max(len(given), len(right)) > _LONGEST:
+        return _plain(given) == _plain(right)
+    return _same(forms.clean_formula(given), forms.clean_formula(right))
+
+
+def _same(given: str, right: str) -> bool:
+    """Return whether two cleaned answers are equal."""
+    if given == right:
+        return True
+    letters, value = forms.split_choice(right)
+    given_letters, given_value = forms.split_choice(given)
+    if (words := _words(right)) and not (letters and given_letters):  # ACD: word or choices
+        return _words(given) == words
+    if letters and (given_letters or not value):
+        if not given_letters or not forms.same_letters(given_letters, letters):
+            return False
+        return not (value and given_value) or _same(given_value, value)
+    if letters or given_value:
+        return _same(given_value or given, value or right)
+    return _same_formula(forms.clean_numbers(given), forms.clean_numbers(right))
+
+
+def _same_formula(given: str, right: str) -> bool:
+    if given_base := forms.split_base(given):
+        if right_base := forms.split_base(right):
+            return given_base == right_base
+        given = str(int(*given_base))
+    elif forms.split_base(right):
+        return False
+    if quantities := forms.quantities(right):
+        return forms.quantities(given) == quantities
+    given, given_modulus = forms.split_modulus(given)
+    right, right_modulus = forms.split_modulus(right)
+    if given_modulus and right_modulus and given_modulus != right_modulus:
+        return False
+    given, given_unit = forms.split_unit(given)
+    right, right_unit = forms.split_unit(right)
+    if given_unit and right_unit:
+        if given_unit != right_unit:
+            return False
+        if right_unit in (["am"], ["pm"]):  # 6 pm is 6:00 pm
+            given, right = given.removesuffix(":00"), right.removesuffix(":00")
+    given, given_percent = forms.split_percent(forms.clean_answer(given))
+    right, right_percent = forms.split_percent(forms.clean_answer(right))
+    if not forms.same_structure(given, right):
+        return False
+    # 2e-1 is 0.2, or 2 * e - 1: correct if the answers are equal in either reading.
+    readings = {(given, right), (forms.scientific(given), forms.scientific(right))}
+    # 12.5\% is 12.5, or 0.125.
+    if given_percent != right_percent:
+        readings.add((given + r"\%" * given_percent, right + r"\%" * right_percent))
+    return any(_compare("", *reading).correct for reading in sorted(readings))
 
 
 def _compare(completion: str, marked: str | None, answer: str) -> CheckResult:
+    """Result of math-verify."""
     from math_verify import parse, verify
 
     found = parse(completion if marked is None else _boxed(marked), parsing_timeout=None)

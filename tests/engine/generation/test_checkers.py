@@ -4,11 +4,13 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from redi.engine.data.final_answer import final_answer
+from redi.engine.generation.answer_forms import split_unit
 from redi.engine.generation.checkers import ExactChecker, MathChecker, open_checker
 
 
@@ -209,6 +211,124 @@ KINDS: dict[str, list[tuple[str, str, bool]]] = {
         ("4", r"\boxed{\underline{4}}", True),
         ("4", r"\framebox{4}", True),
         ("3x-1", r"\boxed{y = 3x-1}", True),
+        ("8", r"\boxed{\text{approximately } 8}", True),
+        ("8", r"\boxed{about 8}", True),
+        ("8", r"\boxed{\text{approximately } 9}", False),
+        ("8", r"\boxed{\text{at least } 8}", False),
+        ("8", r"\boxed{\text{about 8 or more}}", False),
+    ],
+    "groups of thousands": [
+        ("2,000,000", r"\boxed{2000000}", True),
+        ("2,000,000", "#### 2000000", True),
+        ("2,000,000", r"\boxed{2 \cdot 10^6}", True),
+        ("2,000,000", r"\boxed{2 000 000}", True),
+        ("2,000,000", r"\boxed{2{,}000{,}000}", True),
+        ("2,000,000", r"\boxed{2 million}", True),
+        ("-2,000,000.50", r"\boxed{-2000000.5}", True),
+        ("2,000,000 people", r"\boxed{\$2,000,000}", True),
+        ("4,567,567", "There are 4567567 of them.", True),
+        ("2,000,000", r"\boxed{2,000}", False),
+        ("2,000,000", r"\boxed{2, 0}", False),
+        ("2000000", r"\boxed{(2,000,000)}", False),
+        ("6000", r"\boxed{n = 6,000}", True),
+        ("6000", r"\boxed{n = 6,001}", False),
+        ("6000", r"\boxed{n = 6, 000}", False),
+    ],
+    "lists with and, or": [
+        ("(5,6),(7,8)", r"\boxed{(5,6)\text{ and }(7,8)}", True),
+        ("(5,6),(7,8)", r"\boxed{(7,8) or (5,6)}", True),
+        (r"(5,6)\text{ or }(7,8)", r"\boxed{(5,6),(7,8)}", True),
+        ("5,5,6", r"\boxed{5, 5 \text{ and } 6}", True),
+        ("(5,6),(7,8)", r"\boxed{(5,6)\text{ and }(8,7)}", False),
+        ("(5,6),(7,8)", r"\boxed{(5,6)\text{ and }(5,6)}", False),
+        ("(5,6)", r"\boxed{(5,6)\text{ and }(7,8)}", False),
+        ("(5,6),(7,8)", r"\boxed{((5,6),(7,8))}", False),
+        (r"5\text{ and }6", r"\boxed{(5,6)}", False),
+        ("5,6", r"\boxed{5, 5 \text{ or } 6}", False),
+        ("6", r"\boxed{6,6}", False),
+        ("6", r"\boxed{6 \text{ and } 6}", False),
+        ("6,6", r"\boxed{6}", False),
+        (r"\pm 6", r"\boxed{6, -6}", True),
+    ],
+    "percents": [
+        ("2.5", r"\boxed{2.5\%}", True),
+        (r"2.5\%", r"\boxed{2.5}", True),
+        ("0.4", r"\boxed{0.4\%}", True),
+        ("2.5", "#### 2.5%", True),
+        ("2.5%", r"\boxed{2.5\text{ percent}}", True),
+        ("0.025", r"\boxed{2.5\%}", True),
+        ("2.5", r"\boxed{2.6\%}", False),
+        ("2.5", r"\boxed{0.025\%}", False),
+        (r"2.5\%", r"\boxed{0.025\%}", False),
+        (r"2.5\%", r"\boxed{0.25}", False),
+    ],
+    "inequalities": [
+        ("8", r"\boxed{> 8}", False),
+        ("8", r"\boxed{\le 8}", False),
+        ("8", r"\boxed{≥ 8}", False),
+        ("8", r"\boxed{\neq 8}", False),
+        ("> 8", r"\boxed{8}", False),
+        ("> 8", r"\boxed{< 8}", False),
+        ("8", r"\boxed{8, 8 > 0}", False),
+        ("8", r"\boxed{x > 8, x \in \mathbb{R}}", False),
+        ("8", r"\boxed{= 8}", True),
+        ("x > 8", r"\boxed{> 8}", True),
+        ("x > 8", r"\boxed{(8,\infty)}", True),
+        ("x > 8", r"\boxed{[8,\infty)}", False),
+        (r"\mathbb{R} \setminus \{8\}", r"\boxed{x \ne 8}", True),
+    ],
+    "two units": [
+        ("4 hours 15 minutes", r"\boxed{4\text{ hours }15\text{ minutes}}", True),
+        ("4 hours 15 minutes", r"\boxed{\text{4 hrs and 15 min}}", True),
+        ("4 hours 15 minutes", r"\boxed{4 hours, 15 minutes}", True),
+        (r"6\text{ ft }2\text{ in}", r"\boxed{6 \text{ feet } 2 \text{ inches}}", True),
+        ("4 hours 15 minutes", r"\boxed{4\text{ hours }16\text{ minutes}}", False),
+        ("4 hours 15 minutes", r"\boxed{4\text{ minutes }15\text{ hours}}", False),
+        ("4 hours 15 minutes", r"\boxed{4 hours}", False),
+        ("4 hours 15 minutes", r"\boxed{60}", False),
+        ("4", r"\boxed{4 hours 15 minutes}", False),
+        ("415", r"\boxed{4 km 15 m}", False),
+    ],
+    "letters of either case": [
+        ("c", r"\boxed{C}", True),
+        ("C", r"\boxed{c}", True),
+        ("(c)", r"\boxed{\text{(C)}}", True),
+        ("c", "The answer is (C).", True),
+        ("c", r"\boxed{D}", False),
+        ("x", r"\boxed{D}", False),
+    ],
+    "ratios and times": [
+        ("5:8", "The ratio is 5:8.", True),
+        ("5:8", "The ratio is 5 : 8.", True),
+        ("5:8:9", "The ratio is $5:8:9$.", True),
+        ("5:8", "The ratio is 8:5.", False),
+        ("5:8", "The ratio is 5:8:9.", False),
+        ("5:8", "It is 5.", False),
+        ("5:8", "The ratio was 5:8; now it is 2.", False),
+        ("7:00 PM", r"\boxed{7 PM}", True),
+        ("7 PM", r"\boxed{7:00\text{ p.m.}}", True),
+        ("7:00 PM", "It ends at 7:00 PM.", True),
+        ("7:00 PM", "It ends at 7:00 AM.", False),
+        ("7:00 PM", r"\boxed{7 AM}", False),
+        ("7:30 PM", r"\boxed{7 PM}", False),
+    ],
+    "letters of units": [
+        ("6", r"\boxed{6 N}", True),
+        ("6", r"\boxed{6 kJ}", True),
+        ("6 N", r"\boxed{6 J}", False),
+        ("6 kJ", r"\boxed{6 J}", False),
+        ("6", r"\boxed{6 n}", False),
+        ("6", r"\boxed{6N}", False),
+        ("$6", r"\boxed{6 cents}", False),
+    ],
+    "residues": [
+        ("4", r"\boxed{4 \pmod 9}", True),
+        ("4", r"\boxed{n \equiv 4 \pmod{9}}", True),
+        (r"4 \pmod 9", r"\boxed{4}", True),
+        ("4", r"\boxed{4 (mod 9)}", True),
+        ("9", r"\boxed{4 \pmod 9}", False),
+        ("13", r"\boxed{4 \pmod 9}", False),
+        (r"4 \pmod 9", r"\boxed{4 \pmod 8}", False),
     ],
 }
 
@@ -264,6 +384,53 @@ def test_an_answer_that_never_finishes_computing_times_out_as_incorrect(math: Ma
     assert math("", r"\boxed{\frac{10}{2}}", "5").correct  # the next answer is checked normally
 
 
+# Repeated parts for which a regular expression or a scan of the braces may take quadratic or
+# exponential time.
+LONG = {
+    "units": ("\\boxed{5 ", r"\text{a} ", "}"),
+    "joined units": ("\\boxed{5", r"\text{a}", "}"),
+    "spaces before a unit": ("\\boxed{5", " ", r"\text{a}x}"),
+    "open boxes": ("", r"\boxed{", ""),
+    "open boxes before an answer": ("", r"\boxed{", r"\boxed{5}"),
+    "open boxes after an answer": (r"\boxed{5}", r"\boxed{", ""),
+    "braces": ("", "{", "}"),
+    "spaces after a number": ("5", " ", "million"),
+    "spaces after words": ("The answer is ", " ", "x"),
+    "commas after words": ("The answer is x", ", ", "x"),
+    "digits": ("\\boxed{", "5", "}"),
+    "parentheses": ("\\boxed{", "(", "}"),
+    "ratios": ("", "1:", ""),
+}
+
+
+@pytest.mark.parametrize("answer", ["7", "no", "1:2"])
+def test_long_hostile_texts_are_judged_within_the_time_limit(answer: str) -> None:
+    with closing(MathChecker(seconds=10)) as math:
+        math("", "4", "4")  # the start of the process does not count
+        for name, (before, part, after) in LONG.items():
+            began = time.monotonic()
+            text = before + part * (100_000 // len(part)) + after
+            assert not math("", text, answer).correct, name
+            assert time.monotonic() - began < 4, name
+
+
+def test_a_unit_of_many_parts_is_split_off_quickly() -> None:
+    began = time.monotonic()
+    assert split_unit("5 " + r"\text{a} " * 30 + "x") == ("5 " + r"\text{a} " * 30 + "x", [])
+    assert time.monotonic() - began < 1
+
+
+def test_a_text_of_nested_boxes_has_the_innermost_answer() -> None:
+    began = time.monotonic()
+    assert final_answer(r"\boxed{" * 14_000 + "5" + "}" * 14_000) == "5"
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(("given", "right"), [("x" * 400, True), ("x" * 401, False)])
+def test_a_long_answer_is_compared_as_text(given: str, right: bool, math: MathChecker) -> None:
+    assert math("", rf"\boxed{{{given}}}", "x" * 400).correct == right
+
+
 def test_answers_are_also_checked_outside_the_main_thread(math: MathChecker) -> None:
     results = []
     thread = threading.Thread(target=lambda: results.append(math("", r"\boxed{4/2}", "2")))
@@ -282,6 +449,11 @@ def test_answers_are_also_checked_outside_the_main_thread(math: MathChecker) -> 
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{x = \boxed{5} + 1}", r"x = \boxed{5} + 1"),
         (r"\boxed{ \boxed{ 5 } }", "5"),
+        (r"\boxed{ \boxed{5}\boxed{6} }", r"\boxed{5}\boxed{6}"),
+        (r"\boxed{\boxed{5", None),
+        (r"\boxed{\boxed{5}", "5"),
+        (r"\boxed{\boxed{}}", ""),
+        (r"\boxed{5} } \boxed{\}}", r"\}"),
         (r"\boxed{1", None),
         ("18", None),
         ("####", None),
