@@ -344,6 +344,7 @@ def test_a_damaged_run_folder_and_a_wrong_step_are_named(
 ) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "recipe.toml").write_text("junk")
+    (tmp_path / "r" / "manifest.json").write_text("{}")
     assert main(["train", str(recipe("r"))]) == 2
     assert "recipe.toml: damaged" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "r"), "--step", "abc"]) == 2

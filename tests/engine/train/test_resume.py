@@ -571,7 +571,8 @@ def test_a_resume_names_what_has_changed(
     file = tmp_path / "tokenizer" / "tokenizer_config.json"
     config = file.read_text()
     file.write_text(json.dumps(json.loads(config) | {"eos_token": "0"}))
-    assert f"{began}the tokenizer or its chat template{ending}" in refusal(two_files, capsys)
+    tokens = began.replace("data.path", "model.tokenizer")
+    assert f"{tokens}the tokenizer or its chat template{ending}" in refusal(two_files, capsys)
     file.write_text(config)
     (data / "b.jsonl").rename(data / "renamed.jsonl")  # the same tokens
     assert main(["train", str(two_files), "--train.max_steps", "2"]) == 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
+from redi.engine.cli import main
 from redi.engine.config.sections import ObjectiveConfig
 from redi.engine.data.packing import PackedBatch, build_batch
 from redi.engine.errors import InputError
@@ -148,16 +149,19 @@ def test_what_would_be_trained_wrongly_is_refused_before_data_is_read(
 
 @pytest.mark.parametrize("name", ["train", "prepare", "plan"])
 def test_each_command_refuses_a_model_before_it_reads_data(
-    name: str, recipe: Callable[..., Path], redi: Redi, tmp_path: Path
+    name: str,
+    recipe: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "composite"
     AutoConfig.for_model("qwen2_5_vl").save_pretrained(folder)
     (folder / "model.safetensors").touch()
     data = tmp_path / "broken.jsonl"
     data.write_text("no JSON\n")
-    done = redi(name, recipe("run", {"model.path": str(folder), "data.path": str(data)}))
-    assert done.returncode == 2
-    line = done.stderr.strip()
+    path = recipe("run", {"model.path": str(folder), "data.path": str(data)})
+    assert main([name, str(path)]) == 2
+    line = capsys.readouterr().err.strip()
     assert "composite model" in line
     assert "\n" not in line
 
@@ -198,7 +202,6 @@ def longrope(vocabulary: int, short: int) -> Phi3Config:
 def test_a_run_with_longrope_does_not_depend_on_what_is_packed_together(
     world: Path,
     recipe: Callable[..., Path],
-    redi: Redi,
     steps: Callable[[Path], list[dict[str, Any]]],
     tmp_path: Path,
 ) -> None:
@@ -212,8 +215,7 @@ def test_a_run_with_longrope_does_not_depend_on_what_is_packed_together(
         changes = {"model.path": str(tmp_path / "phi"), "train.row_tokens": tokens}
         path = recipe(f"rows-{tokens}", changes | {"train.max_steps": 1})
         for name in ("plan", "train"):
-            done = redi(name, path)
-            assert done.returncode == 0, done.stderr
+            assert main([name, str(path)]) == 0
         first.append(steps(tmp_path / f"rows-{tokens}")[0])
     assert first[0]["micro_steps"] > first[1]["micro_steps"] == 1
     for figure in ("loss", "positive_logp", "negative_logp"):
