@@ -59,7 +59,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Method:
+class LossMethod:
     """How to compute the loss."""
 
     note: str
@@ -238,29 +238,29 @@ def _minus(losses: TokenLogps) -> TokenLogps:
 _TORCH = f"batch_chunk_size {TORCH_CHUNK_TOKENS['cpu']} on a CPU, {TORCH_CHUNK_TOKENS['cuda']}"
 _OURS = "valid_index given, backend"
 
-METHODS: dict[str, Method] = {
-    "floor": Method("the three products alone, dW in float32 on a GPU", floor),
-    "redi-triton": Method(f"redi_loss, {_OURS} triton", redi("triton"), ours=True),
-    "redi-triton-exp": Method(f"redi_loss, {_OURS} triton-exp", redi("triton-exp"), ours=True),
-    "redi-filter": Method(
+METHODS: dict[str, LossMethod] = {
+    "floor": LossMethod("the three products alone, dW in float32 on a GPU", floor),
+    "redi-triton": LossMethod(f"redi_loss, {_OURS} triton", redi("triton"), ours=True),
+    "redi-triton-exp": LossMethod(f"redi_loss, {_OURS} triton-exp", redi("triton-exp"), ours=True),
+    "redi-filter": LossMethod(
         f"filtered_redi_loss, epsilon 2^-10, approximate; {_OURS} triton-exp",
         redi("triton-exp", 2.0**-10),
         ours=True,
         approximate=True,
     ),
-    "redi-torch": Method(f"redi_loss, {_OURS} torch", redi("torch"), ours=True),
-    "eager": Method("whole logits in the operands' dtype, float32 log-softmax", eager),
-    "eager-float32": Method("whole logits, operands cast to float32", eager_float32),
-    "compiled": Method("eager under torch.compile, default mode", compiled),
-    "torch-by-sequence": Method(
+    "redi-torch": LossMethod(f"redi_loss, {_OURS} torch", redi("torch"), ours=True),
+    "eager": LossMethod("whole logits in the operands' dtype, float32 log-softmax", eager),
+    "eager-float32": LossMethod("whole logits, operands cast to float32", eager_float32),
+    "compiled": LossMethod("eager under torch.compile, default mode", compiled),
+    "torch-by-sequence": LossMethod(
         f"F.linear_cross_entropy, mean; {_TORCH} on a GPU",
         lambda operands: by_sequence(operands, _torch_loss(operands, "mean")),
     ),
-    "torch-plain": Method(
+    "torch-plain": LossMethod(
         f"F.linear_cross_entropy, mean over the pack, not REDI; {_TORCH} on a GPU",
         lambda operands: plain(operands, _torch_loss(operands, "mean")),
     ),
-    "torch-by-token": Method(
+    "torch-by-token": LossMethod(
         f'F.linear_cross_entropy, "none"; {_TORCH} on a GPU',
         lambda operands: by_token(operands, _minus(_torch_loss(operands, "none"))),
     ),

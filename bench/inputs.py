@@ -29,7 +29,7 @@ Inputs = Literal["random", "trained", "states"]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class LossSizes:
     """Sizes of the operands, their dtype, device and kind."""
 
     tokens: int
@@ -67,7 +67,7 @@ class Operands(NamedTuple):
         return len(self.signs) // 2
 
 
-def make_operands(sizes: Sizes) -> Operands:
+def make_operands(sizes: LossSizes) -> Operands:
     """Operands of the given size and kind, the same for the same arguments; no token masked."""
     if sizes.inputs == "states":
         return _recorded(sizes)
@@ -84,7 +84,7 @@ def make_operands(sizes: Sizes) -> Operands:
     )
 
 
-def sizes_of_states(path: Path, dtype: str, device: str, threads: int) -> Sizes:
+def sizes_of_states(path: Path, dtype: str, device: str, threads: int) -> LossSizes:
     """Sizes of a file written by `redi.bench.filter --states`; an unpaired last trace counts."""
     from safetensors import safe_open
 
@@ -92,10 +92,10 @@ def sizes_of_states(path: Path, dtype: str, device: str, threads: int) -> Sizes:
         tokens, hidden = file.get_slice("hidden").get_shape()
         vocab = file.get_slice("weight").get_shape()[0]
         sequences = file.get_slice("lengths").get_shape()[0]
-    return Sizes(tokens, vocab, hidden, sequences, dtype, device, threads, "states", str(path))
+    return LossSizes(tokens, vocab, hidden, sequences, dtype, device, threads, "states", str(path))
 
 
-def _recorded(sizes: Sizes) -> Operands:
+def _recorded(sizes: LossSizes) -> Operands:
     """A real model's states; every second trace is a negative."""
     from safetensors.torch import load_file
 
@@ -113,7 +113,7 @@ def _recorded(sizes: Sizes) -> Operands:
     )
 
 
-def random_values(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def random_values(sizes: LossSizes, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden, weight, targets): logits of standard deviation about 2, any token the target."""
     shape = (sizes.tokens,)
     return (
@@ -123,7 +123,7 @@ def random_values(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Ten
     )
 
 
-def trained_values(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def trained_values(sizes: LossSizes, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden, weight, targets) whose logits are distributed as recorded of a trained model.
 
     Each token follows one of the record: its target and its strongest competitors get the recorded
@@ -179,7 +179,7 @@ def _states_with_logits(
     return smallest + orthogonal * (remaining / orthogonal.norm(dim=1))[:, None]
 
 
-def _draw_tokens(sizes: Sizes, generator: torch.Generator) -> Tensor:
+def _draw_tokens(sizes: LossSizes, generator: torch.Generator) -> Tensor:
     """[T, 1 + COMPETITORS] distinct token ids in each row, frequencies 1 / rank, ranks random."""
     slots = 1 + COMPETITORS
     shape = (sizes.tokens, slots)
@@ -192,7 +192,7 @@ def _draw_tokens(sizes: Sizes, generator: torch.Generator) -> Tensor:
     return torch.randperm(sizes.vocab, device=sizes.device, generator=generator)[ranks]
 
 
-def _normal(rows: int, deviation: float, sizes: Sizes, generator: torch.Generator) -> Tensor:
+def _normal(rows: int, deviation: float, sizes: LossSizes, generator: torch.Generator) -> Tensor:
     dtype = getattr(torch, sizes.dtype)
     values = torch.empty(rows, sizes.hidden, dtype=dtype, device=sizes.device)
     return values.normal_(0.0, deviation, generator=generator)

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from redi.bench import baselines, peers
-from redi.bench.baselines import Absent, Contender, Method, Result
-from redi.bench.inputs import Operands, Sizes, make_operands, sizes_of_states
+from redi.bench.baselines import Absent, Contender, LossMethod, Result
+from redi.bench.inputs import LossSizes, Operands, make_operands, sizes_of_states
 from redi.bench.measure import peak_cuda, peak_resident, problem_line, time_in_turns
 from redi.bench.report import draw, environment, print_table, write_record
 from redi.kernels import reference
 
-METHODS: dict[str, Method] = baselines.METHODS | peers.METHODS
+METHODS: dict[str, LossMethod] = baselines.METHODS | peers.METHODS
 
 # Relative Frobenius errors of the gradients, and the largest absolute error of a log-prob, above
 # which a contender of this project is wrong.
@@ -44,7 +44,7 @@ APPROXIMATE_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
-class Row:
+class TimedRow:
     """One contender's line of the report."""
 
     name: str
@@ -114,7 +114,7 @@ def errors_of(contender: Contender, exact: Exact) -> dict[str, float | None]:
     return errors
 
 
-def _peak_resident(name: str, sizes: Sizes) -> float:
+def _peak_resident(name: str, sizes: LossSizes) -> float:
     """Peak MiB of one step; runs in a separate process."""
     torch.set_num_threads(sizes.threads)
     # Run it once, very small, so that loading code and libraries is not counted.
@@ -124,7 +124,7 @@ def _peak_resident(name: str, sizes: Sizes) -> float:
     return peak_resident(step)
 
 
-def peak_extra_mib(name: str, contender: Contender, sizes: Sizes) -> float:
+def peak_extra_mib(name: str, contender: Contender, sizes: LossSizes) -> float:
     """Peak MiB of one step beyond its operands; see `measure.py`."""
     if sizes.device == "cuda":
         return peak_cuda(contender.step)
@@ -138,14 +138,14 @@ def peak_extra_mib(name: str, contender: Contender, sizes: Sizes) -> float:
 class Measured:
     """The results of a run."""
 
-    rows: list[Row]
+    rows: list[TimedRow]
     absent: dict[str, str]
     """Why a contender is not available here, by name."""
     failed: dict[str, str]
     """The exception of a contender that is available, by name."""
 
 
-def measure(sizes: Sizes, names: list[str], repeats: int, limit_s: float) -> Measured:
+def measure(sizes: LossSizes, names: list[str], repeats: int, limit_s: float) -> Measured:
     """Build, time and check each contender.
 
     Args:
@@ -171,7 +171,7 @@ def measure(sizes: Sizes, names: list[str], repeats: int, limit_s: float) -> Mea
             failed[name] = problem_line(error)
             continue
         rows.append(
-            Row(
+            TimedRow(
                 name=name,
                 note=METHODS[name].note,
                 seconds=taken,
@@ -202,7 +202,7 @@ def _build(
     return built, absent, failed
 
 
-def is_right(row: Row, sizes: Sizes) -> bool:
+def is_right(row: TimedRow, sizes: LossSizes) -> bool:
     """True if gradients and log-probs are within this project's bounds for the dtype."""
     gradient = TOLERANCE[getattr(torch, sizes.dtype)]
     if METHODS[row.name].approximate:
@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.plot:
         return plot(options.plot)
-    sizes = Sizes(
+    sizes = LossSizes(
         tokens=options.tokens,
         vocab=options.vocab,
         hidden=options.hidden,

@@ -14,8 +14,8 @@ from torch import Tensor
 from redi.bench.baselines import (
     Absent,
     Contender,
+    LossMethod,
     MeanLoss,
-    Method,
     TokenLogps,
     by_sequence,
     by_token,
@@ -93,7 +93,7 @@ def _verl(operands: Operands) -> TokenLogps:
     return logps
 
 
-def _liger_methods(budget: int) -> dict[str, Method]:
+def _liger_methods(budget: int) -> dict[str, LossMethod]:
     settings = f"liger FLCE (Triton), accum_dtype float32, chunk_mem_const {budget}"
 
     def losses(operands: Operands, reduction: str) -> MeanLoss:
@@ -104,30 +104,30 @@ def _liger_methods(budget: int) -> dict[str, Method]:
         return by_token(operands, lambda x, w, y: -values(x, w, y))
 
     return {
-        f"liger-{budget}-by-sequence": Method(
+        f"liger-{budget}-by-sequence": LossMethod(
             f"{settings}, mean", lambda operands: by_sequence(operands, losses(operands, "mean"))
         ),
-        f"liger-{budget}-plain": Method(
+        f"liger-{budget}-plain": LossMethod(
             f"{settings}, mean over the pack, not REDI",
             lambda operands: plain(operands, losses(operands, "mean")),
         ),
-        f"liger-{budget}-by-token": Method(f'{settings}, "none"', token_logps),
+        f"liger-{budget}-by-token": LossMethod(f'{settings}, "none"', token_logps),
     }
 
 
-def _token_method(note: str, logps: Callable[[Operands], TokenLogps]) -> Method:
-    return Method(note, lambda operands: by_token(operands, logps(operands)))
+def _token_method(note: str, logps: Callable[[Operands], TokenLogps]) -> LossMethod:
+    return LossMethod(note, lambda operands: by_token(operands, logps(operands)))
 
 
 _QUACK = f"quack chunked_linear_cross_entropy, chunk_size {QUACK_CHUNK_TOKENS}, tuned"
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, LossMethod] = {
     **_liger_methods(budget=1),
     **_liger_methods(budget=16),
-    "quack-by-sequence": Method(
+    "quack-by-sequence": LossMethod(
         f"{_QUACK}, mean", lambda operands: by_sequence(operands, _quack(operands))
     ),
-    "quack-plain": Method(
+    "quack-plain": LossMethod(
         f"{_QUACK}, mean over the pack, not REDI",
         lambda operands: plain(operands, _quack(operands)),
     ),

@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from redi.bench.inputs import Operands, Sizes, make_operands
+from redi.bench.inputs import LossSizes, Operands, make_operands
 from redi.bench.measure import time_in_turns
 from redi.bench.report import hardware_name
 from redi.kernels.backends import kernels_of
@@ -116,7 +116,7 @@ def right_launches(operands: Operands, launches: list[Launch]) -> dict[Launch, s
     return found
 
 
-def tune(sizes: Sizes, launches: list[Launch], repeats: int, limit_s: float) -> Entry:
+def tune(sizes: LossSizes, launches: list[Launch], repeats: int, limit_s: float) -> Entry:
     """Measure; the entry for the table.
 
     Raises:
@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"the kernels are not made for {architecture}: see kernels/experimental/launches.json"
         )
     for hidden in options.hidden:
-        sizes = Sizes(
+        sizes = LossSizes(
             tokens=options.tokens,
             vocab=options.vocab,
             hidden=hidden,

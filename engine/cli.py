@@ -21,7 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from redi.engine.config.options import command_parser, parse_arguments
-from redi.engine.config.parse import build_parser, check_overrides, explain, load_recipe
+from redi.engine.config.parse import (
+    build_parser,
+    check_overrides,
+    explain,
+    load_recipe,
+    train_parser,
+)
 from redi.engine.config.sections import DataConfig, ModelConfig, Recipe, TrainConfig, check_replicas
 from redi.engine.errors import InputError, RunError, Stopped
 from redi.engine.extras import missing_packages
@@ -228,9 +234,7 @@ def train(argv: Sequence[str]) -> None:
 
 def _read_recipes(argv: Sequence[str]) -> tuple[list[Recipe], bool]:
     """Recipes for `redi train` with all defaults resolved, and whether `--quiet` is given."""
-    parser = build_parser(
-        "redi train", "Train recipes in order. The same command resumes a stopped run."
-    )
+    parser = train_parser()
     arguments = parser.parse_args(list(argv))
     paths = arguments.recipes
     recipes = [load_recipe(parser, path, argv) for path in paths]

@@ -25,7 +25,7 @@ from redi.kernels.softmax import GradientRows, multiplies_halves
 HALF_EXPONENT = 15
 
 
-class Schedule(NamedTuple):
+class TokenSchedule(NamedTuple):
     """What the caller may fix beforehand; None: found or chosen in the op."""
 
     valid_index: Tensor | None
@@ -157,7 +157,7 @@ def cross_entropy_chunks(
     targets: Tensor,
     token_weights: Tensor | None,
     out: Outputs,
-    schedule: Schedule,
+    schedule: TokenSchedule,
     kernels: Kernels,
     coefficient: str = "weight",
 ) -> None:
@@ -247,7 +247,7 @@ def kept_gradient_chunks(
     targets: Tensor,
     token_weights: Tensor,
     out: Outputs,
-    schedule: Schedule,
+    schedule: TokenSchedule,
 ) -> None:
     """The gradients of - sum_t w_t logp_t from what `cross_entropy_chunks` kept.
 
@@ -276,7 +276,9 @@ def kept_gradient_chunks(
     products.finish()
 
 
-def order_tokens(targets: Tensor, token_weights: Tensor | None, schedule: Schedule) -> TokenOrder:
+def order_tokens(
+    targets: Tensor, token_weights: Tensor | None, schedule: TokenSchedule
+) -> TokenOrder:
     """The unmasked tokens, those of non-zero weight first and otherwise in order.
 
     With `valid_index` on a GPU nothing is read back; otherwise the two counts are, at once.
@@ -294,7 +296,7 @@ def order_tokens(targets: Tensor, token_weights: Tensor | None, schedule: Schedu
     return TokenOrder(torch.argsort(rank, stable=True)[:count], with_grad)
 
 
-def _all_with_grad(targets: Tensor, schedule: Schedule) -> TokenOrder:
+def _all_with_grad(targets: Tensor, schedule: TokenSchedule) -> TokenOrder:
     index = order_tokens(targets, None, schedule).index
     return TokenOrder(index, len(index))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from redi.kernels import reference
 from redi.kernels.backends import choose_backend, kernels_of
 from redi.kernels.chunk_sizes import padded
-from redi.kernels.chunked import Outputs, Schedule, cross_entropy_chunks, kept_gradient_chunks
+from redi.kernels.chunked import Outputs, TokenSchedule, cross_entropy_chunks, kept_gradient_chunks
 from redi.kernels.reference import Backend, accumulation_dtype
 from redi.kernels.softmax import GradientRows
 from redi.kernels.validate import (
@@ -111,7 +111,7 @@ def _linear_logprobs_op(
     logps = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
     matrix, parts = _new_kept(hidden, weight, valid_index, backend, keep)
     out = Outputs(logps=logps, kept=_kept(weight, matrix, parts) if keep else None)
-    schedule = Schedule(valid_index, None, chunk_tokens)
+    schedule = TokenSchedule(valid_index, None, chunk_tokens)
     with torch.autocast(hidden.device.type, enabled=False):
         cross_entropy_chunks(hidden, weight, targets, None, out, schedule, kernels_of(backend))
     if keep:  # padding, which a kernel may have written to: results must be reproducible
@@ -154,7 +154,7 @@ def _linear_logprobs_backward_op(
         for operand, needed in zip((hidden, weight), needs, strict=True)
     )
     operands, out = (hidden, weight, targets, -dlogps), Outputs(dhidden=dhidden, dweight=dweight)
-    schedule = Schedule(valid_index, None, chunk_tokens)
+    schedule = TokenSchedule(valid_index, None, chunk_tokens)
     with torch.autocast(hidden.device.type, enabled=False):
         if keep:
             kept_gradient_chunks(_kept(weight, matrix, parts), *operands, out, schedule)

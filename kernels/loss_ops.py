@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from redi.kernels.backends import kernels_of
-from redi.kernels.chunked import Outputs, Schedule, cross_entropy_chunks
+from redi.kernels.chunked import Outputs, TokenSchedule, cross_entropy_chunks
 from redi.kernels.reference import IGNORE_INDEX, accumulation_dtype
 from redi.kernels.softmax import token_losses
 from redi.kernels.validate import (
@@ -77,7 +77,7 @@ def signed_cross_entropy_op(
         dhidden=dhidden if need_dhidden else None,
         dweight=dweight if need_dweight else None,
     )
-    schedule = Schedule(valid_index, num_with_grad, chunk_tokens)
+    schedule = TokenSchedule(valid_index, num_with_grad, chunk_tokens)
     fill: Callable[..., None] = cross_entropy_chunks
     if epsilon is not None:  # imported late: no exact loss needs it
         from redi.kernels.experimental.filter import filtered_cross_entropy_chunks
@@ -137,7 +137,7 @@ def accumulate_gradient_op(
     dhidden = _new_gradient(hidden, True)
     logps = hidden.new_empty(hidden.shape[0], dtype=dhidden.dtype)
     out = Outputs(logps=logps, dhidden=dhidden, dweight=dweight, accumulate=accumulate)
-    schedule = Schedule(valid_index, num_with_grad, chunk_tokens)
+    schedule = TokenSchedule(valid_index, num_with_grad, chunk_tokens)
     with _weights_for(hidden, weight, targets, token_weights, schedule) as w:
         kernels = kernels_of(backend)
         cross_entropy_chunks(hidden, weight, targets, w * grad_scale, out, schedule, kernels)
@@ -155,7 +155,7 @@ def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @contextmanager
 def _weights_for(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, schedule: Schedule
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, schedule: TokenSchedule
 ) -> Iterator[Tensor]:
     """The weights in the accumulation dtype, values checked; autocast is off in the block."""
     check_target_values(targets, weight.shape[0], schedule.valid_index)

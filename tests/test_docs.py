@@ -118,13 +118,13 @@ def follow(block: Block, folder: Path, output: str | None) -> str | None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_recipe_in_a_page_is_a_recipe(page: Path, tmp_path: Path) -> None:
-    from redi.engine.config.parse import build_parser, load_recipe
+    from redi.engine.config.parse import load_recipe, train_parser
 
     recipes = [block for block in blocks_of(page) if block.language == "toml"]
     for block in recipes:
         path = tmp_path / "recipe.toml"
         path.write_text(block.text)
-        load_recipe(build_parser("redi train", ""), str(path), [str(path)])
+        load_recipe(train_parser(), str(path), [str(path)])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -35,27 +35,27 @@ STAGE_1 = OptimConfig(lr=3e-3, weight_decay=0.01, schedule="cosine", warmup=0.05
 
 
 @dataclass(frozen=True)
-class Method:
+class StudyMethod:
     """An objective of stage 2 and the batches it trains on."""
 
     name: str
     objective: ObjectiveConfig
     batches: int = 1
-    """Units of a step, as a multiple of `Sizes.batch`."""
+    """Units of a step, as a multiple of `StudySizes.batch`."""
 
 
 METHODS = (
-    Method("control", ObjectiveConfig("redi", alpha=0.0)),
+    StudyMethod("control", ObjectiveConfig("redi", alpha=0.0)),
     # A step of pairs costs as much as one of twice as many correct traces.
-    Method("control 2x", ObjectiveConfig("sft"), batches=2),
-    Method("REDI 0.2", ObjectiveConfig("redi", alpha=0.2)),
-    Method("REDI 0.5", ObjectiveConfig("redi", alpha=0.5)),
-    Method("REDI 0.8", ObjectiveConfig("redi", alpha=0.8)),
-    Method("REDI 1", ObjectiveConfig("redi", alpha=1.0)),
-    Method("DPO", ObjectiveConfig("dpo", beta=0.1)),
-    Method("SimPO", ObjectiveConfig("simpo", beta=2.0, margin=0.5)),
-    Method("SimPER", ObjectiveConfig("simper")),
-    Method("unlikelihood", ObjectiveConfig("unlikelihood", alpha=1.0)),
+    StudyMethod("control 2x", ObjectiveConfig("sft"), batches=2),
+    StudyMethod("REDI 0.2", ObjectiveConfig("redi", alpha=0.2)),
+    StudyMethod("REDI 0.5", ObjectiveConfig("redi", alpha=0.5)),
+    StudyMethod("REDI 0.8", ObjectiveConfig("redi", alpha=0.8)),
+    StudyMethod("REDI 1", ObjectiveConfig("redi", alpha=1.0)),
+    StudyMethod("DPO", ObjectiveConfig("dpo", beta=0.1)),
+    StudyMethod("SimPO", ObjectiveConfig("simpo", beta=2.0, margin=0.5)),
+    StudyMethod("SimPER", ObjectiveConfig("simper")),
+    StudyMethod("unlikelihood", ObjectiveConfig("unlikelihood", alpha=1.0)),
 )
 RATES = (2e-5, 1e-4, 5e-4, 2.5e-3)
 """Peak learning rates of stage 2, the same for every method."""
@@ -175,7 +175,7 @@ def teach_stage_1(trial: Trial) -> PreTrainedModel:
 
 
 def teach_stage_2(
-    trial: Trial, method: Method, rate: float, reference: Callable[[], Tensor]
+    trial: Trial, method: StudyMethod, rate: float, reference: Callable[[], Tensor]
 ) -> dict[str, Any]:
     """One run of stage 2 from the student of stage 1: its curves and its evaluation.
 

@@ -42,14 +42,14 @@ from redi.bench.learning.students import (
 )
 from redi.bench.learning.tasks import TASKS
 from redi.bench.learning.trial import (
-    Sizes,
+    StudySizes,
     describe_pairs,
     open_trial,
     whole_folder,
     write_trial,
 )
 
-TINY = Sizes(
+TINY = StudySizes(
     problems=80,
     validation=8,
     test=8,
@@ -65,7 +65,7 @@ TINY = Sizes(
 )
 
 
-def run_seed(task: str, seed: int, sizes: Sizes, folder: Path, device: str) -> None:
+def run_seed(task: str, seed: int, sizes: StudySizes, folder: Path, device: str) -> None:
     """Run what is missing of one task and seed, one record after another."""
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
@@ -105,7 +105,7 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 
 
 def run_study(
-    tasks: list[str], seeds: int, sizes: Sizes, folder: Path, device: str, workers: int
+    tasks: list[str], seeds: int, sizes: StudySizes, folder: Path, device: str, workers: int
 ) -> None:
     """Run what is missing, one task and seed per worker at a time, with a progress bar."""
     cells = {
@@ -146,7 +146,7 @@ def run_study(
             raise
 
 
-def check_settings(folder: Path, sizes: Sizes, device: str) -> None:
+def check_settings(folder: Path, sizes: StudySizes, device: str) -> None:
     """Record the settings of a folder's runs, or compare with those recorded.
 
     Raises:
@@ -190,7 +190,7 @@ def main() -> None:
         if getattr(args, key) is not None
     }
     try:
-        sizes = replace(TINY if args.tiny else Sizes(), **given)
+        sizes = replace(TINY if args.tiny else StudySizes(), **given)
     except ValueError as error:
         parser.error(str(error))
     check_settings(args.folder, sizes, args.device)

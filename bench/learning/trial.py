@@ -28,7 +28,7 @@ ROW_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Sizes:
+class StudySizes:
     """Sizes of the study."""
 
     problems: int = 6000
@@ -65,7 +65,7 @@ class Trial:
 
     task: Task
     seed: int
-    sizes: Sizes
+    sizes: StudySizes
     folder: Path
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
@@ -85,7 +85,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     unfinished.rename(folder)
 
 
-def write_trial(task: Task, seed: int, sizes: Sizes, folder: Path) -> None:
+def write_trial(task: Task, seed: int, sizes: StudySizes, folder: Path) -> None:
     """Write train.jsonl, validation.jsonl, test.jsonl and model/; no problem is in two of them."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -98,7 +98,9 @@ def write_trial(task: Task, seed: int, sizes: Sizes, folder: Path) -> None:
     quickstart.write_model(folder / "model", seed, task.characters, sizes.hidden, sizes.layers)
 
 
-def open_trial(task: Task, seed: int, sizes: Sizes, folder: Path, device: torch.device) -> Trial:
+def open_trial(
+    task: Task, seed: int, sizes: StudySizes, folder: Path, device: torch.device
+) -> Trial:
     """Read what `write_trial` wrote."""
     model = str(folder / "model")
 

@@ -13,6 +13,7 @@ import tomllib
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,14 @@ def build_parser(prog: str, description: str, examples: str = TRAIN_EXAMPLES) ->
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
     return parser
+
+
+@cache
+def train_parser() -> ArgumentParser:
+    """The parser of `redi train`. Making it takes a fifth of a second, so it is made once."""
+    return build_parser(
+        "redi train", "Train recipes in order. The same command resumes a stopped run."
+    )
 
 
 def _recipe_parser() -> type[ArgumentParser]:

@@ -33,7 +33,7 @@ from redi.kernels.chunk_sizes import chunk_buffer, default_chunk_tokens
 from redi.kernels.chunked import (
     Chunk,
     Outputs,
-    Schedule,
+    TokenSchedule,
     matmul,
     order_tokens,
     product_operand,
@@ -92,7 +92,7 @@ def filtered_cross_entropy_chunks(
     targets: Tensor,
     token_weights: Tensor | None,
     out: Outputs,
-    schedule: Schedule,
+    schedule: TokenSchedule,
     kernels: Kernels,
     coefficient: str,
     epsilon: float,

@@ -354,9 +354,9 @@ def test_runs_of_other_sizes_are_not_mixed(tmp_path: Path) -> None:
     study.check_settings(tmp_path, TINY, "cpu")
     study.check_settings(tmp_path, TINY, "cpu")
     with pytest.raises(SystemExit, match="problems = 80, now 6000"):
-        study.check_settings(tmp_path, study.Sizes(), "cpu")
+        study.check_settings(tmp_path, study.StudySizes(), "cpu")
     with pytest.raises(ValueError, match="multiple of 20, got 50"):
-        study.Sizes(steps=50)  # no look would show what such a run ends with
+        study.StudySizes(steps=50)  # no look would show what such a run ends with
 
 
 def test_no_problem_is_in_two_splits_and_pairs_are_first_traces(tmp_path: Path) -> None:

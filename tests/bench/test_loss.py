@@ -15,8 +15,8 @@ from torch import Tensor
 
 from redi.bench import hidden_statistics, inputs, measure
 from redi.bench import loss as bench
-from redi.bench.baselines import Absent, Contender, Method, Result
-from redi.bench.inputs import Operands, Sizes, make_operands
+from redi.bench.baselines import Absent, Contender, LossMethod, Result
+from redi.bench.inputs import LossSizes, Operands, make_operands
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -80,7 +80,7 @@ def test_without_rich_and_matplotlib_it_still_prints_and_records(
 
 @pytest.mark.slow
 def test_every_contender_at_hand_computes_the_same_loss_and_gradients() -> None:
-    operands = make_operands(Sizes(90, 70, 16, 4, "float32", "cpu", 1))
+    operands = make_operands(LossSizes(90, 70, 16, 4, "float32", "cpu", 1))
     exact = bench.float64_result(operands, slice_tokens=40)
     whole_row = torch.nn.functional.cross_entropy
     checked = set()
@@ -105,7 +105,7 @@ def test_every_contender_at_hand_computes_the_same_loss_and_gradients() -> None:
     assert {"floor", "redi-torch", "eager", "torch-by-sequence", "torch-by-token"} <= checked
 
 
-def _altered(gradient: float, logps: float) -> Method:
+def _altered(gradient: float, logps: float) -> LossMethod:
     def build(operands: Operands) -> Contender:
         right = bench.METHODS["eager"].build(operands)
 
@@ -120,7 +120,7 @@ def _altered(gradient: float, logps: float) -> Method:
 
         return Contender(step, token_logps)
 
-    return Method("altered", build, ours=True)
+    return LossMethod("altered", build, ours=True)
 
 
 @pytest.mark.parametrize(("gradient", "logps"), [(1.01, 0.0), (1.0, 1e-3)])
@@ -156,7 +156,7 @@ def test_one_that_fails_is_reported_and_stops_no_other_but_ours_fails_the_run(
 
         return Contender(step)
 
-    monkeypatch.setitem(bench.METHODS, name, Method("", build, ours=bench.METHODS[name].ours))
+    monkeypatch.setitem(bench.METHODS, name, LossMethod("", build, ours=bench.METHODS[name].ours))
     code, (record,) = run(tmp_path, name, "eager")
     assert code == status
     assert [row["name"] for row in record["rows"]] == ["floor", "eager"]
@@ -218,17 +218,17 @@ def _looks_trained(summary: dict[str, Tensor], vocab: int) -> bool:
 def test_trained_inputs_have_the_logits_of_a_trained_model_at_any_size(
     vocab: int, hidden: int, dtype: str
 ) -> None:
-    sizes = Sizes(2048, vocab, hidden, 4, dtype, "cpu", 1, inputs="trained")
+    sizes = LossSizes(2048, vocab, hidden, 4, dtype, "cpu", 1, inputs="trained")
     assert _looks_trained(_summary(make_operands(sizes)), vocab)
 
 
 def test_random_inputs_do_not_pass_for_trained_ones() -> None:
-    sizes = Sizes(512, 4096, 256, 4, "float32", "cpu", 1, inputs="random")
+    sizes = LossSizes(512, 4096, 256, 4, "float32", "cpu", 1, inputs="random")
     assert not _looks_trained(_summary(make_operands(sizes)), sizes.vocab)
 
 
 def test_the_same_sizes_give_the_same_operands() -> None:
-    sizes = Sizes(64, 512, 128, 4, "bfloat16", "cpu", 1, inputs="trained")
+    sizes = LossSizes(64, 512, 128, 4, "bfloat16", "cpu", 1, inputs="trained")
     for first, second in zip(make_operands(sizes), make_operands(sizes), strict=True):
         assert torch.equal(first, second)
 

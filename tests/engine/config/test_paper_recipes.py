@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from redi.engine.cli import main
 from redi.engine.config import sections as engine_config
-from redi.engine.config.parse import build_parser, load_recipe
+from redi.engine.config.parse import load_recipe, train_parser
 from redi.engine.quickstart.task import attempt
 
 RECIPES = sorted((Path(engine_config.__file__).parents[1] / "recipes").glob("paper-*.toml"))
@@ -32,7 +32,7 @@ PAPER: dict[str, tuple[dict[str, Any], float, int, int, int]] = {
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_has_the_papers_settings(path: Path) -> None:
-    recipe = load_recipe(build_parser("", ""), str(path), [str(path)])
+    recipe = load_recipe(train_parser(), str(path), [str(path)])
     objective, lr, batch, epochs, tokens = PAPER[path.stem]
     assert {key: getattr(recipe.objective, key) for key in objective} == objective
     assert recipe.optim.lr == lr
@@ -90,7 +90,7 @@ def test_two_steps_of_a_recipe_run(
     steps: Callable[[Path], list[dict[str, Any]]],
     tmp_path: Path,
 ) -> None:
-    recipe = load_recipe(build_parser("", ""), str(path), [str(path)])
+    recipe = load_recipe(train_parser(), str(path), [str(path)])
     small = {
         "model.path": world / "model",
         "data.path": openr1,

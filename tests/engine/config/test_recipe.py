@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from redi.engine.cli import COMMANDS, main
-from redi.engine.config.parse import build_parser, dump_recipe, load_recipe
+from redi.engine.config.parse import dump_recipe, load_recipe, train_parser
 from redi.engine.config.resume import changed_keys
 from redi.engine.config.sections import KEYS
 from redi.engine.errors import InputError
@@ -19,7 +19,7 @@ WriteRecipe = Callable[..., Path]
 
 def load(path: Path, *overrides: str) -> Any:
     argv = [str(path), *overrides]
-    return load_recipe(build_parser("redi train", ""), str(path), argv)
+    return load_recipe(train_parser(), str(path), argv)
 
 
 def test_a_recipe_is_read_and_overridden(recipe: WriteRecipe) -> None:

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from redi.engine.cli import main
 from redi.engine.config.objectives import OBJECTIVES, ObjectiveKind
-from redi.engine.config.parse import build_parser, load_recipe
+from redi.engine.config.parse import load_recipe, train_parser
 from redi.engine.config.sections import ObjectiveConfig
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.packing import Cost, PackedBatch, build_batch, pack
@@ -238,7 +238,7 @@ def test_another_objective_is_a_formula_and_a_line(
     monkeypatch.setitem(FORMULAS, "ipo", Formula(terms=ipo))
     path = tmp_path / "r.toml"
     path.write_text("[objective]\nname = 'ipo'\nbeta = 0.5\n")
-    of = load_recipe(build_parser("", ""), str(path), [str(path)]).objective
+    of = load_recipe(train_parser(), str(path), [str(path)]).objective
     tokens = make_tokens(tmp_path / "set", [2, 2], [7, 4], [1, -1], [0, 0])
     (batch, _) = packs_of(tokens, of, 100)
     hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids])
@@ -301,7 +301,7 @@ def test_a_parameter_that_is_missing_or_unused_is_named(text: str, tmp_path: Pat
     path = tmp_path / "r.toml"
     path.write_text(f"[objective]\n{text}\n")
     with pytest.raises(InputError) as caught:
-        load_recipe(build_parser("", ""), str(path), [str(path)])
+        load_recipe(train_parser(), str(path), [str(path)])
     assert USERS_MISTAKES[text] in str(caught.value)
 
 
@@ -312,7 +312,7 @@ def test_an_override_must_mean_something_to_one_of_the_recipes(
     assert main(["train", str(sft), "--objective.alpha", "0.5"]) == 2
     assert "objective.alpha is not used by sft" in capsys.readouterr().err
     argv = [str(sft), "--objective.alpha", "0.5"]
-    assert load_recipe(build_parser("", ""), str(sft), argv).objective.alpha == 0.8
+    assert load_recipe(train_parser(), str(sft), argv).objective.alpha == 0.8
 
 
 def test_incorrect_traces_alone_train_and_log_no_log_prob_of_correct_ones(

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from redi.engine.cli import main
-from redi.engine.config.parse import build_parser, load_recipe
+from redi.engine.config.parse import load_recipe, train_parser
 from redi.engine.console import Console
 from redi.engine.data.loader import StepLoader
 from redi.engine.data.packing import Cost
@@ -246,7 +246,7 @@ def test_the_first_step_is_plain_transformers_in_float64(
 ) -> None:
     name = f"{objective}-{head}-split-1"
     path = str(runs / f"{name}.toml")
-    recipe = load_recipe(build_parser("", ""), path, [path])
+    recipe = load_recipe(train_parser(), path, [path])
     with join_world() as alone:
         data = prepare_data(recipe, alone, Console(active=False))
     loader = StepLoader(
