@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -263,7 +263,7 @@ def _train(
         console.say(f"held out after step {step}: {_held_out_figures(scores)}")
         return True
 
-    with closing(checkpointer), closing(metrics), closing(progress):
+    with closing(checkpointer), closing(metrics), closing(progress), _save_first(checkpointer):
         if world.any_rank(stop.requested) or not evaluate(done):
             console.say(f"stopped after step {done} of {total}; {RESUMES}")
             return False
@@ -309,6 +309,16 @@ def _train(
             began = time.perf_counter()
         checkpointer.wait()
     return True
+
+
+@contextmanager
+def _save_first(checkpointer: Checkpointer) -> Iterator[None]:
+    """Report a failed save instead of another failed write: the save is what filled the disk."""
+    try:
+        yield
+    except OSError:
+        checkpointer.wait()
+        raise
 
 
 def _metrics_line(
