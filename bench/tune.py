@@ -27,7 +27,7 @@ from redi.bench.inputs import LossSizes, Operands, make_operands
 from redi.bench.measure import time_in_turns
 from redi.bench.report import hardware_name
 from redi.kernels.backends import kernels_of
-from redi.kernels.chunked import Outputs, Schedule, cross_entropy_chunks
+from redi.kernels.chunked import Outputs, TokenSchedule, cross_entropy_chunks
 from redi.kernels.experimental import exp_gemm_triton
 from redi.kernels.experimental.launches import (
     TABLE,
@@ -82,7 +82,7 @@ def step_of(operands: Operands, launch: Launch | None) -> Callable[[], Gradients
     hidden, weight, targets = (tensor.detach() for tensor in operands[:3])
     token_weights = operands.token_weights.float()
     index = torch.arange(len(targets), device=targets.device)
-    schedule = Schedule(index, len(index), None)
+    schedule = TokenSchedule(index, len(index), None)
     kernels = kernels_of("triton")
     if launch is not None:
         kernels = replace(kernels, exp_gemm=partial(exp_gemm_triton.exp_gemm, launch=launch))

@@ -55,6 +55,10 @@ class StopRequest:
             self._raise_if_requested()
             yield
             self._raise_if_requested()  # the handler may have raised where it was dropped
+        except Exception:
+            if when and self.requested:  # a library turned the interrupt into its own error
+                raise KeyboardInterrupt from None
+            raise
         finally:
             self._interruptible = False
 
