@@ -583,9 +583,9 @@ def test_a_resume_names_the_changed_output_of_a_template(
 ) -> None:
     (file,) = (tmp_path / "tokenizer").glob("chat_template.jinja")
     file.write_text("{{ strftime_now('%H%M%S') }}" + file.read_text())
-    began = time.strftime("%H%M%S")
     assert main(["train", str(two_files)]) == 0
-    while time.strftime("%H%M%S") == began:
+    done = time.strftime("%H%M%S")  # the template was rendered by then
+    while time.strftime("%H%M%S") == done:
         time.sleep(0.1)
     said = refusal(two_files, capsys)
     assert "was started: the output of the chat template ('" in said
