@@ -151,7 +151,7 @@ def test_the_wheel_in_an_empty_environment(wheels: Path, tmp_path: Path) -> None
     assert "loss" in run("redi", "doctor")
     for command in ("train", "plan"):
         assert f"usage: redi {command}" in run("redi", command, "--help")
-    run("python", "-m", "redi.engine.quickstart.task", "make", "runs/quickstart")
+    run("python", "-m", "redi.engine.quickstart", "make", "runs/quickstart")
     recipe = tmp_path / "venv/lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}"
     recipe /= "site-packages/redi/engine/recipes/quickstart-sft.toml"
     assert "steps" in run("redi", "plan", recipe)
