@@ -67,5 +67,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return allocate_and_fill
 
+    # torch remembers its allocators at the first use of a device context: not the patched ones.
+    with torch.device("meta"):
+        torch.empty(0)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
