@@ -1,7 +1,7 @@
 """Benchmarks, each a program: `python -m redi.bench.NAME`; README.md lists them.
 
 They import what they measure at the top. If a package is missing because only the kernels are
-installed, the program ends with one line instead of a traceback.
+installed, a program ends with one line instead of a traceback.
 """
 
 import sys
@@ -26,4 +26,5 @@ def _name_the_extra(
     raise SystemExit(2)
 
 
-sys.excepthook = _name_the_extra
+if sys.argv[0] == "-m":  # Python is looking for the program in this package, not a caller's import
+    sys.excepthook = _name_the_extra

@@ -268,7 +268,7 @@ def export(argv: Sequence[str]) -> None:
         "redi export runs/redi              the newest checkpoint",
         "redi export runs/redi --step 500",
     )
-    parser.add_argument("run", help="run directory")
+    parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument(
         "--step", type=int | None, help="step of the checkpoint; if omitted, the newest"
     )
@@ -303,7 +303,7 @@ def logprobs(argv: Sequence[str]) -> None:
         "Write each trace's log-prob (sum and mean) and mean entropy under a model, as Parquet.",
         "redi logprobs model --data traces.jsonl --out scores.parquet",
     )
-    parser.add_argument("model", help="run directory, model directory or hub name")
+    parser.add_argument("model", metavar="MODEL", help="run directory, model directory or hub name")
     parser.add_argument(
         "--data", nargs="+", required=True, metavar="FILE", help="traces, as for data.path"
     )

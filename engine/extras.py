@@ -5,9 +5,16 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 
 def missing_packages() -> str:
-    """One line with the missing packages and how to install them; empty if none is missing."""
+    """One line with the missing packages and how to install them; empty if none is missing.
+
+    A checkout on the path that is not installed has no metadata to check.
+    """
+    try:
+        requirements = requires("redi-engine") or []
+    except PackageNotFoundError:
+        return ""
     missing = []
-    for requirement in requires("redi-engine") or []:
+    for requirement in requirements:
         name = re.match(r"[\w.-]+", requirement)
         if name and requirement.endswith('extra == "engine"'):
             try:

@@ -61,14 +61,15 @@ def parse_arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """Parse a command line.
 
     Raises:
-        InputError: the command does not have an option.
+        InputError: the command does not have an option, or an argument is missing.
         ArgumentError: any other mistake.
     """
     try:
         return parser.parse_args(list(argv))
     except ArgumentError as error:
         options = re.findall(r"--([\w-]+)", parser.format_usage())
-        if problem := _unknown_option(str(error), options, parser.prog):
+        problem = _unknown_option(str(error), options, parser.prog)
+        if problem := problem or missing_arguments(error, parser):
             raise InputError(problem) from None
         raise
 
@@ -83,7 +84,8 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str], options: type[Opt
     try:
         return options(**vars(parser.parse_args(list(argv))))
     except ArgumentError as error:
-        if problem := _explain(str(error), options, parser.prog) or _missing(str(error), parser):
+        problem = _explain(str(error), options, parser.prog)
+        if problem := problem or missing_arguments(error, parser):
             raise InputError(problem) from None
         raise
     except ValueError as error:
@@ -102,9 +104,9 @@ def _explain(error: str, options: Any, command: str) -> str | None:
     return None
 
 
-def _missing(error: str, parser: ArgumentParser) -> str | None:
-    """One line for arguments that are missing, spelled as the usage spells them."""
-    found = re.search(r"arguments are required: (.+)", error)
+def missing_arguments(error: ArgumentError, parser: ArgumentParser) -> str | None:
+    """One line for missing arguments, spelled as in the usage; None for any other error."""
+    found = re.search(r"arguments are required: (.+)", str(error))
     if not found:
         return None
     names = {action.dest: action for action in parser._actions}

@@ -18,21 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redi.engine.config.objectives import OBJECTIVES
-from redi.engine.config.options import command_parser, plain_type
+from redi.engine.config.options import command_parser, missing_arguments, plain_type
 from redi.engine.config.sections import KEYS, SECTIONS, TABLES, ObjectiveConfig, Recipe
 from redi.engine.errors import InputError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
-
-# Names of the arguments in the help, by their names in argparse.
-ARGUMENTS = {
-    "recipes": "RECIPE.toml",
-    "runs": "RUN",
-    "model": "MODEL",
-    "data": "--data FILE",
-    "out": "--out",
-}
 
 # Keys of TRL, transformers and axolotl whose spelling is far from the key here.
 ALIASES = {
@@ -94,7 +85,12 @@ def _recipe_parser() -> type[ArgumentParser]:
 
     class RecipeParser(ArgumentParser):
         def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Namespace:
-            found = super().parse_args(_whole_names(args), *more, **options)
+            try:
+                found = super().parse_args(_whole_names(args), *more, **options)
+            except ArgumentError as error:
+                if problem := missing_arguments(error, self):
+                    raise InputError(problem) from None
+                raise
             for key in TABLES:
                 found[key] = {name.replace(_DOT, "."): v for name, v in found[key].items()}
             return found
@@ -194,7 +190,7 @@ def unused_keys(objective: ObjectiveConfig) -> list[str]:
     return [
         f.name
         for f in fields(ObjectiveConfig)
-        if f.name not in OBJECTIVES[objective.name].keys
+        if f.name not in objective.kind.keys
         and getattr(objective, f.name) != getattr(default, f.name)
     ]
 
@@ -213,9 +209,6 @@ def explain(error: Exception) -> str:
     text = str(error)
     if found := re.search(r"unrecognized arguments: --([\w.+-]+)", text):
         return _unknown(found[1])
-    if found := re.search(r"arguments are required: (.+)", text):
-        missing = " and ".join(ARGUMENTS.get(name, name) for name in found[1].split(", "))
-        return f"missing: {missing}; --help shows the whole line"
     if (found := re.search(r'Parser key "(\w+)":', text)) and found[1] in SECTIONS:
         keys = ", ".join(f"{found[1]}.{f.name}" for f in fields(SECTIONS[found[1]]))
         return f"{found[1]} is a section, not a key; it has {keys}"
