@@ -52,7 +52,7 @@ class Environment:
         }
 
     def run(self, *line: object, fails: int = 0) -> str:
-        """What a program wrote to stderr where it must fail, else to stdout."""
+        """Output of a program: only stderr if it must fail."""
         done = subprocess.run(
             [str(word) for word in line],
             cwd=self.folder,
@@ -62,7 +62,7 @@ class Environment:
             timeout=300,
         )
         assert done.returncode == fails, f"{line}\n{done.stdout}{done.stderr}"
-        return done.stderr if fails else done.stdout
+        return done.stderr if fails else done.stdout + done.stderr  # tables go to stderr
 
 
 @pytest.fixture(scope="module")
