@@ -2,46 +2,36 @@
 
     python -m redi.bench.build [--targets sm_90 gfx942]
 
-For each variant that the loss ops launch: registers per thread, shared memory, and stack and
-spilled registers, which must be 0. The binaries are those that the GPU runs.
+The public functions run on small tensors with a driver that launches nothing: each launch is
+recorded as Triton specialises it (which arguments are multiples of 16, which are absent) and
+compiled for the target. For each: registers per thread, shared memory, programs that fit a
+multiprocessor, and stack and spilled registers, which must be 0. The binaries are those that the
+GPU runs.
 """
 
 import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from redi.kernels.experimental.exp_gemm_triton import (
-    exp_gemm_kernel,
-    finalise_kernel,
-    target_logits_kernel,
-)
-from redi.kernels.experimental.filter_triton import (
-    DEPTH,
-    ROWS,
-    STAGES,
-    WARPS,
-    add_kept_rows_kernel,
-    multiply_kept_columns_kernel,
-)
+from redi import kernels
+from redi.kernels import backends
+from redi.kernels.experimental import exp_gemm_triton, filter_triton
 from redi.kernels.experimental.launches import Launch, entries_for
-from redi.kernels.segments_triton import (
-    spread_segments_kernel,
-    sum_segments_kernel,
-    token_weights_kernel,
-)
-from redi.kernels.softmax_triton import launch_shape, softmax_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -51,34 +41,44 @@ TARGETS = {
 }
 VOCAB = 151_936
 
+# Of a multiprocessor, by NVIDIA's tuning guides for compute capability 8.0, 9.0 and 10.0.
+REGISTERS, THREADS = 65_536, 2_048
+SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
+RESERVED_SHARED_BYTES = 1 << 10  # for the system, of each program
+
 
 @dataclass(frozen=True)
-class Variant:
-    """A kernel as one kind of call specialises it."""
+class Kernel:
+    """A kernel as a call launches it."""
 
+    call: str
+    """What was called, a key of `calls`."""
     name: str
-    kernel: Any
-    """The function that `triton.jit` decorated."""
-    types: dict[str, str]
-    """Triton's name of each argument's type; an argument that is not here is a constant."""
-    constants: dict[str, Any]
-    """Values of arguments known when compiling; None for those neither here nor in `types`."""
-    warps: int
-    stages: int = 3
-    aligned: bool = True
-    """Whether pointers, strides and rooms are multiples of 16."""
+    function: Any
+    """What `triton.jit` decorated."""
+    signature: dict[str, str]
+    """Triton's name of each argument's type; "constexpr" for values known when compiling."""
+    constants: dict[Any, Any]
+    attributes: dict[Any, Any]
+    """What is known of other values, such as divisibility by 16."""
+    options: dict[str, Any]
+    """num_warps, num_stages and others."""
 
 
 @dataclass(frozen=True)
 class Build:
-    """A variant's binary for one architecture."""
+    """A kernel's binary for one architecture."""
 
-    variant: str
+    call: str
+    kernel: str
     target: str
+    warps: int
     registers: int
     """Of a thread, 32 bits each."""
     shared_bytes: int
     """Of a program."""
+    programs: int | None
+    """That fit a multiprocessor at once; None where its size is not known."""
     stack_bytes: int
     """Local memory reserved per thread."""
     spills: int
@@ -87,209 +87,151 @@ class Build:
     """SASS or AMD assembly."""
 
 
-def variants(target: GPUTarget) -> list[Variant]:
-    """What the loss ops launch on that target."""
-    halves_in_place = target.backend == "cuda"
-    row = {
-        "logits": "*fp32", "logits_stride": "i32", "vocab": "i32", "room": "i32",
-        "tokens": "*i64", "targets": "*i64", "logps": "*fp32",
-    }  # fmt: skip
-    strides = {"dlogits_stride": "i32", "dlogits_room": "i32"}
-    weighted = {"weights": "*fp32", **strides}
-    halves = {"dlogits": "*bf16" if halves_in_place else "*fp32", **weighted}
-    whole = {"dlogits": "*fp32", **weighted}
-    block, warps = launch_shape(VOCAB, target.warp_size)
-    of_bf16 = {
-        "ROUNDED": tl.bfloat16,
-        "COEFFICIENT": "weight",
-        "HALVES_IN_PLACE": halves_in_place,
-        "BLOCK": block,
-    }
-    of_fp16 = {**of_bf16, "ROUNDED": tl.float16}
-    of_fp32 = {**of_bf16, "ROUNDED": tl.float32, "HALVES_IN_PLACE": False}
-    fp16 = {"dlogits": "*fp16" if halves_in_place else "*fp32", **weighted}
-    small_block, small_warps = launch_shape(500, target.warp_size)
-    small = {**of_bf16, "BLOCK": small_block}
+class _Driver:
+    """A driver of Triton for a GPU that is not there."""
 
-    found = [
-        Variant(name, softmax_kernel, row | types, constants, warps)
-        for name, types, constants in [
-            ("loss bf16", halves, of_bf16),
-            ("loss fp16", fp16, of_fp16),
-            ("loss fp32", whole, of_fp32),
-            ("loss bf16 entropy", halves | {"entropies": "*fp32"}, of_bf16),
-            ("dft bf16", halves, of_bf16 | {"COEFFICIENT": "dft"}),
-            ("unlikelihood bf16", halves, of_bf16 | {"COEFFICIENT": "unlikelihood"}),
-            ("log-probs", {}, of_bf16 | {"HALVES_IN_PLACE": False}),
-            (
-                "log-probs kept bf16",
-                {"dlogits": "*bf16"} | weighted,
-                of_bf16 | {"HALVES_IN_PLACE": False},
-            ),
-        ]
-    ]
-    types = row | halves
-    found.append(
-        Variant("loss bf16 unaligned", softmax_kernel, types, of_bf16, warps, aligned=False)
-    )
-    found.append(Variant("loss bf16 V=500", softmax_kernel, types, small, small_warps))
-    found.append(
-        Variant(
-            "token weights",
-            token_weights_kernel,
-            {
-                "targets": "*i64", "cu_seqlens": "*i32", "signs": "*i64", "alpha": "fp32",
-                "factor": "fp32", "weights": "*fp32", "lengths": "*i64",
-            },
-            {},
-            4,
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return f"{self._target.backend}{self._target.arch}"  # Triton caches launches by it
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def recorded_launches(target: GPUTarget) -> Iterator[list[Kernel]]:
+    """Make launches inside the block append to a list instead; a kernel is appended once.
+
+    The backends accept tensors on the CPU inside the block, and take them for the target's. Results
+    of what is called are meaningless.
+    """
+    launches: list[Kernel] = []
+    seen = set()
+
+    def record(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        if (fn.name, key) not in seen:
+            seen.add((fn.name, key))
+            names = ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")
+            launches.append(
+                Kernel(
+                    "",
+                    fn.name.rsplit(".", 1)[-1],
+                    fn.jit_function,
+                    compile["signature"],
+                    compile["constants"],
+                    compile["configs"][0],
+                    {name: compile[name] for name in names},
+                )
+            )
+        return True  # nothing is compiled or launched
+
+    hip = "stub" if target.backend == "hip" else None
+    with (
+        patch.object(triton.knobs.runtime, "jit_cache_hook", record),
+        patch.object(backends, "TRITON_INTERPRETS", True),
+        patch.object(torch.version, "hip", hip),
+        patch.object(driver, "_active", _Driver(target)),
+    ):
+        yield launches
+
+
+def calls(vocab: int = VOCAB, hidden_size: int = 64) -> dict[str, Callable[[str], object]]:
+    """Calls of the public functions that together launch each kernel in each form; by name.
+
+    Each takes the backend. Launches depend on the vocabulary, and not on the number of tokens.
+    """
+    tokens = 24
+    hidden = torch.zeros(tokens, hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(vocab, hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    cu_seqlens = torch.tensor([0, 10, tokens], dtype=torch.int32)
+    signs = torch.tensor([1, -1])
+    weights = torch.ones(tokens)
+    # Given, because kernels that compute what they are found from do not run.
+    trained = {"valid_index": torch.arange(tokens), "num_with_grad": tokens}
+
+    def redi(backend: str, dtype: torch.dtype = torch.bfloat16) -> object:
+        operands = hidden.to(dtype), weight.to(dtype), targets, cu_seqlens, signs
+        out = kernels.redi_loss(*operands, alpha=0.5, num_pairs=1, backend=backend, **trained)
+        out.loss.backward()
+        return out
+
+    def signed(backend: str, **options: Any) -> object:
+        return kernels.signed_cross_entropy(
+            hidden, weight, targets, weights, backend=backend, **trained, **options
         )
-    )  # fmt: skip
-    found.append(
-        Variant(
-            "segment_sum",
-            sum_segments_kernel,
-            {"values": "*fp32", "cu_seqlens": "*i32", "sums": "*fp32"},
-            {},
-            4,
-        )
-    )
-    found.append(
-        Variant(
-            "segment_sum backward",
-            spread_segments_kernel,
-            {"sums": "*fp32", "cu_seqlens": "*i32", "values": "*fp32"},
-            {},
-            4,
-        )
-    )
-    entries = entries_for(f"sm_{target.arch}")
+
+    def logprobs(backend: str, keep: bool) -> object:
+        out = kernels.linear_logprobs(hidden, weight, targets, keep=keep, backend=backend)
+        return out.sum().backward()
+
+    def no_grad(backend: str) -> object:
+        with torch.no_grad():
+            return kernels.linear_logprobs(hidden, weight, targets, backend=backend)
+
+    def segments(backend: str) -> object:
+        values = torch.zeros(tokens, requires_grad=True)
+        return kernels.segment_sum(values, cu_seqlens, backend=backend).sum().backward()
+
+    return {
+        "redi_loss": redi,
+        "redi_loss float16": lambda backend: redi(backend, torch.float16),
+        "redi_loss float32": lambda backend: redi(backend, torch.float32),
+        "entropy": lambda backend: signed(backend, entropy=True),
+        "dft": lambda backend: signed(backend, coefficient="dft"),
+        "unlikelihood": lambda backend: signed(backend, coefficient="unlikelihood"),
+        "log-probs": no_grad,
+        "log-probs kept": lambda backend: logprobs(backend, True),
+        "segment_sum": segments,
+        "filter": lambda backend: kernels.filtered_redi_loss(
+            hidden, weight, targets, cu_seqlens, signs,
+            alpha=0.5, num_pairs=1, epsilon=2.0**-10, backend=backend, **trained,
+        ),
+    }  # fmt: skip
+
+
+def launched(target: str) -> list[Kernel]:
+    """Each kernel in each form that the public functions launch on one of `TARGETS`."""
+    gpu = TARGETS[target]
     # A group is an argument. Not a set: `_build_nth` counts on the order.
-    for launch in dict.fromkeys(replace(entry.launch, group=1) for entry in entries):
-        found += exp_gemm_variants(launch)
+    launches = dict.fromkeys(replace(e.launch, group=1) for e in entries_for(f"sm_{gpu.arch}"))
+    with recorded_launches(gpu) as found:
+        for backend, launch in [("triton", None), *(("triton-exp", one) for one in launches)]:
+            for name, call in calls().items():
+                if backend == "triton" and name == "filter":
+                    continue  # needs exponentials
+                before = len(found)
+                with _launch_table(launch):
+                    call(backend)
+                found[before:] = [
+                    replace(kernel, call=f"{backend} {name}") for kernel in found[before:]
+                ]
     return found
 
 
-def exp_gemm_variants(launch: Launch) -> list[Variant]:
-    """What `backend="triton-exp"` launches besides."""
-    rows, columns, depth = launch.rows, launch.columns, launch.depth
-    product = {
-        "hidden": f"tensordesc<bf16[{rows}, {depth}]>",
-        "weight": f"tensordesc<bf16[{columns}, {depth}]>",
-        "e": f"tensordesc<bf16[{rows}, {columns}]>",
-        "shifts": "*fp32", "log2_scale": "*fp32", "sums": "*fp32", "sums_stride": "i32",
-        "rows": "i32", "vocab": "i32", "depth": "i32", "most_in_group": "i32",
-        "first_tile": "i32", "last_tile": "i32",
-    }  # fmt: skip
-    repair = {"row_blocks": "*i64", "num_row_blocks": "*i64"}
-    skipping = {"skip_below": "*fp32", "target_tiles": "*i32"}
-    tile = {
-        "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "BLOCK_DEPTH": depth,
-    }  # fmt: skip
-    row = {
-        "e": "*bf16", "e_stride": "i32", "vocab": "i32", "sums": "*fp32", "sums_stride": "i32",
-        "tiles": "i32", "tokens": "*i64", "targets": "*i64", "z_target": "*fp32",
-        "shifts": "*fp32", "log2_scale": "*fp32", "logps": "*fp32",
-    }  # fmt: skip
-    factors = {"factors": "*fp32", "residues": "*fp32", "weights": "*fp32"}
-    block = {
-        "COEFFICIENT": "weight", "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns,
-        "BLOCK_TILES": triton.next_power_of_2(triton.cdiv(VOCAB, columns)),
-    }  # fmt: skip
-    first, again = {"outside": "*i32"}, {"redone": "*i32"}
-    dot = {
-        "hidden": "*bf16", "hidden_stride": "i32", "weight": "*bf16", "weight_stride": "i32",
-        "depth": "i32", "tokens": "*i64", "targets": "*i64", "z_target": "*fp32",
-        "log2_scale": "*fp32", "weights": "*fp32",
-    }  # fmt: skip
-    return [
-        *(
-            Variant(
-                name,
-                exp_gemm_kernel,
-                product | types,
-                tile | options,
-                launch.warps,
-                launch.stages,
-            )
-            for name, types, options in [
-                ("exp product", {}, {"MAXIMA": False, "FLATTEN": launch.flatten}),
-                ("exp product filter", skipping, {"MAXIMA": False, "FLATTEN": False}),
-                ("exp repair maxima", repair, {"MAXIMA": True, "FLATTEN": False}),
-                ("exp repair product", repair, {"MAXIMA": False, "FLATTEN": False}),
-            ]
-        ),
-        *(
-            Variant(name, finalise_kernel, row | types, block, 4)
-            for name, types in [
-                ("exp finalise", first | factors),
-                ("exp repair finalise", again | factors),
-            ]
-        ),
-        Variant(
-            "exp target logits",
-            target_logits_kernel,
-            dot,
-            {"BLOCK": 1024},
-            4,
-        ),
-        *kept_product_variants(launch),
-    ]
+@contextmanager
+def _launch_table(launch: Launch | None) -> Iterator[None]:
+    """Make the table answer with `launch` inside the block."""
+    with (
+        patch.object(exp_gemm_triton, "launch_for", lambda weight: launch),
+        patch.object(filter_triton, "launch_for", lambda weight: launch),
+    ):
+        yield
 
 
-def kept_product_variants(launch: Launch) -> list[Variant]:
-    """The two products over the tiles that a filter leaves."""
-    common = {"out": "*fp32", "out_stride": "i32", "found": "*i32", "found_stride": "i32"}
-    common |= {"counts": "*i32", "width": "i32"}
-    options = {
-        "BLOCK_ROWS": launch.rows, "BLOCK_COLUMNS": launch.columns,
-        "DEPTH": DEPTH, "ROWS": ROWS, "WIDTH": launch.kept_width,
-    }  # fmt: skip
-    return [
-        Variant(name, kernel, common | types, options, WARPS, STAGES)
-        for name, kernel, types in [
-            (
-                "filter dhidden",
-                multiply_kept_columns_kernel,
-                {
-                    "matrix": f"tensordesc<bf16[{ROWS}, {DEPTH}]>",
-                    "weight": f"tensordesc<bf16[{DEPTH}, {launch.kept_width}]>",
-                    "block_order": "*i64",
-                    "num_rows": "i32",
-                },
-            ),
-            (
-                "filter dweight",
-                add_kept_rows_kernel,
-                {
-                    "matrix": f"tensordesc<bf16[{DEPTH}, {ROWS}]>",
-                    "x": f"tensordesc<bf16[{DEPTH}, {launch.kept_width}]>",
-                    "order": "*i64",
-                    "vocab": "i32",
-                },
-            ),
-        ]
-    ]
-
-
-def build(variant: Variant, target: str) -> Build:
-    """Compile a variant for one of `TARGETS`."""
-    names = variant.kernel.arg_names
-    assert {*variant.types, *variant.constants} <= {*names}
-    signature = {name: variant.types.get(name, "constexpr") for name in names}
-    constants = {name: None for name in names if name not in variant.types} | variant.constants
-    any_rank = {p.name for p in variant.kernel.params if p.do_not_specialize_on_alignment}
-    aligned = [
-        name
-        for name, kind in variant.types.items()
-        if (kind.startswith("*") and name not in any_rank) or name.endswith(("stride", "room"))
-    ]
-    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+def build(kernel: Kernel, target: str) -> Build:
+    """Compile a kernel for one of `TARGETS`."""
     compiled = triton.compile(
-        ASTSource(variant.kernel, signature, constants, divisible if variant.aligned else {}),
+        ASTSource(kernel.function, kernel.signature, kernel.constants, kernel.attributes),
         target=TARGETS[target],
-        options={"num_warps": variant.warps, "num_stages": variant.stages},
+        options=kernel.options,
     )
+    warps, shared = kernel.options["num_warps"], compiled.metadata.shared
     if TARGETS[target].backend == "hip":
         text = compiled.asm["amdgcn"]
         number = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.M)}
@@ -301,8 +243,25 @@ def build(variant: Variant, target: str) -> Build:
         number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
         registers, stack = number["REG"], number["STACK"] + number["LOCAL"]
         spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
-    shared = compiled.metadata.shared
-    return Build(variant.name, target, registers, shared, stack, spills, text)
+    programs = None
+    if target in SHARED_BYTES:
+        programs = programs_per_sm(warps, registers, shared, SHARED_BYTES[target])
+    return Build(
+        kernel.call, kernel.name, target, warps, registers, shared, programs, stack, spills, text
+    )
+
+
+def programs_per_sm(warps: int, registers: int, shared_bytes: int, most_shared: int) -> int:
+    """Programs that run on a multiprocessor at once: by threads, registers and shared memory.
+
+    A warp's registers are allocated in units of 256 (CUDA's occupancy calculator).
+    """
+    of_a_warp = -(-32 * registers // 256) * 256
+    return min(
+        THREADS // (32 * warps),
+        REGISTERS // (of_a_warp * warps),
+        most_shared // (shared_bytes + RESERVED_SHARED_BYTES),
+    )
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
@@ -318,8 +277,8 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def _build_nth(target: str, number: int) -> Build:
-    """Build a variant by its index, since a kernel cannot be sent to another process."""
-    return build(variants(TARGETS[target])[number], target)
+    """Build a kernel by its index, since it cannot be sent to another process."""
+    return build(launched(target)[number], target)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -330,16 +289,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so nothing would be compiled: unset it")
     print(f"Triton {triton.__version__}")
-    print(f"{'kernel':24}{'target':8}{'registers':>10}{'shared B':>10}{'stack B':>9}{'spills':>8}")
-    jobs = [(t, n) for t in options.targets for n in range(len(variants(TARGETS[t])))]
+    print(
+        f"{'call':28}{'kernel':30}{'target':7}{'registers':>10}{'shared B':>10}{'programs':>9}"
+        f"{'stack B':>9}{'spills':>8}"
+    )
+    jobs = [(target, n) for target in options.targets for n in range(len(launched(target)))]
     clean = True
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        builds = pool.map(_build_nth, *zip(*jobs, strict=True))
-        for (target, _), made in zip(jobs, builds, strict=True):
+        for made in pool.map(_build_nth, *zip(*jobs, strict=True)):
             clean = clean and not made.stack_bytes and not made.spills
             print(
-                f"{made.variant:24}{target:8}{made.registers:10}{made.shared_bytes:10}"
-                f"{made.stack_bytes:9}{made.spills:8}"
+                f"{made.call:28}{made.kernel:30}{made.target:7}{made.registers:10}"
+                f"{made.shared_bytes:10}{made.programs or '':>9}{made.stack_bytes:9}{made.spills:8}"
             )
     return 0 if clean else 1
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from redi.kernels.reference import IGNORE_INDEX
 from redi.kernels.segments import BLOCK
+from redi.kernels.triton_common import FUSED
 
 _BLOCK = tl.constexpr(BLOCK)
 _IGNORE_INDEX = tl.constexpr(IGNORE_INDEX)
@@ -40,6 +41,7 @@ def token_weights(
                 1 / num_pairs,
                 weights,
                 lengths,
+                **FUSED,
             )
     return weights, lengths
 
@@ -49,7 +51,8 @@ def sum_segments(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     sums = values.new_empty(cu_seqlens.shape[0] - 1)
     if len(sums):
         with torch.cuda.device_of(values):
-            sum_segments_kernel[(len(sums),)](values.contiguous(), cu_seqlens.contiguous(), sums)
+            bounds = cu_seqlens.contiguous()
+            sum_segments_kernel[(len(sums),)](values.contiguous(), bounds, sums, **FUSED)
     return sums
 
 
@@ -59,7 +62,7 @@ def spread_segments(sums: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
     if len(sums):
         with torch.cuda.device_of(sums):
             bounds = cu_seqlens.contiguous()
-            spread_segments_kernel[(len(sums),)](sums.contiguous(), bounds, values)
+            spread_segments_kernel[(len(sums),)](sums.contiguous(), bounds, values, **FUSED)
     return values
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redi.kernels.triton_common import apply_coefficient, log1p, round_to
+from redi.kernels.triton_common import FUSED, apply_coefficient, exp, log1p, round_to
 
 ROUNDED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -79,6 +79,7 @@ def softmax(
             and dlogits.data_ptr() == logits.data_ptr(),
             BLOCK=block,
             num_warps=warps,
+            **FUSED,
         )
     return dlogits
 
@@ -102,8 +103,13 @@ def _room(matrix: Tensor) -> int:
 
 
 # The kernel reads single entries of these, so their alignment does not matter: without this Triton
-# would compile again in the middle of training, at the first chunk with an odd start.
-@triton.jit(do_not_specialize_on_alignment=["tokens", "targets", "logps", "entropies", "weights"])
+# would compile again in the middle of training, at the first chunk with an odd start. V is not
+# specialised: known to be a multiple of 16, it makes Triton vectorise the masks, which takes 8 more
+# registers than let two programs share an SM.
+@triton.jit(
+    do_not_specialize=["vocab"],
+    do_not_specialize_on_alignment=["tokens", "targets", "logps", "entropies", "weights"],
+)
 def softmax_kernel(
     logits,  # [C, V] float32
     logits_stride,
@@ -131,7 +137,7 @@ def softmax_kernel(
     largest, rest, moment = _sum_exponentials(
         z, z_target, target, vocab, room, entropies is not None, BLOCK
     )
-    e_target = tl.exp(z_target - largest)
+    e_target = exp(z_target - largest)
     total = rest + e_target
     log_total = tl.where(z_target == largest, log1p(rest), tl.log(total))
     logp = z_target - largest - log_total
@@ -184,8 +190,8 @@ def _sum_exponentials(z, z_target, target, vocab, room, MOMENT: tl.constexpr, BL
         higher = tl.maximum(peaks, tl.max(values, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
         differences = values - base[:, None]
-        e = tl.exp(differences)
-        shrink = tl.exp(peaks - base)
+        e = exp(differences)
+        shrink = exp(peaks - base)
         if MOMENT:
             drop = tl.where(sums > 0, peaks - base, 0.0)
             moments = shrink * (moments + drop * sums)
@@ -193,7 +199,7 @@ def _sum_exponentials(z, z_target, target, vocab, room, MOMENT: tl.constexpr, BL
         sums = sums * shrink + tl.sum(e, 1)
         peaks = higher
     largest = tl.maximum(tl.max(peaks, 0), z_target)
-    shrink = tl.exp(peaks - largest)
+    shrink = exp(peaks - largest)
     moment = 0.0
     if MOMENT:
         drop = tl.where(sums > 0, peaks - largest, 0.0)
@@ -232,7 +238,7 @@ def _write_gradient(
     for i in range(tl.cdiv(vocab, BLOCK)):
         columns = i * BLOCK + block_columns
         values = tl.load(z + columns, mask=columns < room, other=float("-inf"))
-        gradient = tl.where(columns == target, at_target, tl.exp(values - largest) * u)
+        gradient = tl.where(columns == target, at_target, exp(values - largest) * u)
         if HALVES_IN_PLACE:  # known when compiling  # noqa: SIM102
             if i == fence:
                 tl.debug_barrier()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from redi.kernels.experimental.filter import KeptTiles
 from redi.kernels.experimental.launches import launch_for
-from redi.kernels.triton_common import aligned, descriptor, dot, processors
+from redi.kernels.triton_common import FUSED, aligned, descriptor, dot, processors
 
 # Rows of a tile of a result; its width is the launch table's.
 ROWS = 128
@@ -50,6 +50,7 @@ def multiply_kept_columns(matrix: Tensor, weight: Tensor, tiles: KeptTiles, out:
             WIDTH=width,
             num_warps=WARPS,
             num_stages=STAGES,
+            **FUSED,
         )
 
 
@@ -77,6 +78,7 @@ def add_kept_rows(matrix: Tensor, x: Tensor, tiles: KeptTiles, order: Tensor, ou
             WIDTH=width,
             num_warps=WARPS,
             num_stages=STAGES,
+            **FUSED,
         )
 
 

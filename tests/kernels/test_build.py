@@ -21,10 +21,10 @@ pytestmark = pytest.mark.slow
 # Prints each build of the targets in argv as a line of JSON.
 BUILD = """
 import dataclasses, json, sys
-from redi.bench.build import TARGETS, build, variants
+from redi.bench.build import build, launched
 for target in sys.argv[1:]:
-    for variant in variants(TARGETS[target]):
-        print(json.dumps(dataclasses.asdict(build(variant, target))))
+    for kernel in launched(target):
+        print(json.dumps(dataclasses.asdict(build(kernel, target))))
 """
 
 
@@ -48,89 +48,105 @@ class Instructions:
         return rest[: next(i for i, name in enumerate(rest) if name.startswith("STG.E.128"))]
 
 
-def builds(*targets: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """By target and variant."""
+def run_without_interpreter(program: str, *arguments: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, *targets], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    made = [json.loads(line) for line in done.stdout.splitlines()]
-    return {(build["target"], build["variant"]): build for build in made}
+    return done.stdout
 
 
-def assert_nothing_spills(made: dict[tuple[str, str], dict[str, Any]]) -> None:
-    assert len(made) >= 13
-    for name, build in made.items():
-        assert build["spills"] == build["stack_bytes"] == 0, name
+@dataclass(frozen=True)
+class Builds:
+    """Those of a target."""
+
+    made: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, target: str) -> "Builds":
+        made = [json.loads(line) for line in run_without_interpreter(BUILD, target).splitlines()]
+        return cls(made)
+
+    def get(self, call: str, kernel: str, number: int = 0) -> dict[str, Any]:
+        """The first form of a kernel that a call launches as none before it, or a later one."""
+        found = [m for m in self.made if (m["call"], m["kernel"]) == (call, kernel)]
+        return found[number]
+
+    def row(self, call: str) -> dict[str, Any]:
+        return self.get(f"triton {call}", "softmax_kernel")
+
+
+def assert_nothing_spills(builds: Builds) -> None:
+    assert len({made["kernel"] for made in builds.made}) >= 4
+    for made in builds.made:
+        assert made["spills"] == made["stack_bytes"] == 0, made["call"]
         # A product keeps 128 sums a thread, and one program fills an SM.
-        product = re.search("product|maxima|filter", name[1])
-        assert 0 < build["registers"] <= (255 if product else 128), name
+        product = made["kernel"].startswith(("exp_gemm", "multiply_kept", "add_kept"))
+        assert 0 < made["registers"] <= (255 if product else 128), made["call"]
+        assert made["programs"] is None or made["programs"] >= 1, made["call"]
 
 
 @pytest.fixture(scope="module")
-def sm_90() -> dict[tuple[str, str], dict[str, Any]]:
-    return builds("sm_90")
+def sm_90() -> Builds:
+    return Builds.of("sm_90")
 
 
-def test_nothing_spills_on_hopper(sm_90: dict[tuple[str, str], dict[str, Any]]) -> None:
+def test_nothing_spills_on_hopper(sm_90: Builds) -> None:
     assert_nothing_spills(sm_90)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_nothing_spills_on_other_gpus(target: str) -> None:
-    assert_nothing_spills(builds(target))
+    assert_nothing_spills(Builds.of(target))
 
 
-def test_two_programs_of_the_main_kernel_fit_an_sm(
-    sm_90: dict[tuple[str, str], dict[str, Any]],
-) -> None:
+HALVES = ["redi_loss", "redi_loss float16", "dft", "unlikelihood", "log-probs kept"]
+
+
+@pytest.mark.parametrize("call", HALVES)
+def test_two_programs_of_the_main_kernel_fit_an_sm(sm_90: Builds, call: str) -> None:
     """1024 threads each: 65,536 registers are 32 a thread."""
-    assert sm_90["sm_90", "loss bf16"]["registers"] <= 32
+    assert sm_90.row(call)["programs"] == 2
 
 
-@pytest.mark.parametrize("variant", ["loss bf16", "loss fp16", "loss fp32", "unlikelihood bf16"])
-def test_logits_move_sixteen_bytes_at_a_time(
-    sm_90: dict[tuple[str, str], dict[str, Any]], variant: str
-) -> None:
-    found = Instructions.of(sm_90["sm_90", variant]["assembly"])
+@pytest.mark.parametrize("call", [*HALVES, "redi_loss float32"])
+def test_logits_move_sixteen_bytes_at_a_time(sm_90: Builds, call: str) -> None:
+    found = Instructions.of(sm_90.row(call)["assembly"])
     # 16 columns a thread and pass: four loads, and 64 or 32 bytes to store. The others are of
     # one word: token, target, target's logit, weight; log-prob.
     assert found.count("LDG.E.128") == 8
-    assert found.count("STG.E.128") == (4 if variant == "loss fp32" else 2)
+    assert found.count("STG.E.128") == (4 if call == "redi_loss float32" else 2)
     assert found.count("STG") - found.count("STG.E.128") == 1
     assert found.count("ATOM") + found.count("RED.") == 0
 
 
 @pytest.mark.parametrize(
-    ("variant", "barrier"),
+    ("call", "barrier"),
     [
-        ("loss bf16", True),
-        ("loss fp16", True),
-        ("loss fp32", False),
-        ("log-probs kept bf16", False),
+        ("redi_loss", True),
+        ("redi_loss float16", True),
+        ("redi_loss float32", False),
+        ("log-probs kept", False),
     ],
 )
 def test_halves_wait_for_the_logits_that_they_overwrite(
-    sm_90: dict[tuple[str, str], dict[str, Any]], variant: str, barrier: bool
+    sm_90: Builds, call: str, barrier: bool
 ) -> None:
     """A barrier stands between loads and stores where, and only where, halves lie over words."""
-    found = Instructions.of(sm_90["sm_90", variant]["assembly"])
+    found = Instructions.of(sm_90.row(call)["assembly"])
     between = found.between_last_loads_and_stores()
     assert any(name.startswith("BAR.SYNC") for name in between) == barrier
 
 
-def test_log_probs_alone_write_no_gradient(sm_90: dict[tuple[str, str], dict[str, Any]]) -> None:
-    found = Instructions.of(sm_90["sm_90", "log-probs"]["assembly"])
+def test_log_probs_alone_write_no_gradient(sm_90: Builds) -> None:
+    found = Instructions.of(sm_90.row("log-probs")["assembly"])
     assert found.count("LDG.E.128") == 4
     assert found.count("STG") == 1
 
 
-def test_the_product_with_exponentials_is_made_of_hopper_s_instructions(
-    sm_90: dict[tuple[str, str], dict[str, Any]],
-) -> None:
+def test_the_product_with_exponentials_is_made_of_hopper_s_instructions(sm_90: Builds) -> None:
     """Products of four warps at a time, tiles by descriptors both ways, exp2 on the spot."""
-    build = sm_90["sm_90", "exp product"]
+    build = sm_90.get("triton-exp redi_loss", "exp_gemm_kernel")
     sass = build["assembly"]
     assert sass.count("HGMMA.64x256x16.F32.BF16") == 4  # 64 of D in steps of 16
     assert sass.count("UTMALDG.2D") >= 2
@@ -141,45 +157,35 @@ def test_the_product_with_exponentials_is_made_of_hopper_s_instructions(
     assert found.count("LDG.E.128") == found.count("ATOM") + found.count("RED.") == 0
 
 
-@pytest.mark.parametrize("variant", ["filter dhidden", "filter dweight"])
-def test_products_over_kept_tiles_keep_four_steps_under_way(
-    sm_90: dict[tuple[str, str], dict[str, Any]], variant: str
-) -> None:
+@pytest.mark.parametrize("kernel", ["multiply_kept_columns_kernel", "add_kept_rows_kernel"])
+def test_products_over_kept_tiles_keep_four_steps_under_way(sm_90: Builds, kernel: str) -> None:
     """Where the operands lie is itself loaded, which costs stages: see `filter_triton.STAGES`."""
-    build = sm_90["sm_90", variant]
+    build = sm_90.get("triton-exp filter", kernel)
     assert build["assembly"].count("HGMMA.64x256x16.F32.BF16") == 4
     assert build["assembly"].count("UTMALDG.2D") >= 8  # three steps before the loop, one in it
     assert 4 * (48 << 10) <= build["shared_bytes"] <= 227 << 10
 
 
-# Prints how Triton specialises the softmax kernel for chunks of tokens that begin at 16 bytes or 8.
+# Prints the number of launches that are compiled for chunks whose tokens begin at 16 bytes or at 8,
+# and for vocabularies that are multiples of 16 and that are not.
 SPECIALISE = """
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
-from redi.kernels.softmax_triton import softmax_kernel as kernel
-
-bind = create_function_from_signature(
-    kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
-)
-integers, logits = torch.zeros(100, dtype=torch.int64), torch.zeros(4, 64)
-names = [name for name in kernel.arg_names if name.islower()]
-plain = dict.fromkeys(names) | dict(logits=logits, logits_stride=64, vocab=50, room=64)
-plain |= dict(dlogits=logits, dlogits_stride=64, dlogits_room=64)
-constants = dict(ROUNDED=None, COEFFICIENT="weight", HALVES_IN_PLACE=False, BLOCK=128)
-for start in (0, 1):
-    read = {name: integers[start:] for name in ("tokens", "targets")}
-    read |= {name: torch.zeros(100)[start:] for name in ("logps", "weights")}
-    print(bind(**plain | read, **constants)[1])
+from redi.bench.build import TARGETS, recorded_launches
+from redi.kernels.softmax_triton import softmax
+for vocab in (4080, 4081):
+    with recorded_launches(TARGETS["sm_90"]) as found:
+        for start in (0, 1):
+            tokens = torch.zeros(100, dtype=torch.int64)[start:]
+            values = torch.zeros(100)[start:]
+            softmax(
+                torch.zeros(8, 4160)[:, :vocab], tokens[:8], tokens, values,
+                coefficient="weight", dtype=torch.bfloat16, logps=values,
+            )
+    print(len(found), found[0].signature, found[0].constants, found[0].attributes)
 """
 
 
 def test_no_chunk_compiles_anew() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SPECIALISE]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = done.stdout.splitlines()
-    assert len(found) == 2
-    assert len(set(found)) == 1
+    found = run_without_interpreter(SPECIALISE).splitlines()
+    assert [line.split()[0] for line in found] == ["1", "1"]
+    assert len(set(found)) == 1  # whether a mask depends on V's divisibility: see softmax_kernel
