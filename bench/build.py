@@ -32,6 +32,7 @@ from redi import kernels
 from redi.kernels import backends
 from redi.kernels.experimental import exp_gemm_triton, filter_triton
 from redi.kernels.experimental.launches import Launch, entries_for
+from redi.kernels.reference import Backend
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -140,41 +141,41 @@ def recorded_launches(target: GPUTarget) -> Iterator[list[Kernel]]:
         yield launches
 
 
-def calls(vocab: int = VOCAB, hidden_size: int = 64) -> dict[str, Callable[[str], object]]:
+def calls() -> dict[str, Callable[[Backend], object]]:
     """Calls of the public functions that together launch each kernel in each form; by name.
 
     Each takes the backend. Launches depend on the vocabulary, and not on the number of tokens.
     """
-    tokens = 24
+    tokens, hidden_size = 24, 64
     hidden = torch.zeros(tokens, hidden_size, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.zeros(vocab, hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(VOCAB, hidden_size, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(tokens, dtype=torch.int64)
     cu_seqlens = torch.tensor([0, 10, tokens], dtype=torch.int32)
     signs = torch.tensor([1, -1])
     weights = torch.ones(tokens)
     # Given, because kernels that compute what they are found from do not run.
-    trained = {"valid_index": torch.arange(tokens), "num_with_grad": tokens}
+    trained: dict[str, Any] = {"valid_index": torch.arange(tokens), "num_with_grad": tokens}
 
-    def redi(backend: str, dtype: torch.dtype = torch.bfloat16) -> object:
+    def redi(backend: Backend, dtype: torch.dtype = torch.bfloat16) -> object:
         operands = hidden.to(dtype), weight.to(dtype), targets, cu_seqlens, signs
         out = kernels.redi_loss(*operands, alpha=0.5, num_pairs=1, backend=backend, **trained)
         out.loss.backward()
         return out
 
-    def signed(backend: str, **options: Any) -> object:
+    def signed(backend: Backend, **options: Any) -> object:
         return kernels.signed_cross_entropy(
             hidden, weight, targets, weights, backend=backend, **trained, **options
         )
 
-    def logprobs(backend: str, keep: bool) -> object:
-        out = kernels.linear_logprobs(hidden, weight, targets, keep=keep, backend=backend)
+    def logprobs(backend: Backend) -> object:
+        out = kernels.linear_logprobs(hidden, weight, targets, keep=True, backend=backend)
         return out.sum().backward()
 
-    def no_grad(backend: str) -> object:
+    def no_grad(backend: Backend) -> object:
         with torch.no_grad():
             return kernels.linear_logprobs(hidden, weight, targets, backend=backend)
 
-    def segments(backend: str) -> object:
+    def segments(backend: Backend) -> object:
         values = torch.zeros(tokens, requires_grad=True)
         return kernels.segment_sum(values, cu_seqlens, backend=backend).sum().backward()
 
@@ -186,7 +187,7 @@ def calls(vocab: int = VOCAB, hidden_size: int = 64) -> dict[str, Callable[[str]
         "dft": lambda backend: signed(backend, coefficient="dft"),
         "unlikelihood": lambda backend: signed(backend, coefficient="unlikelihood"),
         "log-probs": no_grad,
-        "log-probs kept": lambda backend: logprobs(backend, True),
+        "log-probs kept": logprobs,
         "segment_sum": segments,
         "filter": lambda backend: kernels.filtered_redi_loss(
             hidden, weight, targets, cu_seqlens, signs,
@@ -201,7 +202,9 @@ def launched(target: str) -> list[Kernel]:
     # A group is an argument. Not a set: `_build_nth` counts on the order.
     launches = dict.fromkeys(replace(e.launch, group=1) for e in entries_for(f"sm_{gpu.arch}"))
     with recorded_launches(gpu) as found:
-        for backend, launch in [("triton", None), *(("triton-exp", one) for one in launches)]:
+        cases: list[tuple[Backend, Launch | None]] = [("triton", None)]
+        cases += [("triton-exp", one) for one in launches]
+        for backend, launch in cases:
             for name, call in calls().items():
                 if backend == "triton" and name == "filter":
                     continue  # needs exponentials
