@@ -107,6 +107,8 @@ def _rows(runs: Sequence[Curves]) -> list[list[str]]:
         ("tokens", lambda run: f"{sum(line['tokens'] for line in run.steps):,}"),
         ("minutes", lambda run: f"{sum(line['seconds'] for line in run.steps) / 60:.1f}"),
         ("tokens/s, median", lambda run: _median(run, "tokens_per_s")),
+        ("model TFLOP/s of a rank, median", lambda run: _median(run, "model_tflops")),
+        ("MFU, median", lambda run: _median(run, "mfu")),
         ("rank efficiency, median", lambda run: _median(run, "rank_efficiency")),
         ("peak memory, GiB", lambda run: f"{run.steps[-1]['peak_memory_gib']:.2f}"),
     ]
@@ -130,8 +132,14 @@ def _number(value: float) -> str:
 
 
 def _median(run: Curves, key: str) -> str:
-    value = statistics.median(line[key] for line in run.steps)
-    return f"{value:,.0f}" if value > 10 else f"{value:.3f}"
+    """Median of a figure; "-" if no step has it: an older run, or an MFU of a device unknown."""
+    values = [line[key] for line in run.steps if line.get(key) is not None]
+    if not values:
+        return "-"
+    value = statistics.median(values)
+    if value > 10:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
 
 
 def draw_curves(runs: Sequence[Curves], path: Path) -> None:

@@ -1,23 +1,91 @@
-"""Flops of training, computed from the model's configuration before its weights are read."""
+"""Flops of training, counted from the model's modules before its weights are read.
+
+The convention is that of PaLM (arXiv 2204.02311, appendix B): a matrix product of a weight with a
+token costs 2 flops per weight in the forward and 4 in the backward; nothing else is counted but
+attention. Causal attention is counted once, which is half of the square that it masks.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from torch import nn
 from transformers import PretrainedConfig
 
 from redi.engine.data.packing import Cost
 from redi.engine.model.load import empty_model
 
 
-def training_cost(config: PretrainedConfig) -> Cost:
-    """Training flops of a sequence: 6 N per token, and 6 * layers * width per pair of tokens.
+@dataclass(frozen=True)
+class ModelSize:
+    """The sizes of a model that determine its flops."""
 
-    The second term is causal attention. N counts all parameters except the input embedding, which
-    is only a look-up; lm_head is counted even if it is tied to the input embedding.
-    """
-    trunk, head = _products(config)
-    return Cost(linear=6.0 * (trunk + head), quadratic=6.0 * _attention(config))
+    trunk: int
+    """Weights of the blocks' matrix products that one token uses: of a mixture's experts the few
+    that its router chooses, with the router and shared experts. Norms, biases and embeddings, which
+    are look-ups, take part in no product."""
+    head: int
+    """Weights of lm_head, also if it is tied to the input embedding."""
+    attention: int
+    """Sum over layers and heads of the dimensions of a key and of a value."""
+
+    def step_flops(self, lengths: np.ndarray, targets: int) -> float:
+        """Flops of one forward and backward of sequences: what a step needs, not what it executes.
+
+            6 trunk T + 6 head targets + 3 attention sum(length²),   T = sum(length)
+
+        lm_head is computed for trained positions alone, so it counts for those alone. A pair of
+        tokens costs a layer's head 2 (key + value) forward and twice that backward; a causal
+        sequence has length² / 2 pairs. Recomputed activations and logits do not count.
+
+        Args:
+            lengths: int [S], tokens of each sequence.
+            targets: trained tokens of all sequences.
+        """
+        lengths = np.asarray(lengths, dtype=np.float64)
+        products = 6.0 * (self.trunk * float(lengths.sum()) + self.head * targets)
+        return products + 3.0 * self.attention * float((lengths * lengths).sum())
+
+
+def model_size(config: PretrainedConfig) -> ModelSize:
+    """Count the modules of a model on the meta device, without its weights."""
+    model = empty_model(config)
+    trunk = attention = 0
+    for name, module in model.base_model.named_modules():
+        if not isinstance(module, nn.Embedding):
+            share = _active_share(model.base_model, name)
+            trunk += sum(
+                int(share * weight.numel())
+                for key, weight in module.named_parameters(recurse=False)
+                if weight.dim() > 1 and "bias" not in key
+            )
+    for layer in model.base_model.layers:
+        one = layer.self_attn
+        heads = getattr(one, "num_heads", None) or config.num_attention_heads
+        key, value = (
+            getattr(one, name, None) or getattr(one, "head_dim", None) or head_dim(config)
+            for name in ("qk_head_dim", "v_head_dim")
+        )
+        attention += heads * (key + value)
+    return ModelSize(trunk, model.get_output_embeddings().weight.numel(), attention)
+
+
+def _active_share(model: nn.Module, name: str) -> float:
+    """Share of a module's weights that a token uses: less than 1 for routed experts."""
+    parent, _, own = name.rpartition(".")
+    if own != "experts":
+        return 1.0
+    experts = next(model.get_submodule(name).parameters()).shape[0]
+    chosen = (getattr(module, "top_k", None) for module in model.get_submodule(parent).modules())
+    return next(filter(None, chosen), experts) / experts
+
+
+def training_cost(config: PretrainedConfig) -> Cost:
+    """Training flops of a sequence, for packing: every token counts as trained."""
+    size = model_size(config)
+    return Cost(linear=6.0 * (size.trunk + size.head), quadratic=3.0 * size.attention)
 
 
 def run_cost(config: PretrainedConfig, checkpointing: str) -> Cost:
@@ -27,26 +95,13 @@ def run_cost(config: PretrainedConfig, checkpointing: str) -> Cost:
     the results of all matrix products.
     """
     again = 2.0 if checkpointing == "full" else 0.0
-    trunk, head = _products(config)
+    size = model_size(config)
     return Cost(
-        linear=6.0 * (trunk + head) + again * trunk,
-        quadratic=(6.0 + again) * _attention(config),
+        linear=6.0 * (size.trunk + size.head) + again * size.trunk,
+        quadratic=(6.0 + again) / 2 * size.attention,
     )
-
-
-def _products(config: PretrainedConfig) -> tuple[int, int]:
-    """Number of parameters of the blocks (including norms) and of lm_head."""
-    model = empty_model(config)
-    embeddings = model.get_input_embeddings().weight.numel()
-    trunk = sum(p.numel() for p in model.base_model.parameters()) - embeddings
-    return trunk, model.get_output_embeddings().weight.numel()
 
 
 def head_dim(config: Any) -> int:
     """Dimension of a head's query, key or value."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _attention(config: Any) -> int:
-    """Layers * width."""
-    return int(config.num_hidden_layers * config.num_attention_heads * head_dim(config))

@@ -19,15 +19,26 @@ class Card:
     """Number of streaming multiprocessors."""
     architecture: str
     """Name as returned by `redi.kernels.experimental.launches.architecture_of`."""
+    names: tuple[str, ...]
+    """Names as returned by `torch.cuda.get_device_name`. Whole names, because variants (PCIe, NVL,
+    40 GB, a MIG slice) have other figures."""
 
 
 CARDS = {
-    "a100": Card(312e12, int(79.15 * 2**30), 108, "sm_80"),
-    "h100": Card(989e12, int(79.1 * 2**30), 132, "sm_90"),
-    "h200": Card(989e12, int(139.8 * 2**30), 132, "sm_90"),
-    "b200": Card(2250e12, int(178.35 * 2**30), 148, "sm_100"),
+    "a100": Card(
+        312e12, int(79.15 * 2**30), 108, "sm_80", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM-80GB")
+    ),
+    "h100": Card(989e12, int(79.1 * 2**30), 132, "sm_90", ("NVIDIA H100 80GB HBM3",)),
+    "h200": Card(989e12, int(139.8 * 2**30), 132, "sm_90", ("NVIDIA H200",)),
+    "b200": Card(2250e12, int(178.35 * 2**30), 148, "sm_100", ("NVIDIA B200",)),
 }
 """SXM versions; the A100 has 80 GB."""
+
+
+def card_of(device_name: str) -> str | None:
+    """The key in `CARDS` of a device by its name, or None if its figures are not known."""
+    return next((key for key, card in CARDS.items() if device_name in card.names), None)
+
 
 MFU = 0.35
 """Default fraction of the peak. torchtitan's docs/performance.md has 33-39 % for Llama 3.1 8B under

@@ -30,6 +30,7 @@ from redi.engine.model.student import Student
 from redi.engine.train.checkpoint import Checkpointer, check_not_damaged
 from redi.engine.train.guards import GuardEvent, Guards, last_good, name_rows, skip_message
 from redi.engine.train.metrics import MetricsLog, peak_memory_gib
+from redi.engine.train.mfu import Utilization
 from redi.engine.train.optimizer import learning_rate, make_optimizer
 from redi.engine.train.preflight import Preflight, check_before_data
 from redi.engine.train.prepare_data import (
@@ -237,6 +238,7 @@ def _train(
     metrics = MetricsLog(run_dir / "metrics.jsonl", done, trackers, active=world.is_main)
     progress = console.progress("step", total, done)
     guards = Guards(recipe.guard, run_dir / "metrics.jsonl", done, world)
+    utilization = Utilization(recipe, student.model.config, world)
     if done:
         console.say(f"{run_dir}: resumes after step {done}")
     if data.held_out is not None:
@@ -287,6 +289,7 @@ def _train(
             if step == done + 1:
                 report_what_ran(student.ran, run_dir, world, console)
             line = _metrics_line(batches, result, rate(step), data, time.perf_counter() - began)
+            line |= utilization.of(line, data.lengths_of(batches.units))
             line["peak_memory_gib"] = peak_memory_gib(world.device)
             metrics.write(line)
             if not result.taken:
@@ -386,7 +389,10 @@ LABELS = {"positive_logp": "logp+", "negative_logp": "logp-"}
 def _step_figures(line: dict[str, Any]) -> list[str]:
     """The figures of a step on the progress line."""
     means = [f"{LABELS[key]} {line[key]:.3f}" for key in LABELS if line[key] is not None]
-    return [f"loss {line['loss']:.4f}", *means, f"{line['tokens_per_s']:,.0f} tok/s"]
+    speed = [f"{line['tokens_per_s']:,.0f} tok/s"]
+    if line["mfu"] is not None:
+        speed.append(f"mfu {line['mfu']:.1%}")
+    return [f"loss {line['loss']:.4f}", *means, *speed]
 
 
 def _held_out_figures(values: dict[str, float]) -> str:

@@ -16,7 +16,7 @@ import torch
 from redi.engine.train.trackers import Tracker
 
 # Keys whose values differ between attempts at the same step: wall-clock time and memory.
-TIMINGS = ("seconds", "tokens_per_s", "peak_memory_gib")
+TIMINGS = ("seconds", "tokens_per_s", "model_tflops", "mfu", "peak_memory_gib")
 
 
 class MetricsLog:

@@ -44,6 +44,10 @@ class PreparedData:
         held_out = self.held_out.tokens.parts if self.held_out else {}
         return {"data": self.tokens.parts, "eval": held_out}
 
+    def lengths_of(self, units: np.ndarray) -> np.ndarray:
+        """Tokens of each trace of units, int64 [traces]."""
+        return self.examples.lengths[self.examples.units[units].reshape(-1)]
+
     def summarize(self, row_tokens: int, ranks: int, cost: Cost) -> Summary:
         """Summary of what a run on this number of ranks trains; see `summarize`."""
         held_out = self.held_out
