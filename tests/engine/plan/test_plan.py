@@ -125,6 +125,7 @@ class RealStep:
     ("checkpointing", "reduce", "objective"),
     [
         ("full", "step", {}),
+        pytest.param("attention", "step", {}, marks=pytest.mark.slow),
         pytest.param("selective", "step", {}, marks=pytest.mark.slow),
         pytest.param("none", "step", {}, marks=pytest.mark.slow),
         pytest.param("none", "micro_step", {}, marks=pytest.mark.slow),
@@ -154,7 +155,7 @@ def test_the_planned_memory_equals_that_of_a_real_step(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "attention", "full"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_deep_models_memory_is_extrapolated_from_shallow_ones(
     tmp_path: Path, checkpointing: Any, tied: bool
@@ -256,6 +257,9 @@ def test_recomputation_costs_the_blocks_forward_once_more(tmp_path: Path) -> Non
     assert run_cost(config, "selective") == trained
     assert run_cost(config, "full") == Cost(
         linear=trained.linear + 2.0 * blocks, quadratic=8.0 * 2 * 64
+    )
+    assert run_cost(config, "attention") == Cost(
+        linear=trained.linear + 2.0 * blocks, quadratic=trained.quadratic
     )
 
 
