@@ -16,12 +16,11 @@ from functools import partial
 from typing import Any
 
 from torch._ops import OpOverload
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
-)
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
+
+from redi.engine.model.offload import Offload, OffloadedBlock
 
 # Attention's forwards. Their results include the log-sum-exp that their backward needs. By name,
 # because those of flash-attn exist only after its import.
@@ -51,20 +50,26 @@ KEPT_OPS = {"attention": ATTENTION_OPS, "selective": ATTENTION_OPS | PRODUCTS}
 NOT_KEPT = {"flash-4"}
 
 
-def checkpoint_blocks(model: PreTrainedModel, how: str) -> None:
-    """Wrap the blocks of a model in place; `how` is a value of `[shard] checkpointing`."""
+def checkpoint_blocks(model: PreTrainedModel, how: str, offload: Offload | None = None) -> None:
+    """Wrap the blocks of a model in place.
+
+    Args:
+        model: the model.
+        how: a value of `[shard] checkpointing`.
+        offload: makes the copies if the inputs of blocks are offloaded.
+    """
     if how == "none":
         return
     options: dict[str, Any] = {}
     if how in KEPT_OPS:
         policy = partial(_policy, KEPT_OPS[how])
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-    block_type = type(model.base_model.layers[0])
-    apply_activation_checkpointing(
-        model.base_model,
-        checkpoint_wrapper_fn=partial(checkpoint_wrapper, **options),
-        check_fn=lambda module: isinstance(module, block_type),
-    )
+    blocks = model.base_model.layers
+    for index, block in enumerate(blocks):
+        if offload is None:
+            blocks[index] = checkpoint_wrapper(block, **options)
+        else:
+            blocks[index] = OffloadedBlock(block, index, offload, **options)
 
 
 def _policy(kept: set[str], _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from redi.engine.config.sections import ShardConfig
 from redi.engine.model.checkpointing import checkpoint_blocks
+from redi.engine.model.offload import Offload
 from redi.engine.model.student import Student
 
 
@@ -39,7 +40,9 @@ def shard(
         device: its type selects the mesh.
     """
     world = dist.get_world_size()
-    checkpoint_blocks(student.model, section.checkpointing)
+    if section.offload:
+        student.offload = Offload(len(student.blocks), device)
+    checkpoint_blocks(student.model, section.checkpointing, student.offload)
     if section.compile:
         for block in student.blocks:
             block.compile()

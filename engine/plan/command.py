@@ -232,6 +232,8 @@ def _alternatives(
         (f'shard.checkpointing = "{mode}"', {"checkpointing": mode}, load)
         for mode in modes[modes.index(shard.checkpointing) + 1 :]
     ]
+    offload = {"checkpointing": "full", "offload": True}
+    changes.append(('shard.checkpointing = "full" and shard.offload = true', offload, load))
     longest = _longest_pack(data)
     if longest.num_tokens < load.pack.num_tokens:
         # Shorter packs make more micro-steps, whose gradients stay unsharded unless reduced.

@@ -288,6 +288,8 @@ def _train(
                 report_what_ran(student.ran, run_dir, world, console)
             line = _metrics_line(batches, result, rate(step), data, time.perf_counter() - began)
             line["peak_memory_gib"] = peak_memory_gib(world.device)
+            if student.offload is not None:
+                line |= student.offload.figures()
             metrics.write(line)
             if not result.taken:
                 skipped = name_rows(packs, data.tokens, step)

@@ -154,6 +154,25 @@ def test_the_planned_memory_equals_that_of_a_real_step(
     assert without_gradients != pytest.approx(real.peak, rel=0.04)
 
 
+def test_offloaded_inputs_are_not_on_the_gpu_but_two_at_a_time(tmp_path: Path) -> None:
+    """A real step's peak on a CPU has the plan's GPU memory and the host memory of the copies, as
+    exact as above."""
+    layers = 12
+    changes = {"checkpointing": "full", "offload": True}
+    recipe = recipe_of(small_model(tmp_path, layers), ShardConfig(**changes))
+    config = read_config(str(tmp_path), weights=False)
+    of_input = 4 * TOKENS * 64  # a power of two, to which host memory is rounded
+    planned = step_memory(recipe, config, LOAD, 1, CARDS["h100"])
+    kept = replace(recipe, shard=ShardConfig(checkpointing="full"))
+    without = step_memory(kept, config, LOAD, 1, CARDS["h100"])
+    real = RealStep(recipe)
+    in_step = planned.total - planned.parts["masters"] - planned.parts["moments"]
+    assert in_step + (layers - 1) * of_input == pytest.approx(real.peak, rel=0.04)
+    assert in_step != pytest.approx(real.peak, rel=0.04)
+    left_out = without.parts["activations"] - planned.parts["activations"]
+    assert left_out == (layers - 2) * of_input
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "attention", "full"])
 @pytest.mark.parametrize("tied", [False, True])
