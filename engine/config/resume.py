@@ -21,6 +21,7 @@ MAY_CHANGE_ON_RESUME = (
     "shard.reduce",
     "shard.checkpointing",
     "shard.compile",
+    "shard.offload",
     "train.row_tokens",
     "data.cache",
     "data.processes",

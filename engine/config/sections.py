@@ -258,11 +258,28 @@ class ShardConfig(Section, name="shard"):
     reduce: Literal["step", "micro_step"] = "step"
     """When gradients are summed over ranks. step: once per step; each rank holds all gradients in
     float32 between micro-steps. micro_step: after each one, for models too large for that."""
-    checkpointing: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in backward: none; selective: all but matrix products; full: all."""
+    checkpointing: Literal["none", "selective", "attention", "full"] = "none"
+    """Activations recomputed in backward: none; selective: all but matrix products and attention;
+    attention: all but attention; full: all."""
     compile: bool = False
     """Apply torch.compile to each transformer block. Together with checkpointing this needs an
     attention that works inside a graph: neither SDPA per document nor flash-attn 4."""
+    offload: bool = False
+    """Keep the inputs of checkpointed blocks in host memory; needs checkpointing = "attention" or
+    "full", and no compile."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.offload and self.checkpointing not in ("attention", "full"):
+            raise ValueError(
+                f'shard.offload needs shard.checkpointing = "attention" or "full", got '
+                f'"{self.checkpointing}"'
+            )
+        if self.offload and self.compile:
+            raise ValueError(
+                "shard.offload and shard.compile exclude each other: copies cannot be part of a "
+                "block's graph; remove one of them"
+            )
 
 
 @dataclass(frozen=True)

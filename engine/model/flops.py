@@ -91,14 +91,15 @@ def training_cost(config: PretrainedConfig) -> Cost:
 def run_cost(config: PretrainedConfig, checkpointing: str) -> Cost:
     """Flops executed for a sequence: those of training, plus recomputation.
 
-    If `[shard] checkpointing` is "full", the forward of the blocks runs twice. "selective" keeps
-    the results of all matrix products.
+    If `[shard] checkpointing` is "full", the forward of the blocks runs twice; if it is
+    "attention", all but its attention. "selective" keeps the results of all matrix products.
     """
-    again = 2.0 if checkpointing == "full" else 0.0
+    again = 2.0 if checkpointing in ("attention", "full") else 0.0
+    attention_again = 2.0 if checkpointing == "full" else 0.0
     size = model_size(config)
     return Cost(
         linear=6.0 * (size.trunk + size.head) + again * size.trunk,
-        quadratic=(6.0 + again) / 2 * size.attention,
+        quadratic=(6.0 + attention_again) / 2 * size.attention,
     )
 
 

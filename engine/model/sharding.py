@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._ops import OpOverload
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
-)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import PreTrainedModel
 
 from redi.engine.config.sections import ShardConfig
+from redi.engine.model.checkpointing import checkpoint_blocks
+from redi.engine.model.offload import Offload
 from redi.engine.model.student import Student
-
-# Ops whose results selective checkpointing keeps: matrix products and attention. Recomputing them
-# would cost more time than the memory is worth. All other results are recomputed.
-KEPT_OPS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-}
-# Further ops on CUDA, by name because they exist only after their packages are imported.
-# flash-attn 4 is not a registered op and is recomputed.
-KEPT_NAMES = {
-    "torch_attn::_varlen_attn",
-    "flash_attn::_flash_attn_varlen_forward",
-    "flash_attn_3::_flash_attn_forward",
-}
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -63,7 +40,9 @@ def shard(
         device: its type selects the mesh.
     """
     world = dist.get_world_size()
-    checkpoint_blocks(student.model, section.checkpointing)
+    if section.offload:
+        student.offload = Offload(len(student.blocks), device)
+    checkpoint_blocks(student.model, section.checkpointing, student.offload)
     if section.compile:
         for block in student.blocks:
             block.compile()
@@ -107,23 +86,3 @@ def _mesh(device: torch.device, replicate: int, world: int) -> DeviceMesh:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     shape = (replicate, world // replicate)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-
-
-def checkpoint_blocks(model: PreTrainedModel, how: str) -> None:
-    """Enable activation checkpointing of the blocks: `how` is "none", "selective" or "full"."""
-    if how == "none":
-        return
-    options: dict[str, Any] = {}
-    if how == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    block_type = type(model.base_model.layers[0])
-    apply_activation_checkpointing(
-        model.base_model,
-        checkpoint_wrapper_fn=partial(checkpoint_wrapper, **options),
-        check_fn=lambda module: isinstance(module, block_type),
-    )
-
-
-def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = op in KEPT_OPS or (isinstance(op, OpOverload) and op.name() in KEPT_NAMES)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -20,6 +20,7 @@ from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.packed_loss import PackedLoss, StepTotals
 from redi.engine.model.attention import NAME, document_kwargs
 from redi.engine.model.first_forward import ForwardRecord, record_forward
+from redi.engine.model.offload import Offload
 from redi.kernels import FilteredRediLoss, RediLoss, segment_sum, signed_cross_entropy
 
 Out = TypeVar("Out")
@@ -68,6 +69,8 @@ class Student(nn.Module):
         self.ran: ForwardRecord | None = None
         """Record of the first training forward, or of the first forward if there was none."""
         self._trained = False
+        self.offload: Offload | None = None
+        """Set by sharding if the inputs of blocks are offloaded."""
         model.set_output_embeddings(Head(model.get_output_embeddings().weight))
 
     @property

@@ -227,11 +227,13 @@ def _alternatives(
         changes.append(("shard.replicate = 1", {"replicate": 1}, load))
     if per_micro_step and shard.reduce == "step" and load.micro_steps > 1:
         changes.append(('shard.reduce = "micro_step"', per_micro_step, load))
-    modes = ("none", "selective", "full")
+    modes = ("none", "selective", "attention", "full")
     changes += [
         (f'shard.checkpointing = "{mode}"', {"checkpointing": mode}, load)
         for mode in modes[modes.index(shard.checkpointing) + 1 :]
     ]
+    offload = {"checkpointing": "full", "offload": True}
+    changes.append(('shard.checkpointing = "full" and shard.offload = true', offload, load))
     longest = _longest_pack(data)
     if longest.num_tokens < load.pack.num_tokens:
         # Shorter packs make more micro-steps, whose gradients stay unsharded unless reduced.

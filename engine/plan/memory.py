@@ -170,6 +170,8 @@ def phase_peaks(
             tracker.settle("moments")
 
             _watch(student, tracker)
+            if student.offload is not None:
+                student.offload.allocate = tracker.on_host()(student.offload.allocate)
             done = forward_backward(student, _step_of(packs), device, recipe.shard.reduce)
             tracker.settle("gradients")
             tracker.enter((len(packs), "update"))

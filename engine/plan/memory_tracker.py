@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -82,6 +84,7 @@ class MemoryTracker(TorchDispatchMode):
         self._peaks: dict[Phase, _Peak] = {}
         self._open: set[Phase] = set()
         self._total = 0
+        self._counts = True
         self.held: Counter[str] = Counter()
 
     def __enter__(self) -> MemoryTracker:
@@ -118,6 +121,15 @@ class MemoryTracker(TorchDispatchMode):
         """Start a phase; its peak starts at the memory currently held."""
         self._phase = phase
         self._add("activations", 0)
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Storages allocated within the context are in host memory and have no size."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
 
     def settle(self, part: str) -> None:
         """Assign to `part` all live storages allocated since the last call.
@@ -185,9 +197,10 @@ class MemoryTracker(TorchDispatchMode):
         key = storage._cdata
         if key in self._entries:
             return
-        self._entries[key] = self._unsettled[key] = _Entry(part, storage.nbytes())
+        size = storage.nbytes() if self._counts else 0
+        self._entries[key] = self._unsettled[key] = _Entry(part, size)
         weakref.finalize(storage, self._forget, key).atexit = False
-        self._add(part, storage.nbytes())
+        self._add(part, size)
 
     def _forget(self, key: int) -> None:
         entry = self._entries.pop(key)

@@ -291,6 +291,8 @@ def _train(
             line = _metrics_line(batches, result, rate(step), data, time.perf_counter() - began)
             line |= utilization.of(line, data.lengths_of(batches.units))
             line["peak_memory_gib"] = peak_memory_gib(world.device)
+            if student.offload is not None:
+                line |= student.offload.figures()
             metrics.write(line)
             if not result.taken:
                 skipped = name_rows(packs, data.tokens, step)

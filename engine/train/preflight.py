@@ -16,6 +16,7 @@ from redi.engine.errors import InputError
 from redi.engine.model.architecture import check_dropout
 from redi.engine.model.attention import NOT_IN_GRAPHS, choose_attention
 from redi.engine.model.build import model_config
+from redi.engine.model.checkpointing import NOT_KEPT
 from redi.engine.model.sharding import compute_dtype
 from redi.engine.train.guards import check_not_collapsed
 from redi.engine.train.run_folder import check_writable
@@ -55,6 +56,7 @@ def check_before_data(recipe: Recipe, run_dir: Path, world: World) -> Preflight:
     kind, _ = choose_attention(recipe.model.attention, world.device, dtype)
     check_dropout(recipe.model.path or "", config, kind)
     _check_compile(recipe, kind)
+    _check_checkpointing(recipe, kind)
     _check_backend(recipe, world.device, dtype)
     return Preflight(config, dtype)
 
@@ -66,6 +68,14 @@ def _check_compile(recipe: Recipe, attention: str) -> None:
             "shard.compile: with shard.checkpointing a block must be compiled as one graph, and "
             f'attention "{attention}" cannot be; remove one of the two, or set model.attention to '
             '"varlen" on CUDA'
+        )
+
+
+def _check_checkpointing(recipe: Recipe, attention: str) -> None:
+    if recipe.shard.checkpointing == "attention" and attention in NOT_KEPT:
+        raise InputError(
+            f'shard.checkpointing: "attention" keeps the results of attention, and those of '
+            f'"{attention}" cannot be kept; use "full", or set model.attention to "varlen"'
         )
 
 

@@ -25,7 +25,7 @@ from redi.engine.model.attention import (
     find_flash,
     register_attention,
 )
-from redi.engine.model.sharding import checkpoint_blocks
+from redi.engine.model.checkpointing import checkpoint_blocks
 
 MODELS = [
     (Qwen2Config, Qwen2ForCausalLM),
@@ -68,7 +68,7 @@ def changed_first_document(ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([(ids[:13] + 7) % 50, ids[13:]])
 
 
-@pytest.mark.parametrize("recomputed", ["none", "selective", "full"])
+@pytest.mark.parametrize("recomputed", ["none", "selective", "attention", "full"])
 def test_changing_one_document_leaves_the_others_bitwise_alone(
     model: PreTrainedModel, ids: torch.Tensor, recomputed: str
 ) -> None:

@@ -93,7 +93,7 @@ def test_reshard_leaves_nothing_gathered_after_scoring(world: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "attention", "full"])
 def test_compiled_blocks_compute_the_same(world: Path, checkpointing: str) -> None:
     torch.compiler.reset()
     counters.clear()

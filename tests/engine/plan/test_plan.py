@@ -125,6 +125,7 @@ class RealStep:
     ("checkpointing", "reduce", "objective"),
     [
         ("full", "step", {}),
+        pytest.param("attention", "step", {}, marks=pytest.mark.slow),
         pytest.param("selective", "step", {}, marks=pytest.mark.slow),
         pytest.param("none", "step", {}, marks=pytest.mark.slow),
         pytest.param("none", "micro_step", {}, marks=pytest.mark.slow),
@@ -153,8 +154,27 @@ def test_the_planned_memory_equals_that_of_a_real_step(
     assert without_gradients != pytest.approx(real.peak, rel=0.04)
 
 
+def test_offloaded_inputs_are_not_on_the_gpu_but_two_at_a_time(tmp_path: Path) -> None:
+    """A real step's peak on a CPU has the plan's GPU memory and the host memory of the copies, as
+    exact as above."""
+    layers = 12
+    changes = {"checkpointing": "full", "offload": True}
+    recipe = recipe_of(small_model(tmp_path, layers), ShardConfig(**changes))
+    config = read_config(str(tmp_path), weights=False)
+    of_input = 4 * TOKENS * 64  # a power of two, to which host memory is rounded
+    planned = step_memory(recipe, config, LOAD, 1, CARDS["h100"])
+    kept = replace(recipe, shard=ShardConfig(checkpointing="full"))
+    without = step_memory(kept, config, LOAD, 1, CARDS["h100"])
+    real = RealStep(recipe)
+    in_step = planned.total - planned.parts["masters"] - planned.parts["moments"]
+    assert in_step + (layers - 1) * of_input == pytest.approx(real.peak, rel=0.04)
+    assert in_step != pytest.approx(real.peak, rel=0.04)
+    left_out = without.parts["activations"] - planned.parts["activations"]
+    assert left_out == (layers - 2) * of_input
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "attention", "full"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_deep_models_memory_is_extrapolated_from_shallow_ones(
     tmp_path: Path, checkpointing: Any, tied: bool
@@ -256,6 +276,9 @@ def test_recomputation_costs_the_blocks_forward_once_more(tmp_path: Path) -> Non
     assert run_cost(config, "selective") == trained
     assert run_cost(config, "full") == Cost(
         linear=trained.linear + 2.0 * blocks, quadratic=8.0 * 2 * 64
+    )
+    assert run_cost(config, "attention") == Cost(
+        linear=trained.linear + 2.0 * blocks, quadratic=trained.quadratic
     )
 
 
