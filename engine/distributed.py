@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -19,6 +21,10 @@ from redi.engine.errors import InputError, RunError
 
 # Rank 0 may tokenize for hours while the others wait.
 PREPARE_TIMEOUT = timedelta(hours=24)
+
+VISIBLE_SECONDS = 120.0
+"""How long a rank waits for a file that rank 0 has written. A client of a network file system may
+remember for up to a minute (NFS: acdirmax) that a file does not exist."""
 
 # How rank 0's work ended, as published to the other ranks, and the error that they then raise.
 OUTCOMES = {"input": InputError, "stop": KeyboardInterrupt, "run": RunError}
@@ -36,7 +42,7 @@ class World:
         store: key-value store shared by all ranks, for waits longer than a collective's timeout.
         checkpoint_group: separate gloo group for background saves; on the default group their
             collectives would interleave with training's and hang.
-        calls: number of `rank0_first` calls, equal on every rank.
+        calls: number of calls of the methods that wait for rank 0, equal on every rank.
     """
 
     rank: int
@@ -58,31 +64,102 @@ class World:
         return bool(flag)
 
     def rank0_first(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0, then on the other ranks, which find its result on disk.
+        """Run `work` on rank 0, then on the other ranks.
 
         Raises:
             InputError, KeyboardInterrupt: on every rank, if `work` raised it on rank 0.
             RunError: likewise. Any other error on rank 0 is a RunError on the other ranks.
         """
+        if self.is_main:
+            return self._announce(work, lambda result: b"")
+        self._await_rank0()
+        return work()
+
+    def from_rank0(
+        self, work: Callable[[], T], written: Callable[[T], Iterable[Path]] = lambda result: ()
+    ) -> T:
+        """Run `work` on rank 0 alone and return a pickled copy of its result on the other ranks.
+
+        Args:
+            work: reads or writes files that the other ranks may see later than rank 0.
+            written: given the result, the files that the other ranks need. They wait until they
+                see them, and then unpickle the result.
+
+        Raises:
+            InputError, KeyboardInterrupt, RunError: as `rank0_first`; RunError also on a rank that
+                does not see the files.
+        """
+        if self.is_main:
+            return self._announce(
+                work,
+                lambda result: pickle.dumps(
+                    ({file: file.stat().st_size for file in written(result)}, pickle.dumps(result))
+                ),
+            )
+        sizes, pickled = pickle.loads(self._await_rank0())
+        await_files(sizes, self.rank)
+        result: T = pickle.loads(pickled)
+        return result
+
+    def _announce(self, work: Callable[[], T], describe: Callable[[T], bytes]) -> T:
+        """Run `work` and publish `describe` of its result, or its error, to the other ranks."""
         if self.size == 1:
             return work()
         self.calls += 1
-        key = f"rank0_first/{self.calls}"
-        if self.is_main:
-            try:
-                result = work()
-            except BaseException as error:
-                kind = next((n for n, known in OUTCOMES.items() if isinstance(error, known)), "run")
-                self.store.set(key, f"{kind} {error}")
-                raise
-            self.store.set(key, "done")
-            return result
+        key = f"rank0/{self.calls}"
+        try:
+            result = work()
+            message = describe(result)
+        except BaseException as error:
+            kind = next((n for n, known in OUTCOMES.items() if isinstance(error, known)), "run")
+            self.store.set(key, f"{kind} {error}")
+            raise
+        self.store.set(key, b"done " + message)  # type: ignore[arg-type]  # bytes are kept
+        return result
+
+    def _await_rank0(self) -> bytes:
+        """What rank 0 published in the same call."""
+        self.calls += 1
+        key = f"rank0/{self.calls}"
         self.store.wait([key], PREPARE_TIMEOUT)
-        outcome = self.store.get(key).decode()
-        kind, _, text = outcome.partition(" ")
-        if kind != "done":
-            raise OUTCOMES[kind](text)
-        return work()
+        kind, _, message = self.store.get(key).partition(b" ")
+        if kind != b"done":
+            raise OUTCOMES[kind.decode()](message.decode())
+        return message
+
+
+def await_files(sizes: Mapping[Path, int], rank: int) -> None:
+    """Wait until files that another machine has written are visible here.
+
+    Args:
+        sizes: bytes of each file.
+        rank: of this process, for the message.
+
+    Raises:
+        RunError: a file is missing or has another size after `VISIBLE_SECONDS`.
+    """
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    missing = list(sizes)
+    while missing := [file for file in missing if _size(file) != sizes[file]]:
+        if time.monotonic() > deadline:
+            file = missing[0]
+            raise RunError(
+                f"rank {rank}: {file}: not visible after {VISIBLE_SECONDS:.0f} s ({sizes[file]} "
+                f"bytes on rank 0, {_size(file) or 0} here); its folder must be on a file system "
+                "that all machines share"
+            )
+        time.sleep(0.2)
+
+
+def _size(file: Path) -> int | None:
+    """Bytes of a file; None if there is none."""
+    try:
+        # A network file system's client asks the server when a folder or file is opened; a plain
+        # stat may be answered from its memory.
+        with os.scandir(file.parent), file.open("rb") as opened:
+            return os.fstat(opened.fileno()).st_size
+    except OSError:
+        return None
 
 
 @contextmanager

@@ -192,6 +192,11 @@ class TokenizedTraces:
         values = (self.folder, self._meta, self.sources, self._teachers, self._teacher_weights)
         return TokenizedTraces, values
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the cache."""
+        return self.folder / _DATA, self.folder / _META
+
     def ids(self, index: int) -> np.ndarray:
         """Token ids of a trace, int32 [lengths[index]], as a read-only view of the file."""
         batch, position = self._locate(index)

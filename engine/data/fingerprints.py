@@ -17,8 +17,10 @@ from redi.engine.errors import InputError
 
 MIN_CACHED_BYTES = 1 << 26
 """Smaller content is not cached: hashing it takes no longer than looking it up."""
-_CLOCK_TICK = 2_000_000_000
-"""Nanoseconds: the coarsest resolution of a file system's time stamps."""
+_FINE_TICK = 0.1
+"""Seconds: longer than the resolution of time stamps that have a fraction of a second."""
+_COARSE_TICK = 2.0
+"""Seconds: the coarsest resolution of a file system's time stamps."""
 _CACHE_FILE = "fingerprints.json"
 
 
@@ -101,19 +103,26 @@ def _cached(
     """The result of `compute`, cached in `cache_dir` with the files' sizes, inodes and times.
 
     The cached value is used while all of these are unchanged. A write cannot go unnoticed: the
-    kernel updates the time of the last status change, which no copy, `touch` or `mv` sets back.
+    file system updates the time of the last status change, which no copy, `touch` or `mv` sets
+    back. A change within one tick of that clock would leave the time unchanged, so hashing starts
+    a tick after the times were read: an earlier change is hashed, a later one has another time.
+    Only durations are compared. The clock of a file server may differ from this machine's.
     """
-    now = time.time_ns()
     stamps = _stamps(files())
     known = _read_cache(cache_dir).get(name)
     if known is not None and known[0] == stamps:
         return str(known[1])
+    time.sleep(_tick(stamps))
     found = compute()
-    # A change within the same clock tick as the hashing would leave the times unchanged.
-    latest = max(when for stamp in stamps for when in stamp[-2:])
-    if now - latest > _CLOCK_TICK and _stamps(files()) == stamps:
+    if _stamps(files()) == stamps:
         _write_cache(cache_dir, name, [stamps, found])
     return found
+
+
+def _tick(stamps: list[list[Any]]) -> float:
+    """Seconds after which a change gets another time: more if the times are whole seconds."""
+    fine = all(changed % 1_000_000_000 for *_, changed in stamps)
+    return _FINE_TICK if fine else _COARSE_TICK
 
 
 def _stamps(files: list[Path]) -> list[list[Any]]:

@@ -57,17 +57,16 @@ def export(
     tensors = (_whole(state[f"model.{name}"]) for names in files.values() for name in names)
 
     def write() -> None:
-        if world.is_main:
-            try:
-                generation = student.model.generation_config
-                write_folder(folder, model, files, tensors, tokenizer, generation)
-            finally:
-                deque(tensors, maxlen=0)  # other ranks gather all, even after an error here
+        try:
+            generation = student.model.generation_config
+            write_folder(folder, model, files, tensors, tokenizer, generation)
+        finally:
+            deque(tensors, maxlen=0)  # other ranks gather all, even after an error here
 
     if not world.is_main:
         deque(tensors, maxlen=0)
-    # Other ranks wait, because a following recipe reads the directory.
-    world.rank0_first(write)
+    # Other ranks wait until they see the directory, because a following recipe reads it.
+    world.from_rank0(write, lambda _: folder.iterdir())
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ as long as that records. Incomplete ones are ignored.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -42,15 +42,18 @@ def complete_checkpoints(run_dir: Path) -> dict[int, Path]:
     return {step: folder for step, folder in _saved(run_dir).items() if _is_complete(folder)}
 
 
-def check_not_damaged(run_dir: Path) -> str | None:
+def check_not_damaged(run_dir: Path, complete: Collection[int]) -> str | None:
     """A warning if newer checkpoints than the newest complete one were damaged after their save.
 
     A checkpoint whose save was interrupted has no metadata and is not meant.
 
+    Args:
+        run_dir: the run directory.
+        complete: steps of its complete checkpoints.
+
     Raises:
         InputError: all are damaged, so that the run would start again from its first step.
     """
-    complete = complete_checkpoints(run_dir)
     damaged = [
         step
         for step, folder in _saved(run_dir).items()
@@ -118,24 +121,38 @@ class _Writer(dcp.FileSystemWriter):
 
 
 class Checkpointer:
-    """Saves, loads and prunes the checkpoints of one run."""
+    """Saves, loads and prunes the checkpoints of one run.
+
+    Args:
+        run_dir: the run directory.
+        complete: steps of its complete checkpoints, equal on every rank.
+        keep: number of newest checkpoints to keep; 0: all.
+        student, optimizer: what is saved.
+        world: the ranks.
+
+    Attributes:
+        complete: steps of the complete checkpoints now. They are not read again: for many ranks the
+            metadata of each takes seconds.
+    """
 
     def __init__(
         self,
         run_dir: Path,
+        complete: Collection[int],
         keep: int,
         student: Student,
         optimizer: torch.optim.Optimizer,
         world: World,
     ) -> None:
         self.run_dir = run_dir
+        self.complete = set(complete)
         self.keep = keep
         self.student = student
         self.optimizer = optimizer
         self.world = world
         self._pending: Future[Any] | None = None
         self._good_before: int | None = None
-        self._pending_folder = Path()
+        self._pending_step = 0
         # One copy of this rank's shards in host memory (page-locked on CUDA), reused by every save.
         # Training waits only while it is made.
         on_cuda = world.device.type == "cuda"
@@ -165,7 +182,8 @@ class Checkpointer:
         """
         self._good_before = good_before
         self.wait()
-        folder = self._pending_folder = self._folder(step)
+        self._pending_step = step
+        folder = self._folder(step)
         if self.world.is_main:
             shutil.rmtree(folder, ignore_errors=True)  # incomplete, from an earlier attempt
         dist.barrier(self.world.checkpoint_group)
@@ -185,23 +203,26 @@ class Checkpointer:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
+        folder = self._folder(self._pending_step)
         try:
             pending.result()
         except FAILURES as error:
             if self.world.is_main:
-                shutil.rmtree(self._pending_folder, ignore_errors=True)  # frees the disk space
+                shutil.rmtree(folder, ignore_errors=True)  # frees the disk space
             raise RunError(
-                f"{self._pending_folder} could not be saved ({_cause(error)}); older checkpoints "
-                "are intact, the same command resumes from the newest"
+                f"{folder} could not be saved ({_cause(error)}); older checkpoints are intact, the "
+                "same command resumes from the newest"
             ) from error
-        if self.world.is_main and self.keep:
-            complete = complete_checkpoints(self.run_dir)
-            for step in complete.keys() - kept_checkpoints(
-                sorted(complete), self.keep, self._good_before
-            ):
+        self.complete.add(self._pending_step)
+        if not self.keep:
+            return
+        kept = kept_checkpoints(sorted(self.complete), self.keep, self._good_before)
+        for step in self.complete - kept if self.world.is_main else ():
+            with suppress(FileNotFoundError):  # the user has removed it
                 # First, so that a half-removed checkpoint is not complete.
-                (complete[step] / ".metadata").unlink()
-                shutil.rmtree(complete[step])
+                (self._folder(step) / ".metadata").unlink()
+                shutil.rmtree(self._folder(step))
+        self.complete &= kept
 
     def close(self) -> None:
         """Let a save in progress finish: it is valid even if the run has failed since."""
@@ -218,12 +239,11 @@ class Checkpointer:
         Raises:
             RunError: the checkpoint cannot be read.
         """
-        # Rank 0 decides: on a network file system other ranks may not see the newest one yet.
-        newest = [max(complete_checkpoints(self.run_dir), default=0)]
-        dist.broadcast_object_list(newest, src=0, group=self.world.checkpoint_group)
-        step = newest[0]
+        step = max(self.complete, default=0)
         if not step:
             return 0
+        # On a network file system other ranks may not see its files yet.
+        self.world.from_rank0(lambda: None, lambda _: self._folder(step).iterdir())
         state = self._state()
         try:
             dcp.load(state, checkpoint_id=self._folder(step))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -233,18 +233,20 @@ def collapse_of(run_dir: Path) -> str | None:
         if line.get("event") == "collapse" and line.get("goes_on") is False:
             return (
                 f"{run_dir} collapsed and was ended at step {line['step']}; "
-                f"{last_good(run_dir, line['good_before'])}"
+                f"{last_good(run_dir, complete_checkpoints(run_dir), line['good_before'])}"
             )
     return None
 
 
-def last_good(run_dir: Path, good_before: int) -> str:
+def last_good(run_dir: Path, complete: Iterable[int], good_before: int) -> str:
     """The checkpoint from which to restart a run that failed, as the end of a message.
 
     Args:
+        run_dir: the run directory.
+        complete: steps of its complete checkpoints.
         good_before: see `Guards`.
     """
-    good = [step for step in complete_checkpoints(run_dir) if step < good_before]
+    good = [step for step in complete if step < good_before]
     if not good:
         return (
             "the last good checkpoint: there is none (see run.save_every); start again with other "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +39,7 @@ from redi.engine.train.prepare_data import (
     prepare_data,
 )
 from redi.engine.train.run_folder import (
+    PreviousRun,
     check_same_data,
     check_same_files,
     check_same_model,
@@ -77,12 +78,16 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         KeyboardInterrupt: a signal stopped it before training started.
     """
     run_dir = Path(recipe.run.dir or "")
-    check_same_recipe(recipe, run_dir)
-    previous = read_previous_run(run_dir)
+
+    def look() -> PreviousRun:
+        check_same_recipe(recipe, run_dir)
+        return read_previous_run(run_dir)
+
+    previous = world.from_rank0(look)
     if previous.finished and previous.limits == (recipe.train.epochs, recipe.train.max_steps):
         _report_finished(recipe, run_dir, world, console)
         return True
-    if world.is_main and (damaged := check_not_damaged(run_dir)):
+    if damaged := world.from_rank0(lambda: check_not_damaged(run_dir, previous.complete)):
         console.warn(damaged)
     found = check_before_data(recipe, run_dir, world)
 
@@ -91,7 +96,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
             return prepare_data(recipe, world, console)
 
     data = world.rank0_first(prepare)
-    check_same_data(data.keys, data.parts, run_dir)
+    world.from_rank0(lambda: check_same_data(data.keys, data.parts, run_dir))
     total = data.schedule.total_steps
     first_total, old_total = previous.totals(data.schedule)
     if previous.finished and total == old_total:
@@ -126,7 +131,17 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         if total > old_total:
             _report_lengthened(recipe, old_total, total, rate, console)
         finished = _train(
-            recipe, run_dir, data, rate, cost, student, optimizer, world, console, stop
+            recipe,
+            run_dir,
+            previous.complete,
+            data,
+            rate,
+            cost,
+            student,
+            optimizer,
+            world,
+            console,
+            stop,
         )
         if finished:
             export(student, tokenizer, run_dir / "export", found.dtype, world)
@@ -210,6 +225,7 @@ def _report_lengthened(
 def _train(
     recipe: Recipe,
     run_dir: Path,
+    complete: Sequence[int],
     data: PreparedData,
     rate: Callable[[int], float],
     cost: Cost,
@@ -219,9 +235,13 @@ def _train(
     console: Console,
     stop: StopRequest,
 ) -> bool:
-    """Run the remaining steps. Returns False if a signal stopped them early."""
+    """Run the remaining steps after the newest of the complete checkpoints.
+
+    Returns:
+        False if a signal stopped them early.
+    """
     total = data.schedule.total_steps
-    checkpointer = Checkpointer(run_dir, recipe.run.keep, student, optimizer, world)
+    checkpointer = Checkpointer(run_dir, complete, recipe.run.keep, student, optimizer, world)
     done = checkpointer.load_newest()
     loader = StepLoader(
         data.tokens,
@@ -382,7 +402,7 @@ def _end_run(
     try:
         checkpointer.wait()
     finally:
-        raise RunError(f"{event.text}; {last_good(run_dir, good_before)}")
+        raise RunError(f"{event.text}; {last_good(run_dir, checkpointer.complete, good_before)}")
 
 
 LABELS = {"positive_logp": "logp+", "negative_logp": "logp-"}

@@ -40,9 +40,8 @@ def check_before_data(recipe: Recipe, run_dir: Path, world: World) -> Preflight:
     Raises:
         InputError: the model, the recipe or the machine does not allow this run.
     """
-    check_not_collapsed(recipe.guard, run_dir)
-    if world.is_main:
-        check_writable(run_dir)
+    world.from_rank0(lambda: check_not_collapsed(recipe.guard, run_dir))
+    world.from_rank0(lambda: check_writable(run_dir))
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

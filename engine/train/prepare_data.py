@@ -108,7 +108,10 @@ def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: UnitKind
 def tokenized(
     recipe: Recipe, paths: tuple[str, ...], world: World, console: Console
 ) -> TokenizedTraces:
-    """The traces of files, tokenized by the settings of `[data]`; rank 0 fills the cache first."""
+    """The traces of files, tokenized by the settings of `[data]`.
+
+    Rank 0 hashes the files and fills the cache; the other ranks open what it found.
+    """
     settings = TokenSettings(
         paths=paths,
         format=recipe.data.format,
@@ -119,8 +122,9 @@ def tokenized(
     )
     cache = recipe.data.cache_dir
     processes = recipe.data.processes or min(8, os.cpu_count() or 1)
-    return world.rank0_first(
-        lambda: tokenize(settings, cache, processes=processes, console=console)
+    return world.from_rank0(
+        lambda: tokenize(settings, cache, processes=processes, console=console),
+        lambda tokens: tokens.files,
     )
 
 

@@ -118,8 +118,7 @@ def check_writable(run_dir: Path) -> None:
 class PreviousRun:
     """What a run directory held before this command.
 
-    Every rank reads it at the start. Rank 0 may rewrite it before another rank has read it: the
-    totals and the learning rate are the same either way.
+    Only rank 0 reads the directory: on a network file system other ranks may see an older state.
     """
 
     limits: tuple[int | None, int | None] | None
@@ -130,6 +129,8 @@ class PreviousRun:
     """True if it has the export of the number of steps requested last."""
     exported: bool = False
     """True if it has any export, even one from before it was lengthened."""
+    complete: tuple[int, ...] = ()
+    """Steps of its complete checkpoints."""
 
     def totals(self, schedule: Schedule) -> tuple[int, int]:
         """Number of steps that the run was started with, and number requested last.
@@ -160,7 +161,7 @@ class PreviousRun:
                 f"train.max_steps now give {total}; a run can only be lengthened: choose another "
                 "run.dir, or change them back to resume"
             )
-        if self.exported and not complete_checkpoints(run_dir):
+        if self.exported and not self.complete:
             raise InputError(
                 f"run.dir: {run_dir} cannot be lengthened to {total} steps: it has no checkpoint "
                 f"left to resume from; choose another run.dir (model.path may be "
@@ -169,14 +170,18 @@ class PreviousRun:
 
 
 def read_previous_run(run_dir: Path) -> PreviousRun:
-    """The state left by an earlier command; `check_same_recipe` must have accepted it."""
+    """The state left by an earlier command; `check_same_recipe` must have accepted it.
+
+    Every checkpoint is verified here, once.
+    """
     if not (run_dir / RECIPE).is_file():
         return PreviousRun(limits=None)
     train = tomllib.loads((run_dir / RECIPE).read_text(encoding="utf-8")).get("train", {})
     lengthened = _lengthened(run_dir)
     exported = (run_dir / "export").is_dir()
     limits = (train.get("epochs"), train.get("max_steps"))
-    return PreviousRun(limits, tuple(lengthened), is_finished(run_dir), exported)
+    complete = tuple(sorted(complete_checkpoints(run_dir)))
+    return PreviousRun(limits, tuple(lengthened), is_finished(run_dir), exported, complete)
 
 
 def is_finished(run_dir: Path) -> bool:

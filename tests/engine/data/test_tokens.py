@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from datetime import date
 from functools import cache
@@ -279,7 +280,6 @@ def test_with_a_chat_template_the_template_alone_decides_on_bos(
 
 
 def test_the_date_that_a_template_prints_is_part_of_the_key(tmp_path, monkeypatch):
-    monkeypatch.setattr(fingerprints, "_CLOCK_TICK", 0)  # the digest is remembered at once
     dated = save_tokenizer(tmp_path / "dated", template="{{ strftime_now('%d %b') }}" + CHATML)
     wanted = settings(write_rows(tmp_path / "rows.jsonl", [PAIR]), dated)
     plain = settings(wanted.paths, dated, template="none")
@@ -396,7 +396,6 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeyp
     path, cache = tmp_path / "large.jsonl", tmp_path / "cache"
     with path.open("wb") as file:
         file.truncate(fingerprints.MIN_CACHED_BYTES)
-    monkeypatch.setattr(fingerprints, "_CLOCK_TICK", 0)
     hashed = []
     really = fingerprints._hashed
     monkeypatch.setattr(fingerprints, "_hashed", lambda *a: hashed.append(a) or really(*a))
@@ -421,18 +420,50 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeyp
     assert len(hashed) == 3
     (cache / "fingerprints.json").write_text("[")  # cut off
     assert digest() == second
-    monkeypatch.setattr(fingerprints, "_CLOCK_TICK", 3600 * 10**9)
-    path.touch()
-    digest()
-    digest()
-    assert len(hashed) == 6  # changed so lately that it may change again unseen
+    ahead = time.time() + 600
+    os.utime(path, (ahead, ahead))  # as from a file server whose clock is ten minutes ahead
+    assert digest() == second
+    assert len(hashed) == 5
+    assert digest() == second
+    assert len(hashed) == 5
+
+
+def test_a_change_in_the_same_tick_of_the_file_systems_clock_is_noticed(tmp_path, monkeypatch):
+    """A file system with times of two seconds; a file changes right after they were read."""
+    path, cache, tick = tmp_path / "data.jsonl", tmp_path / "cache", 2
+    monkeypatch.setattr(fingerprints, "MIN_CACHED_BYTES", 1)
+    really_stamps, really_sleep, written = fingerprints._stamps, time.sleep, []
+
+    def coarse_stamps(files):
+        unit = tick * 10**9
+        return [
+            [*rest, changed // unit * unit, status // unit * unit]
+            for *rest, changed, status in really_stamps(files)
+        ]
+
+    def write_and_sleep(seconds):
+        assert seconds >= tick
+        if not written:
+            path.write_bytes(b"new")
+            written.append(coarse_stamps([path]))
+        really_sleep(seconds)
+
+    monkeypatch.setattr(fingerprints, "_stamps", coarse_stamps)
+    monkeypatch.setattr(fingerprints.time, "sleep", write_and_sleep)
+    while time.time() % tick > tick / 4:
+        really_sleep(0.05)  # both writes are in one tick
+    path.write_bytes(b"old")
+    before = coarse_stamps([path])
+    source = Source(str(path), "jsonl")
+    digests = [fingerprints.source_fingerprint(source, cache) for _ in range(2)]
+    assert written == [before], "the change was to leave the times as they were"
+    assert digests == [fingerprints._hashed([path], "jsonl")] * 2
 
 
 def test_weights_are_hashed_once_and_again_when_one_file_changes(tmp_path, monkeypatch):
     folder, cache = tmp_path / "model", tmp_path / "cache"
     folder.mkdir()
     assert fingerprints.model_fingerprint(str(folder), cache) is None
-    monkeypatch.setattr(fingerprints, "_CLOCK_TICK", 0)
     monkeypatch.setattr(fingerprints, "MIN_CACHED_BYTES", 6)
     (folder / "model-2.safetensors").write_bytes(b"cd")
     (folder / "model-1.safetensors").write_bytes(b"ab")
@@ -453,7 +484,6 @@ def test_weights_are_hashed_once_and_again_when_one_file_changes(tmp_path, monke
 
 
 def test_a_set_found_again_loads_no_tokenizer_whose_files_are_as_they_were(tmp_path, monkeypatch):
-    monkeypatch.setattr(fingerprints, "_CLOCK_TICK", 0)
     encoder, loads = tokens_module.Encoder, []
     monkeypatch.setattr(tokens_module, "Encoder", lambda *a: loads.append(a) or encoder(*a))
     path = write_rows(tmp_path / "rows.jsonl", [PAIR])

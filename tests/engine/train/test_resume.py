@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from processes import Run, ranks
 from safetensors.torch import load_file
 
@@ -207,6 +208,30 @@ def test_a_checkpoint_cut_off_anywhere_does_not_count(
         assert max(complete_checkpoints(tmp_path)) == STEPS - 3, f"cut off at byte {cut}"
     victim.parent.rename(victim.parent.with_name(f"step-{STEPS}.damaged"))
     assert max(complete_checkpoints(tmp_path)) == STEPS - 3
+
+
+@pytest.mark.parametrize("saves", [2, 12])
+def test_the_metadata_of_a_checkpoint_is_read_once_at_the_start_and_never_while_training(
+    saves: int,
+    recipe: WriteRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read, reads = dcp.FileSystemReader.read_metadata, []
+
+    def count(reader: dcp.FileSystemReader, **options: Any) -> Any:
+        reads.append(Path(reader.path).name)
+        return read(reader, **options)
+
+    monkeypatch.setattr(dcp.FileSystemReader, "read_metadata", count)
+    path = recipe("run", {"train.max_steps": saves, "run.save_every": 1, "run.keep": 2})
+    assert main(["train", str(path)]) == 0
+    assert reads == []
+    kept = [f"step-{saves - 1}", f"step-{saves}"]
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == sorted(kept)
+    shutil.rmtree(tmp_path / "run" / "export")
+    assert main(["train", str(path)]) == 0
+    assert sorted(reads) == sorted([*kept, kept[-1]]), "each is verified, the newest is loaded"
 
 
 def test_a_checkpoint_cut_off_is_passed_over(
