@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -31,6 +32,7 @@ from redi.engine.config.parse import (
 from redi.engine.config.sections import DataConfig, ModelConfig, Recipe, TrainConfig, check_replicas
 from redi.engine.errors import InputError, RunError, Stopped
 from redi.engine.extras import missing_packages
+from redi.engine.failure import RANK_0_SECONDS, end_job
 from redi.engine.hub import needs_hub
 from redi.engine.plan.cards import CARDS, MFU, Cluster
 from redi.engine.train.signals import StopRequest
@@ -40,9 +42,6 @@ if TYPE_CHECKING:
 
 STOPPED = 75
 """Exit code after a signal: EX_TEMPFAIL of sysexits.h, "try again"."""
-
-RANK_0_SECONDS = 5.0
-"""Seconds that the other ranks wait, so that rank 0 prints the error first."""
 
 USAGE = """\
 usage: redi COMMAND ...
@@ -225,9 +224,8 @@ def train(argv: Sequence[str]) -> None:
                     if not finished:
                         break  # the next recipe would start from an unfinished run
         except KeyboardInterrupt:
-            if _rank() == 0:
-                print("stopped before training started; the same command resumes", file=sys.stderr)
-            raise Stopped from None
+            text = "stopped before training started; the same command resumes"
+            raise Stopped(text if _rank() == 0 else "") from None
     if not finished:  # raised only here: ranks wait for each other when they leave the world
         raise Stopped
 
@@ -452,6 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         return _fail(str(error), 1)
     except Stopped as stopped:
+        end_job(str(stopped), STOPPED)
         if str(stopped):
             print(stopped, file=sys.stderr, flush=True)
         return STOPPED
@@ -462,6 +461,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as request:  # --help of a command
         return int(request.code or 0)
+    except BaseException as error:
+        line = f"redi: {type(error).__name__}: {' '.join(str(error).split())}"
+        end_job(line, 1, traceback.format_exc())
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
         # If a KeyboardInterrupt left code compiled from a string (dataclasses, on import), CPython
@@ -476,11 +479,13 @@ def _rank() -> int:
 
 
 def _fail(text: str, code: int) -> int:
-    """Print one line on stderr; returns `code`. Under torchrun rank 0 reports a shared error.
+    """Print one line on stderr and return `code`, or end all ranks that this one has joined.
 
-    torchrun ends all ranks when the first one exits. The other ranks wait, so that rank 0 prints
-    first; a rank that is alive after the wait failed alone and prints its own error.
+    Under torchrun, rank 0 reports an error that all ranks have before they join. torchrun ends all
+    ranks when the first one exits. The other ranks wait, so that rank 0 prints first; a rank that
+    is alive after the wait failed alone and prints its own error.
     """
+    end_job(f"redi: {text}", code)
     rank = _rank()
     if rank:
         with suppress(KeyboardInterrupt):  # torchrun ends this rank

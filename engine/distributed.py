@@ -18,9 +18,13 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from redi.engine.errors import InputError, RunError
+from redi.engine.failure import FailureWatch
 
 # Rank 0 may tokenize for hours while the others wait.
 PREPARE_TIMEOUT = timedelta(hours=24)
+# Of a collective. Until the first step is done, ranks may differ by the time that loading weights,
+# compiling or a background save takes.
+START_TIMEOUT = timedelta(minutes=30)
 
 VISIBLE_SECONDS = 120.0
 """How long a rank waits for a file that rank 0 has written. A client of a network file system may
@@ -166,6 +170,9 @@ def _size(file: Path) -> int | None:
 def join_world() -> Iterator[World]:
     """Join the process group that torchrun set up in the environment, else create one of size 1.
 
+    The group is destroyed only after success. Destroying waits for the other ranks, and these may
+    sit in collectives that the failed rank never joins; `end_job` ends them.
+
     Raises:
         InputError: there is no GPU for this rank.
         RunError: another rank was lost inside the block.
@@ -187,21 +194,26 @@ def join_world() -> Iterator[World]:
     if "RANK" in os.environ:
         shared, rank, size = next(rendezvous("env://"))
         store = _own_store(shared, rank, size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=START_TIMEOUT
+        )
     else:
-        store = dist.HashStore()
+        rank, size, store = 0, 1, dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    watch = FailureWatch(store, rank) if size > 1 else None
+    succeeded = False
     try:
         world = World(
-            rank=dist.get_rank(),
-            size=dist.get_world_size(),
+            rank=rank,
+            size=size,
             device=device,
             store=store,
-            checkpoint_group=dist.new_group(backend="gloo"),
+            checkpoint_group=dist.new_group(backend="gloo", timeout=START_TIMEOUT),
         )
         yield world
         # Without torchrun rank 0 hosts the store, so it must not leave first.
         dist.barrier(world.checkpoint_group)
+        succeeded = True
     except RuntimeError as error:
         # gloo raises plain RuntimeErrors.
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
@@ -212,7 +224,11 @@ def join_world() -> Iterator[World]:
             "checkpoint"
         ) from error
     finally:
-        dist.destroy_process_group()
+        if watch is None:
+            dist.destroy_process_group()
+        elif succeeded:
+            watch.close()
+            dist.destroy_process_group()
 
 
 def _own_store(shared: dist.Store, rank: int, size: int) -> dist.Store:

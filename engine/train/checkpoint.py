@@ -225,7 +225,12 @@ class Checkpointer:
         self.complete &= kept
 
     def close(self) -> None:
-        """Let a save in progress finish: it is valid even if the run has failed since."""
+        """Let a save in progress finish: it is valid even if the run has failed since.
+
+        Several ranks do not wait: a save needs all of them, and one may be lost.
+        """
+        if self._pending is not None and self.world.size > 1:
+            return
         with suppress(*FAILURES):
             self.wait()
         self._stager.close()
