@@ -102,8 +102,9 @@ class DataConfig(Section, name="data"):
     """Folder of the token cache; default: $REDI_CACHE, else ~/.cache/redi."""
     processes: int = ranged(0, NOT_NEGATIVE)
     """Processes for tokenizing; 0: one per core, at most 8."""
-    workers: int = ranged(0, NOT_NEGATIVE)
-    """Processes that load batches ahead during training; 0: none."""
+    workers: int | None = ranged(None, NOT_NEGATIVE)
+    """Processes per rank that pack and load steps ahead during training; 0: each step is packed
+    when it is needed. Default: 2 on CUDA, 0 on a CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,6 +4,8 @@ The step number is the loader's only state: the bytes of a step depend neither o
 loading starts nor on the number of workers.
 """
 
+import multiprocessing
+import multiprocessing.forkserver
 import signal
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
@@ -15,6 +17,36 @@ from torch.utils.data import DataLoader, Dataset
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.packing import Cost, PackedBatch, build_batch, pack
 from redi.engine.data.schedule import Examples, Schedule
+
+CONTEXT = "forkserver"
+"""How workers start: as forks of a server process that has only imported this module. A fork of the
+training process would have copies of the locks of its threads (NCCL, gloo, the CUDA driver), and of
+its sockets, so that after a `kill -9` other ranks would not notice a lost connection; and before
+rdma-core 35 or on EFA, pinned memory is not safe across a fork. Spawned workers would each import
+torch, for seconds."""
+
+
+def default_workers(device: torch.device) -> int:
+    """Worker processes if the recipe sets none: on a CPU they would take cores from training."""
+    return 2 if device.type == "cuda" else 0
+
+
+def start_worker_server() -> None:
+    """Start the process that workers are forked from, which imports torch meanwhile.
+
+    Optional: the first worker would start it too, and training would wait.
+    """
+    multiprocessing.get_context(CONTEXT).set_forkserver_preload([__name__])
+    # Ctrl-C and SIGTERM reach all processes, and only the training process handles them. The
+    # server inherits this mask.
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,24 +129,17 @@ class StepLoader(Dataset[StepBatches]):
 
     def steps(self, start_step: int) -> Iterator[StepBatches]:
         """Yield the steps after `start_step`, the last one that is already trained."""
+        if self.workers:
+            start_worker_server()
         loader = DataLoader(
             self,
             batch_size=None,
             sampler=range(start_step + 1, self.schedule.total_steps + 1),
             num_workers=self.workers,
+            multiprocessing_context=CONTEXT if self.workers else None,
             pin_memory=self.pin,
-            worker_init_fn=_ignore_interrupts,
             # A separate generator: by default a DataLoader draws from the global one, which
             # dropout uses as well.
             generator=torch.Generator(),
         )
         yield from loader
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ignore Ctrl-C and torchrun's SIGTERM, which reach all processes.
-
-    Only the training process handles them; its workers end when it does.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

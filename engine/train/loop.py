@@ -16,7 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
 from redi.engine.data.fingerprints import model_fingerprint
-from redi.engine.data.loader import StepBatches, StepLoader
+from redi.engine.data.loader import (
+    StepBatches,
+    StepLoader,
+    default_workers,
+    start_worker_server,
+)
 from redi.engine.data.packing import Cost
 from redi.engine.data.summary import show, warnings
 from redi.engine.data.tokens import file_fingerprints
@@ -28,8 +33,13 @@ from redi.engine.model.export import export
 from redi.engine.model.flops import training_cost
 from redi.engine.model.student import Student
 from redi.engine.train.checkpoint import Checkpointer, check_not_damaged
+from redi.engine.train.garbage import (
+    collect_after,
+    collected_at_the_end,
+    no_automatic_collection,
+)
 from redi.engine.train.guards import GuardEvent, Guards, last_good, name_rows, skip_message
-from redi.engine.train.metrics import MetricsLog, peak_memory_gib
+from redi.engine.train.metrics import MetricsLog, peak_memory_gib, timed
 from redi.engine.train.mfu import Utilization
 from redi.engine.train.optimizer import learning_rate, make_optimizer
 from redi.engine.train.preflight import Preflight, check_before_data
@@ -77,6 +87,17 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         RunError: the run failed.
         KeyboardInterrupt: a signal stopped it before training started.
     """
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
+    with collected_at_the_end():
+        finished = _run(recipe, world, console, stop)
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return finished
+
+
+def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> bool:
+    """`run_recipe`; what it allocates is unreachable when it returns."""
     run_dir = Path(recipe.run.dir or "")
 
     def look() -> PreviousRun:
@@ -117,6 +138,11 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
     for warning in [*warnings(summary), *_recipe_warnings(recipe, found.config)]:
         console.warn(warning)
 
+    workers = recipe.data.workers
+    if workers is None:
+        workers = default_workers(world.device)
+    if workers:
+        start_worker_server()  # it imports torch while the model is read
     with stop.interruptible(world.size == 1):
         weights = None
         if world.is_main:
@@ -135,6 +161,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
             run_dir,
             previous.complete,
             data,
+            workers,
             rate,
             cost,
             student,
@@ -227,6 +254,7 @@ def _train(
     run_dir: Path,
     complete: Sequence[int],
     data: PreparedData,
+    workers: int,
     rate: Callable[[int], float],
     cost: Cost,
     student: Student,
@@ -251,7 +279,7 @@ def _train(
         rank=world.rank,
         world_size=world.size,
         cost=cost,
-        workers=recipe.data.workers,
+        workers=workers,
         pin=world.device.type == "cuda",
     )
     trackers = open_trackers(recipe, run_dir, done) if world.is_main else []
@@ -285,12 +313,18 @@ def _train(
         console.say(f"held out after step {step}: {_held_out_figures(scores)}")
         return True
 
-    with closing(checkpointer), closing(metrics), closing(progress), _save_first(checkpointer):
+    with (
+        no_automatic_collection(),
+        closing(checkpointer),
+        closing(metrics),
+        closing(progress),
+        _save_first(checkpointer),
+    ):
         if world.any_rank(stop.requested) or not evaluate(done):
             console.say(f"stopped after step {done} of {total}; {RESUMES}")
             return False
         began = time.perf_counter()
-        for batches in loader.steps(done):
+        for batches, waited in timed(loader.steps(done)):
             step = batches.step
             # Dropout, if any, depends on seed, step and rank alone: no state has to be saved.
             drawn = np.random.SeedSequence([recipe.train.seed, step, world.rank])
@@ -310,6 +344,7 @@ def _train(
                 report_what_ran(student.ran, run_dir, world, console)
             line = _metrics_line(batches, result, rate(step), data, time.perf_counter() - began)
             line |= utilization.of(line, data.lengths_of(batches.units))
+            line["data_seconds"] = waited
             line["peak_memory_gib"] = peak_memory_gib(world.device)
             if student.offload is not None:
                 line |= student.offload.figures()
@@ -331,6 +366,7 @@ def _train(
                 checkpointer.wait()
                 console.say(f"stopped after step {step} of {total}, saved in {run_dir}; {RESUMES}")
                 return False
+            collect_after(step)
             began = time.perf_counter()
         checkpointer.wait()
     return True

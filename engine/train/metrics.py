@@ -7,16 +7,19 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from redi.engine.train.trackers import Tracker
 
+Item = TypeVar("Item")
+
 # Keys whose values differ between attempts at the same step: wall-clock time and memory.
-TIMINGS = ("seconds", "tokens_per_s", "model_tflops", "mfu", "peak_memory_gib")
+TIMINGS = ("seconds", "data_seconds", "tokens_per_s", "model_tflops", "mfu", "peak_memory_gib")
 
 
 class MetricsLog:
@@ -93,3 +96,11 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def timed(items: Iterator[Item]) -> Iterator[tuple[Item, float]]:
+    """Each item, and the seconds that this thread waited for it."""
+    began = time.perf_counter()
+    for item in items:
+        yield item, time.perf_counter() - began
+        began = time.perf_counter()
