@@ -258,11 +258,23 @@ class ShardConfig(Section, name="shard"):
     reduce: Literal["step", "micro_step"] = "step"
     """When gradients are summed over ranks. step: once per step; each rank holds all gradients in
     float32 between micro-steps. micro_step: after each one, for models too large for that."""
+    gather: Literal["micro_step", "step"] = "micro_step"
+    """When weights are gathered. micro_step: block by block, in each micro-step; all ranks run
+    equally many. step: once per step; each rank then holds all weights in the compute dtype, and
+    runs as many micro-steps as its traces need, so that ranks wait less."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none; selective: all but matrix products; full: all."""
     compile: bool = False
     """Apply torch.compile to each transformer block. Together with checkpointing this needs an
     attention that works inside a graph: neither SDPA per document nor flash-attn 4."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gather == "step" and self.reduce != "step":
+            raise ValueError(
+                f'shard.gather = "step" needs shard.reduce = "step", got "{self.reduce}": ranks '
+                "with different numbers of micro-steps can reduce only once"
+            )
 
 
 @dataclass(frozen=True)

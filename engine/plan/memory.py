@@ -170,7 +170,7 @@ def phase_peaks(
             tracker.settle("moments")
 
             _watch(student, tracker)
-            done = forward_backward(student, _step_of(packs), device, recipe.shard.reduce)
+            done = forward_backward(student, _step_of(packs), device, recipe.shard)
             tracker.settle("gradients")
             tracker.enter((len(packs), "update"))
             norm = clip(student, recipe.optim.max_grad_norm)
@@ -231,6 +231,7 @@ def _step_of(packs: list[PackedBatch]) -> StepBatches:
         num_negatives=0,
         num_targets=sum(len(pack.valid_index) for pack in packs),
         num_tokens=sum(pack.num_tokens for pack in packs),
+        micro_steps=len(packs),
         rank_efficiency=1.0,
     )
 

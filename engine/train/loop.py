@@ -106,7 +106,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         "model.max_position_embeddings",
     )
     cost = training_cost(found.config)
-    summary = data.summarize(recipe.train.row_tokens, world.size, cost)
+    summary = data.summarize(recipe.train.row_tokens, world.size, cost, recipe.shard.gather)
     show(summary, str(run_dir), console)
     for warning in [*warnings(summary), *_recipe_warnings(recipe, found.config)]:
         console.warn(warning)
@@ -230,6 +230,7 @@ def _train(
         rank=world.rank,
         world_size=world.size,
         cost=cost,
+        gather=recipe.shard.gather,
         workers=recipe.data.workers,
         pin=world.device.type == "cuda",
     )
@@ -336,7 +337,7 @@ def _metrics_line(
         "lr": rate,
         "tokens": batches.num_tokens,
         "targets": batches.num_targets,
-        "micro_steps": len(batches.micro_batches),
+        "micro_steps": batches.micro_steps,
         "rank_efficiency": batches.rank_efficiency,
         "seconds": seconds,
         "tokens_per_s": batches.num_tokens / seconds,

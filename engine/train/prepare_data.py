@@ -44,7 +44,7 @@ class PreparedData:
         held_out = self.held_out.tokens.parts if self.held_out else {}
         return {"data": self.tokens.parts, "eval": held_out}
 
-    def summarize(self, row_tokens: int, ranks: int, cost: Cost) -> Summary:
+    def summarize(self, row_tokens: int, ranks: int, cost: Cost, gather: str) -> Summary:
         """Summary of what a run on this number of ranks trains; see `summarize`."""
         held_out = self.held_out
         return summarize(
@@ -55,6 +55,7 @@ class PreparedData:
             row_tokens=row_tokens,
             world_size=ranks,
             cost=cost,
+            gather=gather,
         )
 
 
