@@ -42,7 +42,7 @@ class FailureWatch:
 
     def __init__(self, store: Store, rank: int) -> None:
         global _watch
-        self._store = store.clone()
+        self._store = store.clone()  # type: ignore[attr-defined]  # not in its stubs
         self._rank = rank
         self._finished = threading.Event()
         self._ending = threading.Lock()  # taken by the thread that ends the process

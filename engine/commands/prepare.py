@@ -209,7 +209,9 @@ def fill_cache(
     config = model_config(recipe, weights=False)
     check_vocabulary(recipe, config)
     data = prepare_data(recipe, world, console)
-    summary = data.summarize(recipe.train.row_tokens, ranks, training_cost(config))
+    summary = data.summarize(
+        recipe.train.row_tokens, ranks, training_cost(config), recipe.shard.gather
+    )
     show(summary, ", ".join(recipe.data.paths), console)
     found = summarize_by_source(data.tokens, data.examples, recipe.data.max_tokens)
     console.table("traces by source", ORIGIN_COLUMNS, origin_rows(found))

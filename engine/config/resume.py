@@ -19,6 +19,7 @@ MAY_CHANGE_ON_RESUME = (
     "run.resume",
     "shard.replicate",
     "shard.reduce",
+    "shard.gather",
     "shard.checkpointing",
     "shard.compile",
     "shard.offload",

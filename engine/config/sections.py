@@ -259,6 +259,10 @@ class ShardConfig(Section, name="shard"):
     reduce: Literal["step", "micro_step"] = "step"
     """When gradients are summed over ranks. step: once per step; each rank holds all gradients in
     float32 between micro-steps. micro_step: after each one, for models too large for that."""
+    gather: Literal["micro_step", "step"] = "micro_step"
+    """When weights are gathered. micro_step: block by block, in each micro-step; all ranks run
+    equally many. step: once per step; each rank then holds all weights in the compute dtype, and
+    runs as many micro-steps as its traces need, so that ranks wait less."""
     checkpointing: Literal["none", "selective", "attention", "full"] = "none"
     """Activations recomputed in backward: none; selective: all but matrix products and attention;
     attention: all but attention; full: all."""
@@ -271,6 +275,11 @@ class ShardConfig(Section, name="shard"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.gather == "step" and self.reduce != "step":
+            raise ValueError(
+                f'shard.gather = "step" needs shard.reduce = "step", got "{self.reduce}": ranks '
+                "with different numbers of micro-steps can reduce only once"
+            )
         if self.offload and self.checkpointing not in ("attention", "full"):
             raise ValueError(
                 f'shard.offload needs shard.checkpointing = "attention" or "full", got '

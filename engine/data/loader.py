@@ -56,7 +56,7 @@ class StepBatches:
     step: int
     """Counts from 1."""
     micro_batches: list[PackedBatch]
-    """This rank's packs; their number is the same on every rank."""
+    """This rank's packs, at least one; equally many on every rank, unless `gather` is "step"."""
     units: np.ndarray
     """int64 [B]: the step's units on all ranks, as indices into `Examples.units`."""
     num_sequences: int
@@ -66,6 +66,8 @@ class StepBatches:
     """Trained tokens."""
     num_tokens: int
     """All tokens of the sequences, without dummies."""
+    micro_steps: int
+    """Packs of the rank that has most."""
     rank_efficiency: float
     """See `Packing`."""
 
@@ -89,6 +91,8 @@ class StepLoader(Dataset[StepBatches]):
     world_size: int
     cost: Cost
     """What packing balances."""
+    gather: str = "micro_step"
+    """As `[shard] gather`."""
     workers: int = 0
     """Processes that build steps ahead; 0: each step is built when it is needed."""
     pin: bool = False
@@ -110,13 +114,16 @@ class StepLoader(Dataset[StepBatches]):
             world_size=self.world_size,
             cost=self.cost,
             keep_pairs_together=self.examples.keep_pairs_together,
+            gather=self.gather,
         )
+        own = [packs[self.rank] for packs in packing.packs]
+        if self.gather == "step":  # no dummies, but every rank takes part
+            own = [pack for pack in own if len(pack)] or own[:1]
         positives = int(np.sum(self.tokens.signs[sequences] > 0))
         return StepBatches(
             step=step,
             micro_batches=[
-                build_batch(self.tokens, sequences[own], lengths[own])
-                for own in (packs[self.rank] for packs in packing.packs)
+                build_batch(self.tokens, sequences[pack], lengths[pack]) for pack in own
             ],
             units=units,
             num_sequences=len(sequences),
@@ -124,6 +131,7 @@ class StepLoader(Dataset[StepBatches]):
             num_negatives=len(sequences) - positives,
             num_targets=int(np.sum(lengths - self.tokens.prompt_lengths[sequences])),
             num_tokens=int(lengths.sum()),
+            micro_steps=len(packing.packs),
             rank_efficiency=packing.rank_efficiency,
         )
 

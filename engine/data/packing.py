@@ -6,6 +6,7 @@ negatives are packed alike. A pair shares a pack only for objectives that need i
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,11 @@ class Packing:
     """The packs of one step."""
 
     packs: tuple[tuple[np.ndarray, ...], ...]
-    """packs[micro_step][rank]: int64 positions into `lengths`, ascending; empty for a dummy."""
+    """packs[micro_step][rank]: int64 positions into `lengths`, ascending; empty if the rank has no
+    work in this micro-step."""
     rank_efficiency: float
-    """Total cost / (ranks x sum over micro-steps of the slowest rank's cost), in (0, 1]."""
+    """Total cost / (ranks x sum over micro-steps of the slowest rank's cost), in (0, 1]. With
+    gather "step": total cost / (ranks x cost of the slowest rank)."""
     bound: float
     """Upper bound of `rank_efficiency`: the step takes at least as long as its most expensive
     sequence (or group of neighbours that share a pack)."""
@@ -63,12 +66,13 @@ def pack(
     world_size: int,
     cost: Cost,
     keep_pairs_together: int = 1,
+    gather: str = "micro_step",
 ) -> Packing:
     """Pack sequences into the fewest micro-steps that work, balanced by cost.
 
     Several layouts are built and improved by exchanges (`balance`); the one with the highest rank
-    efficiency is returned. The most expensive micro-step comes first, so that a step that does not
-    fit into memory fails at once.
+    efficiency is returned. The most expensive micro-step comes first (of each rank, with gather
+    "step"), so that a step that does not fit into memory fails at once.
 
     Args:
         lengths: int64 [S], each at least 1 and at most `row_tokens`; S at least 1.
@@ -77,6 +81,8 @@ def pack(
         cost: what is balanced.
         keep_pairs_together: number of neighbouring sequences that share a pack, in their order: 2
             for pairs. It divides S.
+        gather: as `[shard] gather`. "micro_step": ranks wait for each other in each micro-step.
+            "step": only at the end of the step, so packs of one micro-step may differ in cost.
 
     Raises:
         ValueError: a length, or the sum over neighbours, is out of range.
@@ -84,13 +90,19 @@ def pack(
     lengths = np.asarray(lengths, dtype=np.int64)
     if lengths.size == 0 or lengths.min() < 1 or lengths.max() > row_tokens:
         raise ValueError(f"lengths must be non-empty and in [1, row_tokens = {row_tokens}]")
+    way = _pack if gather == "micro_step" else _pack_each_rank
     if keep_pairs_together > 1:
-        return _pack_together(lengths, row_tokens, world_size, cost, keep_pairs_together)
-    return _pack(lengths, cost.of(lengths), row_tokens, world_size)
+        return _pack_together(lengths, row_tokens, world_size, cost, keep_pairs_together, way)
+    return way(lengths, cost.of(lengths), row_tokens, world_size)
 
 
 def _pack_together(
-    lengths: np.ndarray, row_tokens: int, world_size: int, cost: Cost, keep_pairs_together: int
+    lengths: np.ndarray,
+    row_tokens: int,
+    world_size: int,
+    cost: Cost,
+    keep_pairs_together: int,
+    way: Callable[[np.ndarray, np.ndarray, int, int], Packing],
 ) -> Packing:
     """Pack each group of neighbours as one sequence, with the sums of their tokens and costs."""
     tokens = lengths.reshape(-1, keep_pairs_together).sum(axis=1)
@@ -99,7 +111,7 @@ def _pack_together(
             f"{keep_pairs_together} neighbours must fit into row_tokens = {row_tokens}"
         )
     costs = cost.of(lengths).reshape(-1, keep_pairs_together).sum(axis=1)
-    packing = _pack(tokens, costs, row_tokens, world_size)
+    packing = way(tokens, costs, row_tokens, world_size)
     members = np.arange(len(lengths)).reshape(-1, keep_pairs_together)
     packs = tuple(tuple(members[groups].reshape(-1) for groups in step) for step in packing.packs)
     return replace(packing, packs=packs)
@@ -117,6 +129,23 @@ def _pack(lengths: np.ndarray, costs: np.ndarray, row_tokens: int, world_size: i
             found += [_balanced(packing, lengths, costs, row_tokens) for packing in found]
             return max(found, key=lambda packing: packing.rank_efficiency)
         micro_steps += 1
+
+
+def _pack_each_rank(
+    lengths: np.ndarray, costs: np.ndarray, row_tokens: int, world_size: int
+) -> Packing:
+    """Divide the sequences over the ranks by cost, then those of each rank into packs.
+
+    A rank's time is the cost of all its packs. So the division is that of a single micro-step whose
+    packs have room for everything.
+    """
+    whole = _pack(lengths, costs, int(lengths.sum()), world_size)
+    ranks = []
+    for own in whole.packs[0]:
+        rows = _pack(lengths[own], costs[own], row_tokens, 1).packs if len(own) else ()
+        ranks.append([own[row] for (row,) in rows])
+    nothing = np.zeros(0, dtype=np.int64)
+    return replace(whole, packs=tuple(zip_longest(*ranks, fillvalue=nothing)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ class Summary:
     left_over: int
     """Draws of each epoch's last, incomplete batch, which are not trained."""
     micro_steps: float
-    """Micro-steps per step, mean over the measured steps."""
+    """Micro-steps per step, of the rank that has most; mean over the measured steps."""
     rank_efficiency: float
     """See `Packing`; mean over the measured steps."""
     rank_efficiency_bound: float
@@ -126,13 +126,14 @@ def summarize(
     row_tokens: int,
     world_size: int,
     cost: Cost,
+    gather: str = "micro_step",
 ) -> Summary:
     """Summarize the data set, its units and their packing.
 
     Args:
         tokens, examples, schedule: the data set, its units and their order.
         held_out: the traces of `[eval]` and the units that are scored, if any.
-        row_tokens, world_size, cost: as for `pack`.
+        row_tokens, world_size, cost, gather: as for `pack`.
     """
     in_use = np.zeros(len(tokens), dtype=bool)
     in_use[examples.units] = True
@@ -157,6 +158,7 @@ def summarize(
                 world_size=world_size,
                 cost=cost,
                 keep_pairs_together=examples.keep_pairs_together,
+                gather=gather,
             )
         )
     numbers = int(tokens.groups.max()) + 1

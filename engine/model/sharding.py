@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +77,29 @@ def reshard(student: Student) -> None:
     """Free weights that are still gathered after a forward without a backward."""
     for module in _groups(student):
         module.reshard()
+
+
+@contextmanager
+def gather_once(student: Student) -> Iterator[None]:
+    """Keep each group gathered from its first use in this block until the block ends.
+
+    Every rank must run a forward inside. All gathers then take place in a rank's first one, in the
+    same order on all ranks, so that the number of further ones may differ. Gradients must be
+    reduced in the last backward alone (`set_requires_gradient_sync`).
+    """
+    assert isinstance(student, FSDPModule)
+
+    def reshards(value: bool) -> None:
+        student.set_reshard_after_backward(value)
+        for block in student.blocks[:-1]:  # the other groups stay gathered after forward anyway
+            block.set_reshard_after_forward(value, recurse=False)
+
+    reshards(False)
+    try:
+        yield
+    finally:
+        reshards(True)
+        reshard(student)
 
 
 def _groups(student: Student) -> list[FSDPModule]:

@@ -63,7 +63,9 @@ def plan_recipes(
             config,
             "lower data.max_tokens to {}, or raise model.max_position_embeddings",
         )
-        summary = data.summarize(recipe.train.row_tokens, cluster.ranks, training_cost(config))
+        summary = data.summarize(
+            recipe.train.row_tokens, cluster.ranks, training_cost(config), recipe.shard.gather
+        )
         show(summary, path, console)
         for warning in warnings(summary):
             console.warn(warning)
@@ -133,6 +135,8 @@ class _PackedStep:
     """Indices of the traces in each pack, of all micro-steps and ranks."""
     flops: np.ndarray
     """float64 [micro-steps, ranks]."""
+    slowest_flops: float
+    """Flops in whose time the step ends, of the ranks that the others wait for."""
 
 
 def pack_run(
@@ -156,7 +160,7 @@ def pack_run(
     progress = console.progress("packing step", len(chosen), endpoints=False)
     steps = []
     for step in chosen.tolist():
-        steps.append(_pack_step(step, data, recipe.train.row_tokens, ranks, *costs))
+        steps.append(_pack_step(step, data, recipe, ranks, *costs))
         progress.update(1)
     progress.close()
 
@@ -174,7 +178,7 @@ def pack_run(
         worst=WorstStep(worst.step, worst.packing.rank_efficiency, worst.packing.bound),
         fullest_pack=int(lengths[fullest].sum()),
         flops=float(np.mean([step.flops.sum() for step in steps])),
-        slowest_flops=float(np.mean([step.flops.max(axis=1).sum() for step in steps])),
+        slowest_flops=float(np.mean([step.slowest_flops for step in steps])),
     )
     return run, Load(
         pack=build_batch(data.tokens, fullest, lengths[fullest]),
@@ -184,25 +188,26 @@ def pack_run(
 
 
 def _pack_step(
-    step: int, data: PreparedData, row_tokens: int, ranks: int, balanced: Cost, run: Cost
+    step: int, data: PreparedData, recipe: Recipe, ranks: int, balanced: Cost, run: Cost
 ) -> _PackedStep:
     """Pack a step; `balanced` is the cost that training balances, `run` the flops of a trace."""
     traces = _traces(step, data)
     lengths = data.examples.lengths[traces]
     packing = pack(
         lengths,
-        row_tokens=row_tokens,
+        row_tokens=recipe.train.row_tokens,
         world_size=ranks,
         cost=balanced,
         keep_pairs_together=data.examples.keep_pairs_together,
+        gather=recipe.shard.gather,
     )
-    flops = run.of(lengths)
-    return _PackedStep(
-        step,
-        packing,
-        [traces[own] for packs in packing.packs for own in packs],
-        np.array([[flops[own].sum() for own in packs] for packs in packing.packs]),
-    )
+    costs = run.of(lengths)
+    flops = np.array([[costs[own].sum() for own in packs] for packs in packing.packs])
+    # Ranks wait for the slowest in each micro-step, or once, at the end of the step.
+    per_step = recipe.shard.gather == "step"
+    slowest = flops.sum(axis=0).max() if per_step else flops.max(axis=1).sum()
+    traces_of = [traces[own] for packs in packing.packs for own in packs]
+    return _PackedStep(step, packing, traces_of, flops, float(slowest))
 
 
 def _traces(step: int, data: PreparedData) -> np.ndarray:

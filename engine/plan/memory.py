@@ -172,7 +172,7 @@ def phase_peaks(
             _watch(student, tracker)
             if student.offload is not None:
                 student.offload.allocate = tracker.on_host()(student.offload.allocate)
-            done = forward_backward(student, _step_of(packs), device, recipe.shard.reduce)
+            done = forward_backward(student, _step_of(packs), device, recipe.shard)
             tracker.settle("gradients")
             tracker.enter((len(packs), "update"))
             norm = clip(student, recipe.optim.max_grad_norm)
@@ -233,6 +233,7 @@ def _step_of(packs: list[PackedBatch]) -> StepBatches:
         num_negatives=0,
         num_targets=sum(len(pack.valid_index) for pack in packs),
         num_tokens=sum(pack.num_tokens for pack in packs),
+        micro_steps=len(packs),
         rank_efficiency=1.0,
     )
 

@@ -133,7 +133,7 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         "model.max_position_embeddings",
     )
     cost = training_cost(found.config)
-    summary = data.summarize(recipe.train.row_tokens, world.size, cost)
+    summary = data.summarize(recipe.train.row_tokens, world.size, cost, recipe.shard.gather)
     show(summary, str(run_dir), console)
     for warning in [*warnings(summary), *_recipe_warnings(recipe, found.config)]:
         console.warn(warning)
@@ -279,6 +279,7 @@ def _train(
         rank=world.rank,
         world_size=world.size,
         cost=cost,
+        gather=recipe.shard.gather,
         workers=workers,
         pin=world.device.type == "cuda",
     )
@@ -397,7 +398,7 @@ def _metrics_line(
         "lr": rate,
         "tokens": batches.num_tokens,
         "targets": batches.num_targets,
-        "micro_steps": len(batches.micro_batches),
+        "micro_steps": batches.micro_steps,
         "rank_efficiency": batches.rank_efficiency,
         "seconds": seconds,
         "tokens_per_s": batches.num_tokens / seconds,

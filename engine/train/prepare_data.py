@@ -48,7 +48,7 @@ class PreparedData:
         """Tokens of each trace of units, int64 [traces]."""
         return self.examples.lengths[self.examples.units[units].reshape(-1)]
 
-    def summarize(self, row_tokens: int, ranks: int, cost: Cost) -> Summary:
+    def summarize(self, row_tokens: int, ranks: int, cost: Cost, gather: str) -> Summary:
         """Summary of what a run on this number of ranks trains; see `summarize`."""
         held_out = self.held_out
         return summarize(
@@ -59,6 +59,7 @@ class PreparedData:
             row_tokens=row_tokens,
             world_size=ranks,
             cost=cost,
+            gather=gather,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,11 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from redi.engine.config.sections import Recipe
+from redi.engine.config.sections import Recipe, ShardConfig
 from redi.engine.data.loader import StepBatches
 from redi.engine.distributed import World
 from redi.engine.loss.packed_loss import StepTotals
+from redi.engine.model.sharding import gather_once
 from redi.engine.model.student import Student
 from redi.engine.train.guards import PackResult
 from redi.engine.train.optimizer import squared_update, step_if
@@ -62,7 +64,7 @@ def train_step(
     Returns:
         The step's figures, and the results of this rank's packs, which messages need.
     """
-    packs = forward_backward(student, batches, world.device, recipe.shard.reduce)
+    packs = forward_backward(student, batches, world.device, recipe.shard)
     grad_norm = clip(student, recipe.optim.max_grad_norm)
     sums = _step_sums(packs, stop_requested, save_failed, world.device)
     # Decided on the device: the host reads no value until all operations are queued.
@@ -93,9 +95,16 @@ def train_step(
 
 
 def forward_backward(
+    student: Student, batches: StepBatches, device: torch.device, section: ShardConfig
+) -> list[PackResult]:
+    """Accumulate the gradient of a step. Returns the results of this rank's packs. Collective."""
+    with gather_once(student) if section.gather == "step" else nullcontext():
+        return _run_packs(student, batches, device, section.reduce)
+
+
+def _run_packs(
     student: Student, batches: StepBatches, device: torch.device, reduce: str
 ) -> list[PackResult]:
-    """Accumulate the gradient of a step. Returns the results of this rank's packs."""
     assert isinstance(student, FSDPModule)
     totals = StepTotals(units=len(batches.units), targets=batches.num_targets)
     packs = []

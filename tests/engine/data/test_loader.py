@@ -72,20 +72,25 @@ def test_any_workers_and_any_resume_step_give_the_same_bytes(tokens, workers):
         assert raw(found) == expected[start:]
 
 
+@pytest.mark.parametrize("gather", ["micro_step", "step"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 40])
-def test_ranks_share_a_step_and_agree_on_its_counts(tokens, world_size):
+def test_ranks_share_a_step_and_agree_on_its_counts(tokens, world_size, gather):
     examples = examples_of(tokens)
     ranks = [
-        list(loader_of(tokens, rank=rank, world_size=world_size).steps(0))
+        list(loader_of(tokens, rank=rank, world_size=world_size, gather=gather).steps(0))
         for rank in range(world_size)
     ]
     for step, parts in enumerate(zip(*ranks, strict=True), start=1):
         first = parts[0]
         for part in parts:
-            assert len(part.micro_batches) == len(first.micro_batches)
+            if gather == "micro_step":
+                assert len(part.micro_batches) == first.micro_steps
+            elif len(part.micro_batches) > 1:  # a dummy runs only alone
+                assert not any(batch.is_dummy for batch in part.micro_batches)
             np.testing.assert_array_equal(part.units, SCHEDULE.units(step))
             for name in ("num_sequences", "num_targets", "num_tokens", "rank_efficiency"):
                 assert getattr(part, name) == getattr(first, name)
+        assert max(len(part.micro_batches) for part in parts) == first.micro_steps
         batches = [batch for part in parts for batch in part.micro_batches]
         real = [batch for batch in batches if not batch.is_dummy]
         assert all(batch.num_tokens <= ROW_TOKENS for batch in real)

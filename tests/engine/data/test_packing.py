@@ -58,6 +58,49 @@ def test_packing_is_a_pure_function(lengths, row_tokens, ranks, cost):
     assert pickle.dumps(first) == pickle.dumps(second)
 
 
+@given(LENGTHS, st.integers(100, 250), st.integers(1, 8), COSTS, st.sampled_from([1, 2]))
+def test_ranks_that_wait_once_a_step_share_its_cost(lengths, row_tokens, ranks, cost, together):
+    sizes = np.array(lengths * together)
+    packing, again = (
+        pack(
+            sizes,
+            row_tokens=together * row_tokens,
+            world_size=ranks,
+            cost=cost,
+            keep_pairs_together=together,
+            gather="step",
+        )
+        for _ in range(2)
+    )
+    assert pickle.dumps(packing) == pickle.dumps(again)
+    assert all(len(step) == ranks for step in packing.packs)
+    of_ranks = [[own for own in column if len(own)] for column in zip(*packing.packs, strict=True)]
+    flat = [own for packs in of_ranks for own in packs]
+    assert sorted(np.concatenate(flat).tolist()) == list(range(len(sizes)))
+    assert all(sizes[own].sum() <= together * row_tokens for own in flat)
+    assert all((own[::together] % together == 0).all() for own in flat)  # pairs are whole
+    costs = [[cost.of(sizes[own]).sum() for own in packs] for packs in of_ranks]
+    assert all(packs == pytest.approx(sorted(packs, reverse=True)) for packs in costs)
+    assert max(map(len, costs)) == len(packing.packs)
+    slowest = max(map(sum, costs))
+    assert packing.rank_efficiency == pytest.approx(cost.of(sizes).sum() / (ranks * slowest))
+    # No rank has more than the least loaded one and its largest sequence.
+    largest = max(cost.of(sizes).reshape(-1, together).sum(axis=1))
+    assert slowest <= min(map(sum, costs)) + largest * (1 + 1e-9)
+
+
+def test_ranks_that_wait_once_a_step_may_run_different_numbers_of_packs():
+    # 100 + 100^2 / 50 = 300 of cost in one pack, or three packs of 60 + 60^2 / 50 = 132 each.
+    sizes, cost = np.array([100, 60, 60, 60]), Cost(1.0, 1 / 50)
+    once = pack(sizes, row_tokens=100, world_size=2, cost=cost, gather="step")
+    assert sorted(
+        sum(bool(len(own)) for own in rank) for rank in zip(*once.packs, strict=True)
+    ) == [1, 3]
+    assert (
+        once.rank_efficiency > pack(sizes, row_tokens=100, world_size=2, cost=cost).rank_efficiency
+    )
+
+
 def test_micro_steps_are_as_few_as_the_tokens_allow():
     cost = Cost(1.0, 0.0)
     assert len(pack(np.full(8, 50), row_tokens=100, world_size=2, cost=cost).packs) == 2
@@ -143,10 +186,17 @@ def test_an_expensive_sequence_moves_to_a_micro_step_with_room():
 
 
 @pytest.mark.parametrize(
-    ("pairs", "ranks", "steps", "mean", "lowest"),
-    [(32, 8, 60, 0.995, 0.985), pytest.param(512, 64, 10, 0.994, 0.99, marks=pytest.mark.slow)],
+    ("gather", "pairs", "ranks", "steps", "mean", "lowest"),
+    [
+        ("micro_step", 32, 8, 60, 0.995, 0.985),
+        pytest.param("micro_step", 512, 64, 10, 0.994, 0.99, marks=pytest.mark.slow),
+        ("step", 32, 8, 60, 0.995, 0.99),
+        ("step", 256, 64, 5, 0.99, 0.985),
+    ],
 )
-def test_ranks_hardly_wait_for_one_another_on_long_traces(pairs, ranks, steps, mean, lowest):
+def test_ranks_hardly_wait_for_one_another_on_long_traces(
+    gather, pairs, ranks, steps, mean, lowest
+):
     # Lengths like R1's, the costs of a 1.5B model.
     rng = np.random.default_rng(0)
     cost = Cost(linear=6 * 1.54e9, quadratic=6 * 28 * 1536)
@@ -154,7 +204,9 @@ def test_ranks_hardly_wait_for_one_another_on_long_traces(pairs, ranks, steps, m
     for _ in range(steps):
         medians = np.repeat([4300, 7500], pairs)
         lengths = np.clip(medians * np.exp(0.7 * rng.normal(size=2 * pairs)), 300, 19_000)
-        packing = pack(lengths.astype(int), row_tokens=32_768, world_size=ranks, cost=cost)
+        packing = pack(
+            lengths.astype(int), row_tokens=32_768, world_size=ranks, cost=cost, gather=gather
+        )
         found.append(packing.rank_efficiency)
     assert np.mean(found) >= mean
     assert min(found) >= lowest

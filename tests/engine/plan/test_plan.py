@@ -105,10 +105,11 @@ class RealStep:
                 num_negatives=2,
                 num_targets=2 * (TOKENS - 2),
                 num_tokens=2 * TOKENS,
+                micro_steps=2,
                 rank_efficiency=1.0,
             )
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-                forward_backward(student, batches, CPU, recipe.shard.reduce)
+                forward_backward(student, batches, CPU, recipe.shard)
                 self.gradients = sum(p.grad.to_local().nbytes for p in parameters)
                 norm = clip(student, recipe.optim.max_grad_norm)
                 step_if(optimizer, norm.isfinite())

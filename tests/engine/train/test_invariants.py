@@ -75,14 +75,21 @@ def runs(
         layouts = dict(LAYOUTS)
         if ranks == 2:
             layouts["replicated"] = {"train.row_tokens": 128, "shard.replicate": 2}
+            layouts["gathered"] = {"train.row_tokens": 64, "shard.gather": "step"}
+            layouts["gathered-recomputed"] = layouts["gathered"] | layouts["recomputed"]
+            layouts["gathered-recomputed"]["train.row_tokens"] = 64
         for few, of_few in FEW.items():
             name = f"{few}-model-whole-{ranks}"
             changes = {**STEADY, **of_few, "run.dir": str(folder / name), "train.max_steps": 3}
             recipes[ranks].append(write_recipe(folder, name, changes))
+            if ranks == 2:
+                gathered = f"{few}-model-gathered-2"
+                changes |= {"run.dir": str(folder / gathered), "shard.gather": "step"}
+                recipes[ranks].append(write_recipe(folder, gathered, changes))
         for objective, head in CASES:
             for layout, of_layout in layouts.items():
                 simple = objective in ("token", "alpha0") or head == "tied"
-                if simple and layout in ("recomputed", "selective"):
+                if simple and layout in ("recomputed", "selective", "gathered-recomputed"):
                     continue
                 name = f"{objective}-{head}-{layout}-{ranks}"
                 changes = {
@@ -134,6 +141,8 @@ def runs_on_4(
             if objective in ("sft", "redi"):
                 layouts["hsdp", 4] |= {"train.row_tokens": 64, "shard.reduce": "micro_step"}
                 layouts["split", 4] = {"train.row_tokens": 64}
+                layouts["gathered", 4] = {"train.row_tokens": 64, "shard.gather": "step"}
+                layouts["gathered-hsdp", 4] = layouts["gathered", 4] | {"shard.replicate": 2}
             for (layout, ranks), of_layout in layouts.items():
                 name = f"{objective}-{head}-{layout}-{ranks}"
                 changes = {**STEADY, **of_objective, "train.row_tokens": 4096, **of_layout}
@@ -167,7 +176,7 @@ def sibling_runs(
 def test_layout_and_world_size_do_not_matter(
     runs: Path, steps: Steps, objective: str, head: str
 ) -> None:
-    assert compare(runs, steps, objective, head) >= 5
+    assert compare(runs, steps, objective, head) >= 6
 
 
 @pytest.mark.slow
@@ -182,11 +191,12 @@ def test_layout_and_world_size_do_not_matter_to_other_objectives(
 def test_a_rank_with_only_a_dummy_or_only_a_negative_changes_nothing(
     runs: Path, steps: Steps, few: str
 ) -> None:
-    assert compare(runs, steps, few, "model") == 2
-    for line in steps(runs / f"{few}-model-whole-2"):
-        assert line["micro_steps"] == 1
-        # One sequence: the other rank has none. Two: each has one.
-        assert (line["rank_efficiency"] == 0.5) == (few == "dummy")
+    assert compare(runs, steps, few, "model") == 3
+    for layout in ("whole", "gathered"):
+        for line in steps(runs / f"{few}-model-{layout}-2"):
+            assert line["micro_steps"] == 1
+            # One sequence: the other rank has none. Two: each has one.
+            assert (line["rank_efficiency"] == 0.5) == (few == "dummy")
 
 
 @pytest.mark.slow
@@ -195,7 +205,7 @@ def test_a_rank_with_only_a_dummy_or_only_a_negative_changes_nothing(
 def test_four_ranks_sharded_over_all_or_two_are_one(
     runs_on_4: Path, steps: Steps, objective: str, head: str
 ) -> None:
-    assert compare(runs_on_4, steps, objective, head) == (3 if objective in ("sft", "redi") else 2)
+    assert compare(runs_on_4, steps, objective, head) == (5 if objective in ("sft", "redi") else 2)
     lines = steps(runs_on_4 / f"{objective}-{head}-hsdp-4")
     assert all(line["grad_norm"] > 0.1 for line in lines)  # clipping did something
     if objective == "dummy":
