@@ -92,6 +92,7 @@ def gather_once(student: Student) -> Iterator[None]:
     def reshards(value: bool) -> None:
         student.set_reshard_after_backward(value)
         for block in student.blocks[:-1]:  # the other groups stay gathered after forward anyway
+            assert isinstance(block, FSDPModule)
             block.set_reshard_after_forward(value, recurse=False)
 
     reshards(False)
