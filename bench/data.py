@@ -3,6 +3,7 @@
 `python -m redi.bench.data` makes token caches of random ids in a temporary folder and times
 
 - the loader, without workers, on traces of R1-like lengths: tokens per second of one core;
+- how long training waits for a step of 256 pairs on 64 ranks, without workers and with two;
 - opening a cache of as many traces as the paper trains on;
 - a set of millions of short traces, to its first step; and its summary.
 
@@ -27,6 +28,7 @@ from redi.engine.data.loader import StepBatches, StepLoader
 from redi.engine.data.packing import Cost
 from redi.engine.data.schedule import Schedule, select
 from redi.engine.data.summary import Summary, summarize
+from redi.engine.train.metrics import timed
 
 ROW_TOKENS = 32_768
 COST = Cost(linear=6 * 1.54e9, quadratic=6 * 28 * 1536)
@@ -83,6 +85,40 @@ def start(folder: Path) -> tuple[Iterator[StepBatches], Callable[[], Summary]]:
     return loader.steps(0), summary
 
 
+def waiting(folder: Path, workers: int, step_seconds: float = 1.0) -> float:
+    """Median seconds that rank 0 of 64 waits for a step of 256 pairs, after the first two.
+
+    Args:
+        folder: a cache of at least 256 pairs.
+        step_seconds: what training a step takes; here it sleeps.
+    """
+    tokens = open_cache(folder)
+    assert tokens is not None
+    examples = select(
+        tokens,
+        objective_needs="pairs",
+        max_tokens=ROW_TOKENS,
+        overlong="error",
+        row_tokens=ROW_TOKENS,
+    )
+    schedule = Schedule(len(examples.units), batch=256, epochs=2, max_steps=12, seed=42)
+    loader = StepLoader(
+        tokens,
+        examples,
+        schedule,
+        row_tokens=ROW_TOKENS,
+        rank=0,
+        world_size=64,
+        cost=COST,
+        workers=workers,
+    )
+    waits = []
+    for _, waited in timed(loader.steps(0)):
+        waits.append(waited)
+        time.sleep(step_seconds)
+    return float(np.median(waits[2:]))
+
+
 def measure(folder: Path, traces: int, millions: float) -> dict[str, float]:
     """The figures: R1-like lengths, `traces` of three tokens, `millions` of three tokens."""
     rng = np.random.default_rng(0)
@@ -94,6 +130,7 @@ def measure(folder: Path, traces: int, millions: float) -> dict[str, float]:
     for step in steps:
         tokens += step.num_tokens
     throughput = tokens / (time.process_time() - began)
+    waits = {f"waiting_s_{n}_workers": waiting(folder / "long", n) for n in (0, 2)}
 
     write(folder / "paper", np.full(traces, 3))
     found_again = _seconds(lambda: open_cache(folder / "paper"))
@@ -101,6 +138,7 @@ def measure(folder: Path, traces: int, millions: float) -> dict[str, float]:
     first_step = _seconds(lambda: next(start(folder / "large")[0]))
     return {
         "loader_tokens_per_s": throughput,
+        **waits,
         "traces": traces,
         "found_again_s": found_again,
         "millions": millions,
@@ -129,6 +167,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), args.traces, args.millions)
     print(f"loader: {results['loader_tokens_per_s']:,.0f} tokens/s on one core")
+    for workers in (0, 2):
+        wait = results[f"waiting_s_{workers}_workers"]
+        print(f"256 pairs on 64 ranks, {workers} workers: training waits {wait:.4f} s a step")
     print(f"cache of {args.traces:,} traces opened: {results['found_again_s']:.3f} s")
     first_step, summary = results["large_first_step_s"], results["large_overview_s"]
     print(f"{args.millions:g} M traces: to the first step {first_step:.2f} s")

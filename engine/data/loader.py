@@ -6,7 +6,9 @@ loading starts nor on the number of workers.
 
 import multiprocessing
 import multiprocessing.forkserver
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 
@@ -24,6 +26,8 @@ training process would have copies of the locks of its threads (NCCL, gloo, the 
 its sockets, so that after a `kill -9` other ranks would not notice a lost connection; and before
 rdma-core 35 or on EFA, pinned memory is not safe across a fork. Spawned workers would each import
 torch, for seconds."""
+
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 def default_workers(device: torch.device) -> int:
@@ -44,9 +48,6 @@ def start_worker_server() -> None:
         multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +146,26 @@ class StepLoader(Dataset[StepBatches]):
             sampler=range(start_step + 1, self.schedule.total_steps + 1),
             num_workers=self.workers,
             multiprocessing_context=CONTEXT if self.workers else None,
+            worker_init_fn=_end_with_training,
             pin_memory=self.pin,
             # A separate generator: by default a DataLoader draws from the global one, which
             # dropout uses as well.
             generator=torch.Generator(),
         )
         yield from loader
+
+
+def _end_with_training(worker: int) -> None:
+    """End this worker as soon as the training process has ended, also by `kill -9`.
+
+    torch's own check is for the parent, which is the server here; and the server ends after its
+    workers.
+    """
+    training = multiprocessing.parent_process()
+    assert training is not None
+
+    def watch() -> None:
+        training.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -108,6 +108,11 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
     if previous.finished and previous.limits == (recipe.train.epochs, recipe.train.max_steps):
         _report_finished(recipe, run_dir, world, console)
         return True
+    workers = recipe.data.workers
+    if workers is None:
+        workers = default_workers(world.device)
+    if workers:
+        start_worker_server()  # it imports torch meanwhile
     if damaged := world.from_rank0(lambda: check_not_damaged(run_dir, previous.complete)):
         console.warn(damaged)
     found = check_before_data(recipe, run_dir, world)
@@ -138,11 +143,6 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
     for warning in [*warnings(summary), *_recipe_warnings(recipe, found.config)]:
         console.warn(warning)
 
-    workers = recipe.data.workers
-    if workers is None:
-        workers = default_workers(world.device)
-    if workers:
-        start_worker_server()  # it imports torch while the model is read
     with stop.interruptible(world.size == 1):
         weights = None
         if world.is_main:
