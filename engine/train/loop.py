@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from redi.engine.data.loader import StepBatches, StepLoader
 from redi.engine.data.packing import Cost
 from redi.engine.data.summary import show, warnings
 from redi.engine.data.tokens import file_fingerprints
-from redi.engine.distributed import World
+from redi.engine.distributed import START_TIMEOUT, World
 from redi.engine.errors import RunError
 from redi.engine.model.architecture import router_loss
 from redi.engine.model.build import build_student
@@ -116,6 +117,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
         if world.is_main:
             weights = model_fingerprint(recipe.model.path or "", recipe.data.cache_dir)
             check_same_model(weights, run_dir)
+        world.after_rank0()  # which may have hashed 100 GB
         student, tokenizer, optimizer = _build(recipe, found, data, weights, cost, world, console)
     try:
         if world.is_main:
@@ -249,21 +251,28 @@ def _train(
         """False if a stop request interrupted it; a resumed run then evaluates again."""
         if data.held_out is None or (step % recipe.eval.every and step < total):
             return True
-        scores = validate(
-            student,
-            data.held_out,
-            row_tokens=recipe.train.row_tokens,
-            cost=cost,
-            world=world,
-            stop=stop,
-        )
+        with world.timeout(START_TIMEOUT):  # ranks may generate for minutes more than others
+            scores = validate(
+                student,
+                data.held_out,
+                row_tokens=recipe.train.row_tokens,
+                cost=cost,
+                world=world,
+                stop=stop,
+            )
         if scores is None:
             return False
         metrics.write({"event": "eval", "step": step, **scores})
         console.say(f"held out after step {step}: {_held_out_figures(scores)}")
         return True
 
-    with closing(checkpointer), closing(metrics), closing(progress), _save_first(checkpointer):
+    with (
+        closing(checkpointer),
+        closing(metrics),
+        closing(progress),
+        _save_first(checkpointer),
+        ExitStack() as after_first_step,
+    ):
         if world.any_rank(stop.requested) or not evaluate(done):
             console.say(f"stopped after step {done} of {total}; {RESUMES}")
             return False
@@ -286,6 +295,8 @@ def _train(
             )
             if step == done + 1:
                 report_what_ran(student.ran, run_dir, world, console)
+                limit = timedelta(seconds=recipe.run.timeout)
+                after_first_step.enter_context(world.timeout(limit))
             line = _metrics_line(batches, result, rate(step), data, time.perf_counter() - began)
             line["peak_memory_gib"] = peak_memory_gib(world.device)
             metrics.write(line)
