@@ -116,10 +116,11 @@ def prepare(argv: Sequence[str]) -> None:
     from redi.engine.commands.prepare import fill_cache
     from redi.engine.distributed import join_world
 
-    console = Console(quiet=arguments.quiet)
     with join_world() as world:
+        console = Console(active=world.is_main, quiet=arguments.quiet)
+        report = arguments.report if world.is_main else None
         for _, recipe in recipes:
-            fill_cache(recipe, world, console, arguments.ranks, arguments.report)
+            fill_cache(recipe, world, console, arguments.ranks, report)
 
 
 def plan(argv: Sequence[str]) -> None:

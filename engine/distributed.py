@@ -6,15 +6,17 @@ import os
 import pickle
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
 from redi.engine.errors import InputError, RunError
@@ -22,8 +24,8 @@ from redi.engine.failure import FailureWatch
 
 # Rank 0 may tokenize for hours while the others wait.
 PREPARE_TIMEOUT = timedelta(hours=24)
-# Of a collective. Until the first step is done, ranks may differ by the time that loading weights,
-# compiling or a background save takes.
+# Of a collective. Outside of training's steps ranks differ by minutes: one loads weights, compiles,
+# writes or generates while others wait.
 START_TIMEOUT = timedelta(minutes=30)
 
 VISIBLE_SECONDS = 120.0
@@ -47,6 +49,7 @@ class World:
         checkpoint_group: separate gloo group for background saves; on the default group their
             collectives would interleave with training's and hang.
         calls: number of calls of the methods that wait for rank 0, equal on every rank.
+        limit: timeout of the collectives of all groups but `checkpoint_group`.
     """
 
     rank: int
@@ -54,7 +57,8 @@ class World:
     device: torch.device
     store: dist.Store
     checkpoint_group: dist.ProcessGroup
-    calls: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
+    limit: timedelta = START_TIMEOUT
 
     @property
     def is_main(self) -> bool:
@@ -66,6 +70,40 @@ class World:
         flag = torch.tensor(float(here), device=self.device)
         dist.all_reduce(flag)
         return bool(flag)
+
+    @contextmanager
+    def timeout(self, limit: timedelta) -> Iterator[None]:
+        """Within the context, collectives of training fail after `limit`.
+
+        Background saves keep START_TIMEOUT: a rank may write for longer than a step takes.
+        """
+        before = self.limit
+        self._set_timeout(limit)
+        yield
+        self._set_timeout(before)  # not after an error, which ends the job and names the limit
+
+    def _set_timeout(self, limit: timedelta) -> None:
+        # torch has no public function for this, and none that lists the groups that meshes made.
+        for group in list(c10d._world.pg_map):
+            if group is not self.checkpoint_group:
+                c10d._set_pg_timeout(limit, group)
+        self.limit = limit
+
+    def after_rank0(self) -> None:
+        """Wait until rank 0 has come here too. Collective.
+
+        For work of rank 0 alone that may take longer than a collective's timeout.
+        """
+        key = self._key("after_rank0")
+        if self.is_main:
+            self.store.set(key, "")
+        else:
+            self.store.wait([key], PREPARE_TIMEOUT)
+
+    def _key(self, method: str) -> str:
+        # Counted by method: rank 0 may call one within the other.
+        self.calls[method] += 1
+        return f"{method}/{self.calls[method]}"
 
     def rank0_first(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0, then on the other ranks.
@@ -109,8 +147,7 @@ class World:
         """Run `work` and publish `describe` of its result, or its error, to the other ranks."""
         if self.size == 1:
             return work()
-        self.calls += 1
-        key = f"rank0/{self.calls}"
+        key = self._key("rank0")
         try:
             result = work()
             message = describe(result)
@@ -123,8 +160,7 @@ class World:
 
     def _await_rank0(self) -> bytes:
         """What rank 0 published in the same call."""
-        self.calls += 1
-        key = f"rank0/{self.calls}"
+        key = self._key("rank0")
         self.store.wait([key], PREPARE_TIMEOUT)
         kind, _, message = self.store.get(key).partition(b" ")
         if kind != b"done":
@@ -219,9 +255,11 @@ def join_world() -> Iterator[World]:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
         cause = str(error).partition(". ")[0]
+        what = "another rank was lost"
+        if "imed out" in cause:
+            what = f"another rank did not answer for {world.limit.total_seconds():,.0f} s"
         raise RunError(
-            f"another rank was lost ({cause}); the same command resumes from the newest complete "
-            "checkpoint"
+            f"{what} ({cause}); the same command resumes from the newest complete checkpoint"
         ) from error
     finally:
         if watch is None:

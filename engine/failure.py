@@ -137,4 +137,5 @@ def _write(text: str) -> None:
     """Write to stderr at once: the main thread may be writing, and is not waited for."""
     if text:
         above = "\n" if sys.stderr.isatty() else ""  # below a progress line
-        os.write(2, f"{above}{text.rstrip()}\n".encode())
+        with suppress(OSError):  # nobody reads stderr any more; the process ends all the same
+            os.write(2, f"{above}{text.rstrip()}\n".encode())

@@ -85,6 +85,7 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
     fingerprint = None
     if world.is_main:
         fingerprint = model_fingerprint(recipe.model.path or "", recipe.data.cache_dir)
+    world.after_rank0()  # which may have hashed 100 GB
     dtype = compute_dtype(recipe.train.dtype, world.device)
     student, _ = build_student(recipe, config, dtype, world, console)
     scores = score_traces(

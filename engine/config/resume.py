@@ -15,6 +15,7 @@ MAY_CHANGE_ON_RESUME = (
     "run.dir",
     "run.save_every",
     "run.keep",
+    "run.timeout",
     "run.trackers",
     "run.resume",
     "shard.replicate",

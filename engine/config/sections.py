@@ -355,6 +355,9 @@ class RunConfig(Section, name="run"):
     keep: int = ranged(2, NOT_NEGATIVE)
     """Number of newest checkpoints to keep; 0: all. Up to two older ones are kept while the
     collapse guard may still refer to one."""
+    timeout: int = ranged(300, AT_LEAST_1)
+    """Seconds after which a collective fails, once the first step is done: a rank that hangs ends
+    the run. Start, evaluation and saves have 30 minutes."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Where to write metrics in addition to metrics.jsonl."""
     resume: bool = True

@@ -54,14 +54,20 @@ def export(
     state: dict[str, Any] = get_model_state_dict(student)
     model = architecture_to_export(student.model.config, dtype)
     files = files_of(model)
-    tensors = (_whole(state[f"model.{name}"]) for names in files.values() for name in names)
+
+    def gathered() -> Iterator[torch.Tensor]:
+        for names in files.values():
+            # Rank 0 writes gigabytes before it gathers the next file's. Gathers that the others
+            # had begun by then would outlast their timeout.
+            world.after_rank0()
+            for name in names:
+                yield _whole(state[f"model.{name}"])
+
+    tensors = gathered()
 
     def write() -> None:
-        try:
-            generation = student.model.generation_config
-            write_folder(folder, model, files, tensors, tokenizer, generation)
-        finally:
-            deque(tensors, maxlen=0)  # other ranks gather all, even after an error here
+        generation = student.model.generation_config
+        write_folder(folder, model, files, tensors, tokenizer, generation)
 
     if not world.is_main:
         deque(tensors, maxlen=0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +26,7 @@ from redi.engine.data.loader import (
 from redi.engine.data.packing import Cost
 from redi.engine.data.summary import show, warnings
 from redi.engine.data.tokens import file_fingerprints
-from redi.engine.distributed import World
+from redi.engine.distributed import START_TIMEOUT, World
 from redi.engine.errors import RunError
 from redi.engine.model.architecture import router_loss
 from redi.engine.model.build import build_student
@@ -148,6 +149,7 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         if world.is_main:
             weights = model_fingerprint(recipe.model.path or "", recipe.data.cache_dir)
             check_same_model(weights, run_dir)
+        world.after_rank0()  # which may have hashed 100 GB
         student, tokenizer, optimizer = _build(recipe, found, data, weights, cost, world, console)
     try:
         if world.is_main:
@@ -300,14 +302,15 @@ def _train(
         """False if a stop request interrupted it; a resumed run then evaluates again."""
         if data.held_out is None or (step % recipe.eval.every and step < total):
             return True
-        scores = validate(
-            student,
-            data.held_out,
-            row_tokens=recipe.train.row_tokens,
-            cost=cost,
-            world=world,
-            stop=stop,
-        )
+        with world.timeout(START_TIMEOUT):  # ranks may generate for minutes more than others
+            scores = validate(
+                student,
+                data.held_out,
+                row_tokens=recipe.train.row_tokens,
+                cost=cost,
+                world=world,
+                stop=stop,
+            )
         if scores is None:
             return False
         metrics.write({"event": "eval", "step": step, **scores})
@@ -320,6 +323,7 @@ def _train(
         closing(metrics),
         closing(progress),
         _save_first(checkpointer),
+        ExitStack() as after_first_step,
     ):
         if world.any_rank(stop.requested) or not evaluate(done):
             console.say(f"stopped after step {done} of {total}; {RESUMES}")
@@ -343,6 +347,8 @@ def _train(
             )
             if step == done + 1:
                 report_what_ran(student.ran, run_dir, world, console)
+                limit = timedelta(seconds=recipe.run.timeout)
+                after_first_step.enter_context(world.timeout(limit))
             line = _metrics_line(batches, result, rate(step), data, time.perf_counter() - began)
             line |= utilization.of(line, data.lengths_of(batches.units))
             line["data_seconds"] = waited
