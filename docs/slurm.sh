@@ -7,6 +7,8 @@
 #SBATCH --job-name=redi
 #SBATCH --dependency=singleton
 #SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@180
 #SBATCH --requeue
@@ -18,8 +20,16 @@ set -euo pipefail
 # and resume from the newest checkpoint. 150 of the 180 s before the time limit are for the last
 # save. SLURM's SIGTERM reaches torchrun too, which then restarts nothing and returns 1 even if all
 # ranks stopped normally (it does not pass on their 75): the next job in the queue resumes the run.
+#
+# Each node has one task, which gets all its CPUs and memory: without --cpus-per-task SLURM binds
+# all ranks, with their loader workers, to a single core. If gloo and NCCL choose a network that does
+# not connect the nodes, name the right one of `ip -brief address`:
+# sbatch --export=ALL,INTERFACE=ib0 ...
+if [ -n "${INTERFACE:-}" ]; then
+    export GLOO_SOCKET_IFNAME="$INTERFACE" NCCL_SOCKET_IFNAME="$INTERFACE"
+fi
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-exec srun --kill-on-bad-exit=1 torchrun \
+exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" torchrun \
     --nnodes "$SLURM_NNODES" \
     --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv-backend c10d \

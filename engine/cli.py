@@ -425,6 +425,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv[1:]) and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("train", "logprobs"):
+        _choose_allocator()
     if not faulthandler.is_enabled():
         faulthandler.enable(2)  # print the Python stack if native code crashes
     if missing := missing_packages():
@@ -472,6 +474,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # exits `python -m` by SIGINT although it was caught; running another string resets that.
         exec("")
     return 0
+
+
+def _choose_allocator() -> None:
+    """Let the CUDA allocator extend its segments, unless the user has chosen.
+
+    Packs differ in length, and segments of fixed size fragment. torch reads the variable when it is
+    imported.
+    """
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _rank() -> int:

@@ -5,16 +5,19 @@ written to the file that their first line names, `text` is output, which the blo
 printed (where it was run here). `sh fails=2` must end with that exit code.
 """
 
+import argparse
 import json
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from redi.engine.quickstart import task as quickstart
 
@@ -131,3 +134,61 @@ def test_every_recipe_in_a_page_is_a_recipe(page: Path, tmp_path: Path) -> None:
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def arguments_of_torchrun(command: list[str]) -> argparse.Namespace:
+    """What torchrun reads from a command line that runs `redi`."""
+    from torch.distributed.run import get_args_parser
+
+    assert command[0] == "torchrun"
+    found: argparse.Namespace = get_args_parser().parse_args(command[1:])
+    assert (found.module, found.training_script) == (True, "redi.engine.cli")
+    return found
+
+
+def check_command_of_redi(command: list[str], tmp_path: Path) -> None:
+    """Check that `redi train` reads its arguments, with a recipe that exists in place of theirs."""
+    from redi.engine.config.parse import load_recipe, train_parser
+
+    train, _, *options = command
+    assert train == "train"
+    recipe = tmp_path / "redi.toml"
+    recipe.write_text('[model]\npath = "model"\n[data]\npath = "traces.jsonl"\n')
+    argv = [str(recipe), *options]
+    assert train_parser().parse_args(argv).recipes == [str(recipe)]
+    load_recipe(train_parser(), str(recipe), argv)
+
+
+def test_the_kubernetes_job_is_consistent_and_its_command_is_read(tmp_path: Path) -> None:
+    """The names are those of the operator's PyTorchJob, version v1."""
+    job = yaml.safe_load((ROOT / "docs" / "kubernetes.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    assert job["spec"].keys() == {"elasticPolicy", "runPolicy", "pytorchReplicaSpecs"}
+    ((role, workers),) = job["spec"]["pytorchReplicaSpecs"].items()
+    assert role == "Worker"
+    assert workers.keys() == {"replicas", "restartPolicy", "template"}
+    pod = workers["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["name"] == "pytorch"
+    (port,) = container["ports"]
+    assert port["name"] == "pytorchjob-port"
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+
+    asked = arguments_of_torchrun(container["command"])
+    assert int(asked.nnodes) == workers["replicas"]
+    assert int(asked.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
+    first = f"{job['metadata']['name']}-worker-0"
+    assert asked.rdzv_endpoint == f"{first}:{port['containerPort']}"
+    assert asked.shutdown_timeout < pod["terminationGracePeriodSeconds"]
+    check_command_of_redi(asked.training_script_args, tmp_path)
+
+
+def test_the_command_of_the_slurm_script_is_read(tmp_path: Path) -> None:
+    (line,) = re.findall(r"^exec (.*)\Z", (ROOT / "docs" / "slurm.sh").read_text(), re.M | re.S)
+    srun = line.replace('"$@"', "redi.toml --optim.lr=1e-6").replace("\\\n", " ")
+    words = shlex.split(srun.replace("${SLURM_GPUS_ON_NODE:-1}", "8"))
+    assert words[:2] == ["srun", "--kill-on-bad-exit=1"]
+    asked = arguments_of_torchrun(words[words.index("torchrun") :])
+    assert asked.nproc_per_node == "8"
+    check_command_of_redi(asked.training_script_args, tmp_path)

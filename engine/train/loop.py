@@ -57,6 +57,7 @@ from redi.engine.train.run_folder import (
     check_same_recipe,
     finish,
     read_previous_run,
+    record_flight,
     report_what_ran,
     write_run_dir,
 )
@@ -155,6 +156,7 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         if world.is_main:
             keys = data.keys | {"model": weights, "parts": data.parts}
             write_run_dir(recipe, keys, summary, found.dtype, run_dir, world, old_total)
+        record_flight(run_dir, world)
         rate = learning_rate(recipe.optim, total, first_total)
         if total > old_total:
             _report_lengthened(recipe, old_total, total, rate, console)

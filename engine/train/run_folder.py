@@ -34,6 +34,10 @@ RECIPE = "recipe.toml"
 MANIFEST = "manifest.json"
 NAMED_FILES = 3
 """Maximum number of files that a message names."""
+RECORDS_ELSEWHERE = bool(
+    os.environ.keys() & {"TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"}
+)
+"""True if the user has named files for torch's flight recorder."""
 LIMITS = ("train.epochs", "train.max_steps")
 """Keys that may be raised on resume."""
 
@@ -372,6 +376,20 @@ def write_run_dir(
     os.replace(partial, folder / RECIPE)
     if folder != run_dir:
         os.replace(folder, run_dir)
+
+
+def record_flight(run_dir: Path, world: World) -> None:
+    """Let torch's flight recorder write into the run folder, unless the user has named a file.
+
+    On CUDA torch keeps the last 2000 collectives of each rank and writes them when one times out or
+    fails, by default into the user's home. It reads the name only then, so each run of a command
+    gets its own.
+    """
+    if world.device.type == "cuda" and not RECORDS_ELSEWHERE:
+        folder = run_dir / "flight-recorder"
+        if world.is_main:
+            folder.mkdir(exist_ok=True)
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder.absolute() / "rank_")
 
 
 def add_to_manifest(run_dir: Path, **facts: Any) -> None:

@@ -480,7 +480,8 @@ def test_the_slurm_script_trains_on_two_nodes_and_outlives_a_rank(
 ) -> None:
     """Both nodes are this machine, and SLURM is two lines of shell; torchrun is real."""
     slurm = {
-        "srun": 'shift; for node in 1 2; do "$@" & done; wait -n && wait -n',
+        "srun": "while [[ $1 = -* ]]; do shift; done; "
+        'for node in 1 2; do "$@" & done; wait -n && wait -n',
         "scontrol": "echo localhost",
     }
     for name, text in slurm.items():
@@ -501,6 +502,8 @@ def test_the_slurm_script_trains_on_two_nodes_and_outlives_a_rank(
                 "SLURM_JOB_ID": "1",
                 "SLURM_JOB_NODELIST": "two",
                 "SLURM_NNODES": "2",
+                "SLURM_CPUS_ON_NODE": "1",
+                "INTERFACE": "lo",
             },
         )
     wait_for(lambda: has_steps(tmp_path / "run", 5), job, log)
