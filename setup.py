@@ -12,6 +12,7 @@ FOLDERS = ("engine", "kernels", "bench")
 KERNELS = ["numpy", "torch>=2.11"]
 ENGINE = [
     "datasets>=4.0",
+    "fsspec>=2024.2",
     "jinja2>=3.1",
     "jsonargparse[signatures,toml]>=4.45",
     "math-verify>=0.8",
@@ -30,6 +31,7 @@ EXTRAS = {
     "triton": ["triton>=3.6; sys_platform == 'linux'"],
     "liger": ["liger-kernel>=0.8; sys_platform == 'linux'"],
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
+    "storage": ["gcsfs>=2024.2", "s3fs>=2024.2"],  # run.dir = "s3://..." or "gs://..."
     "tensorboard": ["tensorboard>=2.16"],
     "trl": ["trl>=1.16"],  # tests/engine/loss/test_trl.py compares with its losses
     "vllm": ["vllm>=0.10; sys_platform == 'linux'"],

@@ -35,6 +35,7 @@ from redi.engine.extras import missing_packages
 from redi.engine.failure import RANK_0_SECONDS, end_job
 from redi.engine.hub import needs_hub
 from redi.engine.plan.cards import CARDS, MFU, Cluster
+from redi.engine.storage import check_available, fetch_model, fetch_run, inside, is_remote
 from redi.engine.train.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -183,8 +184,11 @@ def _with_models(
             model = _as_exported(resolved[-1][1].model, model)
         elif not Path(model.path).exists() and Path(model.path) in exports:
             model = _as_exported(exports[Path(model.path)], model)
+        elif is_remote(model.path):
+            folder = fetch_model(model.path, recipe.data.cache_dir, "model.path", weights=False)
+            model = replace(model, path=folder)
         resolved.append((path, replace(recipe, model=model)))
-        exports[Path(recipe.run.dir or f"runs/{Path(path).stem}") / "export"] = model
+        exports[Path(inside(recipe.run.dir or f"runs/{Path(path).stem}", "export"))] = model
     return resolved
 
 
@@ -241,6 +245,7 @@ def _read_recipes(argv: Sequence[str]) -> tuple[list[Recipe], bool]:
     resolved: list[tuple[str, Recipe]] = []
     for path, recipe in zip(paths, recipes, strict=True):
         folder = recipe.run.dir or f"runs/{Path(path).stem}"
+        check_available(folder, "run.dir")
         if any(folder == other.run.dir for _, other in resolved):
             raise InputError(
                 f"{path}: run.dir {folder} is also used by an earlier recipe; set a different "
@@ -253,7 +258,8 @@ def _read_recipes(argv: Sequence[str]) -> tuple[list[Recipe], bool]:
                     f"{path}: model.path is missing; only a recipe that follows another may "
                     "leave it out"
                 )
-            model = replace(model, path=str(Path(resolved[-1][1].run.dir or "") / "export"))
+            model = replace(model, path=inside(resolved[-1][1].run.dir or "", "export"))
+        check_available(model.path, "model.path")
         _find_data_of(path, recipe)  # checked before the first recipe trains for hours
         resolved.append((path, replace(recipe, model=model, run=replace(recipe.run, dir=folder))))
     return [recipe for _, recipe in resolved], arguments.quiet
@@ -267,7 +273,7 @@ def export(argv: Sequence[str]) -> None:
         "redi export runs/redi              the newest checkpoint",
         "redi export runs/redi --step 500",
     )
-    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("run", metavar="RUN", help="run directory or its URL")
     parser.add_argument(
         "--step", type=int | None, help="step of the checkpoint; if omitted, the newest"
     )
@@ -277,8 +283,10 @@ def export(argv: Sequence[str]) -> None:
     from redi.engine.console import Console
     from redi.engine.train.guards import collapse_of
 
-    print(export_run(Path(args.run), args.step))
-    if args.step is None and (collapsed := collapse_of(Path(args.run))):
+    cache = DataConfig().cache_dir
+    run_dir = fetch_run(args.run, cache)
+    print(export_run(run_dir, args.step, cache))
+    if args.step is None and (collapsed := collapse_of(run_dir)):
         Console().warn(collapsed)
 
 
@@ -369,12 +377,12 @@ def report(argv: Sequence[str]) -> None:
         "redi report runs/redi",
         "redi report runs/redi-alpha-0.5 runs/redi-alpha-0.8      side by side",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories or URLs")
     args = parse_arguments(parser, argv)
 
     from redi.engine.commands.report import report_runs
 
-    print(report_runs([Path(run) for run in args.runs]))
+    print(report_runs([fetch_run(run, DataConfig().cache_dir) for run in args.runs]))
 
 
 def _find_data_of(path: str, recipe: Recipe) -> None:

@@ -143,6 +143,20 @@ class World:
         result: T = pickle.loads(pickled)
         return result
 
+    def once_per_node(self, work: Callable[[], object]) -> None:
+        """Run `work` on rank 0, then on the first rank of each other machine. All ranks wait.
+
+        Raises:
+            InputError, KeyboardInterrupt, RunError: as `rank0_first`.
+        """
+        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        self.rank0_first(lambda: work() if first else None)
+        if self.size > 1:
+            self.calls += 1
+            done = [f"node/{self.calls}/{rank}" for rank in range(self.size)]
+            self.store.set(done[self.rank], "")
+            self.store.wait(done, PREPARE_TIMEOUT)
+
     def _announce(self, work: Callable[[], T], describe: Callable[[T], bytes]) -> T:
         """Run `work` and publish `describe` of its result, or its error, to the other ranks."""
         if self.size == 1:

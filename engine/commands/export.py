@@ -16,18 +16,20 @@ from transformers.utils import logging as transformers_logging
 from redi.engine.errors import InputError
 from redi.engine.model.export import architecture_to_export, files_of, write_folder
 from redi.engine.model.load import generation_config, read_config
-from redi.engine.train.checkpoint import complete_checkpoints
+from redi.engine.storage import fetch_model, open_run, url_of
+from redi.engine.train.checkpoint import checkpoint_reader, complete_checkpoints
 
 
-def export_run(run_dir: Path, step: int | None) -> Path:
+def export_run(run_dir: Path, step: int | None, cache_dir: Path) -> str:
     """Write a checkpoint of a run as a Hugging Face directory.
 
     Args:
-        run_dir: run directory.
+        run_dir: run directory, or the folder to which a run was fetched from object storage.
         step: step of the checkpoint; None: the newest.
+        cache_dir: folder of the cache, for a model that must be fetched from object storage.
 
     Returns:
-        The directory, `RUN/export-step-N`.
+        The directory or URL, `RUN/export-step-N`.
 
     Raises:
         InputError: there is no such run or checkpoint.
@@ -42,21 +44,27 @@ def export_run(run_dir: Path, step: int | None) -> Path:
     transformers_logging.disable_progress_bar()
     step = max(checkpoints) if step is None else step
     recipe = tomllib.loads((run_dir / "recipe.toml").read_text(encoding="utf-8"))
-    path = recipe["model"]["path"]
     model = recipe["model"]
-    config = read_config(path, model.get("rope_theta"), model.get("max_position_embeddings"))
+    path, tokenizer_path = (
+        fetch_model(one, cache_dir, "model.path", weights=False)
+        for one in (model["path"], model.get("tokenizer") or model["path"])
+    )
+    changes = (model.get("rope_theta"), model.get("max_position_embeddings"))
+    config = read_config(path, *changes, weights=False)
     manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
     architecture = architecture_to_export(config, getattr(torch, manifest["dtype"]))
     files = files_of(architecture)
-    tokenizer = AutoTokenizer.from_pretrained(model.get("tokenizer") or path)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     folder = run_dir / f"export-step-{step}"
-    tensors = _checkpointed(checkpoints[step], architecture, files)
+    run = open_run(run_dir)
+    tensors = _checkpointed(run.checkpoint(step), architecture, files)
     write_folder(folder, architecture, files, tensors, tokenizer, generation_config(path))
-    return folder
+    run.publish_model(folder.name)
+    return url_of(folder) or str(folder)
 
 
 def _checkpointed(
-    checkpoint: Path, model: PreTrainedModel, files: dict[str, list[str]]
+    checkpoint: Path | str, model: PreTrainedModel, files: dict[str, list[str]]
 ) -> Iterator[torch.Tensor]:
     """Yield a checkpoint's master weights in the order of `files`; memory holds one file's."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -66,6 +74,7 @@ def _checkpointed(
             warnings.simplefilter(
                 "ignore"
             )  # dcp warns of loading in a single process, which is intended
-            dcp.load({"model": state}, checkpoint_id=checkpoint, no_dist=True)
+            reader = checkpoint_reader(checkpoint)
+            dcp.load({"model": state}, storage_reader=reader, no_dist=True)
         for name in names:
             yield state.pop(f"model.{name}")

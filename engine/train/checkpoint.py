@@ -6,17 +6,19 @@ as long as that records. Incomplete ones are ignored.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
@@ -31,15 +33,17 @@ from torch.futures import Future as TorchFuture
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
 from redi.engine.model.student import Student
+from redi.engine.storage import CHECKPOINTS, LocalRun, open_run
 
-FOLDER = "checkpoints"
 # CheckpointException derives from BaseException, not from Exception.
 FAILURES = (Exception, CheckpointException)
 
 
-def complete_checkpoints(run_dir: Path) -> dict[int, Path]:
-    """The complete checkpoints of a run: step -> directory."""
-    return {step: folder for step, folder in _saved(run_dir).items() if _is_complete(folder)}
+def complete_checkpoints(run_dir: Path) -> list[int]:
+    """The steps of the complete checkpoints of a run, ascending. Reads the metadata of each."""
+    run = open_run(run_dir)
+    files = run.checkpoint_files()
+    return [step for step in sorted(files) if _is_complete(files[step], run.checkpoint(step))]
 
 
 def check_not_damaged(run_dir: Path, complete: Collection[int]) -> str | None:
@@ -56,38 +60,35 @@ def check_not_damaged(run_dir: Path, complete: Collection[int]) -> str | None:
     """
     damaged = [
         step
-        for step, folder in _saved(run_dir).items()
-        if step > max(complete, default=0) and (folder / ".metadata").exists()
+        for step, files in sorted(open_run(run_dir).checkpoint_files().items())
+        if step > max(complete, default=0) and ".metadata" in files
     ]
     if not damaged:
         return None
-    steps = ", ".join(map(str, sorted(damaged)))
-    what = f"{run_dir / FOLDER}: damaged (files are missing or truncated): step {steps}"
+    steps = ", ".join(map(str, damaged))
+    what = f"{run_dir / CHECKPOINTS}: damaged (files are missing or truncated): step {steps}"
     if not complete:
         raise InputError(f"{what}; restore them, or remove {run_dir} to start again")
     return f"{what}; resuming from step {max(complete)}"
 
 
-def _saved(run_dir: Path) -> dict[int, Path]:
-    folders = {
-        folder.name.removeprefix("step-"): folder for folder in run_dir.glob(f"{FOLDER}/step-*")
-    }
-    return {int(step): folder for step, folder in folders.items() if step.isdecimal()}
+def checkpoint_reader(checkpoint: Path | str) -> dcp.FileSystemReader:
+    """Reader of a checkpoint in a folder or at a URL."""
+    return dcp.FileSystemReader(checkpoint) if isinstance(checkpoint, Path) else _Reader(checkpoint)
 
 
-def _is_complete(folder: Path) -> bool:
-    if not (folder / ".metadata").is_file():
+def _is_complete(sizes: Mapping[str, int], checkpoint: Path | str) -> bool:
+    if ".metadata" not in sizes:
         return False
     try:
-        metadata = dcp.FileSystemReader(folder).read_metadata()
+        metadata = checkpoint_reader(checkpoint).read_metadata()
     except Exception:  # truncated: pickle raises many types
         return False
     ends: dict[str, int] = {}
     for part in (metadata.storage_data or {}).values():
         end = part.offset + part.length
         ends[part.relative_path] = max(end, ends.get(part.relative_path, 0))
-    files = {name: folder / name for name in ends}
-    return all(f.is_file() and f.stat().st_size >= ends[name] for name, f in files.items())
+    return all(sizes.get(name, -1) >= end for name, end in ends.items())
 
 
 def kept_checkpoints(steps: Sequence[int], keep: int, good_before: int | None) -> set[int]:
@@ -107,12 +108,20 @@ def kept_checkpoints(steps: Sequence[int], keep: int, good_before: int | None) -
     return {*newest, *good[-1:], *steps[len(good) :][:1]}
 
 
-class _Writer(dcp.FileSystemWriter):
-    """Raises the file system's error, which torch.save replaces by another."""
+class _Reader(FsspecReader):
+    """Reads each tensor from a bucket by one request. torch.load seeks back and forth in a file."""
+
+    def _slice_file(self, file: IO[bytes], part: Any) -> IO[bytes]:
+        file.seek(part.offset)
+        return BytesIO(file.read(part.length))
+
+
+class _PlainErrors:
+    """For a writer: raises the file system's error, which torch.save replaces by another."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
         try:
-            return super().write_data(plan, planner)
+            return super().write_data(plan, planner)  # type: ignore[misc]
         except Exception as error:
             hidden: BaseException | None = error
             while hidden and not isinstance(hidden, OSError):
@@ -120,11 +129,28 @@ class _Writer(dcp.FileSystemWriter):
             raise hidden or error from None
 
 
+class _Writer(_PlainErrors, dcp.FileSystemWriter):
+    """Writes to a folder."""
+
+
+class _BucketWriter(_PlainErrors, FsspecWriter):
+    """Writes to a URL. The run's metrics are uploaded before what makes the checkpoint complete."""
+
+    def __init__(self, url: str, run: LocalRun) -> None:
+        # An object is durable when its upload ends; with sync_files all of the machine is synced.
+        super().__init__(url, sync_files=False, use_listings_cache=False)
+        self._run = run
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self._run.publish()
+        super().finish(metadata, results)
+
+
 class Checkpointer:
     """Saves, loads and prunes the checkpoints of one run.
 
     Args:
-        run_dir: the run directory.
+        run: the run directory, or a run on object storage.
         complete: steps of its complete checkpoints, equal on every rank.
         keep: number of newest checkpoints to keep; 0: all.
         student, optimizer: what is saved.
@@ -137,14 +163,14 @@ class Checkpointer:
 
     def __init__(
         self,
-        run_dir: Path,
+        run: LocalRun,
         complete: Collection[int],
         keep: int,
         student: Student,
         optimizer: torch.optim.Optimizer,
         world: World,
     ) -> None:
-        self.run_dir = run_dir
+        self.run = run
         self.complete = set(complete)
         self.keep = keep
         self.student = student
@@ -183,13 +209,13 @@ class Checkpointer:
         self._good_before = good_before
         self.wait()
         self._pending_step = step
-        folder = self._folder(step)
         if self.world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # incomplete, from an earlier attempt
+            with suppress(OSError):  # else the save fails too, on every rank
+                self.run.remove_checkpoint(step)  # incomplete, from an earlier attempt
         dist.barrier(self.world.checkpoint_group)
         self._pending = dcp.async_save(  # type: ignore[assignment]
             self._state(),
-            storage_writer=_Writer(folder),
+            storage_writer=self._writer(self.run.checkpoint(step)),
             process_group=self.world.checkpoint_group,
             async_stager=self._stager,
         )
@@ -203,25 +229,22 @@ class Checkpointer:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        folder = self._folder(self._pending_step)
         try:
             pending.result()
         except FAILURES as error:
             if self.world.is_main:
-                shutil.rmtree(folder, ignore_errors=True)  # frees the disk space
+                with suppress(OSError, RunError):
+                    self.run.remove_checkpoint(self._pending_step)  # frees the disk space
             raise RunError(
-                f"{folder} could not be saved ({_cause(error)}); older checkpoints are intact, the "
-                "same command resumes from the newest"
+                f"{self.run.checkpoint(self._pending_step)} could not be saved ({_cause(error)}); "
+                "older checkpoints are intact, the same command resumes from the newest"
             ) from error
         self.complete.add(self._pending_step)
         if not self.keep:
             return
         kept = kept_checkpoints(sorted(self.complete), self.keep, self._good_before)
         for step in self.complete - kept if self.world.is_main else ():
-            with suppress(FileNotFoundError):  # the user has removed it
-                # First, so that a half-removed checkpoint is not complete.
-                (self._folder(step) / ".metadata").unlink()
-                shutil.rmtree(self._folder(step))
+            self.run.remove_checkpoint(step)
         self.complete &= kept
 
     def close(self) -> None:
@@ -248,21 +271,26 @@ class Checkpointer:
         if not step:
             return 0
         # On a network file system other ranks may not see its files yet.
-        self.world.from_rank0(lambda: None, lambda _: self._folder(step).iterdir())
+        checkpoint = self.run.checkpoint(step)
+        self.world.from_rank0(
+            lambda: None, lambda _: checkpoint.iterdir() if isinstance(checkpoint, Path) else ()
+        )
         state = self._state()
         try:
-            dcp.load(state, checkpoint_id=self._folder(step))
+            dcp.load(state, storage_reader=checkpoint_reader(checkpoint))
         except FAILURES as error:
             raise RunError(
-                f"{self._folder(step)} cannot be read ({_cause(error)}); remove it to resume from "
+                f"{checkpoint} cannot be read ({_cause(error)}); remove it to resume from "
                 "the checkpoint before it"
             ) from error
         set_model_state_dict(self.student, state["model"])
         set_optimizer_state_dict(self.student, self.optimizer, state["optimizer"])
         return step
 
-    def _folder(self, step: int) -> Path:
-        return self.run_dir / FOLDER / f"step-{step}"
+    def _writer(self, checkpoint: Path | str) -> dcp.StorageWriter:
+        if isinstance(checkpoint, Path):
+            return _Writer(checkpoint)
+        return _BucketWriter(checkpoint, self.run)
 
     def _state(self) -> dict[str, Any]:
         return {

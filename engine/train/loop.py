@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +33,7 @@ from redi.engine.model.build import build_student
 from redi.engine.model.export import export
 from redi.engine.model.flops import training_cost
 from redi.engine.model.student import Student
+from redi.engine.storage import LocalRun, fetch_models, inside, open_run, working_folder
 from redi.engine.train.checkpoint import Checkpointer, check_not_damaged
 from redi.engine.train.garbage import (
     collect_after,
@@ -100,9 +101,12 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
 
 def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> bool:
     """`run_recipe`; what it allocates is unreachable when it returns."""
-    run_dir = Path(recipe.run.dir or "")
+    given = recipe
+    run_dir = working_folder(recipe.run.dir or "", recipe.data.cache_dir)
+    run = open_run(run_dir)
 
     def look() -> PreviousRun:
+        run.fetch()
         check_same_recipe(recipe, run_dir)
         return read_previous_run(run_dir)
 
@@ -117,6 +121,7 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         start_worker_server()  # it imports torch meanwhile
     if damaged := world.from_rank0(lambda: check_not_damaged(run_dir, previous.complete)):
         console.warn(damaged)
+    recipe = fetch_models(recipe, world)
     found = check_before_data(recipe, run_dir, world)
 
     def prepare() -> PreparedData:
@@ -155,35 +160,42 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
     try:
         if world.is_main:
             keys = data.keys | {"model": weights, "parts": data.parts}
-            write_run_dir(recipe, keys, summary, found.dtype, run_dir, world, old_total)
+            write_run_dir(given, keys, summary, found.dtype, run_dir, world, old_total)
+            run.publish()
         record_flight(run_dir, world)
         rate = learning_rate(recipe.optim, total, first_total)
         if total > old_total:
             _report_lengthened(recipe, old_total, total, rate, console)
-        finished = _train(
-            recipe,
-            run_dir,
-            previous.complete,
-            data,
-            workers,
-            rate,
-            cost,
-            student,
-            optimizer,
-            world,
-            console,
-            stop,
-        )
+        with run.published() if world.is_main else nullcontext():
+            finished = _train(
+                recipe,
+                run,
+                previous.complete,
+                data,
+                workers,
+                rate,
+                cost,
+                student,
+                optimizer,
+                world,
+                console,
+                stop,
+            )
         if finished:
             export(student, tokenizer, run_dir / "export", found.dtype, world)
-            if world.is_main:
-                finish(run_dir)
-            console.say(f"{run_dir}: done; the model is in {run_dir / 'export'}")
+            world.from_rank0(lambda: _finish(run))
+            console.say(f"{run_dir}: done; the model is in {inside(given.run.dir or '', 'export')}")
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"{run_dir}: {error}; the same command resumes from the newest complete checkpoint"
         ) from error
     return finished
+
+
+def _finish(run: LocalRun) -> None:
+    run.publish_model("export")
+    finish(run.folder)
+    run.publish()
 
 
 def _recipe_warnings(recipe: Recipe, config: Any) -> list[str]:
@@ -255,7 +267,7 @@ def _report_lengthened(
 
 def _train(
     recipe: Recipe,
-    run_dir: Path,
+    run: LocalRun,
     complete: Sequence[int],
     data: PreparedData,
     workers: int,
@@ -273,7 +285,8 @@ def _train(
         False if a signal stopped them early.
     """
     total = data.schedule.total_steps
-    checkpointer = Checkpointer(run_dir, complete, recipe.run.keep, student, optimizer, world)
+    run_dir = run.folder
+    checkpointer = Checkpointer(run, complete, recipe.run.keep, student, optimizer, world)
     done = checkpointer.load_newest()
     loader = StepLoader(
         data.tokens,

@@ -18,8 +18,8 @@ from redi.engine.model.attention import NOT_IN_GRAPHS, choose_attention
 from redi.engine.model.build import model_config
 from redi.engine.model.checkpointing import NOT_KEPT
 from redi.engine.model.sharding import compute_dtype
+from redi.engine.storage import open_run
 from redi.engine.train.guards import check_not_collapsed
-from redi.engine.train.run_folder import check_writable
 from redi.engine.train.trackers import check_trackers
 from redi.kernels.backends import choose_backend, filtering_backend
 
@@ -41,7 +41,7 @@ def check_before_data(recipe: Recipe, run_dir: Path, world: World) -> Preflight:
         InputError: the model, the recipe or the machine does not allow this run.
     """
     world.from_rank0(lambda: check_not_collapsed(recipe.guard, run_dir))
-    world.from_rank0(lambda: check_writable(run_dir))
+    world.from_rank0(open_run(run_dir).check_writable)
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

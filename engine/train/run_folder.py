@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import time
 import tomllib
 from collections.abc import Mapping
@@ -28,10 +27,9 @@ from redi.engine.data.summary import Summary
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
 from redi.engine.model.first_forward import ForwardRecord
+from redi.engine.storage import MANIFEST, RECIPE
 from redi.engine.train.checkpoint import complete_checkpoints
 
-RECIPE = "recipe.toml"
-MANIFEST = "manifest.json"
 NAMED_FILES = 3
 """Maximum number of files that a message names."""
 RECORDS_ELSEWHERE = bool(
@@ -100,22 +98,6 @@ def trained_prompts(
     if found.get("template") == "none":
         return "none", system_prompt, eos, warning  # the run's is not used without a template
     return "chat", found.get("system_prompt"), eos, warning
-
-
-def check_writable(run_dir: Path) -> None:
-    """Check that the run directory can be written, before hours of tokenizing. Leaves no file.
-
-    Raises:
-        InputError: `run_dir` cannot be created or written, or its disk is full.
-    """
-    existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(b"one byte")
-    except OSError as error:
-        raise InputError(
-            f"run.dir: {run_dir} cannot be written: {existing}: {error.strerror}"
-        ) from None
 
 
 @dataclass(frozen=True)

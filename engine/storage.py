@@ -1,0 +1,452 @@
+"""Run folders and models on object storage (s3://, gs://), by fsspec.
+
+A folder in a bucket has a working folder on this machine: the folder of the cache followed by the
+URL (~/.cache/redi/s3:/bucket/runs/redi). Everything but checkpoints is read and written there; it
+is fetched when a run starts and uploaded with each checkpoint and at the end. Checkpoints are
+written and read in the bucket itself, by torch. A local folder is its own working folder, with
+nothing to fetch or upload.
+
+A bucket has no rename. What makes a folder complete is uploaded last: recipe.toml of a run,
+config.json of an export, .metadata of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import fsspec
+
+from redi.engine.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from redi.engine.config.sections import Recipe
+    from redi.engine.distributed import World
+
+RECIPE = "recipe.toml"
+MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"
+_MODEL = "config.json"
+_FETCHED = ".fetched.json"
+_OPTIONS = {"use_listings_cache": False}  # other machines write too
+_VERSIONS = ("ETag", "etag", "md5Hash", "generation", "mtime", "created")
+
+
+def is_remote(path: str | None) -> TypeGuard[str]:
+    """True for a URL, false for a path or the name of a model on the hub."""
+    return path is not None and "://" in path
+
+
+def inside(folder: str, name: str) -> str:
+    """The path or URL of `name` in a folder."""
+    return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
+
+
+def check_available(path: str | None, key: str) -> None:
+    """Check that a URL has a bucket and a name, and that the package for its protocol is installed.
+
+    Raises:
+        InputError: otherwise; `key` names the key of the recipe or the option.
+    """
+    if not is_remote(path):
+        return
+    protocol, _, name = path.partition("://")
+    if len(name.strip("/").split("/")) < 2:
+        raise InputError(f"{key}: {path} names no folder in a bucket (s3://bucket/folder)")
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError:
+        raise InputError(
+            f"{key}: {path}: the package for {protocol}:// is not installed: "
+            "pip install 'redi-engine[storage]'"
+        ) from None
+    except ValueError:
+        raise InputError(f"{key}: {path}: unknown protocol; use s3:// or gs://") from None
+
+
+def working_folder(path: str, cache_dir: Path) -> Path:
+    """The folder on this machine for a path or URL."""
+    if not is_remote(path):
+        return Path(path)
+    protocol, _, name = path.partition("://")
+    return cache_dir.absolute() / f"{protocol}:" / name.strip("/")
+
+
+def url_of(folder: Path) -> str | None:
+    """The URL of which `folder` is the working folder; None for another folder."""
+    for number, part in enumerate(folder.parts):
+        if part.endswith(":") and part[:-1] in fsspec.available_protocols():
+            start = ":///" if part == "file:" else "://"
+            return part[:-1] + start + "/".join(folder.parts[number + 1 :])
+    return None
+
+
+class LocalRun:
+    """A run directory on this machine's file systems.
+
+    Args:
+        folder: the directory.
+
+    Attributes:
+        url: None.
+    """
+
+    url: str | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def fetch(self) -> None:
+        """Fetch the run's files, except checkpoints and models. Nothing to do here."""
+
+    def check_writable(self) -> None:
+        """Check that the directory can be written, before hours of tokenizing. Leaves no file.
+
+        Raises:
+            InputError: it cannot be created or written, or its disk is full.
+        """
+        existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=existing) as file:
+                file.write(b"one byte")
+        except OSError as error:
+            raise InputError(
+                f"run.dir: {self.folder} cannot be written: {existing}: {error.strerror}"
+            ) from None
+
+    def publish(self) -> None:
+        """Upload the run's files, except checkpoints and models. Nothing to do here."""
+
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        """Upload the run's files at the end of the block, also after an error."""
+        yield
+
+    def publish_model(self, name: str) -> None:
+        """Upload an exported model, the directory `name` of the run. Nothing to do here."""
+
+    def checkpoint(self, step: int) -> Path | str:
+        """Folder or URL of a checkpoint."""
+        return self.folder / CHECKPOINTS / f"step-{step}"
+
+    def checkpoint_files(self) -> dict[int, dict[str, int]]:
+        """The bytes of each file of each checkpoint, by step and name."""
+        return _by_step(
+            {
+                f"{path.parent.name}/{path.name}": path.stat().st_size
+                for path in self.folder.glob(f"{CHECKPOINTS}/step-*/*")
+            }
+        )
+
+    def remove_checkpoint(self, step: int) -> None:
+        """Remove a checkpoint, if there is one: its metadata first, so that it is not complete."""
+        folder = self.folder / CHECKPOINTS / f"step-{step}"
+        with suppress(FileNotFoundError):
+            (folder / ".metadata").unlink(missing_ok=True)
+            shutil.rmtree(folder)
+
+
+class BucketRun(LocalRun):
+    """A run on object storage with its working folder.
+
+    Args:
+        folder: the working folder.
+        url: the URL of the run.
+    """
+
+    def __init__(self, folder: Path, url: str) -> None:
+        super().__init__(folder)
+        self.url = url
+        self._bucket = _Bucket(url)
+        self._sent: dict[str, tuple[int, int]] = {}
+
+    def fetch(self) -> None:
+        """Replace the run's files in the working folder by those in the bucket.
+
+        A directory `export` is made if the run has an export; `fetch_model` fills it.
+
+        Raises:
+            InputError: the bucket cannot be read, or the URL holds something else than a run.
+        """
+        with _explained(f"run.dir: {self.url} cannot be read", InputError):
+            found = self._bucket.versions()
+            if found.keys() <= {MANIFEST}:  # no run, or killed before its recipe was uploaded
+                shutil.rmtree(self.folder, ignore_errors=True)
+                return
+            if RECIPE not in found:
+                raise InputError(
+                    f"run.dir: {self.url} exists and is not a run directory; choose another"
+                )
+            for name in _small_files(self.folder):
+                if name not in found:
+                    (self.folder / name).unlink()
+            for name in filter(_is_small, found):
+                self._bucket.download(name, self.folder)
+            export = self.folder / "export"
+            if f"{export.name}/{_MODEL}" in found:
+                export.mkdir(exist_ok=True)
+            else:  # killed while it was uploaded
+                shutil.rmtree(export, ignore_errors=True)
+
+    def check_writable(self) -> None:
+        """Check that the bucket and the working folder can be written. Leaves no file.
+
+        Raises:
+            InputError: one of them cannot.
+        """
+        super().check_writable()
+        with _explained(f"run.dir: {self.url} cannot be written", InputError):
+            probe = f".probe-{uuid.uuid4().hex}"
+            self._bucket.write(probe, b"one byte")
+            self._bucket.remove([probe])
+
+    def publish(self) -> None:
+        """Upload the files that changed since the last call: the recipe last.
+
+        Raises:
+            RunError: the bucket cannot be written.
+        """
+        names = _small_files(self.folder)
+        for name in sorted(names, key=lambda name: (name == RECIPE, name == MANIFEST, name)):
+            status = (self.folder / name).stat()
+            stamp = (status.st_size, status.st_mtime_ns)
+            if self._sent.get(name) != stamp:
+                with _explained(f"{self.url}/{name} cannot be written", RunError):
+                    self._bucket.write(name, (self.folder / name).read_bytes())
+                self._sent[name] = stamp
+
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            with suppress(RunError, OSError):
+                self.publish()
+            raise
+        self.publish()
+
+    def publish_model(self, name: str) -> None:
+        """Upload a model, replacing an older one.
+
+        Raises:
+            RunError: the bucket cannot be written.
+        """
+        bucket, folder = _Bucket(f"{self.url}/{name}"), self.folder / name
+        with _explained(f"{bucket.url} cannot be written", RunError):
+            old = bucket.versions()
+            bucket.remove([_MODEL] if _MODEL in old else [])
+            files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+            files.discard(_FETCHED)
+            bucket.upload(sorted(files - {_MODEL}), folder)
+            bucket.remove(sorted(old.keys() - files))
+            bucket.upload([_MODEL], folder)
+            (folder / _FETCHED).write_text(json.dumps(bucket.versions()))
+
+    def checkpoint(self, step: int) -> Path | str:
+        return f"{self.url}/{CHECKPOINTS}/step-{step}"
+
+    def checkpoint_files(self) -> dict[int, dict[str, int]]:
+        with _explained(f"run.dir: {self.url} cannot be read", InputError):
+            found = _Bucket(f"{self.url}/{CHECKPOINTS}").versions()
+        return _by_step({name: size for name, (size, _) in found.items()})
+
+    def remove_checkpoint(self, step: int) -> None:
+        bucket = _Bucket(str(self.checkpoint(step)))
+        with _explained(f"{bucket.url} cannot be removed", RunError):
+            files = bucket.versions()
+            bucket.remove([".metadata"] if ".metadata" in files else [])
+            bucket.remove([name for name in files if name != ".metadata"])
+
+
+def open_run(folder: Path) -> LocalRun:
+    """The run of a directory, which may be the working folder of a URL."""
+    url = url_of(folder)
+    return LocalRun(folder) if url is None else BucketRun(folder, url)
+
+
+def _model_folder(path: str, cache_dir: Path, weights: bool) -> Path:
+    """The folder to which `fetch_model` fetches a model from a URL."""
+    folder = working_folder(path, cache_dir)
+    return folder if weights else folder.with_name(f"{folder.name}-without-weights")
+
+
+def fetch_model(path: str, cache_dir: Path, key: str, weights: bool = True) -> str:
+    """The folder of a model on this machine, fetched from object storage unless it is here.
+
+    Args:
+        path: returned as it is unless it is a URL.
+        cache_dir: folder of the cache.
+        key: key of the recipe or option, for messages.
+        weights: False: the configuration and the tokenizer are enough.
+
+    Raises:
+        InputError: there is no such model, or its upload is not complete.
+    """
+    if not is_remote(path):
+        return path
+    check_available(path, key)
+    folder = _model_folder(path, cache_dir, weights)
+    with _explained(f"{key}: {path} cannot be read", InputError):
+        bucket = _Bucket(path)
+        found = {
+            name: version
+            for name, version in bucket.versions().items()
+            if weights or not name.endswith(".safetensors")
+        }
+        if _MODEL not in found:
+            raise InputError(
+                f"{key}: {path} has no {_MODEL}: it is no model, or its upload has not finished"
+            )
+        if _recorded(folder) == found:
+            return str(folder)
+        partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
+        try:
+            bucket.download_all(list(found), partial)
+            (partial / _FETCHED).write_text(json.dumps(found))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return str(folder)
+
+
+def fetch_models(recipe: Recipe, world: World) -> Recipe:
+    """Fetch the model and tokenizer of a recipe to each machine. Collective.
+
+    Returns:
+        The recipe with the folders on this machine in place of URLs.
+
+    Raises:
+        InputError: as `fetch_model`.
+    """
+    cache, model = recipe.data.cache_dir, recipe.model
+
+    def here(path: str | None, key: str, weights: bool) -> str | None:
+        if not is_remote(path):
+            return path
+        world.once_per_node(lambda: fetch_model(path, cache, key, weights))
+        return str(_model_folder(path, cache, weights))
+
+    path = here(model.path, "model.path", weights=True)
+    tokenizer = here(model.tokenizer, "model.tokenizer", weights=False)
+    return replace(recipe, model=replace(model, path=path, tokenizer=tokenizer))
+
+
+def fetch_run(path: str, cache_dir: Path) -> Path:
+    """The folder of a run to look at; for a URL, a copy that no training run works in.
+
+    Raises:
+        InputError: the bucket cannot be read.
+    """
+    check_available(path, "RUN")
+    folder = working_folder(path, cache_dir / "viewed")
+    open_run(folder).fetch()
+    return folder
+
+
+class _Bucket:
+    """A folder on object storage. Names are relative to it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._fs, root = fsspec.core.url_to_fs(self.url, **_OPTIONS)
+        self._root = str(root).rstrip("/")
+
+    def versions(self) -> dict[str, list[Any]]:
+        """[bytes, what changes with the content] of each file: one listing."""
+        found = self._fs.find(self._root, detail=True)
+        return {
+            path[len(self._root) :].lstrip("/"): [
+                one["size"],
+                str(next((one[key] for key in _VERSIONS if key in one), "")),
+            ]
+            for path, one in found.items()
+        }
+
+    def write(self, name: str, content: bytes) -> None:
+        self._make_parent(name)
+        self._fs.pipe_file(self._path(name), content)
+
+    def upload(self, names: list[str], folder: Path) -> None:
+        for name in names:
+            self._make_parent(name)
+            self._fs.put_file(str(folder / name), self._path(name))
+
+    def download(self, name: str, folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{name}.partial"
+        self._fs.get_file(self._path(name), str(partial))
+        os.replace(partial, folder / name)
+
+    def download_all(self, names: list[str], folder: Path) -> None:
+        """Several at a time."""
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        self._fs.get([self._path(name) for name in names], [str(folder / name) for name in names])
+
+    def remove(self, names: list[str]) -> None:
+        if names:
+            self._fs.rm([self._path(name) for name in names])
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _make_parent(self, name: str) -> None:
+        # A bucket has no folders; only a file system behind file:// needs them.
+        if self._fs.protocol in ("file", ("file", "local")):
+            self._fs.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
+
+
+def _small_files(folder: Path) -> list[str]:
+    """Names of a run's files in its working folder, except checkpoints and models."""
+    names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+    return [name for name in names if _is_small(name)]
+
+
+def _is_small(name: str) -> bool:
+    """Whether a file of a run is fetched and uploaded with the run."""
+    top = name.split("/")[0]
+    return not (
+        top == CHECKPOINTS or top.startswith(("export", ".probe-")) or name.endswith(".partial")
+    )
+
+
+def _by_step(sizes: dict[str, int]) -> dict[int, dict[str, int]]:
+    """Sort the sizes of files "step-N/name" by step."""
+    found: dict[int, dict[str, int]] = {}
+    for path, size in sizes.items():
+        folder, _, name = path.partition("/")
+        step = folder.removeprefix("step-")
+        if step.isdecimal() and folder != step:
+            found.setdefault(int(step), {})[name] = size
+    return found
+
+
+def _recorded(folder: Path) -> dict[str, list[Any]] | None:
+    """The versions of the files of a fetched or published model; None if one is not here."""
+    try:
+        found: dict[str, list[Any]] = json.loads((folder / _FETCHED).read_text())
+        if any((folder / name).stat().st_size != size for name, (size, _) in found.items()):
+            return None
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+@contextmanager
+def _explained(what: str, kind: type[InputError] | type[RunError]) -> Iterator[None]:
+    """Turn an error of a storage client into one line."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # each client has errors of its own
+        raise kind(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
