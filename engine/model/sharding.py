@@ -87,20 +87,24 @@ def gather_once(student: Student) -> Iterator[None]:
     same order on all ranks, so that the number of further ones may differ. Gradients must be
     reduced in the last backward alone (`set_requires_gradient_sync`).
     """
-    assert isinstance(student, FSDPModule)
-
-    def reshards(value: bool) -> None:
-        student.set_reshard_after_backward(value)
-        for block in student.blocks[:-1]:  # the other groups stay gathered after forward anyway
-            assert isinstance(block, FSDPModule)
-            block.set_reshard_after_forward(value, recurse=False)
-
-    reshards(False)
+    _set_reshard(student, False)
     try:
         yield
     finally:
-        reshards(True)
+        _set_reshard(student, True)
         reshard(student)
+
+
+def _set_reshard(student: Student, value: bool) -> None:
+    """Whether blocks are resharded after forward, and all groups after backward.
+
+    The groups of the last block, an untied head and the root always stay gathered after forward.
+    """
+    for module in _groups(student):
+        module.set_reshard_after_backward(value, recurse=False)
+    for block in student.blocks[:-1]:
+        assert isinstance(block, FSDPModule)
+        block.set_reshard_after_forward(value, recurse=False)
 
 
 def _groups(student: Student) -> list[FSDPModule]:
