@@ -489,12 +489,15 @@ def build_batch(
 
 
 def _dummy_batch() -> PackedBatch:
-    """One token that is not trained: transformers cannot run an empty pack."""
+    """Two tokens that are not trained: transformers cannot run an empty pack.
+
+    Not one token: torch.compile makes a graph apart for a size of 1, and one for its recomputation.
+    """
     return PackedBatch(
-        input_ids=torch.zeros(1, dtype=torch.int64),
-        position_ids=torch.zeros(1, dtype=torch.int64),
-        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
-        targets=torch.full((1,), IGNORE, dtype=torch.int64),
+        input_ids=torch.zeros(2, dtype=torch.int64),
+        position_ids=torch.arange(2),
+        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
+        targets=torch.full((2,), IGNORE, dtype=torch.int64),
         signs=torch.zeros(1, dtype=torch.int64),
         weights=None,
         valid_index=torch.zeros(0, dtype=torch.int64),
@@ -502,6 +505,6 @@ def _dummy_batch() -> PackedBatch:
         num_targets=torch.zeros(1, dtype=torch.int64),
         full_targets=torch.zeros(1, dtype=torch.int64),
         sequence_ids=torch.full((1,), -1, dtype=torch.int64),
-        max_seqlen=1,
+        max_seqlen=2,
         is_dummy=True,
     )

@@ -139,7 +139,7 @@ class OffloadedBlock(CheckpointWrapper):
 
         # The hooks apply to the arguments of checkpoint(), which applies other hooks inside.
         with saved_tensors_hooks(self._save, self._load):
-            return self.checkpoint_fn(run, hidden_states)  # type: ignore[call-arg]  # a partial
+            return self.checkpoint_fn(run, hidden_states)  # type: ignore[call-arg]
 
     def _save(self, tensor: Tensor) -> Tensor | None:
         if not tensor.numel():

@@ -261,15 +261,16 @@ def test_weights_are_there_only_if_some_differ_from_one(tmp_path):
     assert build_batch(tokens, np.array([0, 2]), np.array([5, 5])).weights is None
 
 
-def test_a_pack_without_work_is_one_token_that_counts_for_nothing(tmp_path):
+def test_a_pack_without_work_is_two_tokens_that_count_for_nothing(tmp_path):
     tokens = make_tokens(tmp_path / "made", [2], [4], [1], [0])
     batch = build_batch(tokens, np.array([], np.int64), np.array([], np.int64))
     assert batch.is_dummy
     assert batch.num_tokens == 0
-    assert batch.input_ids.tolist() == [0]
-    assert batch.targets.tolist() == [IGNORE]
+    assert batch.input_ids.tolist() == [0, 0]
+    assert batch.position_ids.tolist() == [0, 1]
+    assert batch.targets.tolist() == [IGNORE, IGNORE]
     assert batch.signs.tolist() == batch.num_targets.tolist() == [0]
-    assert batch.cu_seqlens.tolist() == [0, 1]
+    assert batch.cu_seqlens.tolist() == [0, 2]
     assert len(batch.valid_index) == 0
     with pytest.raises(ValueError, match="2 lengths for 1 sequences"):
         build_batch(tokens, np.array([0]), np.array([5, 5]))

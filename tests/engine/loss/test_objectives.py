@@ -170,7 +170,7 @@ def test_loss_and_gradients_are_those_of_the_formula(
     for batch in packs:
         parts = []
         for index in batch.sequence_ids.tolist():
-            leaf = states.get(index, torch.zeros(1, D, dtype=torch.float64)).clone()
+            leaf = states.get(index, torch.zeros(2, D, dtype=torch.float64)).clone()
             leaves[index] = leaf.requires_grad_()
             parts.append(leaf)
         out = objective(torch.cat(parts), ours, batch, totals)

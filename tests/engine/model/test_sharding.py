@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from redi.engine.config.sections import ObjectiveConfig, ShardConfig
-from redi.engine.data.packing import PackedBatch
+from redi.engine.data.packing import PackedBatch, build_batch
 from redi.engine.distributed import join_world
 from redi.engine.loss.packed_loss import PackedLoss, StepTotals
 from redi.engine.model.attention import NAME, register_attention
@@ -114,11 +115,14 @@ def test_compiled_blocks_compute_the_same(world: Path, checkpointing: str) -> No
 
 
 @pytest.mark.slow
-def test_packs_of_any_lengths_share_compiled_graphs(world: Path) -> None:
+def test_packs_of_any_lengths_and_dummies_share_compiled_graphs(world: Path) -> None:
+    nothing = np.array([], np.int64)
+    dummy = build_batch(None, nothing, nothing)  # type: ignore[arg-type]
     student = sharded(world / "model", compile=True)
     for lengths in ((9, 7), (12, 5), (20, 8, 9)):
         student(pack(lengths), TOTALS).loss.backward()
     counters.clear()
     for lengths in ((30, 4), (5, 6, 7, 8, 9), (44, 13), (3, 3)):
         student(pack(lengths), TOTALS).loss.backward()
+    student(dummy, TOTALS).loss.backward()
     assert counters["stats"]["unique_graphs"] == 0
