@@ -85,7 +85,7 @@ def start(folder: Path) -> tuple[Iterator[StepBatches], Callable[[], Summary]]:
     return loader.steps(0), summary
 
 
-def waiting(folder: Path, workers: int, step_seconds: float = 1.0) -> float:
+def waiting(folder: Path, workers: int, step_seconds: float) -> float:
     """Median seconds that rank 0 of 64 waits for a step of 256 pairs, after the first two.
 
     Args:
@@ -101,7 +101,7 @@ def waiting(folder: Path, workers: int, step_seconds: float = 1.0) -> float:
         overlong="error",
         row_tokens=ROW_TOKENS,
     )
-    schedule = Schedule(len(examples.units), batch=256, epochs=2, max_steps=12, seed=42)
+    schedule = Schedule(len(examples.units), batch=256, epochs=2, max_steps=8, seed=42)
     loader = StepLoader(
         tokens,
         examples,
@@ -119,8 +119,14 @@ def waiting(folder: Path, workers: int, step_seconds: float = 1.0) -> float:
     return float(np.median(waits[2:]))
 
 
-def measure(folder: Path, traces: int, millions: float) -> dict[str, float]:
-    """The figures: R1-like lengths, `traces` of three tokens, `millions` of three tokens."""
+def measure(
+    folder: Path, traces: int, millions: float, step_seconds: float = 1.0
+) -> dict[str, float]:
+    """The figures: R1-like lengths, `traces` of three tokens, `millions` of three tokens.
+
+    Args:
+        step_seconds: see `waiting`.
+    """
     rng = np.random.default_rng(0)
     drawn = rng.lognormal(np.log(5700), 0.7, 4096)
     write(folder / "long", np.clip(drawn, 300, 19_000).astype(np.int64))
@@ -130,7 +136,7 @@ def measure(folder: Path, traces: int, millions: float) -> dict[str, float]:
     for step in steps:
         tokens += step.num_tokens
     throughput = tokens / (time.process_time() - began)
-    waits = {f"waiting_s_{n}_workers": waiting(folder / "long", n) for n in (0, 2)}
+    waits = {f"waiting_s_{n}_workers": waiting(folder / "long", n, step_seconds) for n in (0, 2)}
 
     write(folder / "paper", np.full(traces, 3))
     found_again = _seconds(lambda: open_cache(folder / "paper"))

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from redi.engine.data.packing import PackedBatch
@@ -113,7 +114,8 @@ class Student(nn.Module):
         hidden = self.hidden_states(batch)
         if totals is None:
             return self.head(hidden.detach(), partial(self._score, batch=batch))
-        return self.head(hidden, partial(self.objective, batch=batch, totals=totals))
+        with record_function("redi.loss"):
+            return self.head(hidden, partial(self.objective, batch=batch, totals=totals))
 
     def _score(self, hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> PackScores:
         _, logps, entropies = signed_cross_entropy(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.profiler import record_function
 
 from redi.engine.train.trackers import Tracker
 
@@ -100,7 +101,10 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def timed(items: Iterator[Item]) -> Iterator[tuple[Item, float]]:
     """Each item, and the seconds that this thread waited for it."""
-    began = time.perf_counter()
-    for item in items:
-        yield item, time.perf_counter() - began
+    while True:
         began = time.perf_counter()
+        with record_function("redi.data"):
+            item = next(items, None)
+        if item is None:
+            return
+        yield item, time.perf_counter() - began

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 
 from redi.engine.config.sections import Recipe, ShardConfig
 from redi.engine.data.loader import StepBatches
@@ -65,18 +66,22 @@ def train_step(
         The step's figures, and the results of this rank's packs, which messages need.
     """
     packs = forward_backward(student, batches, world.device, recipe.shard)
-    grad_norm = clip(student, recipe.optim.max_grad_norm)
-    sums = _step_sums(packs, stop_requested, save_failed, world.device)
-    # Decided on the device: the host reads no value until all operations are queued.
-    finite = sums[0].isfinite() & grad_norm.isfinite()
-    step_if(optimizer, finite)
-    optimizer.zero_grad()
-    squared = squared_update(optimizer, finite)
-    dist.all_reduce(squared)
-    update_norm = (squared / recipe.shard.replicate).sqrt()
-    loss, positive, negative, dropped_positive, dropped_negative, stops, failures, *rest = (
-        torch.stack([*sums, grad_norm.double(), update_norm, finite.double()]).tolist()
-    )
+    with record_function("redi.clip"):
+        grad_norm = clip(student, recipe.optim.max_grad_norm)
+    with record_function("redi.metrics"):
+        sums = _step_sums(packs, stop_requested, save_failed, world.device)
+        # Decided on the device: the host reads no value until all operations are queued.
+        finite = sums[0].isfinite() & grad_norm.isfinite()
+    with record_function("redi.optimizer"):
+        step_if(optimizer, finite)
+        optimizer.zero_grad()
+    with record_function("redi.metrics"):
+        squared = squared_update(optimizer, finite)
+        dist.all_reduce(squared)
+        update_norm = (squared / recipe.shard.replicate).sqrt()
+        loss, positive, negative, dropped_positive, dropped_negative, stops, failures, *rest = (
+            torch.stack([*sums, grad_norm.double(), update_norm, finite.double()]).tolist()
+        )
     norm, update, taken = rest
     result = StepResult(
         loss=loss,
@@ -113,8 +118,10 @@ def _run_packs(
         last = index == len(batches.micro_batches) - 1
         student.set_requires_gradient_sync(last or reduce == "micro_step")
         student.set_requires_all_reduce(last)  # between replicas, once a step: on the shards
-        out = student(on_device, totals)
-        out.loss.backward()
+        with record_function("redi.forward"):
+            out = student(on_device, totals)
+        with record_function("redi.backward"):
+            out.loss.backward()
         lengths = out.sequence_lengths.clamp(min=1)
         means = out.sequence_logps.double() / lengths
         dropped = None

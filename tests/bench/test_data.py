@@ -52,6 +52,6 @@ def test_the_record_holds_every_way_and_ours_waits_least(tmp_path, monkeypatch):
 
 
 def test_one_core_feeds_far_more_tokens_than_a_card_trains_on(tmp_path):
-    found = data.measure(tmp_path, traces=131_000, millions=0.01)
+    found = data.measure(tmp_path, traces=131_000, millions=0.01, step_seconds=0.2)
     assert found["loader_tokens_per_s"] > 600_000
     assert found["found_again_s"] < 1
