@@ -152,8 +152,8 @@ class World:
         first = int(os.environ.get("LOCAL_RANK", "0")) == 0
         self.rank0_first(lambda: work() if first else None)
         if self.size > 1:
-            self.calls += 1
-            done = [f"node/{self.calls}/{rank}" for rank in range(self.size)]
+            key = self._key("once_per_node")
+            done = [f"{key}/{rank}" for rank in range(self.size)]
             self.store.set(done[self.rank], "")
             self.store.wait(done, PREPARE_TIMEOUT)
 
