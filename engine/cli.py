@@ -229,8 +229,7 @@ def train(argv: Sequence[str]) -> None:
                     if not finished:
                         break  # the next recipe would start from an unfinished run
         except KeyboardInterrupt:
-            text = "stopped before training started; the same command resumes"
-            raise Stopped(text if _rank() == 0 else "") from None
+            raise Stopped("stopped before training started; the same command resumes") from None
     if not finished:  # raised only here: ranks wait for each other when they leave the world
         raise Stopped
 
@@ -462,7 +461,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 1)
     except Stopped as stopped:
         end_job(str(stopped), STOPPED)
-        if str(stopped):
+        if str(stopped) and _rank() == 0:
             print(stopped, file=sys.stderr, flush=True)
         return STOPPED
     except KeyboardInterrupt:
