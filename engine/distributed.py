@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import time
 import uuid
 from collections import Counter
@@ -34,6 +35,8 @@ remember for up to a minute (NFS: acdirmax) that a file does not exist."""
 
 # How rank 0's work ended, as published to the other ranks, and the error that they then raise.
 OUTCOMES = {"input": InputError, "stop": KeyboardInterrupt, "run": RunError}
+
+LOST = "another rank was lost"
 
 T = TypeVar("T")
 
@@ -80,7 +83,7 @@ class World:
         before = self.limit
         self._set_timeout(limit)
         yield
-        self._set_timeout(before)  # not after an error, which ends the job and names the limit
+        self._set_timeout(before)  # not after an error, which ends the job
 
     def _set_timeout(self, limit: timedelta) -> None:
         # torch has no public function for this, and none that lists the groups that meshes made.
@@ -251,15 +254,10 @@ def join_world() -> Iterator[World]:
         rank, size, store = 0, 1, dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     watch = FailureWatch(store, rank) if size > 1 else None
+    saves = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+    world = World(rank, size, device, store, checkpoint_group=saves)
     succeeded = False
     try:
-        world = World(
-            rank=rank,
-            size=size,
-            device=device,
-            store=store,
-            checkpoint_group=dist.new_group(backend="gloo", timeout=START_TIMEOUT),
-        )
         yield world
         # Without torchrun rank 0 hosts the store, so it must not leave first.
         dist.barrier(world.checkpoint_group)
@@ -269,9 +267,8 @@ def join_world() -> Iterator[World]:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
         cause = str(error).partition(". ")[0]
-        what = "another rank was lost"
-        if "imed out" in cause:
-            what = f"another rank did not answer for {world.limit.total_seconds():,.0f} s"
+        late = re.search(r"Timed out waiting (\d+)ms", cause)
+        what = f"another rank did not answer for {int(late[1]) // 1000:,} s" if late else LOST
         raise RunError(
             f"{what} ({cause}); the same command resumes from the newest complete checkpoint"
         ) from error
