@@ -226,8 +226,10 @@ def _alternatives(
 ) -> list[Alternative]:
     """Recipe changes that lower the peak, cheapest in time first; see `Plan.alternatives`."""
     shard = recipe.shard
-    per_micro_step = {"reduce": "micro_step"} if cluster.ranks > 1 else {}
+    per_micro_step = {"reduce": "micro_step", "gather": "micro_step"} if cluster.ranks > 1 else {}
     changes: list[tuple[str, dict[str, Any], Load]] = []
+    if shard.gather == "step":
+        changes.append(('shard.gather = "micro_step"', {"gather": "micro_step"}, load))
     if shard.replicate > 1:
         changes.append(("shard.replicate = 1", {"replicate": 1}, load))
     if per_micro_step and shard.reduce == "step" and load.micro_steps > 1:

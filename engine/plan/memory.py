@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from redi.engine.config.sections import Recipe
@@ -31,7 +32,7 @@ from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.packed_loss import PackedLoss
 from redi.engine.model.build import build_model
 from redi.engine.model.flops import head_dim
-from redi.engine.model.sharding import compute_dtype, shard
+from redi.engine.model.sharding import compute_dtype, reshard, shard
 from redi.engine.model.student import Student
 from redi.engine.plan.cards import Card
 from redi.engine.plan.memory_tracker import PARTS, LossMemory, MemoryTracker, Phase
@@ -168,6 +169,13 @@ def phase_peaks(
             optimizer.step()
             optimizer.zero_grad()
             tracker.settle("moments")
+            # Allocates the storages of gathered weights, which later steps resize: a step that
+            # keeps them between micro-steps would otherwise count them as gradients.
+            for module in student.modules():
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+            reshard(student)
+            tracker.settle("gathered")
 
             _watch(student, tracker)
             if student.offload is not None:

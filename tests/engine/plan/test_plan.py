@@ -123,24 +123,25 @@ class RealStep:
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "reduce", "objective"),
+    ("checkpointing", "more", "objective"),
     [
-        ("full", "step", {}),
-        pytest.param("attention", "step", {}, marks=pytest.mark.slow),
-        pytest.param("selective", "step", {}, marks=pytest.mark.slow),
-        pytest.param("none", "step", {}, marks=pytest.mark.slow),
-        pytest.param("none", "micro_step", {}, marks=pytest.mark.slow),
-        pytest.param("none", "step", {"name": "dpo", "beta": 0.1}, marks=pytest.mark.slow),
+        ("full", {}, {}),
+        pytest.param("attention", {}, {}, marks=pytest.mark.slow),
+        pytest.param("selective", {}, {}, marks=pytest.mark.slow),
+        pytest.param("none", {}, {}, marks=pytest.mark.slow),
+        pytest.param("none", {"reduce": "micro_step"}, {}, marks=pytest.mark.slow),
+        pytest.param("none", {"gather": "step"}, {}, marks=pytest.mark.slow),
+        pytest.param("none", {}, {"name": "dpo", "beta": 0.1}, marks=pytest.mark.slow),
     ],
 )
 def test_the_planned_memory_equals_that_of_a_real_step(
-    tmp_path: Path, checkpointing: Any, reduce: Any, objective: dict[str, Any]
+    tmp_path: Path, checkpointing: Any, more: dict[str, Any], objective: dict[str, Any]
 ) -> None:
     """Weights, moments and gradients within a kilobyte; the allocator's peak within 4 %, because
     attention on a CPU runs document by document and copies its results together."""
     recipe = recipe_of(
         small_model(tmp_path, layers=SHALLOW),
-        ShardConfig(checkpointing=checkpointing, reduce=reduce),
+        ShardConfig(checkpointing=checkpointing, **more),
         **objective,
     )
     config = read_config(str(tmp_path), weights=False)
@@ -205,6 +206,22 @@ def test_gradients_are_whole_on_each_rank_until_the_step_ends_or_sharded(tmp_pat
         peaks = phase_peaks(recipe_of(tmp_path, section), config, LOAD, 8, CARDS["h100"])
         assert peaks[0, "loss"]["gradients"] < 1024  # only the figures that a pack reports
         assert peaks[1, "loss"]["gradients"] == pytest.approx(4 * count / shards, abs=1024)
+
+
+@pytest.mark.parametrize("replicate", [1, 2])
+def test_weights_gathered_once_are_whole_on_each_rank_between_micro_steps(
+    tmp_path: Path, replicate: int
+) -> None:
+    config = read_config(str(small_model(tmp_path, layers=SHALLOW)), weights=False)
+    count = sum(parameter.numel() for parameter in empty_model(config).parameters())
+    section = ShardConfig(checkpointing="full", gather="step", replicate=replicate)
+    recipe = replace(recipe_of(tmp_path, section), train=TrainConfig(dtype="bfloat16"))
+    peaks = phase_peaks(recipe, config, LOAD, 8, CARDS["h100"])
+    assert peaks[1, "forward"]["gathered"] == pytest.approx(2 * count, abs=1024)
+    assert peaks[1, "forward"]["gradients"] == pytest.approx(4 * count, abs=1024)
+    assert peaks[2, "update"]["gathered"] < 1024
+    shards = 8 // replicate
+    assert peaks[2, "update"]["masters"] == pytest.approx(4 * count / shards, abs=1024)
 
 
 @pytest.mark.slow
@@ -319,18 +336,22 @@ def test_the_plan_equals_the_training_that_follows(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gather", ["micro_step", "step"])
 def test_the_plan_for_two_ranks_equals_their_training(
+    gather: str,
     recipe: Callable[..., Path],
     redi: Callable[..., Any],
     steps: Callable[[Path], list[dict[str, Any]]],
     tmp_path: Path,
 ) -> None:
-    path = recipe("run", {"train.batch": 9, "train.row_tokens": 96})
+    changes = {"train.batch": 9, "train.row_tokens": 96, "shard.gather": gather}
+    path = recipe("run", changes)
     (plan,) = planned(path, "--ranks", 2, tmp_path / "plan.json")
     assert redi("train", path, ranks=2).returncode == 0
     lines = steps(tmp_path / "run")
     efficiencies = [line["rank_efficiency"] for line in lines]
     found = plan["packing"]
+    assert found["most_micro_steps"] == max(line["micro_steps"] for line in lines) > 1
     assert found["rank_efficiency"] == pytest.approx(sum(efficiencies) / len(lines))
     assert found["worst"]["rank_efficiency"] == pytest.approx(min(efficiencies))
     assert efficiencies[found["worst"]["step"] - 1] == min(efficiencies)
@@ -347,10 +368,11 @@ def each_takes_less(plan: dict[str, Any]) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gather", ["micro_step", "step"])
 def test_a_plan_that_does_not_fit_names_a_change_that_does(
-    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gather: str, recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = recipe("run", {"train.batch": 16})
+    path = recipe("run", {"train.batch": 16, "shard.gather": gather})
     (roomy,) = planned(path, "--ranks", 2, tmp_path / "roomy.json")
     assert roomy["fits"]
     assert roomy["alternatives"] == []
@@ -359,6 +381,8 @@ def test_a_plan_that_does_not_fit_names_a_change_that_does(
     (plan,) = planned(path, "--ranks", 2, tmp_path / "tight.json")
     assert not plan["fits"]
     *others, last = plan["alternatives"]
+    first = 'shard.gather = "micro_step"'
+    assert (plan["alternatives"][0]["change"] == first) == (gather == "step")
     assert last["fits"]
     assert last["peak"] <= plan["card_memory"]
     assert not any(other["fits"] for other in others)
