@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Iterable, Mapping, Set
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from transformers.conversion_mapping import extract_weight_conversions_for_model
 from transformers.core_model_loading import revert_weight_conversion
 
 from redi.engine.errors import InputError
-from redi.engine.model.load import load_weights
+from redi.engine.model.conversions import Merged, translate
+from redi.engine.model.load import first_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -45,16 +46,13 @@ def read_weights(model: PreTrainedModel, path: str) -> None:
     """
     model.tie_weights()
     _compute_buffers(model, path)
-    if extract_weight_conversions_for_model(model):
-        # transformers renames or merges these while loading (mixtures of experts).
-        whole = load_weights(path, "model.path", deepcopy(model.config), "auto").state_dict()
-        for name, tensor in model.state_dict().items():
-            _copy_shard(tensor, whole[name])
-        return
     try:
         files = weight_files(path)
-        check_weights(model, files)
-        _read(model, files)
+        if extract_weight_conversions_for_model(model):
+            _read_converted(model, files)
+        else:
+            check_weights(model, files)
+            _read(model, {file: {name: name for name in names} for file, names in files.items()})
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"model.path: {path}: {str(error).strip()}") from None
 
@@ -99,47 +97,113 @@ def check_weights(model: PreTrainedModel, files: Mapping[Path, Iterable[str]]) -
     """
     stored = as_stored(model, model.state_dict())
     wanted = {name: list(tensor.shape) for name, tensor in stored.items()}
-    unexpected = model._keys_to_ignore_on_load_unexpected or ()
-    ignored = re.compile("|".join(f"({p})" for p in [*unexpected, r"rotary_emb\.inv_freq$"]))
     found: set[str] = set()
     for file, names in files.items():
         with safe_open(file, "pt") as content:
             for name in names:
-                header = content.get_slice(name)
-                shape, dtype = header.get_shape(), header.get_dtype()
-                if name in wanted and shape != wanted[name]:
-                    raise ValueError(
-                        f"{name} is {shape} in {file.name}, but {wanted[name]} in the model"
-                    )
-                if name in wanted and dtype not in FLOATS:
-                    raise ValueError(
-                        f"{name} is stored as {dtype}; quantized weights cannot be trained"
-                    )
+                if name in wanted:
+                    _check_tensor(name, content.get_slice(name), wanted[name], file.name)
                 found.add(name)
+    _check_names(model, wanted.keys(), found)
+
+
+def _check_tensor(name: str, header: Any, shape: list[int] | None, file: str) -> None:
+    """Raise ValueError if a tensor of a file has another shape (None: any), or is quantized."""
+    if shape is not None and header.get_shape() != shape:
+        raise ValueError(f"{name} is {header.get_shape()} in {file}, but {shape} in the model")
+    if header.get_dtype() not in FLOATS:
+        raise ValueError(
+            f"{name} is stored as {header.get_dtype()}; quantized weights cannot be trained"
+        )
+
+
+def _check_names(model: PreTrainedModel, wanted: Set[str], found: set[str]) -> None:
+    """Raise ValueError if weights are missing or unexpected."""
+    unexpected = model._keys_to_ignore_on_load_unexpected or ()
+    ignored = re.compile("|".join(f"({p})" for p in [*unexpected, r"rotary_emb\.inv_freq$"]))
     tied = model.all_tied_weights_keys
     known = found | {a for a, b in tied.items() if b in found}
     known |= {b for a, b in tied.items() if a in found}
-    extra = {name for name in found - wanted.keys() if not ignored.search(name)}
-    for what, names in (("missing", wanted.keys() - known), ("unexpected", extra)):
+    extra = {name for name in found - wanted if not ignored.search(name)}
+    for what, names in (("missing", wanted - known), ("unexpected", extra)):
         if names:
             listed = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
             raise ValueError(f"{what} weights: {listed}")
 
 
-def _read(model: PreTrainedModel, files: Mapping[Path, Iterable[str]]) -> None:
+def _read_converted(model: PreTrainedModel, files: Mapping[Path, list[str]]) -> None:
+    """Read weights that transformers renames or merges."""
+    wanted = model.state_dict()
+    file_of = {name: file for file, names in files.items() for name in names}
+    renamed, merged, unknown = translate(model, file_of)
+    targets = {target for one in merged for target in one.targets}
+    _check_names(model, wanted.keys(), {*renamed.values(), *targets, *unknown})
+    for one in merged:
+        _read_merged(one, model, wanted, file_of)
+    _read(
+        model,
+        {
+            file: {name: renamed[name] for name in names if name in renamed}
+            for file, names in files.items()
+        },
+    )
+
+
+def _read_merged(
+    merged: Merged,
+    model: PreTrainedModel,
+    wanted: Mapping[str, torch.Tensor],
+    file_of: Mapping[str, Path],
+) -> None:
+    """Read and merge: this rank's experts if they are stacked, else the weights of a layer."""
+    whole = wanted[merged.first]
+    local, own = _local_shard(whole)
+    stacked = merged.stacks(len(whole))
+    if stacked and not local.numel():
+        return
+    with ExitStack() as stack:
+        opened: dict[Path, Any] = {}
+        tensors: dict[str, list[torch.Tensor]] = {}
+        for pattern, names in merged.sources.items():
+            tensors[pattern] = []
+            for name in names[own] if stacked else names:
+                file = file_of[name]
+                if file not in opened:
+                    opened[file] = stack.enter_context(safe_open(file, "pt"))
+                _check_tensor(name, opened[file].get_slice(name), None, file.name)
+                tensors[pattern].append(opened[file].get_tensor(name))
+        try:
+            made = merged.make(model, tensors)
+        except RuntimeError as error:  # of torch.cat or torch.stack
+            raise ValueError(f"{merged.first} cannot be merged: {first_line(error)}") from None
+        del tensors
+    for name, tensor in made.items():
+        local, own = _local_shard(wanted[name])
+        shape = list(local.shape if stacked else wanted[name].shape)
+        if list(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} is {list(tensor.shape)} in the files, but {shape} in the model"
+            )
+        local.copy_(tensor if stacked else tensor[own])
+
+
+def _read(model: PreTrainedModel, files: Mapping[Path, Mapping[str, str]]) -> None:
+    """Read tensors of files: for each file name -> name in the model."""
     wanted = model.state_dict()
     tied = model.all_tied_weights_keys
     done: set[str] = set()
     for file, names in files.items():
         with safe_open(file, "pt") as content:
-            for name in names:
-                if name not in wanted:
+            for name, target in names.items():
+                if target not in wanted:
                     continue
-                source = tied.get(name, name)
+                header = content.get_slice(name)
+                _check_tensor(name, header, list(wanted[target].shape), file.name)
+                source = tied.get(target, target)
                 if source not in done:
-                    _copy_shard(wanted[name], content.get_slice(name))
+                    _copy_shard(wanted[target], header)
                     done.add(source)
-                elif not _same_shard(wanted[name], content.get_slice(name)):
+                elif not _same_shard(wanted[target], header):
                     raise ValueError(
                         "config.json ties lm_head to the embeddings, but the files have two "
                         "different ones; set tie_word_embeddings to false in config.json"

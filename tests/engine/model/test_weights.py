@@ -1,28 +1,37 @@
 """A sharded model reads its weights slice by slice; none is silently lost, untied or invented."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from redi.engine.cli import main
 from redi.engine.config.sections import ObjectiveConfig, ShardConfig
 from redi.engine.distributed import join_world
+from redi.engine.errors import InputError
 from redi.engine.loss.packed_loss import PackedLoss
 from redi.engine.model.build import build_model
 from redi.engine.model.sharding import shard
@@ -236,3 +245,126 @@ def copy_model(source: Path, folder: Path) -> None:
     folder.mkdir()
     for file in source.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
+
+
+MIXTURES = {
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {"num_experts": 6, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
+    ),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 6}),
+}
+EXPERT = re.compile(r"experts\.(\d+)\.")
+
+
+def mixture(folder: Path, kind: str, **how: Any) -> Path:
+    """Saved as its authors do, with a tensor per expert."""
+    config, model, sizes = MIXTURES[kind]
+    return saved(folder, config(**SIZES, **sizes), model, **how)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.usefixtures("alone")
+def test_experts_are_those_that_transformers_loads(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = mixture(tmp_path, kind, dtype=dtype, max_shard_size="10KB")
+    names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(names.values())) > 3
+    assert any(EXPERT.search(name) for name in names)
+    assert_same(read(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+@pytest.mark.usefixtures("alone")
+def test_experts_that_are_stored_merged_are_read_too(tmp_path: Path) -> None:
+    folder = mixture(tmp_path, "qwen3_moe")
+    expected = AutoModelForCausalLM.from_pretrained(folder)
+    save_file(expected.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    assert_same(read(folder), expected)
+
+
+def test_a_rank_reads_its_experts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 6 experts on 5 ranks the first three have two each."""
+    folder = mixture(tmp_path, "qwen3_moe")
+    expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    seen: set[str] = set()
+
+    class Watched:
+        """A file that records whole tensors that are read."""
+
+        def __init__(self, *where: Any) -> None:
+            self._file = safe_open(*where)
+
+        def __enter__(self) -> Any:
+            self._content = self._file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self._file.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._content, name)
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            seen.add(name)
+            return self._content.get_tensor(name)
+
+    monkeypatch.setattr("redi.engine.model.weights.safe_open", Watched)
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=5)
+    try:
+        student = read(folder)
+    finally:
+        dist.destroy_process_group()
+    own = range(2, 4)
+    assert {int(EXPERT.search(name)[1]) for name in seen} == set(own)
+    assert len(seen) == 3 * len(own)  # gate, up and down of the only layer with experts
+    stacked = "model.layers.1.mlp.experts.gate_up_proj"
+    local = student.model.state_dict()[stacked].to_local()
+    assert torch.equal(local, expected[stacked][own.start : own.stop])
+
+
+def drop_expert(weights: dict[str, torch.Tensor]) -> None:
+    del weights["model.layers.1.mlp.experts.4.up_proj.weight"]
+
+
+def drop_experts(weights: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in weights if "layers.1.mlp.experts" in name]:
+        del weights[name]
+
+
+def reshape_expert(weights: dict[str, torch.Tensor]) -> None:
+    for expert in range(6):
+        weights[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"] = torch.zeros(9, 9)
+
+
+def quantize_expert(weights: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (drop_expert, "experts.gate_up_proj cannot be merged: Sizes of tensors must match"),
+        (drop_experts, "missing weights: model.layers.1.mlp.experts.down_proj, model.layers.1"),
+        (add, "unexpected weights: model.layers.9.mlp.up_proj.weight"),
+        (reshape, "model.norm.weight is [9] in model.safetensors, but [32] in the model"),
+        (reshape_expert, "experts.down_proj is [6, 9, 9] in the files, but [6, 32, 16] in the"),
+        (quantize_expert, "experts.0.up_proj.weight is stored as F8_E4M3"),
+    ],
+)
+@pytest.mark.usefixtures("alone")
+def test_experts_that_do_not_fit_are_one_clear_line(
+    damage: Callable[[dict[str, torch.Tensor]], None], said: str, tmp_path: Path
+) -> None:
+    folder = mixture(tmp_path, "qwen3_moe")
+    weights = load_file(folder / "model.safetensors")
+    damage(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError) as error:
+        read(folder)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"model.path: {folder}: ")
+    assert said in str(error.value)

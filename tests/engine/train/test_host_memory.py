@@ -4,11 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 # Loads and exports as a run does, and prints by how much the peak memory of the process rose.
 PROGRAM = """
@@ -41,9 +49,7 @@ with join_world() as world:
 """
 
 
-@pytest.mark.slow
-def test_a_rank_never_holds_more_than_its_shard_and_a_file(world: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
+def dense() -> PreTrainedModel:
     config = Qwen2Config(
         vocab_size=2048,
         hidden_size=2048,
@@ -52,7 +58,33 @@ def test_a_rank_never_holds_more_than_its_shard_and_a_file(world: Path, tmp_path
         num_attention_heads=16,
         num_key_value_heads=4,
     )
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    return Qwen2ForCausalLM(config)
+
+
+def mixture() -> PreTrainedModel:
+    """Nearly all of its weights are experts, which files have one by one."""
+    config = Qwen3MoeConfig(
+        vocab_size=2048,
+        hidden_size=1024,
+        moe_intermediate_size=1024,
+        num_experts=20,
+        num_experts_per_tok=2,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        mlp_only_layers=[],
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [dense, mixture])
+def test_a_rank_never_holds_more_than_its_shard_and_a_file(
+    make: Callable[[], PreTrainedModel], world: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = make().to(torch.bfloat16)
     model.save_pretrained(tmp_path / "model", max_shard_size="100MB")
     whole = 4 * model.num_parameters()
     assert whole > 1.9e9
