@@ -18,6 +18,7 @@ MAY_CHANGE_ON_RESUME = (
     "run.timeout",
     "run.trackers",
     "run.resume",
+    "run.profile",
     "shard.replicate",
     "shard.reduce",
     "shard.gather",

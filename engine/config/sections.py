@@ -362,6 +362,30 @@ class RunConfig(Section, name="run"):
     """Where to write metrics in addition to metrics.jsonl."""
     resume: bool = True
     """Resume from the newest complete checkpoint in the run folder."""
+    profile: str | None = None
+    """Steps to profile on rank 0, as a Python slice: "10:13" is steps 10, 11 and 12. Writes a trace
+    and a table into the run folder, on CUDA a memory snapshot too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.profile_steps
+
+    @property
+    def profile_steps(self) -> range | None:
+        """The steps of `profile`; None if nothing is profiled.
+
+        Raises:
+            ValueError: it is not of the form "first:end" with 0 < first < end.
+        """
+        if self.profile is None:
+            return None
+        first, _, end = self.profile.partition(":")
+        if first.isdecimal() and end.isdecimal() and 0 < int(first) < int(end):
+            return range(int(first), int(end))
+        raise ValueError(
+            'run.profile must be two steps "first:end" with 0 < first < end, such as "10:13" for '
+            f"steps 10 to 12, got {self.profile!r}"
+        )
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from redi.engine.train.garbage import (
     no_automatic_collection,
 )
 from redi.engine.train.guards import GuardEvent, Guards, last_good, name_rows, skip_message
-from redi.engine.train.metrics import MetricsLog, peak_memory_gib, timed
+from redi.engine.train.metrics import MetricsLog, timed
 from redi.engine.train.mfu import Utilization
 from redi.engine.train.optimizer import learning_rate, make_optimizer
 from redi.engine.train.preflight import Preflight, check_before_data
@@ -50,6 +50,7 @@ from redi.engine.train.prepare_data import (
     check_positions,
     prepare_data,
 )
+from redi.engine.train.profile import profiling
 from redi.engine.train.run_folder import (
     PreviousRun,
     check_same_data,
@@ -147,7 +148,7 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
     cost = training_cost(found.config)
     summary = data.summarize(recipe.train.row_tokens, world.size, cost, recipe.shard.gather)
     show(summary, str(run_dir), console)
-    for warning in [*warnings(summary), *_recipe_warnings(recipe, found.config)]:
+    for warning in [*warnings(summary), *_recipe_warnings(recipe, found.config, total)]:
         console.warn(warning)
 
     with stop.interruptible(world.size == 1):
@@ -198,9 +199,14 @@ def _finish(run: LocalRun) -> None:
     run.publish()
 
 
-def _recipe_warnings(recipe: Recipe, config: Any) -> list[str]:
+def _recipe_warnings(recipe: Recipe, config: Any, total: int) -> list[str]:
     """Warnings about the recipe, printed before hours of training."""
     found = []
+    if (profiled := recipe.run.profile_steps) and profiled.start > total:
+        found.append(
+            f"run.profile = {recipe.run.profile}: the run ends after step {total}, so nothing is "
+            "profiled"
+        )
     if epsilon := recipe.objective.filter_epsilon:
         found.append(
             f"objective.filter_epsilon = {epsilon:g}: the gradient is approximate; see "
@@ -339,11 +345,13 @@ def _train(
         closing(progress),
         _save_first(checkpointer),
         ExitStack() as after_first_step,
+        profiling(recipe.run.profile_steps, run_dir, world, console) as profile,
     ):
         if world.any_rank(stop.requested) or not evaluate(done):
             console.say(f"stopped after step {done} of {total}; {RESUMES}")
             return False
         began = time.perf_counter()
+        profile.before(done + 1)
         for batches, waited in timed(loader.steps(done)):
             step = batches.step
             # Dropout, if any, depends on seed, step and rank alone: no state has to be saved.
@@ -359,6 +367,7 @@ def _train(
                 world,
                 stop_requested=stop.requested,
                 save_failed=checkpointer.failed,
+                data_seconds=waited,
             )
             if step == done + 1:
                 report_what_ran(student.ran, run_dir, world, console)
@@ -366,8 +375,6 @@ def _train(
                 after_first_step.enter_context(world.timeout(limit))
             line = _metrics_line(batches, result, rate(step), data, time.perf_counter() - began)
             line |= utilization.of(line, data.lengths_of(batches.units))
-            line["data_seconds"] = waited
-            line["peak_memory_gib"] = peak_memory_gib(world.device)
             if student.offload is not None:
                 line |= student.offload.figures()
             metrics.write(line)
@@ -389,6 +396,7 @@ def _train(
                 console.say(f"stopped after step {step} of {total}, saved in {run_dir}; {RESUMES}")
                 return False
             collect_after(step)
+            profile.before(step + 1)
             began = time.perf_counter()
         checkpointer.wait()
     return True
@@ -423,6 +431,7 @@ def _metrics_line(
         "rank_efficiency": batches.rank_efficiency,
         "seconds": seconds,
         "tokens_per_s": batches.num_tokens / seconds,
+        **result.largest,
     }
     if result.filtered:
         line["positive_dropped"] = result.positive_dropped

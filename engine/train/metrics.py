@@ -20,7 +20,16 @@ from redi.engine.train.trackers import Tracker
 Item = TypeVar("Item")
 
 # Keys whose values differ between attempts at the same step: wall-clock time and memory.
-TIMINGS = ("seconds", "data_seconds", "tokens_per_s", "model_tflops", "mfu", "peak_memory_gib")
+TIMINGS = (
+    "seconds",
+    "data_seconds",
+    "tokens_per_s",
+    "model_tflops",
+    "mfu",
+    "peak_memory_gib",
+    "peak_reserved_gib",
+    "allocation_retries",
+)
 
 
 class MetricsLog:
@@ -91,12 +100,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process in GiB: allocated on the GPU, or resident on the host."""
+def memory_figures(device: torch.device) -> dict[str, float]:
+    """Memory of this process since the run's start, by key of the metrics.
+
+    peak_memory_gib is what tensors held on the GPU at most, or what was resident on the host. On
+    CUDA also peak_reserved_gib, which includes the allocator's unused memory, and
+    allocation_retries, how often the allocator had to free that to serve a request (slow: lower
+    `train.row_tokens`).
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        found = torch.cuda.memory_stats(device)
+        return {
+            "peak_memory_gib": found["allocated_bytes.all.peak"] / 2**30,
+            "peak_reserved_gib": found["reserved_bytes.all.peak"] / 2**30,
+            "allocation_retries": found["num_alloc_retries"],
+        }
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
 def timed(items: Iterator[Item]) -> Iterator[tuple[Item, float]]:

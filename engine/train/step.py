@@ -18,6 +18,7 @@ from redi.engine.loss.packed_loss import StepTotals
 from redi.engine.model.sharding import gather_once
 from redi.engine.model.student import Student
 from redi.engine.train.guards import PackResult
+from redi.engine.train.metrics import memory_figures
 from redi.engine.train.optimizer import squared_update, step_if
 from redi.kernels import FilteredRediLoss
 
@@ -43,6 +44,8 @@ class StepResult:
     """True if a stop was requested on any rank."""
     save_failed: bool
     """True if the background save failed on any rank."""
+    largest: dict[str, float]
+    """The largest value over the ranks of `data_seconds` and of each of `memory_figures`."""
     filtered: bool
     """True if a filter excluded vocabulary entries from the gradient."""
 
@@ -56,11 +59,13 @@ def train_step(
     *,
     stop_requested: bool,
     save_failed: bool,
+    data_seconds: float,
 ) -> tuple[StepResult, list[PackResult]]:
     """Train on the packs of a step. The host waits for the device once, at the end. Collective.
 
     Args:
         stop_requested, save_failed: of this rank; reduced over the ranks together with the sums.
+        data_seconds: that this rank has waited for `batches`.
 
     Returns:
         The step's figures, and the results of this rank's packs, which messages need.
@@ -79,10 +84,17 @@ def train_step(
         squared = squared_update(optimizer, finite)
         dist.all_reduce(squared)
         update_norm = (squared / recipe.shard.replicate).sqrt()
+        figures = {"data_seconds": data_seconds} | memory_figures(world.device)
+        largest = torch.zeros(len(figures), dtype=torch.float64, device=world.device)
+        for index, value in enumerate(figures.values()):
+            largest[index] = value  # not torch.tensor(values): that copy would wait for the device
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         loss, positive, negative, dropped_positive, dropped_negative, stops, failures, *rest = (
-            torch.stack([*sums, grad_norm.double(), update_norm, finite.double()]).tolist()
+            torch.cat(
+                [sums, torch.stack([grad_norm.double(), update_norm, finite.double()]), largest]
+            ).tolist()
         )
-    norm, update, taken = rest
+    norm, update, taken, *of_ranks = rest
     result = StepResult(
         loss=loss,
         positive_logp=_mean(positive, batches.num_positives),
@@ -94,6 +106,7 @@ def train_step(
         taken=bool(taken),
         stop_requested=stops > 0,
         save_failed=failures > 0,
+        largest=dict(zip(figures, of_ranks, strict=True)),
         filtered=recipe.objective.filter_epsilon > 0,
     )
     return result, packs
