@@ -23,8 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-import fsspec
-
 from redi.engine.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -62,6 +60,8 @@ def check_available(path: str | None, key: str) -> None:
     """
     if not is_remote(path):
         return
+    import fsspec  # takes a tenth of a second; a local path needs none
+
     protocol, _, name = path.partition("://")
     if len(name.strip("/").split("/")) < 2:
         raise InputError(f"{key}: {path} names no folder in a bucket (s3://bucket/folder)")
@@ -86,11 +86,16 @@ def working_folder(path: str, cache_dir: Path) -> Path:
 
 def url_of(folder: Path) -> str | None:
     """The URL of which `folder` is the working folder; None for another folder."""
-    for number, part in enumerate(folder.parts):
-        if part.endswith(":") and part[:-1] in fsspec.available_protocols():
-            start = ":///" if part == "file:" else "://"
-            return part[:-1] + start + "/".join(folder.parts[number + 1 :])
-    return None
+    number = next((n for n, part in enumerate(folder.parts) if part.endswith(":")), None)
+    if number is None:
+        return None
+    import fsspec
+
+    protocol = folder.parts[number][:-1]
+    if protocol not in fsspec.available_protocols():
+        return None
+    start = ":///" if protocol == "file" else "://"
+    return protocol + start + "/".join(folder.parts[number + 1 :])
 
 
 class LocalRun:
@@ -390,6 +395,8 @@ class _Bucket:
     """A folder on object storage. Names are relative to it."""
 
     def __init__(self, url: str) -> None:
+        import fsspec
+
         self.url = url.rstrip("/")
         self._fs, root = fsspec.core.url_to_fs(self.url, **_OPTIONS)
         self._root = str(root).rstrip("/")
