@@ -35,7 +35,14 @@ from redi.engine.extras import missing_packages
 from redi.engine.failure import RANK_0_SECONDS, end_job
 from redi.engine.hub import needs_hub
 from redi.engine.plan.cards import CARDS, MFU, Cluster
-from redi.engine.storage import check_available, fetch_model, fetch_run, inside, is_remote
+from redi.engine.storage import (
+    check_available,
+    fetch_model,
+    fetch_run,
+    fetch_trained,
+    inside,
+    is_remote,
+)
 from redi.engine.train.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -296,6 +303,9 @@ def evaluate(argv: Sequence[str]) -> None:
     options = parse_evaluate(argv)
     _announce_hub("model", options.model)
     _find_data(*options.data)
+    if is_remote(options.model) and options.out is None:
+        raise InputError(f"out is missing: the samples of {options.model} need a folder here")
+    options = replace(options, model=fetch_trained(options.model, DataConfig().cache_dir))
 
     from redi.engine.evaluate.command import run
 

@@ -23,8 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-import fsspec
-
 from redi.engine.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -34,6 +32,10 @@ if TYPE_CHECKING:
 RECIPE = "recipe.toml"
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
+VIEWED = "viewed"
+"""Folder of the cache for runs that are looked at: a run in training has its own folder."""
+_WHOLE_BYTES = 1 << 26
+"""Smaller files are read before they are sent: metrics.jsonl may grow meanwhile."""
 _MODEL = "config.json"
 _FETCHED = ".fetched.json"
 _OPTIONS = {"use_listings_cache": False}  # other machines write too
@@ -58,6 +60,8 @@ def check_available(path: str | None, key: str) -> None:
     """
     if not is_remote(path):
         return
+    import fsspec  # takes a tenth of a second; a local path needs none
+
     protocol, _, name = path.partition("://")
     if len(name.strip("/").split("/")) < 2:
         raise InputError(f"{key}: {path} names no folder in a bucket (s3://bucket/folder)")
@@ -82,11 +86,16 @@ def working_folder(path: str, cache_dir: Path) -> Path:
 
 def url_of(folder: Path) -> str | None:
     """The URL of which `folder` is the working folder; None for another folder."""
-    for number, part in enumerate(folder.parts):
-        if part.endswith(":") and part[:-1] in fsspec.available_protocols():
-            start = ":///" if part == "file:" else "://"
-            return part[:-1] + start + "/".join(folder.parts[number + 1 :])
-    return None
+    number = next((n for n, part in enumerate(folder.parts) if part.endswith(":")), None)
+    if number is None:
+        return None
+    import fsspec
+
+    protocol = folder.parts[number][:-1]
+    if protocol not in fsspec.available_protocols():
+        return None
+    start = ":///" if protocol == "file" else "://"
+    return protocol + start + "/".join(folder.parts[number + 1 :])
 
 
 class LocalRun:
@@ -220,7 +229,10 @@ class BucketRun(LocalRun):
             stamp = (status.st_size, status.st_mtime_ns)
             if self._sent.get(name) != stamp:
                 with _explained(f"{self.url}/{name} cannot be written", RunError):
-                    self._bucket.write(name, (self.folder / name).read_bytes())
+                    if status.st_size < _WHOLE_BYTES:
+                        self._bucket.write(name, (self.folder / name).read_bytes())
+                    else:
+                        self._bucket.upload([name], self.folder)
                 self._sent[name] = stamp
 
     @contextmanager
@@ -347,15 +359,44 @@ def fetch_run(path: str, cache_dir: Path) -> Path:
         InputError: the bucket cannot be read.
     """
     check_available(path, "RUN")
-    folder = working_folder(path, cache_dir / "viewed")
+    folder = working_folder(path, cache_dir / VIEWED)
     open_run(folder).fetch()
     return folder
+
+
+def fetch_trained(path: str, cache_dir: Path) -> str:
+    """The folder of a run with its export, or of a model, to evaluate; see `fetch_run`.
+
+    Args:
+        path: returned as it is unless it is a URL.
+        cache_dir: folder of the cache.
+
+    Raises:
+        InputError: the bucket cannot be read, or holds neither.
+    """
+    if not is_remote(path):
+        return path
+    check_available(path, "MODEL")
+    with _explained(f"MODEL: {path} cannot be read", InputError):
+        is_model = _Bucket(path).has(_MODEL)
+        parent = path.rstrip("/").rpartition("/")[0]
+        in_run = is_model and _Bucket(parent).has(RECIPE)
+    if in_run:
+        fetch_run(parent, cache_dir)  # its template and system prompt
+    if is_model:
+        return fetch_model(path, cache_dir / VIEWED, "MODEL")
+    run = fetch_run(path, cache_dir)
+    if (run / "export").is_dir():
+        fetch_model(inside(path, "export"), cache_dir / VIEWED, "MODEL")
+    return str(run)
 
 
 class _Bucket:
     """A folder on object storage. Names are relative to it."""
 
     def __init__(self, url: str) -> None:
+        import fsspec
+
         self.url = url.rstrip("/")
         self._fs, root = fsspec.core.url_to_fs(self.url, **_OPTIONS)
         self._root = str(root).rstrip("/")
@@ -370,6 +411,10 @@ class _Bucket:
             ]
             for path, one in found.items()
         }
+
+    def has(self, name: str) -> bool:
+        found: bool = self._fs.exists(self._path(name))
+        return found
 
     def write(self, name: str, content: bytes) -> None:
         self._make_parent(name)

@@ -40,8 +40,8 @@ class ModelConfig(Section, name="model"):
     """The model to train."""
 
     path: str | None = None
-    """Folder (or hub name) of a transformers causal LM in safetensors; default: the export of the
-    previous recipe of the command."""
+    """Folder, hub name or URL (s3://, gs://) of a transformers causal LM in safetensors; default:
+    the export of the previous recipe of the command."""
     tokenizer: str | None = None
     """Folder (or hub name) of the tokenizer; default: `path`."""
     rope_theta: float | None = ranged(None, POSITIVE)
@@ -349,7 +349,7 @@ class RunConfig(Section, name="run"):
     """The run folder: checkpoints and metrics."""
 
     dir: str | None = None
-    """Run folder; default: runs/<name of the recipe>."""
+    """Run folder, also on object storage (s3://, gs://); default: runs/<name of the recipe>."""
     save_every: int = ranged(100, AT_LEAST_1)
     """Steps between checkpoints; the last step is always saved."""
     keep: int = ranged(2, NOT_NEGATIVE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -102,7 +103,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
 
 def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> bool:
     """`run_recipe`; what it allocates is unreachable when it returns."""
-    given = recipe
+    named = recipe.model  # by URL if it is on object storage
     run_dir = working_folder(recipe.run.dir or "", recipe.data.cache_dir)
     run = open_run(run_dir)
 
@@ -161,7 +162,8 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
     try:
         if world.is_main:
             keys = data.keys | {"model": weights, "parts": data.parts}
-            write_run_dir(given, keys, summary, found.dtype, run_dir, world, old_total)
+            written = replace(recipe, model=named)
+            write_run_dir(written, keys, summary, found.dtype, run_dir, world, old_total)
             run.publish()
         record_flight(run_dir, world)
         rate = learning_rate(recipe.optim, total, first_total)
@@ -185,7 +187,9 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         if finished:
             export(student, tokenizer, run_dir / "export", found.dtype, world)
             world.from_rank0(lambda: _finish(run))
-            console.say(f"{run_dir}: done; the model is in {inside(given.run.dir or '', 'export')}")
+            console.say(
+                f"{run_dir}: done; the model is in {inside(recipe.run.dir or '', 'export')}"
+            )
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"{run_dir}: {error}; the same command resumes from the newest complete checkpoint"

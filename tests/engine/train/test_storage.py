@@ -1,7 +1,11 @@
 """Runs on object storage: memory:// and file:// in place of a bucket, and a local S3 server."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,24 +43,28 @@ def memory() -> Iterator[str]:
     fsspec.filesystem("memory").store.clear()
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
     """A bucket of a local S3 server, which this process and its children can use."""
     pytest.importorskip("s3fs", reason="needs the extra `storage`")
     server = pytest.importorskip("moto.server", reason="needs moto[server]")
     port = free_port()
     running = server.ThreadedMotoServer(port=port, verbose=False)
     running.start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3", use_listings_cache=False).mkdir("bucket")
-    yield "s3://bucket"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3", use_listings_cache=False).mkdir("bucket")
+        yield "s3://bucket"
     running.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, tmp_path: Path) -> str:
+    """A folder in the bucket for one test."""
+    return f"{s3_server}/{tmp_path.name}"
 
 
 def names(url: str) -> set[str]:
@@ -123,6 +131,8 @@ def test_the_second_recipe_starts_from_the_export_in_the_bucket_also_on_another_
     third = recipe(
         "third", changes | {"run.dir": f"{memory}/third/", "model.path": f"{memory}/sft/export"}
     )
+    assert main(["plan", str(third)]) == 0
+    assert not list((tmp_path / "cache").rglob("*.safetensors")), "a plan needs no weights"
     assert main(["train", str(third)]) == 0
     one, other = (
         text(f"{memory}/{name}/metrics.jsonl") for name in ("redi", "third")
@@ -164,7 +174,7 @@ def test_more_steps_replace_the_export_and_a_damaged_checkpoint_is_passed_over(
     assert manifest["lengthened"] == [{"from": 6, "to": STEPS, "pending": False}]
 
 
-def test_report_and_export_read_a_run_in_a_bucket_without_touching_its_files(
+def test_report_export_and_evaluate_read_a_run_in_a_bucket_without_touching_its_files(
     recipe: WriteRecipe,
     memory: str,
     tmp_path: Path,
@@ -186,6 +196,12 @@ def test_report_and_export_read_a_run_in_a_bucket_without_touching_its_files(
     assert capsys.readouterr().out.splitlines()[-1] == f"{url}/export-step-{STEPS - 2}"
     folder = fetch_model(f"{url}/export-step-{STEPS - 2}", tmp_path / "third", "model.path")
     AutoModelForCausalLM.from_pretrained(folder)
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"prompt": "1*2=", "answer": "2"}\n')
+    for number, model in enumerate((url, f"{url}/export", f"{url}/export-step-{STEPS - 2}")):
+        argv = ["evaluate", model, "--data", str(problems), "--temperature", "0"]
+        assert main([*argv, "--out", str(tmp_path / f"out-{number}")]) == 0
+        assert (tmp_path / f"out-{number}" / "summary.json").exists()
     assert before == {name: text(f"{url}/{name}") for name in before}
     assert main(["export", url, "--step", "1"]) == 2
     assert f"available: {STEPS - 2}, {STEPS}" in capsys.readouterr().err
@@ -282,14 +298,15 @@ def test_killed_in_the_middle_it_resumes_from_s3(
 
 
 @pytest.mark.slow
-def test_two_machines_without_a_shared_run_folder_train_two_stages_on_s3(
-    recipe: WriteRecipe, s3: str, tmp_path: Path, redi: Callable[..., Any]
+def test_two_machines_that_share_no_folder_train_two_stages_on_s3(
+    recipe: WriteRecipe, s3: str, tmp_path: Path
 ) -> None:
-    """Two ranks write and read their shards in the bucket; stage 2 fetches the export of 1."""
-    changes = SETTINGS | {"data.cache": str(tmp_path / "cache"), "train.max_steps": 4}
+    """Each rank has a working directory, and with it a cache, that only `redi prepare` filled."""
+    changes = SETTINGS | {"train.max_steps": 4}
+    apart = changes | {"data.cache": "cache"}
     stages = [
-        recipe("sft", changes | {"run.dir": f"{s3}/sft"}),
-        recipe("redi", changes | {"run.dir": f"{s3}/redi", "model.path": None}),
+        recipe("sft", apart | {"run.dir": f"{s3}/sft"}),
+        recipe("redi", apart | {"run.dir": f"{s3}/redi", "model.path": None}),
     ]
     whole = [
         recipe("sft-local", changes | {"run.dir": str(tmp_path / "sft")}),
@@ -297,21 +314,47 @@ def test_two_machines_without_a_shared_run_folder_train_two_stages_on_s3(
     ]
     for run in ranks(2, "train", *whole, log=tmp_path / "whole-"):
         assert run.end() == 0, run.stderr
-    group = ranks(2, "train", *stages, log=tmp_path / "killed-")
-    group[0].wait_for(lambda: "checkpoints/step-2/.metadata" in names(f"{s3}/redi"))
-    for run in group:
-        run.kill()
+
+    def start(name: str, *arguments: object) -> list[subprocess.Popen[bytes]]:
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+        started = []
+        for rank in range(2):
+            machine = tmp_path / f"machine-{rank}"
+            machine.mkdir(exist_ok=True)
+            group = shared | {"RANK": str(rank), "LOCAL_RANK": "0"} if name != "prepared" else {}
+            with (tmp_path / f"{name}-{rank}").open("wb") as log:
+                started.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "redi.engine.cli", *map(str, arguments)],
+                        cwd=machine,
+                        env=os.environ | group | {"OMP_NUM_THREADS": "1"},
+                        stderr=log,
+                    )
+                )
+        return started
+
+    for process in start("prepared", "prepare", *stages):
+        assert process.wait(300) == 0, (tmp_path / "prepared-0").read_text()
+    killed = start("killed", "train", *stages)
+    deadline = time.monotonic() + 300
+    while "checkpoints/step-2/.metadata" not in names(f"{s3}/redi"):
+        assert time.monotonic() < deadline, (tmp_path / "killed-0").read_text()
+        assert killed[0].poll() is None, (tmp_path / "killed-0").read_text()
+    for process in killed:
+        process.kill()
+        process.wait()
     shards = {name for name in names(f"{s3}/redi") if name.startswith("checkpoints/step-2/__")}
     assert shards == {f"checkpoints/step-2/__{rank}_0.distcp" for rank in range(2)}
-    shutil.rmtree(tmp_path / "cache")
-    for run in ranks(2, "train", *stages, log=tmp_path / "again-"):
-        assert run.end() == 0, run.stderr
+    for rank in range(2):
+        shutil.rmtree(working_folder(s3, tmp_path / f"machine-{rank}" / "cache"))
+    for process in start("again", "train", *stages):
+        assert process.wait(300) == 0, (tmp_path / "again-0").read_text()
     assert_same(f"{s3}/redi", tmp_path / "redi", tmp_path / "elsewhere")
 
 
 @pytest.mark.slow
 def test_s3_without_a_bucket_or_credentials_is_one_line_before_data_is_read(
-    recipe: WriteRecipe, s3: str, redi: Callable[..., Any], tmp_path: Path
+    recipe: WriteRecipe, s3: str, tmp_path: Path
 ) -> None:
     def said(url: str, **environment: str) -> str:
         path = recipe("run", {"run.dir": url, "data.cache": str(tmp_path / "cache")})
