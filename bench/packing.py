@@ -11,7 +11,10 @@ The fits fill as few packs as possible. Each uses the better of two pack lengths
 length of this engine's packs, and the set's longest trace. Packs of similar cost are run together,
 which wastes least. All four run the same traces in a step. A step's rank efficiency is its cost
 divided by the work that the ranks could have done in its time: 1 is no waiting. The costs are those
-of Qwen2.5-1.5B. Needs the extra `engine`.
+of Qwen2.5-1.5B.
+
+With --gather it compares the two values of `[shard] gather` instead: 256 pairs on 64 ranks, costs
+of three sizes of Qwen2.5, packs as long as the longest trace and longer. Needs the extra `engine`.
 """
 
 import argparse
@@ -33,6 +36,15 @@ COST = Cost(linear=6 * 1.54e9, quadratic=6 * 28 * 1536)
 ROW_TOKENS = 32_768
 SHAPES = ((32, 8), (512, 64), (32, 32))
 """(pairs, ranks) of a step."""
+COSTS = {
+    "1.5B": COST,
+    "7B": Cost(linear=6 * 7.07e9, quadratic=6 * 28 * 3584),
+    "32B": Cost(linear=6 * 31.98e9, quadratic=6 * 64 * 5120),
+}
+"""By size of the model, as `COST`; parameters without an input embedding that is not tied."""
+GATHER_SHAPE = (256, 64)
+GATHER_ROWS = (32_768, 65_536)
+"""Row lengths in addition to that of the longest trace."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +64,20 @@ class Lengths:
             yield np.stack(drawn, axis=1).reshape(-1)
 
 
-def simulated() -> Lengths:
-    """R1-like: lognormal around 4,300 (correct) and 7,500 tokens (incorrect), 300 to 19,000."""
+def simulated(spread: float = 0.7, longest: int = 19_000) -> Lengths:
+    """R1-like: lognormal around 4,300 (correct) and 7,500 tokens (incorrect), from 300 on.
+
+    Args:
+        spread: standard deviation of a length's logarithm.
+        longest: longer traces are cut to this length.
+    """
     rng = np.random.default_rng(0)
 
     def draw(median: float) -> np.ndarray:
-        drawn = rng.lognormal(np.log(median), 0.7, 100_000)
-        return np.clip(drawn, 300, 19_000).astype(np.int64)
+        drawn = rng.lognormal(np.log(median), spread, 100_000)
+        return np.clip(drawn, 300, longest).astype(np.int64)
 
-    return Lengths("simulated", draw(4300), draw(7500))
+    return Lengths(f"simulated, to {longest:,}", draw(4300), draw(7500))
 
 
 def recorded(folder: Path, cache: Path) -> Lengths:
@@ -167,6 +184,46 @@ def measure(lengths: Lengths, pairs: int, ranks: int, count: int) -> dict[str, A
     }
 
 
+def measure_gathers(lengths: Lengths, count: int) -> list[dict[str, Any]]:
+    """Rank efficiency of `count` steps with both values of `[shard] gather`, by model and row."""
+    pairs, ranks = GATHER_SHAPE
+    longest = int(max(lengths.positives.max(), lengths.negatives.max()))
+    steps = list(lengths.steps(pairs, count))
+    results = []
+    for model, cost in COSTS.items():
+        for row_tokens in sorted({longest, *GATHER_ROWS}):
+            found: dict[str, Any] = {}
+            for gather in ("micro_step", "step"):
+                began = time.process_time()
+                packings = [
+                    pack(step, row_tokens=row_tokens, world_size=ranks, cost=cost, gather=gather)
+                    for step in steps
+                ]
+                milliseconds = 1e3 * (time.process_time() - began) / count
+                efficiencies = [packing.rank_efficiency for packing in packings]
+                found[gather] = {
+                    "mean": statistics.mean(efficiencies),
+                    "min": min(efficiencies),
+                    "micro_steps": statistics.mean(len(packing.packs) for packing in packings),
+                    "milliseconds": milliseconds,
+                }
+            shape = {"lengths": lengths.name, "pairs": pairs, "ranks": ranks, "steps": count}
+            results.append({**shape, "model": model, "row_tokens": row_tokens, "gather": found})
+    return results
+
+
+def print_gathers(results: list[dict[str, Any]]) -> None:
+    """A line for each length of traces, model, length of rows and value of `gather`."""
+    print(f"{'lengths':22} model {'row_tokens':>10}  gather       mean    min  micro-steps     ms")
+    for result in results:
+        for gather, of in result["gather"].items():
+            print(
+                f"{result['lengths']:22} {result['model']:5} {result['row_tokens']:10,}  "
+                f"{gather:10} {of['mean']:6.3f} {of['min']:6.3f} {of['micro_steps']:12.2f} "
+                f"{of['milliseconds']:6.1f}"
+            )
+
+
 def print_table(results: list[dict[str, Any]]) -> None:
     """A line for each way and set of steps, below the bound by each step's longest trace."""
     print(f"{'lengths':24} {'pairs x ranks':>13}  {'way':10} {'mean':>6} {'min':>6} {'ms':>8}")
@@ -220,7 +277,16 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, help="folder with long_cot_gsm8k.jsonl.gz")
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="of its tokens")
     parser.add_argument("--out", type=Path, help="JSON file to write, with a picture in its folder")
+    parser.add_argument("--gather", action="store_true", help="compare the values of shard.gather")
     args = parser.parse_args()
+    if args.gather:
+        sets = [simulated(), simulated(spread=0.9, longest=32_768)]
+        gathers = [one for of in sets for one in measure_gathers(of, max(1, args.steps // 10))]
+        print_gathers(gathers)
+        if args.out:
+            record = {**environment("cpu"), "results": gathers}
+            args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return
     sources = [simulated()]
     if args.traces:
         sources.append(recorded(args.traces, args.cache))

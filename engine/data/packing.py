@@ -202,8 +202,9 @@ def _levelled(
     """Fill one micro-step after another, each up to its own level; None if they do not fit.
 
     A sequence that costs more than a fair share makes the other ranks wait. It is then better to
-    fill its whole micro-step up to that cost and make a later micro-step cheaper: for 32 pairs of
-    up to 19,800 tokens on 8 ranks this raises the efficiency from 0.90 to 0.99.
+    fill its whole micro-step up to that cost and make a later micro-step cheaper. Where packs are
+    no longer than the longest trace, this gains up to 0.07 of efficiency over exchanges alone (64
+    pairs on 32 ranks); in packs 1.7 times as long, at most 0.004.
     """
     packs: list[list[int]] = []
     left = filler.longest_first()

@@ -51,6 +51,22 @@ def test_the_record_holds_every_way_and_ours_waits_least(tmp_path, monkeypatch):
     assert out.with_suffix(".png").stat().st_size > 1000
 
 
+def test_ranks_that_gather_once_a_step_hardly_wait_whatever_the_length_of_packs(
+    tmp_path, monkeypatch
+):
+    out = tmp_path / "gather.json"
+    monkeypatch.setattr("sys.argv", ["packing", "--gather", "--steps", "10", "--out", str(out)])
+    bench.main()
+    results = json.loads(out.read_text())["results"]
+    assert len(results) == 3 * (3 + 2)  # models; one set's longest trace is a listed row length
+    for result in results:
+        each, once = result["gather"]["micro_step"], result["gather"]["step"]
+        assert once["min"] >= 0.985
+        assert once["min"] > each["min"] - 0.005
+        if result["row_tokens"] == 19_000:
+            assert once["mean"] > each["mean"] + 0.01
+
+
 def test_one_core_feeds_far_more_tokens_than_a_card_trains_on(tmp_path):
     found = data.measure(tmp_path, traces=131_000, millions=0.01, step_seconds=0.2)
     assert found["loader_tokens_per_s"] > 600_000
