@@ -18,6 +18,19 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
+from redi.engine.errors import RunError
+from redi.engine.model.load import first_line
+
+
+def host_memory(blocks: int, input_bytes: int) -> int:
+    """Bytes of host memory of a rank that offloads the inputs of a model's blocks."""
+    return (blocks - 1) * _rounded(input_bytes)
+
+
+def _rounded(size: int) -> int:
+    """The next power of two. torch rounds page-locked memory up to it, so growing to it is free."""
+    return 1 << (size - 1).bit_length()
+
 
 class Offload:
     """The copies of one model's block inputs.
@@ -63,6 +76,9 @@ class Offload:
         Args:
             block: its index. Blocks are saved in ascending order.
             hidden: its input, any shape, detached.
+
+        Raises:
+            RunError: there is not enough host memory.
         """
         if block == 0:
             self._on_device.clear()  # of a forward without backward
@@ -107,8 +123,15 @@ class Offload:
         """A block's host memory, in the shape of its input."""
         buffer = self._buffers.get(block)
         if buffer is None or buffer.nbytes < hidden.nbytes:
-            # torch rounds page-locked memory up to a power of two, so growing to it is free.
-            buffer = self._buffers[block] = self.allocate(1 << (hidden.nbytes - 1).bit_length())
+            size = _rounded(hidden.nbytes)
+            try:
+                buffer = self._buffers[block] = self.allocate(size)
+            except RuntimeError as error:
+                raise RunError(
+                    f"shard.offload: {size / 2**30:.2f} GiB of host memory for the input of block "
+                    f"{block} of {self._last + 1} cannot be allocated ({first_line(error)}); lower "
+                    "train.row_tokens, or remove shard.offload"
+                ) from error
         return buffer[: hidden.nbytes].view(hidden.dtype).view(hidden.shape)
 
 

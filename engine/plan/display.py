@@ -86,6 +86,8 @@ def _memory_rows(plan: Plan) -> list[tuple[str, int]]:
         *((PARTS[name], size) for name, size in parts if size > plan.memory.total / 1000),
         ("total", plan.memory.total),
     ]
+    if plan.memory.host:
+        rows.append(("host memory per GPU of offloaded inputs", plan.memory.host))
     if plan.generating is not None:
         rows.append(("during generation for eval.checker", plan.generating))
     card = f"available per GPU, less {RESERVE:.0%} for CUDA, NCCL and gaps (assumed)"

@@ -32,6 +32,7 @@ from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.packed_loss import PackedLoss
 from redi.engine.model.build import build_model
 from redi.engine.model.flops import head_dim
+from redi.engine.model.offload import host_memory
 from redi.engine.model.sharding import compute_dtype, reshard, shard
 from redi.engine.model.student import Student
 from redi.engine.plan.cards import Card
@@ -90,7 +91,12 @@ def step_memory(recipe: Recipe, config: Any, load: Load, ranks: int, card: Card)
         )
         peaks = list(_continued(few, more, depth - SHALLOW))
     phase, parts = max(peaks, key=lambda peak: peak[1].total())
-    return StepMemory({name: parts[name] for name in PARTS}, phase[1])
+    host = 0
+    if recipe.shard.offload:
+        dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))
+        an_input = load.pack.num_tokens * config.hidden_size * dtype.itemsize
+        host = host_memory(depth, an_input)
+    return StepMemory({name: parts[name] for name in PARTS}, phase[1], host)
 
 
 def cache_memory(recipe: Recipe, config: Any, problems: HeldOutProblems) -> int:

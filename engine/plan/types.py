@@ -15,6 +15,8 @@ class StepMemory:
     """Bytes at the peak by key of `PARTS`."""
     phase: str
     """Phase of the peak: "forward", "loss", "backward" or "update"."""
+    host: int = 0
+    """Bytes of host memory for the inputs of blocks that are offloaded."""
 
     @property
     def total(self) -> int:

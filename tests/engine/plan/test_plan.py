@@ -171,6 +171,7 @@ def test_offloaded_inputs_are_not_on_the_gpu_but_two_at_a_time(tmp_path: Path) -
     in_step = planned.total - planned.parts["masters"] - planned.parts["moments"]
     assert in_step + (layers - 1) * of_input == pytest.approx(real.peak, rel=0.04)
     assert in_step != pytest.approx(real.peak, rel=0.04)
+    assert planned.host == (layers - 1) * of_input
     left_out = without.parts["activations"] - planned.parts["activations"]
     assert left_out == (layers - 2) * of_input
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from redi.engine.cli import main
 from redi.engine.config.sections import ObjectiveConfig, ShardConfig
 from redi.engine.distributed import join_world
+from redi.engine.errors import RunError
 from redi.engine.loss.packed_loss import PackedLoss, StepTotals
 from redi.engine.model.attention import register_attention
 from redi.engine.model.sharding import shard
@@ -100,6 +101,22 @@ def test_host_memory_is_allocated_once_and_inputs_are_freed_in_forward() -> None
         gradients(student, passes=2)
     # For the largest pack, rounded up to a power of two; the other packs need no more.
     assert allocated == [8192] * (BLOCKS - 1)
+
+
+def test_too_little_host_memory_is_one_line() -> None:
+    def refuse(size: int) -> Tensor:
+        raise RuntimeError("CUDA error: out of memory\nmore")
+
+    with join_world():
+        student = student_of(checkpointing="full", offload=True)
+        assert student.offload is not None
+        student.offload.allocate = refuse
+        with pytest.raises(RunError) as error:
+            student(PACKS[0], StepTotals(units=1, targets=14))
+    assert str(error.value) == (
+        "shard.offload: 0.00 GiB of host memory for the input of block 0 of 5 cannot be allocated "
+        "(CUDA error: out of memory); lower train.row_tokens, or remove shard.offload"
+    )
 
 
 def test_scoring_and_a_forward_without_backward_copy_nothing_back() -> None:
