@@ -12,6 +12,9 @@ length of this engine's packs, and the set's longest trace. Packs of similar cos
 which wastes least. All four run the same traces in a step. A step's rank efficiency is its cost
 divided by the work that the ranks could have done in its time: 1 is no waiting. The costs are those
 of Qwen2.5-1.5B. Needs the extra `engine`.
+
+`--rows` measures this engine's packing by row length instead, for three sizes of model: rows that
+are no longer than the longest trace leave no room beside it, so the other ranks wait.
 """
 
 import argparse
@@ -31,6 +34,14 @@ from redi.engine.data.packing import Cost, pack
 COST = Cost(linear=6 * 1.54e9, quadratic=6 * 28 * 1536)
 """Flops of a 1.5B model: 6 per parameter and token; 6 x layers x width per pair of tokens."""
 ROW_TOKENS = 32_768
+COSTS = {
+    "1.5B": COST,
+    "7B": Cost(linear=6 * 7.62e9, quadratic=6 * 28 * 3584),
+    "32B": Cost(linear=6 * 32.5e9, quadratic=6 * 64 * 5120),
+}
+"""Of the sizes of Qwen2.5."""
+ROWS = (32_768, 40_960, 49_152, 65_536)
+ROWS_SHAPE = (256, 64)
 SHAPES = ((32, 8), (512, 64), (32, 32))
 """(pairs, ranks) of a step."""
 
@@ -52,13 +63,13 @@ class Lengths:
             yield np.stack(drawn, axis=1).reshape(-1)
 
 
-def simulated() -> Lengths:
-    """R1-like: lognormal around 4,300 (correct) and 7,500 tokens (incorrect), 300 to 19,000."""
+def simulated(longest: int = 19_000) -> Lengths:
+    """R1-like: lognormal around 4,300 (correct) and 7,500 tokens (incorrect), 300 to `longest`."""
     rng = np.random.default_rng(0)
 
     def draw(median: float) -> np.ndarray:
         drawn = rng.lognormal(np.log(median), 0.7, 100_000)
-        return np.clip(drawn, 300, 19_000).astype(np.int64)
+        return np.clip(drawn, 300, longest).astype(np.int64)
 
     return Lengths("simulated", draw(4300), draw(7500))
 
@@ -167,6 +178,39 @@ def measure(lengths: Lengths, pairs: int, ranks: int, count: int) -> dict[str, A
     }
 
 
+def measure_rows(steps: int) -> list[dict[str, Any]]:
+    """Rank efficiency and micro-steps of `steps` steps by size of model and row length."""
+    pairs, ranks = ROWS_SHAPE
+    lengths = list(simulated(ROWS[0]).steps(pairs, steps))
+    results = []
+    for size, cost in COSTS.items():
+        for rows in ROWS:
+            found = [pack(one, row_tokens=rows, world_size=ranks, cost=cost) for one in lengths]
+            efficiencies = [packing.rank_efficiency for packing in found]
+            results.append(
+                {
+                    "size": size,
+                    "row_tokens": rows,
+                    "rank_efficiency": statistics.mean(efficiencies),
+                    "lowest": min(efficiencies),
+                    "micro_steps": statistics.mean(len(packing.packs) for packing in found),
+                }
+            )
+    return results
+
+
+def print_rows(results: list[dict[str, Any]]) -> None:
+    """A line for each size and row length."""
+    pairs, ranks = ROWS_SHAPE
+    print(f"{pairs} pairs of traces of up to {ROWS[0]:,} tokens on {ranks} ranks")
+    print(f"{'model':6} {'row tokens':>10} {'micro-steps':>11} {'efficiency':>10} {'lowest':>7}")
+    for one in results:
+        print(
+            f"{one['size']:6} {one['row_tokens']:10,} {one['micro_steps']:11.2f} "
+            f"{one['rank_efficiency']:10.3f} {one['lowest']:7.3f}"
+        )
+
+
 def print_table(results: list[dict[str, Any]]) -> None:
     """A line for each way and set of steps, below the bound by each step's longest trace."""
     print(f"{'lengths':24} {'pairs x ranks':>13}  {'way':10} {'mean':>6} {'min':>6} {'ms':>8}")
@@ -217,10 +261,14 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=300, help="of each shape; of 512 pairs a 16th")
+    parser.add_argument("--rows", action="store_true", help="by row length, 20 steps of each")
     parser.add_argument("--traces", type=Path, help="folder with long_cot_gsm8k.jsonl.gz")
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="of its tokens")
     parser.add_argument("--out", type=Path, help="JSON file to write, with a picture in its folder")
     args = parser.parse_args()
+    if args.rows:
+        print_rows(measure_rows(20))
+        return
     sources = [simulated()]
     if args.traces:
         sources.append(recorded(args.traces, args.cache))
