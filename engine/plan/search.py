@@ -20,9 +20,9 @@ from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
 from redi.engine.data.packing import PackedBatch, build_batch
 from redi.engine.model.flops import ModelSize
-from redi.engine.plan.communication import step_traffic
 from redi.engine.plan.memory import Load
 from redi.engine.plan.packed_run import PackedStep, evenly_spaced, pack_step
+from redi.engine.plan.step_time import step_seconds
 from redi.engine.plan.types import Fastest
 from redi.engine.train.prepare_data import PreparedData
 
@@ -36,16 +36,13 @@ SAMPLED_STEPS = (6, 32)
 """Fewest and most of these steps."""
 SAME_TIME = 0.005
 """Times are compared in steps of this share. Of equal ones the shortest row is best."""
-LAUNCH_SECONDS = 650e-6
-"""Shortest time of a layer's forward and backward: about 130 kernels (bench/step) at an assumed 5
-microseconds each. It keeps the answer from rows so short that the GPU waits for the host."""
 
 
 @dataclass(frozen=True)
 class Axis:
     """A setting that is searched.
 
-    Adding one is a line in `AXES`, if `step_memory` counts it and `_seconds` knows its time.
+    Adding one is a line in `AXES`, if `step_memory` counts it and `step_seconds` knows its time.
     """
 
     key: str
@@ -218,7 +215,7 @@ def _candidates(
             runs = size.run_cost(shard.checkpointing)
             slower = (1 + extra) * _ratio(runs, cost, data)
             waits = [step.slowest_flops * slower / flops_per_second for step in packed[gather]]
-            seconds = float(np.mean([_seconds(one, size, ranks, shard) for one in waits]))
+            seconds = float(np.mean([step_seconds(one, size, ranks, shard) for one in waits]))
             yield Candidate(
                 recipe=chosen,
                 need=need,
@@ -260,20 +257,6 @@ def _combinations(
             continue
         extra = sum(axis.extra[place] for axis, place in zip(axes, need, strict=True) if axis.extra)
         yield shard, need, extra
-
-
-def _seconds(compute: np.ndarray, size: ModelSize, ranks: int, shard: Any) -> float:
-    """Time of a step: each micro-step's compute hides its communication, or waits for it.
-
-    Args:
-        compute: float64, seconds of compute of those that all wait for, one after the other.
-    """
-    moved = step_traffic(size.parameters, ranks, shard)
-    compute = np.maximum(compute, LAUNCH_SECONDS * size.layers)
-    each = np.maximum(compute, moved.micro_step)
-    # What moves once a step hides behind the last micro-step, as far as that has room.
-    room = compute[-1] - min(compute[-1], moved.micro_step)
-    return float(each.sum() + max(0.0, moved.step - room))
 
 
 def _ratio(runs: Any, cost: Any, data: PreparedData) -> float:

@@ -21,9 +21,9 @@ from redi.engine.model.flops import model_size
 from redi.engine.plan import search
 from redi.engine.plan.auto_rows import _counting, rows_without_card
 from redi.engine.plan.cards import CARDS
-from redi.engine.plan.communication import step_bytes
 from redi.engine.plan.memory import Load, step_memory
 from redi.engine.plan.search import AXES, fastest, full_pack, longest, row_lengths
+from redi.engine.plan.step_time import step_bytes
 from redi.engine.train.prepare_data import PreparedData, prepare_data
 
 QUIET = Console(active=False)
