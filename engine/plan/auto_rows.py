@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
@@ -79,8 +78,6 @@ def resolve_rows(
         return recipe
 
     def choose() -> int:
-        if not world.is_main:
-            return 0
         if kept is not None:
             return kept
         if world.device.type != "cuda":
@@ -90,11 +87,10 @@ def resolve_rows(
             size, limit = model_size(config), card.usable_memory
             return _rows(recipe, size, data, world.size, speed, limit, count, console)
 
-    found = [world.rank0_first(choose)]
-    dist.broadcast_object_list(found)
+    found = world.from_rank0(choose)
     why = "as when the run was started" if kept is not None else "auto"
-    console.say(f"train.row_tokens: {found[0]:,} ({why})")
-    return with_rows(recipe, found[0])
+    console.say(f"train.row_tokens: {found:,} ({why})")
+    return with_rows(recipe, found)
 
 
 def _rows(

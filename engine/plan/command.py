@@ -132,7 +132,8 @@ def make_plan(
         fits=max(memory.total, generating or 0) <= card.usable_memory,
         fastest=found,
         row_tokens=recipe.train.resolved_row_tokens,
-        longest_trace=longest(data),
+        rows_are_short=recipe.train.resolved_row_tokens <= longest(data)
+        and recipe.shard.gather == "micro_step",
         step_seconds=step_seconds,
         seconds=seconds,
         tokens_per_s=packing.tokens / seconds,

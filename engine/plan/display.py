@@ -55,7 +55,7 @@ def recipe_lines(best: Fastest) -> str:
 def _warn_of_waiting(plan: Plan, title: str, console: Console) -> None:
     """Say why ranks wait, if they do."""
     efficiency, ranks = plan.packing.rank_efficiency, plan.cluster.ranks
-    if ranks > 1 and efficiency < SHORT_ROWS and plan.row_tokens <= plan.longest_trace:
+    if plan.rows_are_short and ranks > 1 and efficiency < SHORT_ROWS:
         console.warn(
             f"{title}: train.row_tokens = {plan.row_tokens:,} is no longer than the longest trace, "
             f"so ranks wait for it ({1 - efficiency:.1%} of the time); longer rows balance better"

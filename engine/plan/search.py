@@ -57,8 +57,11 @@ class Axis:
 
 AXES = (
     # Recomputed norms and activations are bound by memory, not flops: some hundredths of a block.
-    Axis("checkpointing", ("none", "selective", "full"), extra=(0.0, 0.02, 0.0)),
+    Axis("checkpointing", ("none", "selective", "attention", "full"), (0.0, 0.02, 0.0, 0.0)),
+    Axis("gather", ("step", "micro_step"), many_ranks=True),
     Axis("reduce", ("step", "micro_step"), many_ranks=True),
+    # Copies to the host run beside compute, but share memory's bandwidth with it.
+    Axis("offload", (False, True), (0.0, 0.01)),
 )
 
 
@@ -204,7 +207,7 @@ def _candidates(
     for row in rows:
         packed: dict[str, list[PackedStep]] = {}
         for shard, need, extra in combinations:
-            gather = getattr(shard, "gather", "")
+            gather = shard.gather
             train = replace(recipe.train, row_tokens=row)
             chosen = replace(recipe, shard=shard, train=train)
             cost = size.training_cost()

@@ -59,7 +59,7 @@ def step_bytes(
     gathered = weight_bytes * parameters * others
     reduced = REDUCED_BYTES * parameters * others
     in_micro_step = in_step = 0.0
-    if getattr(shard, "gather", "micro_step") == "step":
+    if shard.gather == "step":
         in_step += gathered
     else:
         in_micro_step += 2 * gathered  # before forward, and before backward
@@ -87,7 +87,7 @@ def step_traffic(size: ModelSize, ranks: int, shard: ShardConfig) -> Traffic:
     replica_speed = ACHIEVED * (NVLINK if ranks <= GPUS_PER_MACHINE else NETWORK)
     # A ring starts once for each block, for lm_head and for the rest.
     start = (size.layers + 2) * _ring_latency(group)
-    gathers_once = getattr(shard, "gather", "micro_step") == "step"
+    gathers_once = shard.gather == "step"
     starts = Traffic(
         start * (2 * (not gathers_once) + (shard.reduce == "micro_step")),
         start * (gathers_once + (shard.reduce == "step"))

@@ -91,8 +91,9 @@ class Plan:
     """The fastest settings that fit; None if none do."""
     row_tokens: int
     """Of the recipe."""
-    longest_trace: int
-    """Tokens; of the longest pair, if pairs share a pack."""
+    rows_are_short: bool
+    """Whether a pack has no room beside the longest trace (or pair, if pairs share a pack), and
+    ranks wait for each other in each micro-step."""
     step_seconds: float
     seconds: float
     """For all steps, without start-up, evaluation and checkpoints."""

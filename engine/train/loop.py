@@ -33,7 +33,7 @@ from redi.engine.model.build import build_student
 from redi.engine.model.export import export
 from redi.engine.model.flops import training_cost
 from redi.engine.model.student import Student
-from redi.engine.plan.auto_rows import resolve_rows
+from redi.engine.plan.auto_rows import resolve_rows, with_rows
 from redi.engine.storage import LocalRun, fetch_models, inside, open_run, working_folder
 from redi.engine.train.checkpoint import Checkpointer, check_not_damaged
 from redi.engine.train.garbage import (
@@ -164,6 +164,7 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
     try:
         if world.is_main:
             keys = data.keys | {"model": weights, "parts": data.parts}
+            given = with_rows(given, row_tokens)
             write_run_dir(given, keys, summary, found.dtype, run_dir, world, old_total)
             run.publish()
         record_flight(run_dir, world)

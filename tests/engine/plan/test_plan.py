@@ -296,7 +296,7 @@ def test_recomputation_costs_the_blocks_forward_once_more(tmp_path: Path) -> Non
     assert size.run_cost("full") == Cost(
         linear=trained.linear + 2.0 * blocks, quadratic=8.0 * 2 * 64
     )
-    assert run_cost(config, "attention") == Cost(
+    assert size.run_cost("attention") == Cost(
         linear=trained.linear + 2.0 * blocks, quadratic=trained.quadratic
     )
 

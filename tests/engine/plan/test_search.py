@@ -54,7 +54,9 @@ def test_the_search_finds_the_best_of_all_combinations_with_fewer_counts(
         kept = {"none": 10, "selective": 5, "attention": 2, "full": 1}[shard.checkpointing]
         whole = shard.reduce == "step" and load.micro_steps > 1
         gradients = 4 * size.parameters // (1 if whole else RANKS)
-        return 1000 * tokens * kept + (gradients if load.micro_steps > 1 else 0)
+        weights = 2 * size.parameters if shard.gather == "step" else 0
+        kept -= 0.5 if shard.offload else 0
+        return int(1000 * tokens * kept) + weights + (gradients if load.micro_steps > 1 else 0)
 
     def count(changed: Recipe, load: Load) -> int:
         counted.append(changed)
@@ -66,7 +68,8 @@ def test_the_search_finds_the_best_of_all_combinations_with_fewer_counts(
         pack = full_pack(data, one.row_tokens)
         peaks[one.order] = memory(one.recipe, Load(pack, one.targets, one.micro_steps))
     answers = set()
-    for limit in sorted({*peaks.values(), 10, math.inf}):
+    some = sorted(peaks.values())[:: len(peaks) // 8]
+    for limit in [10, *some, math.inf]:
         counted.clear()
         found = fastest(recipe, size, data, RANKS, SPEED, limit, count, QUIET)
         fitting = [one for one in every if peaks[one.order] <= limit]
@@ -81,7 +84,7 @@ def test_the_search_finds_the_best_of_all_combinations_with_fewer_counts(
         assert found.peak == peaks[best.order]
         assert len(counted) < len(every) / 2
         answers.add((found.row_tokens, *found.shard.values()))
-    assert len(answers) > 5
+    assert len(answers) > 4
 
 
 @pytest.mark.slow
