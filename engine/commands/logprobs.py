@@ -70,10 +70,10 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
         end = load_tokenizer(recipe.model.tokenizer or recipe.model.path or "").eos_token_id
         lengths = lengths - closed_by(tokens, end)
     longest = int(np.argmax(lengths))
-    if lengths[longest] > recipe.train.row_tokens:
+    if lengths[longest] > recipe.train.resolved_row_tokens:
         raise InputError(
             f"{tokens.where(longest)}: {lengths[longest]} tokens are more than --row_tokens = "
-            f"{recipe.train.row_tokens}; raise it"
+            f"{recipe.train.resolved_row_tokens}; raise it"
         )
     check_positions(
         tokens,
@@ -94,7 +94,7 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
         np.arange(len(tokens)),
         lengths,
         model=model_key(student, recipe.model.path or "", fingerprint, dtype),
-        row_tokens=recipe.train.row_tokens,
+        row_tokens=recipe.train.resolved_row_tokens,
         cost=training_cost(config),
         world=world,
         console=console,

@@ -148,4 +148,5 @@ def plain_type(annotation: object) -> str:
     )
     for python, plain in (("str", "text"), ("int", "a whole number"), ("float", "a number")):
         text = re.sub(rf"\b{python}\b", plain, text)
-    return re.sub(r"\s+", " ", text.replace("bool", "true or false")).strip()
+    text = text.replace("bool", "true or false").replace(" | ", " or ")
+    return re.sub(r"\s+", " ", text).strip()

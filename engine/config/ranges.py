@@ -69,7 +69,7 @@ def check_ranges(section: Any, prefix: str = "") -> None:
 
 
 def _numbers(declared: Field[Any], value: Any) -> list[tuple[str, float]]:
-    if value is None:
+    if value is None or isinstance(value, str):  # a word in place of a number, such as "auto"
         return []
     if isinstance(value, dict):
         return [(f"{declared.name}.{key}", number) for key, number in value.items()]

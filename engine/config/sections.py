@@ -240,14 +240,21 @@ class TrainConfig(Section, name="train"):
     either after 1 epoch."""
     max_steps: int | None = ranged(None, AT_LEAST_1)
     """Most optimizer steps."""
-    row_tokens: int = ranged(32768, Range(2))
-    """Most tokens of a pack, the packed row that one rank runs in one micro-step."""
+    row_tokens: int | Literal["auto"] = ranged(32768, Range(2))
+    """Most tokens of a pack, the packed row that one rank runs in one micro-step. auto: the length
+    for which ranks wait least for each other and that fits the GPU; a run keeps it."""
     seed: int = ranged(42, NOT_NEGATIVE)
     """Seed of the order of the data and of dropout."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of computation (master weights are fp32) and of the export; auto: bfloat16 on CUDA."""
     deterministic: bool = False
     """Make runs on CUDA bitwise reproducible, at some cost in speed (runs on a CPU always are)."""
+
+    @property
+    def resolved_row_tokens(self) -> int:
+        """`row_tokens` after "auto" has been replaced by a number."""
+        assert not isinstance(self.row_tokens, str), "train.row_tokens is resolved with the data"
+        return self.row_tokens
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def select(
     max_prompt_tokens: int | None = None,
     max_completion_tokens: int | None = None,
     overlong: Overlong,
-    row_tokens: int,
+    row_tokens: int | None,
     untrained_end: int | None = None,
 ) -> Examples:
     """Form the units of training from a data set.
@@ -63,7 +63,7 @@ def select(
             pairing); "truncate" cuts its end off, or leaves it out if its prompt is too long or no
             completion token would remain.
         row_tokens: most tokens in a pack. A longer sequence that is kept is an error, independent
-            of `overlong`.
+            of `overlong`. None: no limit.
         untrained_end: the end-of-sequence token, if it must not be trained; None: it is trained.
             It is removed, as nothing follows it, except from a completion of this token alone.
 
@@ -138,7 +138,7 @@ def select(
         if limit is not None:
             _check_lengths(tokens, np.flatnonzero(used), counts, limit, key, advice)
     keep_pairs_together = 2 if objective_needs == "margins" else 1
-    if keep_pairs_together == 2:
+    if keep_pairs_together == 2 and row_tokens is not None:
         _check_pairs_fit(tokens, units, lengths, row_tokens)
     kept = {reason: count for reason, count in left_out.items() if count}
     return Examples(units, lengths, over & (overlong == "truncate"), kept, keep_pairs_together)

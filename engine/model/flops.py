@@ -30,6 +30,9 @@ class ModelSize:
     """Weights of lm_head, also if it is tied to the input embedding."""
     attention: int
     """Sum over layers and heads of the dimensions of a key and of a value."""
+    parameters: int
+    """All weights, as they are stored and gathered."""
+    layers: int
 
     def step_flops(self, lengths: np.ndarray, targets: int) -> float:
         """Flops of one forward and backward of sequences: what a step needs, not what it executes.
@@ -47,6 +50,23 @@ class ModelSize:
         lengths = np.asarray(lengths, dtype=np.float64)
         products = 6.0 * (self.trunk * float(lengths.sum()) + self.head * targets)
         return products + 3.0 * self.attention * float((lengths * lengths).sum())
+
+    def training_cost(self) -> Cost:
+        """Training flops of a sequence, for packing: every token counts as trained."""
+        return Cost(linear=6.0 * (self.trunk + self.head), quadratic=3.0 * self.attention)
+
+    def run_cost(self, checkpointing: str) -> Cost:
+        """Flops executed for a sequence: those of training, plus recomputation.
+
+        If `[shard] checkpointing` is "full", the forward of the blocks runs twice; if it is
+        "attention", all but its attention. "selective" keeps the results of all matrix products.
+        """
+        again = 2.0 if checkpointing in ("attention", "full") else 0.0
+        attention_again = 2.0 if checkpointing == "full" else 0.0
+        return Cost(
+            linear=6.0 * (self.trunk + self.head) + again * self.trunk,
+            quadratic=(6.0 + attention_again) / 2 * self.attention,
+        )
 
 
 def model_size(config: PretrainedConfig) -> ModelSize:
@@ -69,7 +89,13 @@ def model_size(config: PretrainedConfig) -> ModelSize:
             for name in ("qk_head_dim", "v_head_dim")
         )
         attention += heads * (key + value)
-    return ModelSize(trunk, model.get_output_embeddings().weight.numel(), attention)
+    return ModelSize(
+        trunk=trunk,
+        head=model.get_output_embeddings().weight.numel(),
+        attention=attention,
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=len(model.base_model.layers),
+    )
 
 
 def _active_share(model: nn.Module, name: str) -> float:
@@ -83,24 +109,8 @@ def _active_share(model: nn.Module, name: str) -> float:
 
 
 def training_cost(config: PretrainedConfig) -> Cost:
-    """Training flops of a sequence, for packing: every token counts as trained."""
-    size = model_size(config)
-    return Cost(linear=6.0 * (size.trunk + size.head), quadratic=3.0 * size.attention)
-
-
-def run_cost(config: PretrainedConfig, checkpointing: str) -> Cost:
-    """Flops executed for a sequence: those of training, plus recomputation.
-
-    If `[shard] checkpointing` is "full", the forward of the blocks runs twice; if it is
-    "attention", all but its attention. "selective" keeps the results of all matrix products.
-    """
-    again = 2.0 if checkpointing in ("attention", "full") else 0.0
-    attention_again = 2.0 if checkpointing == "full" else 0.0
-    size = model_size(config)
-    return Cost(
-        linear=6.0 * (size.trunk + size.head) + again * size.trunk,
-        quadratic=(6.0 + attention_again) / 2 * size.attention,
-    )
+    """`ModelSize.training_cost` of a model."""
+    return model_size(config).training_cost()
 
 
 def head_dim(config: Any) -> int:

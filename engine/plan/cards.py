@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from redi.engine.errors import InputError
 
+RESERVE = 0.1
+"""Fraction of GPU memory reserved for CUDA, NCCL, cuBLAS and the allocator's gaps (assumed)."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -22,6 +25,11 @@ class Card:
     names: tuple[str, ...]
     """Names as returned by `torch.cuda.get_device_name`. Whole names, because variants (PCIe, NVL,
     40 GB, a MIG slice) have other figures."""
+
+    @property
+    def usable_memory(self) -> int:
+        """Bytes available to training: all except `RESERVE`."""
+        return int((1 - RESERVE) * self.memory)
 
 
 CARDS = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from redi.engine.console import Console
-from redi.engine.plan.memory import RESERVE
+from redi.engine.plan.cards import RESERVE
 from redi.engine.plan.memory_tracker import PARTS
-from redi.engine.plan.types import Plan
+from redi.engine.plan.types import Fastest, Plan
 
 LOW_EFFICIENCY = 0.8
 """Below this rank efficiency, a warning explains why ranks wait."""
+SHORT_ROWS = 0.97
+"""The same, if rows have no room for more than the longest trace."""
 
 
 def show_plan(plan: Plan, title: str, console: Console) -> None:
@@ -21,32 +23,47 @@ def show_plan(plan: Plan, title: str, console: Console) -> None:
         ("", unit),
         [(what, f"{count / size:,.2f}") for what, count in _memory_rows(plan)],
     )
-    if plan.packing.rank_efficiency < LOW_EFFICIENCY:
-        console.warn(
-            f"{title}: ranks compute {plan.packing.rank_efficiency:.0%} of the time and otherwise "
-            "wait for the longest traces; use fewer ranks or a larger train.batch"
-        )
+    _warn_of_waiting(plan, title, console)
     if plan.fits:
         console.say(f"{title}: fits {name}")
-        return
-    console.warn(f"{title}: does not fit {name}")
+    else:
+        console.warn(f"{title}: does not fit {name}")
     if plan.generating is not None and plan.generating > plan.card_memory:
         console.warn(f"{title}: generation for eval.checker does not fit; lower eval.batch_size")
-    if plan.memory.total <= plan.card_memory:
-        return
-    if plan.alternatives:
-        console.table(
-            "recipe changes, each added to those above",
-            ("", unit, ""),
-            [
-                (each.change, f"{each.peak / size:,.2f}", "fits" if each.fits else "does not fit")
-                for each in plan.alternatives
-            ],
-        )
-    if not any(each.fits for each in plan.alternatives):
+    if plan.fastest is None:
         console.warn(
-            f"{title}: no recipe change is enough; use more ranks, a GPU with more memory, or "
-            "shorter traces"
+            f"{title}: no setting of train.row_tokens and [shard] fits; use more ranks, a GPU with "
+            "more memory, or shorter traces"
+        )
+        return
+    best = plan.fastest
+    console.say(
+        f"{title}: the fastest settings that fit, at {best.seconds:,.3g} s per step (communication "
+        f"included), rank efficiency {best.rank_efficiency:.3f} and {best.peak / size:,.1f} {unit}"
+        f" with a full row:\n\n{recipe_lines(best)}"
+    )
+
+
+def recipe_lines(best: Fastest) -> str:
+    """The settings as lines of a recipe."""
+    import tomli_w
+
+    content = {"train": {"row_tokens": best.row_tokens}, "shard": best.shard}
+    return tomli_w.dumps(content)
+
+
+def _warn_of_waiting(plan: Plan, title: str, console: Console) -> None:
+    """Say why ranks wait, if they do."""
+    efficiency, ranks = plan.packing.rank_efficiency, plan.cluster.ranks
+    if plan.rows_are_short and ranks > 1 and efficiency < SHORT_ROWS:
+        console.warn(
+            f"{title}: train.row_tokens = {plan.row_tokens:,} is no longer than the longest trace, "
+            f"so ranks wait for it ({1 - efficiency:.1%} of the time); longer rows balance better"
+        )
+    elif efficiency < LOW_EFFICIENCY:
+        console.warn(
+            f"{title}: ranks compute {efficiency:.0%} of the time and otherwise wait for the "
+            "longest traces; use fewer ranks or a larger train.batch"
         )
 
 

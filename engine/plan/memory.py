@@ -6,7 +6,7 @@ storage is counted from its allocation to its release. All blocks are alike, so 
 their number: two shallow models are run, and each phase's peak is extrapolated to the real depth.
 
 Not counted: memory of CUDA, NCCL and cuBLAS, and unused gaps between tensors in the allocator's
-blocks (`RESERVE`).
+blocks (`RESERVE` in `cards.py`).
 """
 
 from __future__ import annotations
@@ -45,9 +45,6 @@ from redi.kernels.chunk_sizes import gpu_workspace, padded
 from redi.kernels.experimental.launches import fastest_backend
 from redi.kernels.logprobs import GPU_KEEP_SHARE
 from redi.kernels.reference import accumulation_dtype
-
-RESERVE = 0.1
-"""Fraction of GPU memory reserved for CUDA, NCCL, cuBLAS and the allocator's gaps (assumed)."""
 
 SHALLOW = 3
 """Blocks of the smaller model: the first, the last, and one that represents all others."""

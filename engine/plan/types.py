@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from redi.engine.plan.cards import Cluster
 
@@ -58,13 +59,20 @@ class PackedRun:
 
 
 @dataclass(frozen=True)
-class Alternative:
-    """A recipe change that lowers the peak."""
+class Fastest:
+    """The fastest settings that fit, of those that were searched."""
 
-    change: str
+    row_tokens: int
+    shard: dict[str, Any]
+    """Values of `[shard]` by key."""
     peak: int
-    """Bytes with this change and all earlier ones."""
-    fits: bool
+    """Bytes of a rank with a full row."""
+    seconds: float
+    """Per step, with communication that compute does not hide; mean over the sampled steps."""
+    rank_efficiency: float
+    """Mean over the sampled steps."""
+    micro_steps: int
+    """Maximum per step."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +89,13 @@ class Plan:
     """Bytes per GPU available to training: all except a reserve."""
     fits: bool
     """Whether a step, and generation, fit a GPU."""
-    alternatives: list[Alternative]
-    """If a step does not fit: recipe changes that lower the peak, each added to the earlier ones,
-    up to the first that fits."""
+    fastest: Fastest | None
+    """The fastest settings that fit; None if none do."""
+    row_tokens: int
+    """Of the recipe."""
+    rows_are_short: bool
+    """Whether a pack has no room beside the longest trace (or pair, if pairs share a pack), and
+    ranks wait for each other in each micro-step."""
     step_seconds: float
     seconds: float
     """For all steps, without start-up, evaluation and checkpoints."""

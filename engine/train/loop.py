@@ -34,6 +34,7 @@ from redi.engine.model.build import build_student
 from redi.engine.model.export import export
 from redi.engine.model.flops import training_cost
 from redi.engine.model.student import Student
+from redi.engine.plan.auto_rows import resolve_rows
 from redi.engine.storage import LocalRun, fetch_models, inside, open_run, working_folder
 from redi.engine.train.checkpoint import Checkpointer, check_not_damaged
 from redi.engine.train.garbage import (
@@ -147,7 +148,9 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         "model.max_position_embeddings",
     )
     cost = training_cost(found.config)
-    summary = data.summarize(recipe.train.row_tokens, world.size, cost, recipe.shard.gather)
+    recipe = resolve_rows(recipe, previous.row_tokens, found.config, data, world, console)
+    row_tokens = recipe.train.resolved_row_tokens
+    summary = data.summarize(row_tokens, world.size, cost, recipe.shard.gather)
     show(summary, str(run_dir), console)
     for warning in [*warnings(summary), *_recipe_warnings(recipe, found.config, total)]:
         console.warn(warning)
@@ -302,7 +305,7 @@ def _train(
         data.tokens,
         data.examples,
         data.schedule,
-        row_tokens=recipe.train.row_tokens,
+        row_tokens=recipe.train.resolved_row_tokens,
         rank=world.rank,
         world_size=world.size,
         cost=cost,
@@ -331,7 +334,7 @@ def _train(
             scores = validate(
                 student,
                 data.held_out,
-                row_tokens=recipe.train.row_tokens,
+                row_tokens=recipe.train.resolved_row_tokens,
                 cost=cost,
                 world=world,
                 stop=stop,

@@ -101,7 +101,7 @@ def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: UnitKind
         max_prompt_tokens=recipe.data.max_prompt_tokens,
         max_completion_tokens=recipe.data.max_completion_tokens,
         overlong=recipe.data.overlong,
-        row_tokens=recipe.train.row_tokens,
+        row_tokens=None if recipe.train.row_tokens == "auto" else recipe.train.row_tokens,
         untrained_end=end,
     )
 

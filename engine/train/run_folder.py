@@ -117,6 +117,8 @@ class PreviousRun:
     """True if it has any export, even one from before it was lengthened."""
     complete: tuple[int, ...] = ()
     """Steps of its complete checkpoints."""
+    row_tokens: int | None = None
+    """Of its recipe; None if there is no run yet."""
 
     def totals(self, schedule: Schedule) -> tuple[int, int]:
         """Number of steps that the run was started with, and number requested last.
@@ -167,7 +169,14 @@ def read_previous_run(run_dir: Path) -> PreviousRun:
     exported = (run_dir / "export").is_dir()
     limits = (train.get("epochs"), train.get("max_steps"))
     complete = tuple(sorted(complete_checkpoints(run_dir)))
-    return PreviousRun(limits, tuple(lengthened), is_finished(run_dir), exported, complete)
+    return PreviousRun(
+        limits,
+        tuple(lengthened),
+        is_finished(run_dir),
+        exported,
+        complete,
+        train.get("row_tokens"),
+    )
 
 
 def is_finished(run_dir: Path) -> bool:

@@ -134,7 +134,7 @@ def set_reference(
         sequences,
         lengths,
         model=model_key(student, recipe.model.path or "", fingerprint, dtype),
-        row_tokens=recipe.train.row_tokens,
+        row_tokens=recipe.train.resolved_row_tokens,
         cost=cost,
         world=world,
         console=console,

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from data_cases import packed_row
 from torch.profiler import ProfilerActivity, profile
@@ -27,11 +28,11 @@ from redi.engine.data.packing import Cost, PackedBatch
 from redi.engine.distributed import join_world
 from redi.engine.loss.packed_loss import PackedLoss
 from redi.engine.model.build import build_model
-from redi.engine.model.flops import run_cost, training_cost
+from redi.engine.model.flops import model_size
 from redi.engine.model.load import empty_model, read_config
 from redi.engine.model.sharding import shard
 from redi.engine.model.student import Student
-from redi.engine.plan.cards import CARDS
+from redi.engine.plan.cards import CARDS, RESERVE
 from redi.engine.plan.memory import SHALLOW, Load, cache_memory, phase_peaks, step_memory
 from redi.engine.train.generation_accuracy import HeldOutProblems
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
@@ -288,15 +289,15 @@ def test_keys_and_values_equal_the_cache_of_generation(tmp_path: Path) -> None:
 
 
 def test_recomputation_costs_the_blocks_forward_once_more(tmp_path: Path) -> None:
-    config = read_config(str(small_model(tmp_path, layers=2)), weights=False)
+    size = model_size(read_config(str(small_model(tmp_path, layers=2)), weights=False))
     blocks = 2 * (4 * 64 * 64 + 3 * 64 * 192)
-    trained = training_cost(config)
+    trained = size.training_cost()
     assert trained == Cost(linear=6.0 * (blocks + 64 * 64), quadratic=6.0 * 2 * 64)
-    assert run_cost(config, "selective") == trained
-    assert run_cost(config, "full") == Cost(
+    assert size.run_cost("selective") == trained
+    assert size.run_cost("full") == Cost(
         linear=trained.linear + 2.0 * blocks, quadratic=8.0 * 2 * 64
     )
-    assert run_cost(config, "attention") == Cost(
+    assert size.run_cost("attention") == Cost(
         linear=trained.linear + 2.0 * blocks, quadratic=trained.quadratic
     )
 
@@ -361,48 +362,59 @@ def test_the_plan_for_two_ranks_equals_their_training(
     assert slowest == pytest.approx(found["rank_efficiency"], rel=0.01)
 
 
-def each_takes_less(plan: dict[str, Any]) -> bool:
-    """Whether each change lowers the peak further."""
-    peaks = [sum(plan["memory"]["parts"].values())]
-    peaks += [change["peak"] for change in plan["alternatives"]]
-    return all(after < before for before, after in pairwise(peaks))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("gather", ["micro_step", "step"])
-def test_a_plan_that_does_not_fit_names_a_change_that_does(
-    gather: str, recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = recipe("run", {"train.batch": 16, "shard.gather": gather})
-    (roomy,) = planned(path, "--ranks", 2, tmp_path / "roomy.json")
-    assert roomy["fits"]
-    assert roomy["alternatives"] == []
-    peak = sum(roomy["memory"]["parts"].values())
-    monkeypatch.setitem(CARDS, "h100", replace(CARDS["h100"], memory=peak))
-    (plan,) = planned(path, "--ranks", 2, tmp_path / "tight.json")
-    assert not plan["fits"]
-    *others, last = plan["alternatives"]
-    first = 'shard.gather = "micro_step"'
-    assert (plan["alternatives"][0]["change"] == first) == (gather == "step")
-    assert last["fits"]
-    assert last["peak"] <= plan["card_memory"]
-    assert not any(other["fits"] for other in others)
-    assert each_takes_less(plan)
-
-
-@pytest.mark.slow
-def test_a_plan_that_no_change_makes_fit_names_the_remedies(
+def test_a_plan_that_does_not_fit_prints_settings_that_do(
     recipe: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The peak is in the update, which neither recomputation nor shorter packs lower."""
+    """The printed lines, pasted into the recipe, are planned to fit."""
+    changes = {"train.batch": 16, "train.row_tokens": 512, "train.dtype": "float32"}
+    path = recipe("run", changes)
+    (roomy,) = planned(path, "--ranks", 2, tmp_path / "roomy.json")
+    assert roomy["fits"]
+    assert roomy["fastest"]["shard"]["checkpointing"] == "none"
+    (frugal,) = planned(
+        path,
+        *("--ranks", 2, "--shard.checkpointing", "full", "--shard.reduce", "micro_step"),
+        *("--train.row_tokens", 128, tmp_path / "frugal.json"),
+    )
+    peaks = [sum(plan["memory"]["parts"].values()) for plan in (frugal, roomy)]
+    assert peaks[0] < 0.8 * peaks[1]
+    memory = int(1.2 * peaks[0] / (1 - RESERVE))
+    monkeypatch.setitem(CARDS, "h100", replace(CARDS["h100"], memory=memory))
+    capfd.readouterr()
+    (plan,) = planned(path, "--ranks", 2, tmp_path / "tight.json")
+    assert not plan["fits"]
+    shown = capfd.readouterr().err
+    lines = tomllib.loads(shown[shown.index("[train]") :])
+    found = plan["fastest"]
+    assert lines == {"train": {"row_tokens": found["row_tokens"]}, "shard": found["shard"]}
+    assert found["peak"] <= plan["card_memory"]
+    content = tomllib.loads(path.read_text())
+    content["train"] |= lines["train"]
+    content["shard"] = lines["shard"]
+    path.write_text(tomli_w.dumps(content))
+    (again,) = planned(path, "--ranks", 2, tmp_path / "again.json")
+    assert again["fits"]
+    assert again["fastest"] == found
+    assert sum(again["memory"]["parts"].values()) <= found["peak"]
+
+
+@pytest.mark.slow
+def test_a_plan_that_no_setting_makes_fit_names_the_remedies(
+    recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The peak is in the update, which neither recomputation nor shorter rows lower."""
     monkeypatch.setitem(CARDS, "h100", replace(CARDS["h100"], memory=2**10))
     (plan,) = planned(recipe("run", {"train.batch": 2}), tmp_path / "plan.json")
     assert plan["memory"]["phase"] == "update"
-    assert plan["alternatives"] == []
-    assert "no recipe change is enough; use more ranks" in capfd.readouterr().err
+    assert plan["fastest"] is None
+    assert "no setting of train.row_tokens and [shard] fits; use more" in capfd.readouterr().err
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_one_line(

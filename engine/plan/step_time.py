@@ -1,0 +1,125 @@
+"""Time of a step: its compute, the bytes it moves between GPUs, and the assumed speed of links.
+
+FSDP2 gathers the weights of each block before its forward and again before its backward, and
+reduces float32 gradients. In a ring each GPU receives (n - 1) / n of a gathered tensor from n - 1
+others, and sends as much of a reduced one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from redi.engine.config.sections import ShardConfig
+from redi.engine.model.flops import ModelSize
+
+NVLINK = 450e9
+"""Bytes a second that an H100 sends to the GPUs of its machine: NVIDIA's data sheet has 900 GB/s
+for both directions together."""
+NETWORK = 50e9
+"""Bytes a second that a GPU sends to other machines: one adapter of 400 Gb/s a GPU, as in NVIDIA's
+DGX H100 (user guide, ConnectX-7)."""
+ACHIEVED = 0.8
+"""Assumed share of these figures."""
+RING_START, NVLINK_HOP, NETWORK_HOP = 8.4e-6, 3.4e-6, 14e-6
+"""Seconds until a ring starts, and of each of its hops: NCCL's tuning model (src/graph/tuning.cc,
+ring, protocol Simple)."""
+GPUS_PER_MACHINE = 8
+LAUNCH_SECONDS = 650e-6
+"""Shortest time of a layer's forward and backward: about 130 kernels at an assumed 5 microseconds
+each. It keeps a search from rows so short that the GPU waits for the host."""
+REDUCED_BYTES = 4
+"""Bytes of a reduced gradient: float32 (`MixedPrecisionPolicy` in `engine.model.sharding`)."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What each rank receives over its links; equal on all ranks."""
+
+    micro_step: float
+    """In each micro-step, while it computes."""
+    step: float
+    """Once a step."""
+
+
+def step_bytes(
+    parameters: int, ranks: int, shard: ShardConfig, weight_bytes: int = 2
+) -> tuple[Traffic, Traffic]:
+    """Bytes within a group of shards, and between the replicas of a shard.
+
+    Args:
+        parameters: of the whole model.
+        ranks: of the run; `shard.replicate` divides them.
+        shard: its gather, reduce and replicate count.
+        weight_bytes: bytes of a gathered weight.
+    """
+    group = ranks // shard.replicate
+    others = (group - 1) / group
+    gathered = weight_bytes * parameters * others
+    reduced = REDUCED_BYTES * parameters * others
+    in_micro_step = in_step = 0.0
+    if shard.gather == "step":
+        in_step += gathered
+    else:
+        in_micro_step += 2 * gathered  # before forward, and before backward
+    if shard.reduce == "step":
+        in_step += reduced
+    else:
+        in_micro_step += reduced
+    copies = shard.replicate
+    # An all-reduce is a reduce-scatter and a gather.
+    replicas = 2 * REDUCED_BYTES * parameters / group * (copies - 1) / copies
+    return Traffic(in_micro_step, in_step), Traffic(0.0, replicas)
+
+
+def step_traffic(size: ModelSize, ranks: int, shard: ShardConfig) -> Traffic:
+    """Seconds that the transfers of a step take.
+
+    Within a group of several machines each GPU's adapter carries a ring of its own, so a machine
+    receives a tensor through all of them at once and passes it on over NVLink. Between replicas
+    each GPU reduces a shard of its own, through its own adapter.
+    """
+    group = ranks // shard.replicate
+    within, between = step_bytes(size.parameters, ranks, shard)
+    one_machine = group <= GPUS_PER_MACHINE
+    speed = ACHIEVED * (NVLINK if one_machine else min(NVLINK, GPUS_PER_MACHINE * NETWORK))
+    replica_speed = ACHIEVED * (NVLINK if ranks <= GPUS_PER_MACHINE else NETWORK)
+    # A ring starts once for each block, for lm_head and for the rest.
+    start = (size.layers + 2) * _ring_latency(group)
+    gathers_once = shard.gather == "step"
+    starts = Traffic(
+        start * (2 * (not gathers_once) + (shard.reduce == "micro_step")),
+        start * (gathers_once + (shard.reduce == "step"))
+        + 2 * (size.layers + 2) * _ring_latency(shard.replicate),
+    )
+    return Traffic(
+        within.micro_step / speed + starts.micro_step,
+        within.step / speed + between.step / replica_speed + starts.step,
+    )
+
+
+def _ring_latency(ranks: int) -> float:
+    """Seconds until the first byte has gone round a ring."""
+    if ranks == 1:
+        return 0.0
+    machines = -(-ranks // GPUS_PER_MACHINE)
+    between = machines if machines > 1 else 0
+    return RING_START + between * NETWORK_HOP + (ranks - between) * NVLINK_HOP
+
+
+def step_seconds(compute: np.ndarray, size: ModelSize, ranks: int, shard: ShardConfig) -> float:
+    """Time of a step: in each micro-step compute hides the transfers, or waits for them.
+
+    Args:
+        compute: float64 [micro-steps], seconds of compute of the ranks that all wait for, in turn.
+        size: of the model.
+        ranks: of the run.
+        shard: what is gathered and reduced, and when.
+    """
+    moved = step_traffic(size, ranks, shard)
+    compute = np.maximum(compute, LAUNCH_SECONDS * size.layers)
+    each = np.maximum(compute, moved.micro_step)
+    # What moves once a step hides in the last micro-step, as far as that has room.
+    room = max(0.0, compute[-1] - moved.micro_step)
+    return float(each.sum() + max(0.0, moved.step - room))

@@ -1,0 +1,223 @@
+"""The search for the fastest settings that fit, and `row_tokens = "auto"`."""
+
+import math
+import subprocess
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_cases import packed_row
+
+from redi.engine.cli import main
+from redi.engine.config.parse import load_recipe, train_parser
+from redi.engine.config.sections import Recipe, ShardConfig
+from redi.engine.console import Console
+from redi.engine.distributed import join_world
+from redi.engine.model.build import model_config
+from redi.engine.model.flops import model_size
+from redi.engine.plan import search
+from redi.engine.plan.auto_rows import _counting, rows_without_card
+from redi.engine.plan.cards import CARDS
+from redi.engine.plan.memory import Load, step_memory
+from redi.engine.plan.search import AXES, fastest, full_pack, longest, row_lengths
+from redi.engine.plan.step_time import step_bytes
+from redi.engine.train.prepare_data import PreparedData, prepare_data
+
+QUIET = Console(active=False)
+RANKS = 4
+SPEED = 1e9
+"""Flops a second: the small model computes for seconds, as a large one does on a GPU."""
+
+
+@pytest.fixture
+def prepared(recipe: Callable[..., Path]) -> tuple[Recipe, Any, PreparedData]:
+    """A recipe, its model's configuration and data, before row_tokens is known."""
+    path = recipe("run", {"train.row_tokens": "auto", "train.batch": 12})
+    found = load_recipe(train_parser(), str(path), [str(path)])
+    with join_world() as world:
+        return found, model_config(found), prepare_data(found, world, QUIET)
+
+
+def test_the_search_finds_the_best_of_all_combinations_with_fewer_counts(
+    prepared: tuple[Recipe, Any, PreparedData],
+) -> None:
+    recipe, config, data = prepared
+    size = model_size(config)
+    counted = []
+
+    def memory(changed: Recipe, load: Load) -> int:
+        """Like a model's: rows times what is kept, and gradients between micro-steps."""
+        shard, tokens = changed.shard, load.pack.num_tokens
+        kept = {"none": 10, "selective": 5, "attention": 2, "full": 1}[shard.checkpointing]
+        whole = shard.reduce == "step" and load.micro_steps > 1
+        gradients = 4 * size.parameters // (1 if whole else RANKS)
+        weights = 2 * size.parameters if shard.gather == "step" else 0
+        kept -= 0.5 if shard.offload else 0
+        return int(1000 * tokens * kept) + weights + (gradients if load.micro_steps > 1 else 0)
+
+    def count(changed: Recipe, load: Load) -> int:
+        counted.append(changed)
+        return memory(changed, load)
+
+    every = list(search._candidates(recipe, size, data, RANKS, SPEED, AXES, QUIET))
+    peaks = {}
+    for one in every:
+        pack = full_pack(data, one.row_tokens)
+        peaks[one.order] = memory(one.recipe, Load(pack, one.targets, one.micro_steps))
+    answers = set()
+    some = sorted(peaks.values())[:: len(peaks) // 8]
+    for limit in [10, *some, math.inf]:
+        counted.clear()
+        found = fastest(recipe, size, data, RANKS, SPEED, limit, count, QUIET)
+        fitting = [one for one in every if peaks[one.order] <= limit]
+        if not fitting:
+            assert found is None
+            assert len(counted) < len(every) / 3
+            continue
+        best = min(fitting, key=lambda one: one.order)
+        assert found is not None
+        assert found.row_tokens == best.row_tokens
+        assert found.shard == {a.key: getattr(best.recipe.shard, a.key) for a in AXES}
+        assert found.peak == peaks[best.order]
+        assert len(counted) < len(every) / 2
+        answers.add((found.row_tokens, *found.shard.values()))
+    assert len(answers) > 4
+
+
+@pytest.mark.slow
+def test_values_of_an_axis_need_less_memory_one_after_the_other(
+    prepared: tuple[Recipe, Any, PreparedData],
+) -> None:
+    """The search relies on it."""
+    recipe, config, _ = prepared
+    train = replace(recipe.train, dtype="float32")
+
+    def peak(tokens: int = 120, **shard: Any) -> int:
+        load = Load(packed_row((tokens,), 0, 10), frozenset([tokens - 1]), 2)
+        changed = replace(recipe, shard=ShardConfig(**shard), train=train)
+        return step_memory(changed, config, load, RANKS, CARDS["h100"]).total
+
+    for axis in AXES:
+        other: dict[str, Any] = {}
+        if axis.key != "checkpointing":
+            other["checkpointing"] = "full"
+        peaks = [peak(**{axis.key: value}, **other) for value in axis.values]
+        assert peaks == sorted(peaks, reverse=True), axis.key
+        assert peaks[0] > peaks[-1], axis.key
+    assert peak(60) < peak(120)
+
+
+def test_rows_are_tried_from_the_longest_trace_on_and_full_packs_have_their_length(
+    prepared: tuple[Recipe, Any, PreparedData],
+) -> None:
+    _, _, data = prepared
+    rows = row_lengths(data)
+    used = data.examples.lengths[data.examples.units]
+    assert rows[0] == longest(data) == used.max()
+    assert rows == sorted(set(rows))
+    for row in rows:
+        pack = full_pack(data, row)
+        assert pack.num_tokens == pytest.approx(row, abs=int(used.min()))
+        assert len(pack.valid_index) > 0
+
+
+def test_traffic_is_conserved() -> None:
+    """All ranks together receive each shard n - 1 times; replicas halve what groups gather."""
+    parameters, ranks = 10_000, 8
+    for reduce in ("step", "micro_step"):
+        within, between = step_bytes(parameters, ranks, ShardConfig(reduce=reduce))
+        total = ranks * (within.micro_step + within.step)
+        # Two gathers in bfloat16 and a reduction in float32.
+        assert total == pytest.approx((ranks - 1) * parameters * (2 * 2 + 4))
+        assert (within.step > 0) == (reduce == "step")
+        assert between.step == between.micro_step == 0
+    # Four copies: each pair of ranks gathers and reduces halves, and all-reduces them over copies.
+    within, between = step_bytes(parameters, ranks, ShardConfig(replicate=4))
+    assert within.micro_step == 2 * 2 * parameters / 2
+    assert within.step == 4 * parameters / 2
+    assert between.step == 2 * 4 * (parameters / 2) * 3 / 4
+    alone = step_bytes(parameters, 1, ShardConfig())
+    assert alone[0].micro_step == alone[0].step == alone[1].step == 0
+
+
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_auto_is_a_number_in_the_run_and_stays_on_resume(
+    recipe: Callable[..., Path],
+    redi: Callable[..., subprocess.CompletedProcess[str]],
+    steps: Callable[[Path], list[dict[str, Any]]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    ranks: int,
+) -> None:
+    changes = {"train.row_tokens": "auto", "train.batch": 12, "train.max_steps": 2}
+
+    def train(*options: str) -> str:
+        """Run the command and return what it printed."""
+        path = recipe("run", changes)
+        if ranks:
+            done = redi("train", path, *options, ranks=ranks)
+            assert done.returncode == 0, done.stderr
+            return done.stderr
+        assert main(["train", str(path), *options]) == 0
+        return capfd.readouterr().err
+
+    def rows() -> Any:
+        text = (tmp_path / "run" / "recipe.toml").read_text()
+        return tomllib.loads(text)["train"]["row_tokens"]
+
+    said = train()
+    chosen = rows()
+    assert f"train.row_tokens: {chosen:,} (auto)" in said
+    found = load_recipe(train_parser(), str(recipe("run", changes)), ["run"])
+    with join_world() as world:
+        data = prepare_data(found, world, QUIET)
+    assert chosen == rows_without_card(found, model_config(found), data, ranks or 1)
+    # A row has room for the chosen number of tokens, and no more.
+    for line in steps(tmp_path / "run"):
+        assert line["micro_steps"] >= line["tokens"] / (chosen * (ranks or 1))
+    # Another batch would give other rows, but batch may not change: more steps keep them.
+    said = train("--train.max_steps", "3")
+    assert f"train.row_tokens: {chosen:,} (as when the run was started)" in said
+    assert rows() == chosen
+    if ranks:
+        return
+    train("--train.max_steps", "4", "--train.row_tokens", str(chosen + 7))
+    assert rows() == chosen + 7
+    train("--train.max_steps", "5")
+    assert rows() == chosen + 7
+    assert len(steps(tmp_path / "run")) == 5
+
+
+def test_prepare_and_plan_take_auto(
+    recipe: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe("run", {"train.row_tokens": "auto"})
+    assert main(["prepare", str(path), "--ranks", "2"]) == 0
+    assert "rank efficiency, 2 ranks" in capfd.readouterr().err
+    assert main(["plan", str(path), "--ranks", "2"]) == 0
+    assert "tokens of the fullest pack" in capfd.readouterr().err
+
+
+def test_another_word_than_auto_is_one_line(
+    recipe: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for value in ("most", 1):
+        assert main(["train", str(recipe("run", {"train.row_tokens": value}))]) == 2
+    wrong, small = capfd.readouterr().err.splitlines()
+    assert 'train.row_tokens: needs a whole number or one of ["auto"], got most' in wrong.replace(
+        "'", '"'
+    )
+    assert "train.row_tokens must be >= 2, got 1" in small
+
+
+@pytest.mark.slow
+def test_memory_is_counted_next_to_a_run(prepared: tuple[Recipe, Any, PreparedData]) -> None:
+    """A process group exists in training, so the count runs in another process."""
+    recipe, config, _ = prepared
+    load = Load(packed_row((40, 20), 0, 10), frozenset([58]), 2)
+    expected = step_memory(recipe, config, load, 2, CARDS["h100"]).total
+    with join_world(), _counting(config, 2, CARDS["h100"]) as count:
+        assert count(recipe, load) == expected
