@@ -76,19 +76,19 @@ class FailureWatch:
             try:
                 if not self._store.check([_KEY]):
                     continue
-                first = json.loads(self._store.get(_KEY))
-            except RuntimeError:
+                first, alone = json.loads(self._store.get(_KEY)), False
+            except RuntimeError:  # its host is lost, so nobody else's line can be known
                 line = "redi: the connection to the job's store is lost; the same command resumes"
-                first = {"rank": self._rank, "line": line, "code": 1}
+                first, alone = {"rank": self._rank, "line": line, "code": 1}, True
             if not self._finished.wait(GRACE_SECONDS):
                 self._ending.acquire()
-                self._leave(first, alone=False)
+                self._leave(first, alone=alone)
 
     def _leave(self, failure: dict[str, Any], *, alone: bool) -> NoReturn:
         """Print the failure if that is this rank's part, and end the process.
 
         Args:
-            alone: no other rank has failed before, so this one prints if rank 0 does not.
+            alone: this rank knows of no failure before, so it prints if rank 0 does not.
         """
         named = failure["line"]
         if failure["rank"]:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from processes import ranks
 
 WriteRecipe = Callable[..., Path]
 
@@ -90,6 +91,19 @@ def test_a_bug_on_one_rank_ends_the_job_with_its_traceback(
     assert line.startswith("redi: rank 1: AttributeError: ")
     assert output.count(", in faulty") == 1
     assert "batches.no_such_thing" in output
+
+
+@pytest.mark.slow
+def test_without_torchrun_the_loss_of_rank_0_and_its_store_ends_the_job(
+    recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    first, other = ranks(2, "train", recipe("run", {"train.max_steps": 200}), log=tmp_path / "log")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    first.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
+    first.kill()
+    assert other.end(SOON) == 1
+    (line,) = lines_of_redi(other.stderr)
+    assert "the same command resumes" in line
 
 
 RAISES = """
