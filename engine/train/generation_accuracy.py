@@ -25,6 +25,7 @@ from redi.engine.generation.generate import (
     generate_batches,
     longest_first,
 )
+from redi.engine.model.sharding import gather_once
 from redi.engine.model.student import Student
 from redi.engine.train.signals import StopRequest
 
@@ -99,9 +100,9 @@ def greedy_accuracy(
 ) -> dict[str, float] | None:
     """Fraction of the problems that greedy decoding solves. Collective.
 
-    Each rank takes a part of the problems. Blocks are gathered in each forward, as in training, so
-    no more memory is used than in a step. The student must have run a forward before: in it FSDP
-    determines that the student, and not a block, is the root.
+    Each rank takes a part of the problems. The weights are gathered once, not for each token: every
+    rank holds all of them in the compute dtype meanwhile. The student must have run a forward
+    before: in it FSDP determines that the student, and not a block, is the root.
 
     Returns:
         None if a stop request interrupted it, else greedy_accuracy and greedy_truncated, the
@@ -125,16 +126,13 @@ def greedy_accuracy(
         should_stop=lambda: stop.requested,
     )
     completions: list[Completion] = []
-    student.unshard()  # embeddings and norm; `generate` does not pass through the root
-    try:
-        # Compiled blocks were never traced with a key-value cache.
-        with torch.compiler.set_stance("force_eager"):
-            for batch in batches:
-                if world.any_rank(stop.requested):
-                    return None
-                completions += batch
-    finally:
-        student.reshard()
+    # Compiled blocks were never traced with a key-value cache.
+    with gather_once(student), torch.compiler.set_stance("force_eager"):
+        student.unshard()  # embeddings and norm; `generate` does not pass through the root
+        for batch in batches:
+            if world.any_rank(stop.requested):
+                return None
+            completions += batch
     sums = torch.zeros(2, dtype=torch.float64)
     with open_checker(problems.checker, problems.answer_pattern) as check:
         for place, completion in zip(order, completions, strict=True):
