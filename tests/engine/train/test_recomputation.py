@@ -10,11 +10,26 @@ from typing import Any
 
 import pytest
 import torch
+from data_cases import packed_row
 from safetensors.torch import load_file
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from redi.engine.cli import main
+from redi.engine.config.sections import ObjectiveConfig
+from redi.engine.loss.packed_loss import PackedLoss
+from redi.engine.model.build import build_model
+from redi.engine.model.checkpointing import ATTENTION_OPS, checkpoint_blocks
+from redi.engine.model.student import Student
 from redi.engine.train import preflight
 
 Steps = Callable[[Path], list[dict[str, Any]]]
@@ -148,3 +163,52 @@ def test_selective_keeps_the_products_of_experts(
         counts[mode] = sum(count for op, count in ran.items() if op in GROUPED)
     assert counts["none"] == counts["selective"] > 0
     assert counts["full"] > counts["none"]
+
+
+@pytest.mark.parametrize(("mode", "times"), [("none", 1), ("attention", 1), ("full", 2)])
+def test_torch_s_varlen_attention_is_kept(world: Path, mode: str, times: int) -> None:
+    """On tensors without memory, as in `redi plan`: here the op has no other implementation."""
+    config = AutoConfig.from_pretrained(world / "model")
+    model = build_model(str(world / "model"), config, "varlen").train()
+    checkpoint_blocks(model, mode)
+    student = Student(model, PackedLoss(ObjectiveConfig()))
+    pack = packed_row((9, 7), 3, 12)
+    with FakeTensorMode(allow_non_fake_inputs=True), Ops() as ops:
+        student.to_empty(device="cpu")
+        student.hidden_states(pack).sum().backward()
+    assert ops.ran["torch_attn::_varlen_attn"] == times * LAYERS
+    assert ops.ran["torch_attn::_varlen_attn_backward"] == LAYERS
+
+
+FLASH = [name for name in sorted(ATTENTION_OPS) if name.startswith("flash")]
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_an_op_of_flash_attn_s_name_is_kept(name: str) -> None:
+    """Stand-ins, registered as flash-attn registers its forward: it needs a GPU."""
+
+    def forward(query: Tensor) -> tuple[Tensor, Tensor]:
+        return query.sin(), query.sum(-1)
+
+    op = torch.library.custom_op(name, forward, mutates_args=())
+    op.register_autograd(
+        lambda ctx, grad, _: grad * ctx.saved_tensors[0].cos(),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+
+    class Block(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return op(super().forward(x))[0] + x
+
+    counts = {}
+    for mode in ("none", "attention", "full"):
+        model = PreTrainedModel(PreTrainedConfig())
+        model.layers = torch.nn.ModuleList([Block(8, 8), Block(8, 8)])
+        checkpoint_blocks(model, mode)
+        x = torch.ones(3, 8, requires_grad=True)
+        with Ops() as ops:
+            for block in model.layers:
+                x = block(x)
+            x.sum().backward()
+        counts[mode] = ops.ran[name]
+    assert counts == {"none": 2, "attention": 2, "full": 4}
