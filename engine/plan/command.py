@@ -22,7 +22,7 @@ from redi.engine.model.flops import ModelSize, model_size
 from redi.engine.plan.auto_rows import auto_rows, with_rows
 from redi.engine.plan.cards import Cluster
 from redi.engine.plan.display import show_plan
-from redi.engine.plan.memory import cache_memory, step_memory
+from redi.engine.plan.memory import cache_memory, step_memory, weights_memory
 from redi.engine.plan.packed_run import pack_run
 from redi.engine.plan.search import fastest, longest
 from redi.engine.plan.types import Plan
@@ -110,6 +110,7 @@ def make_plan(
     generating = None
     if data.held_out is not None and data.held_out.problems is not None:
         generating = memory.parts["masters"] + memory.parts["moments"]
+        generating += weights_memory(recipe, size)
         generating += cache_memory(recipe, config, data.held_out.problems)
     found = fastest(
         recipe,

@@ -29,7 +29,10 @@ def show_plan(plan: Plan, title: str, console: Console) -> None:
     else:
         console.warn(f"{title}: does not fit {name}")
     if plan.generating is not None and plan.generating > plan.card_memory:
-        console.warn(f"{title}: generation for eval.checker does not fit; lower eval.batch_size")
+        console.warn(
+            f"{title}: generation for eval.checker does not fit; lower eval.batch_size, or leave "
+            "eval.checker out and run `redi evaluate` on exports"
+        )
     if plan.fastest is None:
         console.warn(
             f"{title}: no setting of train.row_tokens and [shard] fits; use more ranks, a GPU with "

@@ -31,7 +31,7 @@ from redi.engine.data.loader import StepBatches
 from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.packed_loss import PackedLoss
 from redi.engine.model.build import build_model
-from redi.engine.model.flops import head_dim
+from redi.engine.model.flops import ModelSize, head_dim
 from redi.engine.model.offload import host_memory
 from redi.engine.model.sharding import compute_dtype, reshard, shard
 from redi.engine.model.student import Student
@@ -94,6 +94,11 @@ def step_memory(recipe: Recipe, config: Any, load: Load, ranks: int, card: Card)
         an_input = load.pack.num_tokens * config.hidden_size * dtype.itemsize
         host = host_memory(depth, an_input)
     return StepMemory({name: parts[name] for name in PARTS}, phase[1], host)
+
+
+def weights_memory(recipe: Recipe, size: ModelSize) -> int:
+    """Bytes of all weights in the compute dtype, as each rank holds them during generation."""
+    return size.parameters * compute_dtype(recipe.train.dtype, torch.device("cuda")).itemsize
 
 
 def cache_memory(recipe: Recipe, config: Any, problems: HeldOutProblems) -> int:

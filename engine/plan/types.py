@@ -83,8 +83,8 @@ class Plan:
     packing: PackedRun
     memory: StepMemory
     generating: int | None
-    """Bytes while completions are generated for `[eval] checker`: weights, moments, keys and
-    values; None without a checker."""
+    """Bytes while completions are generated for `[eval] checker`: weights (the shard in float32,
+    all in the compute dtype), moments, keys and values; None without a checker."""
     card_memory: int
     """Bytes per GPU available to training: all except a reserve."""
     fits: bool

@@ -288,6 +288,20 @@ def test_keys_and_values_equal_the_cache_of_generation(tmp_path: Path) -> None:
     assert cache_memory(recipe_of(tmp_path, ShardConfig()), config, endless) == kept * TOKENS // 12
 
 
+def test_generation_holds_all_weights_in_the_compute_dtype(
+    recipe: Callable[..., Path], world: Path, tmp_path: Path
+) -> None:
+    """On 4 ranks a quarter of the masters and moments, but every weight in bfloat16."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"prompt": "1=", "chosen": "12", "rejected": "3", "answer": "12"}\n')
+    checked = {"eval.path": str(problems), "eval.checker": "exact", "eval.max_new_tokens": 1}
+    (plan,) = planned(recipe("run", checked), "--ranks", 4, tmp_path / "plan.json")
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    sharded = (4 + 8) * count / 4  # masters and moments
+    assert plan["generating"] == pytest.approx(sharded + 2 * count, rel=0.01)
+
+
 def test_recomputation_costs_the_blocks_forward_once_more(tmp_path: Path) -> None:
     size = model_size(read_config(str(small_model(tmp_path, layers=2)), weights=False))
     blocks = 2 * (4 * 64 * 64 + 3 * 64 * 192)

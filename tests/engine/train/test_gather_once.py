@@ -1,4 +1,5 @@
-"""`[shard] gather = "step"`: collectives that a real run executes on each rank, and its results."""
+"""Weights gathered once, for a step (`[shard] gather`) and for generation: what a real run executes
+on each rank, and its results."""
 
 import json
 import os
@@ -22,6 +23,7 @@ SPY = """
 import json, os, sys
 from torch.profiler import ProfilerActivity, profile
 import redi.engine.train.loop as loop
+import redi.engine.train.validation as validation
 
 # Not c10d::_allgather_base_: the first forward runs under a dispatch mode, where it counts twice.
 KINDS = {"gloo:all_gather": "all_gathers", "c10d::_reduce_scatter_base_": "reduce_scatters"}
@@ -40,6 +42,18 @@ def spy(student, optimizer, batches, *args, **kwargs):
     return result
 
 loop.train_step = spy
+greedy_accuracy = validation.greedy_accuracy
+
+def spy_generation(*args, **kwargs):
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        result = greedy_accuracy(*args, **kwargs)
+    names = [event.name for event in trace.events()]
+    block = "FSDP::pre_forward (model.model.layers.0)"
+    gathers = names.count("gloo:all_gather")
+    steps.append({"generation": result, "all_gathers": gathers, "tokens": names.count(block)})
+    return result
+
+validation.greedy_accuracy = spy_generation
 from redi.engine.cli import main
 code = main(sys.argv[2:])
 with open(f"{sys.argv[1]}{os.environ['RANK']}", "w") as file:
@@ -152,6 +166,35 @@ def test_other_ways_to_shard_give_the_same_steps(
     for ours, theirs in pairs:
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-5)
+
+
+@pytest.mark.parametrize("gather", ["micro_step", pytest.param("step", marks=pytest.mark.slow)])
+def test_generation_gathers_each_group_once_and_not_for_each_token(
+    recipe: Callable[..., Path],
+    spied: Callable[..., list[list[dict[str, Any]]]],
+    tmp_path: Path,
+    gather: str,
+) -> None:
+    problems = tmp_path / "problems.jsonl"
+    rows = [{"prompt": f"{n}=", "chosen": "12", "rejected": "3", "answer": "12"} for n in range(5)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checked = {
+        "eval.path": str(problems),
+        "eval.every": 1,
+        "eval.checker": "exact",
+        "eval.max_new_tokens": 30,
+        "eval.batch_size": 2,
+        "train.max_steps": 1,
+        "shard.gather": gather,
+    }
+    ranks = spied(recipe("run", checked))
+    generations = [[step for step in rank if "generation" in step] for rank in ranks]
+    assert [len(rank) for rank in generations] == [2, 2]  # before the step and after it
+    for generation in generations[0] + generations[1]:
+        assert generation["tokens"] > 3 * (LAYERS + 2)  # two batches
+        # The last block, the head and the root are left gathered from scoring the same traces.
+        assert LAYERS - 1 <= generation["all_gathers"] <= LAYERS + 2
+    assert [one["tokens"] for one in generations[0]] == [one["tokens"] for one in generations[1]]
 
 
 def test_reducing_after_each_micro_step_is_refused(
