@@ -157,6 +157,7 @@ def test_the_planned_memory_equals_that_of_a_real_step(
     assert without_gradients != pytest.approx(real.peak, rel=0.04)
 
 
+@pytest.mark.slow
 def test_offloaded_inputs_are_not_on_the_gpu_but_two_at_a_time(tmp_path: Path) -> None:
     """A real step's peak on a CPU has the plan's GPU memory and the host memory of the copies, as
     exact as above."""

@@ -91,7 +91,7 @@ def test_accuracy_is_that_of_the_weights_and_training_is_unaffected(
 def test_two_ranks_find_the_same_accuracy(
     recipe: Callable[..., Path], redi: Callable[..., Any], held_out: Path, tmp_path: Path
 ) -> None:
-    extra = {"shard.checkpointing": "full"}
+    extra = {"shard.checkpointing": "full", "shard.offload": True}
     assert main(["train", str(recipe("one", changes(held_out)))]) == 0
     done = redi("train", recipe("two", changes(held_out) | extra), ranks=2)
     assert done.returncode == 0, done.stderr

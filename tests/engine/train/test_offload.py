@@ -160,11 +160,15 @@ def test_a_real_run_copies_all_inputs_but_the_last_block_s(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reduce", ["step", "micro_step"])
+@pytest.mark.parametrize(
+    "layout",
+    [{"reduce": "step"}, {"reduce": "micro_step"}, {"gather": "step"}],
+    ids=lambda layout: "-".join(*layout.items()),
+)
 def test_two_ranks_are_bit_equal_with_and_without(
-    recipe: Recipe, redi: Callable[..., Any], steps: Steps, tmp_path: Path, reduce: str
+    recipe: Recipe, redi: Callable[..., Any], steps: Steps, tmp_path: Path, layout: dict[str, str]
 ) -> None:
-    kept = {"shard.checkpointing": "full", "shard.reduce": reduce}
+    kept = {"shard.checkpointing": "full"} | {f"shard.{key}": of for key, of in layout.items()}
     paths = [recipe("kept", kept), recipe("offloaded", kept | {"shard.offload": True})]
     done = redi("train", *paths, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
