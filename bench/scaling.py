@@ -9,9 +9,11 @@ executed, recomputed ones included), bandwidths, latencies and their sources
 the update (10 ms), reading data (workers), checkpoints, stragglers, and networks that other jobs
 use too. Memory is not counted here: `redi plan` does that.
 
-Two questions, for Qwen2.5's 1.5B, 7B and 32B, with full recomputation and rows of 65,536 tokens:
-how a step's time grows if every rank brings its 4 pairs (weak scaling), and how far 256 pairs can
-be spread (strong scaling). Needs the extra `engine`.
+Two questions, for Qwen2.5's 1.5B, 7B and 32B with full recomputation: how a step's time grows if
+every rank brings its 4 pairs (weak scaling), and how far 256 pairs can be spread (strong scaling).
+Each for four layouts: FSDP over all ranks, with rows of 65,536 tokens; HSDP, a copy of the shards
+on each machine; FSDP with rows as long as the longest trace, 32,768 tokens; and the same with
+weights gathered once per step. Needs the extra `engine`.
 """
 
 import argparse
@@ -54,7 +56,7 @@ PAIRS_A_RANK = 4
 PAIRS = 256
 LONGEST = 32_768
 ROW_TOKENS = 65_536
-CHECKPOINTING: Literal["none", "selective", "attention", "full"] = "full"
+CHECKPOINTING: Literal["full"] = "full"
 STEPS = 4
 """Simulated steps of each kind; their mean is shown."""
 
@@ -72,6 +74,8 @@ MODELS = {
 """Configurations of Qwen2.5."""
 
 COLOURS = {"1.5B": "#56B4E9", "7B": "#D55E00", "32B": "#009E73"}
+STYLES = {"fsdp": "-", "short rows": "--"}
+"""Of the layouts in the picture. The others' lines would cover that of FSDP."""
 
 
 def sizes() -> dict[str, ModelSize]:
@@ -88,8 +92,8 @@ class Prediction:
     model: str
     pairs: int
     ranks: int
-    sharding: str
-    """"fsdp": over all ranks; "hsdp": over the GPUs of a machine, with copies between machines."""
+    layout: str
+    """A key of `layouts`."""
     micro_steps: float
     rank_efficiency: float
     busy: float
@@ -112,9 +116,8 @@ def predict(
     size: ModelSize,
     steps: Sequence[np.ndarray],
     ranks: int,
-    shard: ShardConfig,
+    layout: str,
     flops_per_second: float,
-    row_tokens: int = ROW_TOKENS,
 ) -> Prediction:
     """Predict the mean of steps.
 
@@ -123,21 +126,23 @@ def predict(
         size: of the model.
         steps: int64 [traces] each, lengths.
         ranks: of the run.
-        shard: `[shard]` of the recipe.
+        layout: a key of `layouts`.
         flops_per_second: of a rank, all executed flops counted.
-        row_tokens: most tokens in a pack.
     """
+    shard, row_tokens = layouts(ranks)[layout]
     cost, runs = size.training_cost(), size.run_cost(shard.checkpointing)
     found = []
     for lengths in steps:
-        packing = pack(lengths, row_tokens=row_tokens, world_size=ranks, cost=cost)
-        slowest = slowest_of(packing, runs, lengths) / flops_per_second
+        packing = pack(
+            lengths, row_tokens=row_tokens, world_size=ranks, cost=cost, gather=shard.gather
+        )
+        slowest = slowest_of(packing, runs, lengths, shard.gather) / flops_per_second
         busy = float(runs.of(lengths).sum()) / ranks / flops_per_second
         seconds = step_seconds(slowest, size, ranks, shard)
         moved = step_traffic(size, ranks, shard)
         found.append(
             {
-                "micro_steps": len(slowest),
+                "micro_steps": len(packing.packs),
                 "rank_efficiency": packing.rank_efficiency,
                 "busy": busy,
                 "waiting": float(slowest.sum()) - busy,
@@ -150,34 +155,44 @@ def predict(
             }
         )
     means = {key: statistics.fmean(one[key] for one in found) for key in found[0]}
-    kind = "hsdp" if shard.replicate > 1 else "fsdp"
-    return Prediction(name, len(steps[0]) // 2, ranks, kind, **means)
+    return Prediction(name, len(steps[0]) // 2, ranks, layout, **means)
 
 
-def slowest_of(packing: Packing, cost: Cost, lengths: np.ndarray) -> np.ndarray:
-    """Cost of the most expensive pack of each micro-step, float64 [micro-steps]."""
+def slowest_of(packing: Packing, cost: Cost, lengths: np.ndarray, gather: str) -> np.ndarray:
+    """Cost of what all ranks wait for, one after the other: see `[shard] gather`."""
     costs = cost.of(lengths)
-    return np.array([max(costs[own].sum() for own in packs) for packs in packing.packs])
+    packs = np.array([[costs[own].sum() for own in packs] for packs in packing.packs])
+    if gather == "step":
+        return packs.sum(axis=0).max(keepdims=True)
+    return packs.max(axis=1)
 
 
-def shardings(ranks: int) -> list[ShardConfig]:
-    """FSDP over all ranks, and HSDP with a copy on each machine."""
-    copies = ranks // GPUS_PER_MACHINE
-    replicas = [1, copies] if copies > 1 else [1]
-    return [ShardConfig(replicate=n, checkpointing=CHECKPOINTING) for n in replicas]
+def layouts(ranks: int) -> dict[str, tuple[ShardConfig, int]]:
+    """`[shard]` and the row length, by name."""
+    copies = max(1, ranks // GPUS_PER_MACHINE)
+
+    def shard(**fields: Any) -> ShardConfig:
+        return ShardConfig(checkpointing=CHECKPOINTING, **fields)
+
+    return {
+        "fsdp": (shard(), ROW_TOKENS),
+        "hsdp": (shard(replicate=copies), ROW_TOKENS),
+        "short rows": (shard(), LONGEST),
+        "gather once": (shard(gather="step"), LONGEST),
+    }
 
 
 def predict_all(ranks: Sequence[int] = RANKS, steps: int = STEPS) -> list[Prediction]:
     """Weak and strong scaling of all models."""
     lengths = simulated(longest=LONGEST)
-    speed = MFU * CARDS[CARD].peak_flops
+    models, speed = sizes(), MFU * CARDS[CARD].peak_flops
     found = []
     for count in ranks:
         for pairs in dict.fromkeys((PAIRS_A_RANK * count, PAIRS)):
             drawn = list(lengths.steps(pairs, steps))
-            for name, size in sizes().items():
+            for name, size in models.items():
                 found += [
-                    predict(name, size, drawn, count, shard, speed) for shard in shardings(count)
+                    predict(name, size, drawn, count, layout, speed) for layout in layouts(count)
                 ]
     return found
 
@@ -185,15 +200,16 @@ def predict_all(ranks: Sequence[int] = RANKS, steps: int = STEPS) -> list[Predic
 def print_table(found: Sequence[Prediction]) -> None:
     """A line for each prediction, weak scaling first."""
     print(
-        f"{'model':5} {'pairs':>5} {'ranks':>5} {'':4} {'micro-steps':>11} {'efficiency':>10} "
+        f"{'model':5} {'pairs':>5} {'ranks':>5} {'layout':11} "
+        f"{'micro-steps':>11} {'efficiency':>10} "
         f"{'busy s':>7} {'waits s':>7} {'moves s':>7} {'exposed':>7} {'step s':>7} "
         f"{'tokens/s':>11} {'MFU':>6}"
     )
     for weak in (True, False):
-        for one in sorted(found, key=lambda one: (list(MODELS).index(one.model), one.sharding)):
+        for one in sorted(found, key=lambda one: (list(MODELS).index(one.model), one.layout)):
             if one.pairs == (PAIRS_A_RANK * one.ranks if weak else PAIRS):
                 print(
-                    f"{one.model:5} {one.pairs:5} {one.ranks:5} {one.sharding:4} "
+                    f"{one.model:5} {one.pairs:5} {one.ranks:5} {one.layout:11} "
                     f"{one.micro_steps:11.2f} {one.rank_efficiency:10.3f} {one.busy:7.2f} "
                     f"{one.waiting:7.2f} {one.transfers:7.2f} {one.exposed:7.2f} "
                     f"{one.seconds:7.2f} {one.tokens_per_s:11,.0f} {one.mfu:6.1%}"
@@ -202,7 +218,7 @@ def print_table(found: Sequence[Prediction]) -> None:
 
 
 def draw(found: Sequence[Prediction], path: Path) -> None:
-    """Share of the time in which all ranks compute, by ranks; solid: FSDP, dashed: HSDP."""
+    """Share of the time in which all ranks compute, by ranks and layout."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -214,12 +230,12 @@ def draw(found: Sequence[Prediction], path: Path) -> None:
         (strong, f"{PAIRS} pairs a step"),
     ):
         for name in MODELS:
-            for sharding, style in (("fsdp", "-"), ("hsdp", "--")):
+            for layout, style in STYLES.items():
                 chosen = [
                     one
                     for one in found
                     if one.model == name
-                    and one.sharding == sharding
+                    and one.layout == layout
                     and one.pairs == (PAIRS if axes is strong else PAIRS_A_RANK * one.ranks)
                 ]
                 axes.plot(
@@ -229,7 +245,7 @@ def draw(found: Sequence[Prediction], path: Path) -> None:
                     color=COLOURS[name],
                     marker="o",
                     ms=3,
-                    label=f"{name}, {sharding.upper()}",
+                    label=f"{name}, {'all others' if layout == 'fsdp' else layout}",
                 )
         axes.set_xscale("log", base=2)
         axes.set_xticks(RANKS, [f"{count:,}" for count in RANKS])
@@ -238,7 +254,7 @@ def draw(found: Sequence[Prediction], path: Path) -> None:
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     weak.set_ylabel("share of the step that all ranks compute")
-    strong.legend(frameon=False, fontsize=8)
+    weak.legend(frameon=False, fontsize=8)
     figure.suptitle("Predicted, not measured", fontsize=10)
     figure.savefig(path, dpi=150)
 
@@ -269,23 +285,20 @@ def check() -> list[dict[str, Any]]:
         for ranks in CHECKED_RANKS:
             size, steps, lines = _run(folder, ranks)
             cost = size.training_cost()
-            shard = ShardConfig()
             work = []
             for lengths in steps:
                 packing = pack(lengths, row_tokens=CHECKED_ROWS, world_size=ranks, cost=cost)
-                slowest = slowest_of(packing, cost, lengths)
+                slowest = slowest_of(packing, cost, lengths, "micro_step")
                 work.append(max(float(slowest.sum()), float(cost.of(lengths).sum()) / cores))
             # The first step warms up.
             measured = [line["seconds"] for line in lines][1:]
             speed = speed or sum(work[1:]) / sum(measured)
-            transfers = step_traffic(size, ranks, shard)
             results.append(
                 {
                     "ranks": ranks,
                     "micro_steps": statistics.fmean(line["micro_steps"] for line in lines),
                     "measured": statistics.median(measured),
                     "predicted": statistics.median(one / speed for one in work[1:]),
-                    "transfers_on_gpus": transfers.micro_step + transfers.step,
                 }
             )
     return results
