@@ -40,11 +40,15 @@ EXTRAS = {
     "test": [
         *ENGINE,
         "accelerate>=1.1",  # transformers' Trainer, in docs/kernels.md
+        "flask>=3.0",  # a local S3 server, with moto
+        "flask-cors>=5.0",
         "hypothesis>=6.100",
+        "moto[s3]>=5.0",
         "mypy>=1.15",
         "pytest>=8.3",
         "pytest-xdist>=3.6",
         "ruff>=0.12",
+        "s3fs>=2024.2",
         "tensorboard>=2.16",
         "triton>=3.6; sys_platform == 'linux'",
     ],

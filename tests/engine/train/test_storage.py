@@ -67,6 +67,17 @@ def s3(s3_server: str, tmp_path: Path) -> str:
     return f"{s3_server}/{tmp_path.name}"
 
 
+@pytest.fixture(params=["memory", "s3"])
+def bucket(request: pytest.FixtureRequest) -> str:
+    """A folder in a bucket of each kind."""
+    return request.getfixturevalue(request.param)
+
+
+def s3_client() -> dict[str, str]:
+    """The settings of the S3 client, for runs: their server started with another environment."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
 def names(url: str) -> set[str]:
     """The files of a folder in a bucket, relative to it."""
     fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
@@ -96,11 +107,11 @@ def assert_same(url: str, local: Path, cache: Path) -> None:
 def test_a_run_in_a_bucket_equals_a_local_one_and_is_found_finished_on_another_machine(
     recipe: WriteRecipe,
     local: Path,
-    memory: str,
+    bucket: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    url, cache = f"{memory}/runs/redi", tmp_path / "cache"
+    url, cache = f"{bucket}/runs/redi", tmp_path / "cache"
     path = recipe("run", SETTINGS | {"run.dir": url, "data.cache": str(cache)})
     assert main(["train", str(path)]) == 0
     assert f"done; the model is in {url}/export" in " ".join(capsys.readouterr().err.split())
@@ -241,12 +252,12 @@ def killed_and_started_elsewhere(
     path: Path, url: str, cache: Path, log: Path, moment: Callable[[], bool]
 ) -> None:
     """Kill a run at a moment, remove all that is left on this machine, and run it again."""
-    run = Run("train", path, log=log)
+    run = Run("train", path, log=log, environment=s3_client())
     run.wait_for(moment)
     run.kill()
     assert "export/config.json" not in names(url), "it was killed too late to show anything"
     shutil.rmtree(cache, ignore_errors=True)
-    again = Run("train", path, log=log)
+    again = Run("train", path, log=log, environment=s3_client())
     assert again.end() == 0, again.stderr
 
 
@@ -359,7 +370,7 @@ def test_s3_without_a_bucket_or_credentials_is_one_line_before_data_is_read(
     def said(url: str, **environment: str) -> str:
         path = recipe("run", {"run.dir": url, "data.cache": str(tmp_path / "cache")})
         log = tmp_path / f"log-{len(list(tmp_path.iterdir()))}"
-        run = Run("train", path, log=log, environment=environment)
+        run = Run("train", path, log=log, environment=s3_client() | environment)
         assert run.end() == 2, run.stderr
         (line,) = run.stderr.splitlines()
         return line
