@@ -236,6 +236,7 @@ def test_what_a_resumed_run_may_change(recipe: WriteRecipe) -> None:
     free = ["--run.save_every=3", "--run.keep=9", "--train.row_tokens=99", "--shard.compile=true"]
     free += ["--shard.reduce=micro_step", "--run.timeout=60"]
     assert changed_keys(old, load(recipe("a"), *free)) == []
+    assert changed_keys(old, load(recipe("a"), "--shard.gather=step")) == []
     changed = load(recipe("a"), "--optim.lr=1", "--data.system_prompt=hi")
     assert changed_keys(old, changed) == ["data.system_prompt", "optim.lr"]
 

@@ -139,12 +139,13 @@ def test_killed_at_twenty_moments(
 
 @pytest.mark.slow
 def test_ranks_come_and_go(recipe: WriteRecipe, steps: Steps, tmp_path: Path) -> None:
-    """2 ranks, then 4, then 1: equal up to rounding."""
+    """2 ranks, then 4 that gather once a step, then 1: equal up to rounding."""
     changes = SETTINGS | {"optim.eps": 1e-3}
     whole, moved = recipe("whole", changes), recipe("moved", changes)
     assert main(["train", str(whole)]) == 0
-    for count, enough in ((2, 4), (4, 8)):
-        group = ranks(count, "train", moved, log=tmp_path / f"of-{count}-")
+    for count, enough, gather in ((2, 4, "micro_step"), (4, 8, "step")):
+        line = ("train", moved, "--shard.gather", gather)
+        group = ranks(count, *line, log=tmp_path / f"of-{count}-")
         group[0].wait_for(lambda enough=enough: has_steps(tmp_path / "moved", enough))
         for run in group:
             run.send(signal.SIGTERM)
