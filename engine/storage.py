@@ -86,16 +86,14 @@ def working_folder(path: str, cache_dir: Path) -> Path:
 
 def url_of(folder: Path) -> str | None:
     """The URL of which `folder` is the working folder; None for another folder."""
-    number = next((n for n, part in enumerate(folder.parts) if part.endswith(":")), None)
-    if number is None:
-        return None
-    import fsspec
+    for number, part in enumerate(folder.parts):
+        if part.endswith(":"):
+            import fsspec
 
-    protocol = folder.parts[number][:-1]
-    if protocol not in fsspec.available_protocols():
-        return None
-    start = ":///" if protocol == "file" else "://"
-    return protocol + start + "/".join(folder.parts[number + 1 :])
+            if part[:-1] in fsspec.available_protocols():
+                start = ":///" if part == "file:" else "://"
+                return part[:-1] + start + "/".join(folder.parts[number + 1 :])
+    return None
 
 
 class LocalRun:

@@ -261,28 +261,20 @@ def killed_and_started_elsewhere(
     assert again.end() == 0, again.stderr
 
 
-def test_killed_in_the_middle_it_resumes_from_the_bucket_on_another_machine(
-    recipe: WriteRecipe, local: Path, tmp_path: Path
-) -> None:
-    url, cache = f"file://{tmp_path}/bucket/runs/redi", tmp_path / "cache"
-    path = recipe("run", SETTINGS | {"run.dir": url, "data.cache": str(cache)})
-    saved = "checkpoints/step-4/.metadata"
-    log = tmp_path / "log"
-    killed_and_started_elsewhere(path, url, cache, log, lambda: saved in names(url))
-    assert "resumes after step" in log.read_text()
-    assert_same(url, local, tmp_path / "elsewhere")
+MOMENTS = [
+    "manifest.json",
+    "recipe.toml",
+    "checkpoints/step-2/__0_0.distcp",
+    f"checkpoints/step-{STEPS}/.metadata",
+    "export/model.safetensors",
+]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
     [
-        "manifest.json",
-        "recipe.toml",
-        "checkpoints/step-2/__0_0.distcp",
         "checkpoints/step-4/.metadata",
-        f"checkpoints/step-{STEPS}/.metadata",
-        "export/model.safetensors",
+        *(pytest.param(moment, marks=pytest.mark.slow) for moment in MOMENTS),
     ],
 )
 def test_killed_at_any_moment_it_ends_the_same(
