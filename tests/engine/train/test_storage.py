@@ -374,3 +374,21 @@ def test_s3_without_a_bucket_or_credentials_is_one_line_before_data_is_read(
     without = said(f"{s3}/runs/redi", AWS_EC2_METADATA_DISABLED="true", **no_credentials)
     assert "Unable to locate credentials" in without
     assert not (tmp_path / "cache").exists(), "nothing was tokenized"
+
+
+@pytest.mark.slow
+def test_two_ranks_of_a_machine_share_one_fetched_model(
+    recipe: WriteRecipe, redi: Callable[..., Any], world: Path, tmp_path: Path
+) -> None:
+    bucket = tmp_path / "bucket"
+    shutil.copytree(world / "model", bucket / "model")
+    changes = {"run.dir": f"file://{bucket}/run", "data.cache": str(tmp_path / "cache")}
+    path = recipe("run", changes | {"model.path": f"file://{bucket}/model"})
+    done = redi("train", path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert (bucket / "run" / "export" / "config.json").exists()
+    shards = {file.name for file in (bucket / "run" / "checkpoints" / "step-4").iterdir()}
+    assert shards == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+    fetched = working_folder(f"file://{bucket}", tmp_path / "cache") / "model"
+    assert (fetched / "model.safetensors").exists()
+    assert not list(fetched.parent.glob("*.partial"))
