@@ -144,7 +144,14 @@ def test_ranks_run_three_and_one_micro_steps_and_gather_each_group_once(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", [{}, {"compile": True, "gather": "step"}])
+@pytest.mark.parametrize(
+    "shard",
+    [
+        {},
+        {"compile": True, "gather": "step"},
+        {"checkpointing": "full", "offload": True, "gather": "step"},
+    ],
+)
 def test_other_ways_to_shard_give_the_same_steps(
     recipe: Callable[..., Path],
     spied: Callable[..., list[list[dict[str, Any]]]],
