@@ -168,8 +168,8 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         student, tokenizer, optimizer = _build(recipe, found, data, weights, cost, world, console)
     try:
         if world.is_main:
-            keys = data.keys | {"model": weights, "parts": data.parts}
-            keys[ATTENTION_COST] = attention_cost
+            facts: dict[str, Any] = {"model": weights, "parts": data.parts}
+            keys = data.keys | facts | {ATTENTION_COST: attention_cost}
             written = replace(recipe, model=named)
             write_run_dir(written, keys, summary, found.dtype, run_dir, world, old_total)
             run.publish()
