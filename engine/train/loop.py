@@ -36,6 +36,8 @@ from redi.engine.model.flops import training_cost
 from redi.engine.model.student import Student
 from redi.engine.plan.auto_rows import resolve_rows
 from redi.engine.storage import LocalRun, fetch_models, inside, open_run, working_folder
+from redi.engine.train.attention_cost import KEY as ATTENTION_COST
+from redi.engine.train.attention_cost import calibrated
 from redi.engine.train.checkpoint import Checkpointer, check_not_damaged
 from redi.engine.train.garbage import (
     collect_after,
@@ -147,7 +149,9 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         'set data.max_tokens = {} with data.overlong = "drop" or "truncate", or raise '
         "model.max_position_embeddings",
     )
-    cost = training_cost(found.config)
+    cost, attention_cost = calibrated(
+        training_cost(found.config), recipe, found.config, run_dir, world, console
+    )
     recipe = resolve_rows(recipe, previous.row_tokens, found.config, data, world, console)
     row_tokens = recipe.train.resolved_row_tokens
     summary = data.summarize(row_tokens, world.size, cost, recipe.shard.gather)
@@ -164,7 +168,8 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         student, tokenizer, optimizer = _build(recipe, found, data, weights, cost, world, console)
     try:
         if world.is_main:
-            keys = data.keys | {"model": weights, "parts": data.parts}
+            facts: dict[str, Any] = {"model": weights, "parts": data.parts}
+            keys = data.keys | facts | {ATTENTION_COST: attention_cost}
             written = replace(recipe, model=named)
             write_run_dir(written, keys, summary, found.dtype, run_dir, world, old_total)
             run.publish()
