@@ -39,6 +39,7 @@ from redi.engine.storage import LocalRun, fetch_models, inside, open_run, workin
 from redi.engine.train.checkpoint import Checkpointer, check_not_damaged
 from redi.engine.train.garbage import (
     collect_after,
+    collect_after_evaluation,
     collected_at_the_end,
     no_automatic_collection,
 )
@@ -95,6 +96,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
     """
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
+        torch.cuda.reset_accumulated_memory_stats(world.device)  # allocation retries
     with collected_at_the_end():
         finished = _run(recipe, world, console, stop)
     if world.device.type == "cuda":
@@ -339,6 +341,7 @@ def _train(
                 world=world,
                 stop=stop,
             )
+        collect_after_evaluation()
         if scores is None:
             return False
         metrics.write({"event": "eval", "step": step, **scores})
