@@ -170,7 +170,7 @@ def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
     attention = register_attention(choose_attention("auto", device, dtype)[0])
     objective = PackedLoss(ObjectiveConfig(name="redi", alpha=ALPHA))
     student = Student(_model(args, attention), objective)
-    shard(student, ShardConfig(), dtype, device)
+    shard(student, ShardConfig(), dtype, device, args.row_tokens)
     update = _update(student)
     traces = _traces(args)
     lengths = np.array([len(trace) for trace in traces])

@@ -142,7 +142,6 @@ def generate_batches(
     sampling: Sampling,
     batch_size: int,
     *,
-    in_step: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[Completion]]:
     """Yield the completions of `batch_size` requests at a time, in the order of `requests`.
@@ -156,8 +155,6 @@ def generate_batches(
         requests: completions to generate.
         sampling: sampling settings.
         batch_size: sequences generated together.
-        in_step: for sharded blocks: every rank runs as many forwards per batch as the slowest one.
-            All ranks must then have the same number of batches.
         should_stop: called for each token; True ends the sequences of the current batch. Later
             batches still start if the caller continues to iterate.
     """
@@ -179,7 +176,7 @@ def generate_batches(
                 generation_config=config,
                 logits_processor=_processors(batch, sampling),
                 stopping_criteria=StoppingCriteriaList([_StopIf(should_stop)]),
-                synced_gpus=in_step,
+                synced_gpus=False,  # by default ranks with FSDP wait for each other at each token
             )
         new_tokens = output[:, ids.shape[1] :].tolist()
         yield [_completion(tokenizer, tokens, set(ends)) for tokens in new_tokens]

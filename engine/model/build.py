@@ -94,7 +94,7 @@ def build_student(
     console.say(f"liger-kernel: {liger}")
     model.train()
     student = Student(model, PackedLoss(recipe.objective))
-    shard(student, recipe.shard, dtype, world.device)
+    shard(student, recipe.shard, dtype, world.device, recipe.train.resolved_row_tokens)
     student.to_empty(device=world.device)  # allocates the shards alone
     read_weights(model, path)
     return student, tokenizer

@@ -3,8 +3,9 @@
 The input of each block but the last is copied to host memory while the block computes, and copied
 back while the block after it runs backward. So a rank holds one input in forward and two in
 backward, whatever the number of blocks. Host memory is page-locked, so that copies run at full
-speed next to computation, on a stream apart; it is allocated once, because that is slow.
-On a CPU the same code makes plain copies.
+speed next to computation, on a second stream. It is allocated once, for the longest possible pack:
+allocating is slow, and torch keeps page-locked memory that is freed. On a CPU the same code makes
+plain copies.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def host_memory(blocks: int, input_bytes: int) -> int:
 
 
 def _rounded(size: int) -> int:
-    """The next power of two. torch rounds page-locked memory up to it, so growing to it is free."""
+    """The next power of two, to which torch rounds page-locked memory up."""
     return 1 << (size - 1).bit_length()
 
 
@@ -42,9 +43,11 @@ class Offload:
     Args:
         blocks: number of blocks of the model.
         device: device of the model.
+        row_tokens: most tokens of a pack.
     """
 
-    def __init__(self, blocks: int, device: torch.device) -> None:
+    def __init__(self, blocks: int, device: torch.device, row_tokens: int) -> None:
+        self._row_tokens = row_tokens
         self._to_host = self._to_device = 0
         """Bytes copied since the last call of `figures`."""
         self._last = blocks - 1
@@ -56,7 +59,7 @@ class Offload:
         )
         """Allocates host memory, uint8 [size]."""
         self._buffers: dict[int, Tensor] = {}
-        """Block -> host memory, uint8; kept for the next micro-step."""
+        """Block -> host memory, uint8."""
         self._on_host: dict[int, Tensor] = {}
         """Block -> its input, a view of its buffer."""
         self._on_device: dict[int, tuple[Tensor, Any]] = {}
@@ -75,7 +78,7 @@ class Offload:
 
         Args:
             block: its index. Blocks are saved in ascending order.
-            hidden: its input, any shape, detached.
+            hidden: its input [..., tokens, width], detached.
 
         Raises:
             RunError: there is not enough host memory.
@@ -122,8 +125,8 @@ class Offload:
     def _host(self, block: int, hidden: Tensor) -> Tensor:
         """A block's host memory, in the shape of its input."""
         buffer = self._buffers.get(block)
-        if buffer is None or buffer.nbytes < hidden.nbytes:
-            size = _rounded(hidden.nbytes)
+        if buffer is None:
+            size = _rounded(self._row_tokens * hidden.nbytes // hidden.shape[-2])
             try:
                 buffer = self._buffers[block] = self.allocate(size)
             except RuntimeError as error:

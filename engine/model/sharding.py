@@ -25,7 +25,11 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def shard(
-    student: Student, section: ShardConfig, dtype: torch.dtype, device: torch.device
+    student: Student,
+    section: ShardConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    row_tokens: int,
 ) -> Student:
     """Apply checkpointing, compilation and sharding in place, in this order. Works on meta tensors.
 
@@ -40,10 +44,11 @@ def shard(
         section: its `replicate` divides the number of ranks (`check_replicas`).
         dtype: of computation.
         device: its type selects the mesh.
+        row_tokens: most tokens of a pack.
     """
     world = dist.get_world_size()
     if section.offload:
-        student.offload = Offload(len(student.blocks), device)
+        student.offload = Offload(len(student.blocks), device, row_tokens)
     checkpoint_blocks(student.model, section.checkpointing, student.offload)
     if section.compile:
         for block in student.blocks:

@@ -91,7 +91,7 @@ def step_memory(recipe: Recipe, config: Any, load: Load, ranks: int, card: Card)
     host = 0
     if recipe.shard.offload:
         dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))
-        an_input = load.pack.num_tokens * config.hidden_size * dtype.itemsize
+        an_input = recipe.train.resolved_row_tokens * config.hidden_size * dtype.itemsize
         host = host_memory(depth, an_input)
     return StepMemory({name: parts[name] for name in PARTS}, phase[1], host)
 
@@ -164,7 +164,8 @@ def phase_peaks(
     # The second micro-step starts with what the first has left, like any later one.
     packs = [load.pack] * min(load.micro_steps, 2)
     with _ranks(ranks):
-        shard(student, replace(recipe.shard, compile=False), dtype, device)
+        uncompiled = replace(recipe.shard, compile=False)
+        shard(student, uncompiled, dtype, device, recipe.train.resolved_row_tokens)
         tracker = MemoryTracker(
             _loss_memory(load, student.head.weight.shape, dtype, exp_gemm, filters, card)
         )

@@ -46,3 +46,8 @@ def collect_after(step: int) -> None:
     """Collect young objects after each `EVERY`-th step, hence on all ranks at the same time."""
     if step % EVERY == 0:
         gc.collect(1)
+
+
+def collect_after_evaluation() -> None:
+    """Collect all objects: evaluation makes caches, and ranks wait for each other there anyway."""
+    gc.collect()

@@ -110,7 +110,8 @@ def greedy_accuracy(
     """
     assert isinstance(student, FSDPModule)
     mine = list(range(world.rank, len(problems.prompts), world.size))
-    # Every rank must run the same number of batches. Problems added for this are not counted.
+    # Every rank must run the same number of batches (`any_rank`), so at least one. Problems added
+    # for this are not counted.
     share = -(-len(problems.prompts) // world.size)
     prompts = [problems.prompt_ids[index] for index in mine]
     prompts += [problems.prompt_ids[0]] * (share - len(mine))
@@ -122,7 +123,6 @@ def greedy_accuracy(
         [requests[place] for place in order],
         Sampling(problems.new_tokens(student.model.config)),
         problems.batch_size,
-        in_step=world.size > 1,
         should_stop=lambda: stop.requested,
     )
     completions: list[Completion] = []

@@ -41,6 +41,7 @@ from redi.engine.train.attention_cost import calibrated
 from redi.engine.train.checkpoint import Checkpointer, check_not_damaged
 from redi.engine.train.garbage import (
     collect_after,
+    collect_after_evaluation,
     collected_at_the_end,
     no_automatic_collection,
 )
@@ -97,6 +98,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
     """
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
+        torch.cuda.reset_accumulated_memory_stats(world.device)  # allocation retries
     with collected_at_the_end():
         finished = _run(recipe, world, console, stop)
     if world.device.type == "cuda":
@@ -344,6 +346,7 @@ def _train(
                 world=world,
                 stop=stop,
             )
+        collect_after_evaluation()
         if scores is None:
             return False
         metrics.write({"event": "eval", "step": step, **scores})

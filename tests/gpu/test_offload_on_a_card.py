@@ -53,7 +53,7 @@ def gradients(model: nn.Module, offload: Offload | None, late: bool = False) -> 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "late copies"])
 def test_gradients_are_bit_equal(late: bool) -> None:
-    offload = Offload(BLOCKS, DEVICE)
+    offload = Offload(BLOCKS, DEVICE, SCALE.tokens)
     found = gradients(trunk(offload), offload, late)
     expected = gradients(trunk(None), None)
     assert all(map(torch.equal, found, expected))
@@ -64,7 +64,7 @@ def test_gradients_are_bit_equal(late: bool) -> None:
 @pytest.mark.skipif(DRY_RUN, reason="a CPU has no memory apart")
 def test_two_inputs_are_on_the_card_and_host_memory_is_allocated_once() -> None:
     peaks = []
-    for offload in (None, Offload(BLOCKS, DEVICE)):
+    for offload in (None, Offload(BLOCKS, DEVICE, SCALE.tokens)):
         model = trunk(offload)
         micro_step(model, SCALE.tokens)
         torch.cuda.reset_peak_memory_stats()

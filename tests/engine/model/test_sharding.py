@@ -39,7 +39,7 @@ def sharded(folder: Path, dtype: torch.dtype = torch.float32, **section: Any) ->
         folder, attn_implementation=register_attention("sdpa")
     )
     student = Student(model, PackedLoss(ObjectiveConfig(name="redi")))
-    return shard(student, ShardConfig(**section), dtype, CPU)
+    return shard(student, ShardConfig(**section), dtype, CPU, row_tokens=64)
 
 
 def masked_attention(

@@ -71,7 +71,7 @@ def read(folder: Path, **changes: Any) -> Student:
         config.rope_parameters[name] = value
     model = build_model(str(folder), config, "sdpa")
     student = Student(model, PackedLoss(ObjectiveConfig()))
-    shard(student, ShardConfig(), torch.float32, CPU)
+    shard(student, ShardConfig(), torch.float32, CPU, row_tokens=64)
     assert all(p.is_meta for p in student.parameters())
     student.to_empty(device=CPU)
     read_weights(student.model, str(folder))

@@ -85,7 +85,7 @@ class RealStep:
             model = build_model(recipe.model.path or "", config, "sdpa")
             objective = PackedLoss(recipe.objective, reference=torch.zeros(2))
             student = Student(model.train(), objective)
-            shard(student, recipe.shard, torch.float32, CPU)
+            shard(student, recipe.shard, torch.float32, CPU, TOKENS)
             student.to_empty(device=CPU)
             parameters = list(student.parameters())
             for parameter in parameters:
