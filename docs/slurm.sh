@@ -4,6 +4,7 @@
 #     sbatch --nodes 4 --gpus-per-node 8 docs/slurm.sh RECIPE.toml [--section.key value]
 #
 # Submit it several times: one job runs at a time, and jobs after the end of the run exit at once.
+# (--requeue repeats a job whose node failed, not one that reached its time limit.)
 #SBATCH --job-name=redi
 #SBATCH --dependency=singleton
 #SBATCH --ntasks-per-node=1
@@ -28,6 +29,9 @@ set -euo pipefail
 if [ -n "${INTERFACE:-}" ]; then
     export GLOO_SOCKET_IFNAME="$INTERFACE" NCCL_SOCKET_IFNAME="$INTERFACE"
 fi
+# If torchrun is not in the PATH of a node's shell, activate its environment here:
+# source /shared/venv/bin/activate; module load ...
+# The token cache must be on a file system that all nodes share: export REDI_CACHE=/shared/cache
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" torchrun \
     --nnodes "$SLURM_NNODES" \

@@ -14,12 +14,12 @@ import sys
 import time
 import traceback
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from redi.engine.config.options import command_parser, parse_arguments
 from redi.engine.config.parse import (
@@ -161,7 +161,28 @@ def plan(argv: Sequence[str]) -> None:
 
     from redi.engine.plan.command import plan_recipes
 
-    plan_recipes(recipes, cluster, Console(quiet=arguments.quiet), arguments.json)
+    with _ended_at_once():
+        plan_recipes(recipes, cluster, Console(quiet=arguments.quiet), arguments.json)
+
+
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """End the process at a signal inside the block, which has nothing to save.
+
+    The block runs autograd, whose native code aborts if a hook raises KeyboardInterrupt.
+    """
+
+    def end(number: int, frame: object) -> NoReturn:
+        os.write(2, b"\nredi: interrupted\n" if sys.stderr.isatty() else b"redi: interrupted\n")
+        os._exit(STOPPED)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, end) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _with_models(

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
@@ -350,6 +353,32 @@ def test_the_plan_equals_the_training_that_follows(
         # A single rank never waits: its time is that of all flops at half of an H100's peak.
         assert plan["step_seconds"] == pytest.approx(found["flops"] / (0.5 * 989e12))
         assert plan["tokens_per_s"] == pytest.approx(found["tokens"] / plan["seconds"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_hook_of_autograd_ends_the_plan(
+    number: signal.Signals, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A KeyboardInterrupt there would abort the process in native code."""
+    (tmp_path / "signalled.py").write_text(
+        "import os, signal, sys\n"
+        "from torch.autograd.graph import saved_tensors_hooks\n"
+        "from redi.engine import cli\n"
+        "from redi.engine.plan import memory\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def unpack(tensor):\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    return tensor\n"
+        "def hooked(*arguments, original=memory.forward_backward):\n"
+        "    with saved_tensors_hooks(lambda tensor: tensor, unpack):\n"
+        "        return original(*arguments)\n"
+        "memory.forward_backward = hooked\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    line = [sys.executable, "-m", "signalled", "plan", str(recipe("run"))]
+    done = subprocess.run(line, cwd=tmp_path, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.splitlines()[-1] == "redi: interrupted"
 
 
 @pytest.mark.slow
