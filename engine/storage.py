@@ -32,12 +32,16 @@ if TYPE_CHECKING:
 RECIPE = "recipe.toml"
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
+FLIGHT_RECORDER = "flight-recorder"
 VIEWED = "viewed"
 """Folder of the cache for runs that are looked at: a run in training has its own folder."""
 _WHOLE_BYTES = 1 << 26
 """Smaller files are read before they are sent: metrics.jsonl may grow meanwhile."""
 _MODEL = "config.json"
 _FETCHED = ".fetched.json"
+_PROBE = ".probe"
+_NOT_UPLOADED = {CHECKPOINTS, FLIGHT_RECORDER, "wandb", _PROBE}
+"""Files and folders of a run that stay where they were written, or are removed at once."""
 _OPTIONS = {"use_listings_cache": False}  # other machines write too
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "mtime", "created")
 
@@ -97,7 +101,7 @@ def url_of(folder: Path) -> str | None:
 
 
 class LocalRun:
-    """A run directory on this machine's file systems.
+    """A run directory on this machine's file systems: nothing to fetch or upload.
 
     Args:
         folder: the directory.
@@ -112,7 +116,7 @@ class LocalRun:
         self.folder = folder
 
     def fetch(self) -> None:
-        """Fetch the run's files, except checkpoints and models. Nothing to do here."""
+        """Fetch the run's files, except checkpoints and models."""
 
     def check_writable(self) -> None:
         """Check that the directory can be written, before hours of tokenizing. Leaves no file.
@@ -130,7 +134,7 @@ class LocalRun:
             ) from None
 
     def publish(self) -> None:
-        """Upload the run's files, except checkpoints and models. Nothing to do here."""
+        """Upload the run's files, except checkpoints and models."""
 
     @contextmanager
     def published(self) -> Iterator[None]:
@@ -138,7 +142,7 @@ class LocalRun:
         yield
 
     def publish_model(self, name: str) -> None:
-        """Upload an exported model, the directory `name` of the run. Nothing to do here."""
+        """Upload an exported model, the directory `name` of the run."""
 
     def checkpoint(self, step: int) -> Path | str:
         """Folder or URL of a checkpoint."""
@@ -154,9 +158,13 @@ class LocalRun:
         )
 
     def remove_checkpoint(self, step: int) -> None:
-        """Remove a checkpoint, if there is one: its metadata first, so that it is not complete."""
+        """Remove a checkpoint, if there is one: its metadata first, so that it is not complete.
+
+        Raises:
+            RunError: it cannot be removed.
+        """
         folder = self.folder / CHECKPOINTS / f"step-{step}"
-        with suppress(FileNotFoundError):
+        with _explained(f"{folder} cannot be removed", RunError), suppress(FileNotFoundError):
             (folder / ".metadata").unlink(missing_ok=True)
             shutil.rmtree(folder)
 
@@ -184,21 +192,21 @@ class BucketRun(LocalRun):
             InputError: the bucket cannot be read, or the URL holds something else than a run.
         """
         with _explained(f"run.dir: {self.url} cannot be read", InputError):
-            found = self._bucket.versions()
-            if found.keys() <= {MANIFEST}:  # no run, or killed before its recipe was uploaded
+            names = self._bucket.versions().keys()
+            if names <= {MANIFEST, _PROBE}:  # no run, or killed before its recipe was uploaded
                 shutil.rmtree(self.folder, ignore_errors=True)
                 return
-            if RECIPE not in found:
+            if RECIPE not in names:
                 raise InputError(
                     f"run.dir: {self.url} exists and is not a run directory; choose another"
                 )
             for name in _small_files(self.folder):
-                if name not in found:
+                if name not in names:
                     (self.folder / name).unlink()
-            for name in filter(_is_small, found):
+            for name in filter(_is_small, names):
                 self._bucket.download(name, self.folder)
             export = self.folder / "export"
-            if f"{export.name}/{_MODEL}" in found:
+            if f"{export.name}/{_MODEL}" in names:
                 export.mkdir(exist_ok=True)
             else:  # killed while it was uploaded
                 shutil.rmtree(export, ignore_errors=True)
@@ -211,9 +219,8 @@ class BucketRun(LocalRun):
         """
         super().check_writable()
         with _explained(f"run.dir: {self.url} cannot be written", InputError):
-            probe = f".probe-{uuid.uuid4().hex}"
-            self._bucket.write(probe, b"one byte")
-            self._bucket.remove([probe])
+            self._bucket.write(_PROBE, b"one byte")
+            self._bucket.remove([_PROBE])
 
     def publish(self) -> None:
         """Upload the files that changed since the last call: the recipe last.
@@ -223,15 +230,21 @@ class BucketRun(LocalRun):
         """
         names = _small_files(self.folder)
         for name in sorted(names, key=lambda name: (name == RECIPE, name == MANIFEST, name)):
-            status = (self.folder / name).stat()
-            stamp = (status.st_size, status.st_mtime_ns)
-            if self._sent.get(name) != stamp:
-                with _explained(f"{self.url}/{name} cannot be written", RunError):
-                    if status.st_size < _WHOLE_BYTES:
-                        self._bucket.write(name, (self.folder / name).read_bytes())
-                    else:
-                        self._bucket.upload([name], self.folder)
-                self._sent[name] = stamp
+            file = self.folder / name
+            try:
+                status = file.stat()
+                stamp = (status.st_size, status.st_mtime_ns)
+                if self._sent.get(name) == stamp:
+                    continue
+                content = file.read_bytes() if status.st_size < _WHOLE_BYTES else None
+            except FileNotFoundError:  # a temporary file, removed meanwhile
+                continue
+            with _explained(f"{self.url}/{name} cannot be written", RunError):
+                if content is None:
+                    self._bucket.upload([name], self.folder)
+                else:
+                    self._bucket.write(name, content)
+            self._sent[name] = stamp
 
     @contextmanager
     def published(self) -> Iterator[None]:
@@ -265,8 +278,8 @@ class BucketRun(LocalRun):
 
     def checkpoint_files(self) -> dict[int, dict[str, int]]:
         with _explained(f"run.dir: {self.url} cannot be read", InputError):
-            found = _Bucket(f"{self.url}/{CHECKPOINTS}").versions()
-        return _by_step({name: size for name, (size, _) in found.items()})
+            versions = _Bucket(f"{self.url}/{CHECKPOINTS}").versions()
+        return _by_step({name: size for name, (size, _) in versions.items()})
 
     def remove_checkpoint(self, step: int) -> None:
         bucket = _Bucket(str(self.checkpoint(step)))
@@ -282,50 +295,61 @@ def open_run(folder: Path) -> LocalRun:
     return LocalRun(folder) if url is None else BucketRun(folder, url)
 
 
-def _model_folder(path: str, cache_dir: Path, weights: bool) -> Path:
-    """The folder to which `fetch_model` fetches a model from a URL."""
-    folder = working_folder(path, cache_dir)
-    return folder if weights else folder.with_name(f"{folder.name}-without-weights")
-
-
-def fetch_model(path: str, cache_dir: Path, key: str, weights: bool = True) -> str:
-    """The folder of a model on this machine, fetched from object storage unless it is here.
+def fetch_model(
+    path: str, cache_dir: Path, key: str, weights: bool = True, world: World | None = None
+) -> str:
+    """The folder of a model on this machine, fetched from object storage unless it is there.
 
     Args:
         path: returned as it is unless it is a URL.
         cache_dir: folder of the cache.
         key: key of the recipe or option, for messages.
         weights: False: the configuration and the tokenizer are enough.
+        world: fetch once on each machine of these ranks; collective.
 
     Raises:
         InputError: there is no such model, or its upload is not complete.
     """
     if not is_remote(path):
         return path
-    check_available(path, key)
-    folder = _model_folder(path, cache_dir, weights)
-    with _explained(f"{key}: {path} cannot be read", InputError):
-        bucket = _Bucket(path)
-        found = {
-            name: version
-            for name, version in bucket.versions().items()
-            if weights or not name.endswith(".safetensors")
-        }
-        if _MODEL not in found:
-            raise InputError(
-                f"{key}: {path} has no {_MODEL}: it is no model, or its upload has not finished"
-            )
-        if _recorded(folder) == found:
-            return str(folder)
-        partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
-        try:
-            bucket.download_all(list(found), partial)
-            (partial / _FETCHED).write_text(json.dumps(found))
+    folder = working_folder(path, cache_dir)
+    if not weights:
+        folder = folder.with_name(f"{folder.name}-without-weights")
+
+    def fetch() -> None:
+        check_available(path, key)
+        with _explained(f"{key}: {path} cannot be read", InputError):
+            _fetch_model(path, folder, key, weights)
+
+    world.once_per_node(fetch) if world else fetch()
+    return str(folder)
+
+
+def _fetch_model(path: str, folder: Path, key: str, weights: bool) -> None:
+    bucket = _Bucket(path)
+    versions = {
+        name: version
+        for name, version in bucket.versions().items()
+        if weights or not name.endswith(".safetensors")
+    }
+    if _MODEL not in versions:
+        raise InputError(
+            f"{key}: {path} has no {_MODEL}: it is no model, or its upload has not finished"
+        )
+    if _recorded(folder) == versions:
+        return
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
+    try:
+        bucket.download_all(list(versions), partial)
+        (partial / _FETCHED).write_text(json.dumps(versions))
+        if _recorded(folder) != versions:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return str(folder)
+    except OSError:
+        if _recorded(folder) != versions:  # else another machine with the same cache was faster
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def fetch_models(recipe: Recipe, world: World) -> Recipe:
@@ -338,15 +362,10 @@ def fetch_models(recipe: Recipe, world: World) -> Recipe:
         InputError: as `fetch_model`.
     """
     cache, model = recipe.data.cache_dir, recipe.model
-
-    def here(path: str | None, key: str, weights: bool) -> str | None:
-        if not is_remote(path):
-            return path
-        world.once_per_node(lambda: fetch_model(path, cache, key, weights))
-        return str(_model_folder(path, cache, weights))
-
-    path = here(model.path, "model.path", weights=True)
-    tokenizer = here(model.tokenizer, "model.tokenizer", weights=False)
+    path = model.path and fetch_model(model.path, cache, "model.path", world=world)
+    tokenizer = model.tokenizer and fetch_model(
+        model.tokenizer, cache, "model.tokenizer", weights=False, world=world
+    )
     return replace(recipe, model=replace(model, path=path, tokenizer=tokenizer))
 
 
@@ -401,18 +420,18 @@ class _Bucket:
 
     def versions(self) -> dict[str, list[Any]]:
         """[bytes, what changes with the content] of each file: one listing."""
-        found = self._fs.find(self._root, detail=True)
+        files = self._fs.find(self._root, detail=True)
         return {
             path[len(self._root) :].lstrip("/"): [
-                one["size"],
-                str(next((one[key] for key in _VERSIONS if key in one), "")),
+                info["size"],
+                str(next((info[key] for key in _VERSIONS if key in info), "")),
             ]
-            for path, one in found.items()
+            for path, info in files.items()
         }
 
     def has(self, name: str) -> bool:
-        found: bool = self._fs.exists(self._path(name))
-        return found
+        exists: bool = self._fs.exists(self._path(name))
+        return exists
 
     def write(self, name: str, content: bytes) -> None:
         self._make_parent(name)
@@ -450,38 +469,37 @@ class _Bucket:
 
 def _small_files(folder: Path) -> list[str]:
     """Names of a run's files in its working folder, except checkpoints and models."""
-    names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
-    return [name for name in names if _is_small(name)]
+    # Unlike rglob, os.walk passes over a folder that is removed meanwhile.
+    files = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
+    return [name for file in files if _is_small(name := str(file.relative_to(folder)))]
 
 
 def _is_small(name: str) -> bool:
     """Whether a file of a run is fetched and uploaded with the run."""
     top = name.split("/")[0]
-    return not (
-        top == CHECKPOINTS or top.startswith(("export", ".probe-")) or name.endswith(".partial")
-    )
+    return not (top in _NOT_UPLOADED or top.startswith("export") or ".partial" in name)
 
 
 def _by_step(sizes: dict[str, int]) -> dict[int, dict[str, int]]:
     """Sort the sizes of files "step-N/name" by step."""
-    found: dict[int, dict[str, int]] = {}
+    steps: dict[int, dict[str, int]] = {}
     for path, size in sizes.items():
         folder, _, name = path.partition("/")
         step = folder.removeprefix("step-")
         if step.isdecimal() and folder != step:
-            found.setdefault(int(step), {})[name] = size
-    return found
+            steps.setdefault(int(step), {})[name] = size
+    return steps
 
 
 def _recorded(folder: Path) -> dict[str, list[Any]] | None:
-    """The versions of the files of a fetched or published model; None if one is not here."""
+    """The versions of the files of a fetched or published model; None if one is missing."""
     try:
-        found: dict[str, list[Any]] = json.loads((folder / _FETCHED).read_text())
-        if any((folder / name).stat().st_size != size for name, (size, _) in found.items()):
+        versions: dict[str, list[Any]] = json.loads((folder / _FETCHED).read_text())
+        if any((folder / name).stat().st_size != size for name, (size, _) in versions.items()):
             return None
     except (OSError, ValueError):
         return None
-    return found
+    return versions
 
 
 @contextmanager
@@ -491,5 +509,5 @@ def _explained(what: str, kind: type[InputError] | type[RunError]) -> Iterator[N
         yield
     except (InputError, RunError):
         raise
-    except Exception as error:  # each client has errors of its own
+    except Exception as error:  # each client has other types of errors
         raise kind(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error

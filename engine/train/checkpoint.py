@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
-from redi.engine.distributed import World
+from redi.engine.console import Console
+from redi.engine.distributed import World, await_files
 from redi.engine.errors import InputError, RunError
 from redi.engine.model.student import Student
 from redi.engine.storage import CHECKPOINTS, LocalRun, open_run
@@ -155,6 +156,7 @@ class Checkpointer:
         keep: number of newest checkpoints to keep; 0: all.
         student, optimizer: what is saved.
         world: the ranks.
+        console: where a checkpoint that cannot be removed is a warning.
 
     Attributes:
         complete: steps of the complete checkpoints now. They are not read again: for many ranks the
@@ -169,6 +171,7 @@ class Checkpointer:
         student: Student,
         optimizer: torch.optim.Optimizer,
         world: World,
+        console: Console,
     ) -> None:
         self.run = run
         self.complete = set(complete)
@@ -176,6 +179,7 @@ class Checkpointer:
         self.student = student
         self.optimizer = optimizer
         self.world = world
+        self.console = console
         self._pending: Future[Any] | None = None
         self._good_before: int | None = None
         self._pending_step = 0
@@ -209,9 +213,7 @@ class Checkpointer:
         self._good_before = good_before
         self.wait()
         self._pending_step = step
-        if self.world.is_main:
-            with suppress(OSError):  # else the save fails too, on every rank
-                self.run.remove_checkpoint(step)  # incomplete, from an earlier attempt
+        self._remove(step)  # incomplete, from an earlier attempt
         dist.barrier(self.world.checkpoint_group)
         self._pending = dcp.async_save(  # type: ignore[assignment]
             self._state(),
@@ -232,9 +234,7 @@ class Checkpointer:
         try:
             pending.result()
         except FAILURES as error:
-            if self.world.is_main:
-                with suppress(OSError, RunError):
-                    self.run.remove_checkpoint(self._pending_step)  # frees the disk space
+            self._remove(self._pending_step)  # frees the disk space
             raise RunError(
                 f"{self.run.checkpoint(self._pending_step)} could not be saved ({_cause(error)}); "
                 "older checkpoints are intact, the same command resumes from the newest"
@@ -243,9 +243,17 @@ class Checkpointer:
         if not self.keep:
             return
         kept = kept_checkpoints(sorted(self.complete), self.keep, self._good_before)
-        for step in self.complete - kept if self.world.is_main else ():
-            self.run.remove_checkpoint(step)
+        for step in self.complete - kept:
+            self._remove(step)
         self.complete &= kept
+
+    def _remove(self, step: int) -> None:
+        """Remove a checkpoint, by rank 0; training does not need it removed."""
+        if self.world.is_main:
+            try:
+                self.run.remove_checkpoint(step)
+            except RunError as error:
+                self.console.warn(str(error))
 
     def close(self) -> None:
         """Let a save in progress finish: it is valid even if the run has failed since.
@@ -270,11 +278,13 @@ class Checkpointer:
         step = max(self.complete, default=0)
         if not step:
             return 0
-        # On a network file system other ranks may not see its files yet.
         checkpoint = self.run.checkpoint(step)
-        self.world.from_rank0(
-            lambda: None, lambda _: checkpoint.iterdir() if isinstance(checkpoint, Path) else ()
-        )
+        if isinstance(checkpoint, Path):
+            # On a network file system other machines may not see its files yet.
+            sizes = self.world.from_rank0(
+                lambda: {file: file.stat().st_size for file in checkpoint.iterdir()}
+            )
+            self.world.once_per_node(lambda: await_files(sizes, self.world.rank))
         state = self._state()
         try:
             dcp.load(state, storage_reader=checkpoint_reader(checkpoint))

@@ -306,7 +306,7 @@ def _train(
     """
     total = data.schedule.total_steps
     run_dir = run.folder
-    checkpointer = Checkpointer(run, complete, recipe.run.keep, student, optimizer, world)
+    checkpointer = Checkpointer(run, complete, recipe.run.keep, student, optimizer, world, console)
     done = checkpointer.load_newest()
     loader = StepLoader(
         data.tokens,

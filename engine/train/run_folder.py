@@ -27,7 +27,7 @@ from redi.engine.data.summary import Summary
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
 from redi.engine.model.first_forward import ForwardRecord
-from redi.engine.storage import MANIFEST, RECIPE
+from redi.engine.storage import FLIGHT_RECORDER, MANIFEST, RECIPE
 from redi.engine.train.checkpoint import complete_checkpoints
 
 NAMED_FILES = 3
@@ -374,12 +374,11 @@ def record_flight(run_dir: Path, world: World) -> None:
 
     On CUDA torch keeps the last 2000 collectives of each rank and writes them when one times out or
     fails, by default into the user's home. It reads the name only then, so each run of a command
-    gets its own.
+    gets its own. For a run on object storage each machine has such a folder. Collective.
     """
     if world.device.type == "cuda" and not RECORDS_ELSEWHERE:
-        folder = run_dir / "flight-recorder"
-        if world.is_main:
-            folder.mkdir(exist_ok=True)
+        folder = run_dir / FLIGHT_RECORDER
+        world.once_per_node(lambda: folder.mkdir(parents=True, exist_ok=True))
         os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder.absolute() / "rank_")
 
 

@@ -114,3 +114,43 @@ def test_two_stages_run_on_two_machines_of_which_one_sees_files_late(
     assert (machines[0] / "runs" / "redi" / "export" / "config.json").exists()
     tokenized = [json.loads((machine / "calls.json").read_text()) for machine in machines]
     assert tokenized == [2, 0], "only rank 0 tokenizes or looks for tokens"
+
+
+COUNTING_SCANS = """
+import os, sys
+scans = []
+sys.addaudithook(lambda event, args: event == "os.scandir" and scans.append(str(args[0])))
+from redi.engine.cli import main
+code = main(sys.argv[1:])
+print(sum(path.endswith("checkpoints/step-2") for path in scans))
+raise SystemExit(code)
+"""
+
+
+@pytest.mark.slow
+def test_one_rank_of_a_machine_waits_for_the_files_of_a_checkpoint(
+    recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A thousand ranks that each look for a thousand files would stall a file server."""
+    path = recipe("run", {"optim.schedule": "constant", "run.keep": 0})
+
+    def scans(steps: int) -> list[int]:
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+        argv = [sys.executable, "-c", COUNTING_SCANS, "train", path, "--train.max_steps", steps]
+        processes = [
+            subprocess.Popen(
+                list(map(str, argv)),
+                env=os.environ
+                | shared
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        return [int(process.communicate(timeout=300)[0]) for process in processes]
+
+    scans(2)
+    first, second = scans(3)
+    assert first > 0, "rank 0 lists them"
+    assert second == 0

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,22 @@ def test_the_flight_recorder_writes_into_the_run_folder(
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("rank_0")] == [
         Path("flight-recorder/rank_0")
     ]
+
+
+def test_each_machine_has_a_folder_for_the_flight_recorder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only rank 0's machine has the working folder of a run on object storage before."""
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "")  # restored afterwards
+    store = dist.HashStore()
+    folders = [tmp_path / f"machine-{rank}" / "run" for rank in range(2)]
+    folders[0].mkdir(parents=True)
+    with ThreadPoolExecutor(2) as pool:
+        for rank, folder in enumerate(folders):
+            group = dist.ProcessGroup(store, rank, 2)
+            world = World(rank, 2, torch.device("cuda"), store, group)
+            pool.submit(run_folder.record_flight, folder, world)
+    assert all((folder / "flight-recorder").is_dir() for folder in folders)
 
 
 def test_the_flight_recorder_leaves_the_users_files(

@@ -617,3 +617,19 @@ def test_a_resume_names_the_changed_output_of_a_template(
     assert "was started: the output of the chat template ('" in said
     assert "', now '" in said
     assert "tokenizer" not in said
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_a_warning(
+    recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as one that was moved to another disk."""
+    path = recipe("run", CONSTANT | {"run.save_every": 1, "run.keep": 1})
+    assert main(["train", str(path), "--train.max_steps", "1"]) == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
+    checkpoint.rename(tmp_path / "moved")
+    checkpoint.symlink_to(tmp_path / "moved")
+    capsys.readouterr()
+    assert main(["train", str(path), "--train.max_steps", "3"]) == 0
+    warning = f"warning: {checkpoint} cannot be removed: Cannot call rmtree on a symbolic link"
+    assert warning in capsys.readouterr().err.splitlines()
+    assert [p.name for p in checkpoint.parent.iterdir() if p != checkpoint] == ["step-3"]

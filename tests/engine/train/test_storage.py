@@ -18,8 +18,10 @@ from processes import Run, free_port, ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from redi.engine import storage
 from redi.engine.cli import main
-from redi.engine.storage import fetch_model, url_of, working_folder
+from redi.engine.errors import InputError
+from redi.engine.storage import BucketRun, fetch_model, url_of, working_folder
 from redi.engine.train.metrics import TIMINGS
 
 WriteRecipe = Callable[..., Path]
@@ -246,6 +248,97 @@ def test_a_folder_of_a_bucket_that_holds_something_else_is_refused(
     path = recipe("run", {"model.path": f"{memory}/data"})
     assert main(["train", str(path)]) == 2
     assert f"model.path: {memory}/data has no config.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def started(memory: str, tmp_path: Path) -> BucketRun:
+    """A run whose recipe is in the bucket."""
+    run = BucketRun(tmp_path / "working", f"{memory}/run")
+    run.folder.mkdir()
+    (run.folder / "recipe.toml").write_text("[run]")
+    run.publish()
+    return run
+
+
+def add(run: BucketRun, *paths: str) -> None:
+    for path in paths:
+        (run.folder / path).parent.mkdir(exist_ok=True)
+        (run.folder / path).write_text("content")
+
+
+def test_files_that_vanish_or_are_not_whole_are_not_uploaded(
+    started: BucketRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(started, "profile/steps-1-2.partial.gz", "wandb/log", "metrics.jsonl", "tensorboard/1")
+    list_files = storage._small_files
+
+    def then_removed(folder: Path) -> list[str]:
+        names = list_files(folder)
+        (folder / "tensorboard" / "1").unlink()
+        return names
+
+    monkeypatch.setattr(storage, "_small_files", then_removed)
+    started.publish()
+    assert names(started.url or "") == {"recipe.toml", "metrics.jsonl"}
+
+
+def test_a_start_leaves_the_flight_recorders_files_that_only_this_machine_has(
+    started: BucketRun,
+) -> None:
+    add(started, "flight-recorder/rank_0", "left.txt")
+    started.fetch()
+    left = {str(p.relative_to(started.folder)) for p in started.folder.rglob("*") if p.is_file()}
+    assert left == {"recipe.toml", "flight-recorder/rank_0"}
+
+
+def test_a_check_that_could_not_remove_its_file_does_not_block_the_next_start(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = BucketRun(tmp_path / "working", f"{memory}/run")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("delete is not allowed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(fsspec.filesystem("memory")), "rm", refuse)
+        with pytest.raises(InputError, match="cannot be written: delete is not allowed"):
+            run.check_writable()
+    assert len(names(run.url or "")) == 1
+    run.fetch()
+    run.check_writable()
+    assert not names(run.url or "")
+
+
+@pytest.mark.parametrize("moment", ["downloaded", "removed"])
+def test_machines_that_share_the_cache_may_fetch_a_model_at_once(
+    moment: str, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine finishes when this one has downloaded it or has removed an older one."""
+    url = f"{memory}/model"
+    for name in ("config.json", "model.safetensors"):
+        fsspec.filesystem("memory").pipe_file(f"/bucket/model/{name}", b"content")
+    winners: list[int] = []
+
+    def late(function: Callable[..., Any], before: bool) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if winners:
+                return function(*arguments, **options)
+            winners.append(0)
+            result = None if before else function(*arguments, **options)
+            folder = Path(fetch_model(url, tmp_path, "model.path"))
+            winners[0] = folder.stat().st_ino
+            return function(*arguments, **options) if before else result
+
+        return call
+
+    if moment == "downloaded":
+        whole = storage._Bucket.download_all
+        monkeypatch.setattr(storage._Bucket, "download_all", late(whole, before=False))
+    else:
+        monkeypatch.setattr(os, "replace", late(os.replace, before=True))
+    folder = Path(fetch_model(url, tmp_path, "model.path"))
+    assert winners == [folder.stat().st_ino], "the other machine reads it"
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
 def killed_and_started_elsewhere(
