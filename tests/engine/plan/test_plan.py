@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
+from architecture_cases import tiny_config
 from data_cases import packed_row
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from redi.engine.cli import main
@@ -24,10 +26,11 @@ from redi.engine.config.sections import (
     TrainConfig,
 )
 from redi.engine.data.loader import StepBatches
-from redi.engine.data.packing import Cost, PackedBatch
+from redi.engine.data.packing import PackedBatch
 from redi.engine.distributed import join_world
 from redi.engine.loss.packed_loss import PackedLoss
 from redi.engine.model.build import build_model
+from redi.engine.model.checkpointing import checkpoint_blocks
 from redi.engine.model.flops import model_size
 from redi.engine.model.load import empty_model, read_config
 from redi.engine.model.sharding import shard
@@ -303,18 +306,24 @@ def test_generation_holds_all_weights_in_the_compute_dtype(
     assert plan["generating"] == pytest.approx(sharded + 2 * count, rel=0.01)
 
 
-def test_recomputation_costs_the_blocks_forward_once_more(tmp_path: Path) -> None:
-    size = model_size(read_config(str(small_model(tmp_path, layers=2)), weights=False))
-    blocks = 2 * (4 * 64 * 64 + 3 * 64 * 192)
-    trained = size.training_cost()
-    assert trained == Cost(linear=6.0 * (blocks + 64 * 64), quadratic=6.0 * 2 * 64)
-    assert size.run_cost("selective") == trained
-    assert size.run_cost("full") == Cost(
-        linear=trained.linear + 2.0 * blocks, quadratic=8.0 * 2 * 64
-    )
-    assert size.run_cost("attention") == Cost(
-        linear=trained.linear + 2.0 * blocks, quadratic=trained.quadratic
-    )
+@pytest.mark.parametrize("kind", ["qwen2", "phi3", "olmo2", "glm4"])
+def test_recomputation_costs_the_flops_that_torch_counts(kind: str) -> None:
+    """Exactly, for dense blocks. The last two have a norm after their last product."""
+    config = tiny_config(kind)
+    size = model_size(config)
+    tokens = 16
+    for checkpointing in ("none", "selective", "attention", "full"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+        checkpoint_blocks(model, checkpointing)
+        with FlopCounterMode(display=False) as counted:
+            logits = model(torch.ones(1, tokens, dtype=torch.long), use_cache=False).logits
+            logits.sum().backward()
+        counts = counted.get_flop_counts()["Global"]
+        products = sum(flops for op, flops in counts.items() if "mm" in str(op))
+        cost = size.run_cost(checkpointing)
+        assert products == cost.linear * tokens, checkpointing
+        again = 2 * 0.5 * size.attention if checkpointing == "full" else 0
+        assert cost.quadratic == 3 * size.attention + again
 
 
 def planned(*arguments: object) -> list[dict[str, Any]]:
