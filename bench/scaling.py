@@ -37,6 +37,7 @@ from redi.engine.config.sections import ShardConfig
 from redi.engine.data.packing import Cost, Packing, pack
 from redi.engine.model.flops import ModelSize, model_size
 from redi.engine.plan.cards import CARDS, MFU
+from redi.engine.plan.packed_run import pack_sums, slowest
 from redi.engine.plan.step_time import (
     ACHIEVED,
     GPUS_PER_MACHINE,
@@ -136,18 +137,18 @@ def predict(
         packing = pack(
             lengths, row_tokens=row_tokens, world_size=ranks, cost=cost, gather=shard.gather
         )
-        slowest = slowest_of(packing, runs, lengths, shard.gather) / flops_per_second
+        waits = slowest_of(packing, runs, lengths, shard.gather) / flops_per_second
         busy = float(runs.of(lengths).sum()) / ranks / flops_per_second
-        seconds = step_seconds(slowest, size, ranks, shard)
+        seconds = step_seconds(waits, size, ranks, shard)
         moved = step_traffic(size, ranks, shard)
         found.append(
             {
                 "micro_steps": len(packing.packs),
                 "rank_efficiency": packing.rank_efficiency,
                 "busy": busy,
-                "waiting": float(slowest.sum()) - busy,
-                "transfers": moved.micro_step * len(slowest) + moved.step,
-                "exposed": seconds - float(slowest.sum()),
+                "waiting": float(waits.sum()) - busy,
+                "transfers": moved.micro_step * len(waits) + moved.step,
+                "exposed": seconds - float(waits.sum()),
                 "seconds": seconds,
                 "tokens_per_s": int(lengths.sum()) / seconds,
                 "mfu": size.step_flops(lengths, int(lengths.sum()))
@@ -159,12 +160,8 @@ def predict(
 
 
 def slowest_of(packing: Packing, cost: Cost, lengths: np.ndarray, gather: str) -> np.ndarray:
-    """Cost of what all ranks wait for, one after the other: see `[shard] gather`."""
-    costs = cost.of(lengths)
-    packs = np.array([[costs[own].sum() for own in packs] for packs in packing.packs])
-    if gather == "step":
-        return packs.sum(axis=0).max(keepdims=True)
-    return packs.max(axis=1)
+    """Cost of the packs that a step waits for, one after the other."""
+    return slowest(pack_sums(packing, cost.of(lengths)), gather)
 
 
 def layouts(ranks: int) -> dict[str, tuple[ShardConfig, int]]:
@@ -269,7 +266,7 @@ def check() -> list[dict[str, Any]]:
 
     The speed of a process is that of the run on one, so that run is equal by construction. The
     others test that the packing of training is the simulated one, and that a step takes as long as
-    its slowest ranks. Processes that have no core of their own share: a step takes at least all
+    its slowest ranks. Processes that outnumber the cores share them: a step takes at least all
     work over the cores. It cannot test bandwidths, latencies or overlap: a loopback moves bytes by
     the cores that compute.
     """
@@ -288,8 +285,8 @@ def check() -> list[dict[str, Any]]:
             work = []
             for lengths in steps:
                 packing = pack(lengths, row_tokens=CHECKED_ROWS, world_size=ranks, cost=cost)
-                slowest = slowest_of(packing, cost, lengths, "micro_step")
-                work.append(max(float(slowest.sum()), float(cost.of(lengths).sum()) / cores))
+                waits = slowest_of(packing, cost, lengths, "micro_step")
+                work.append(max(float(waits.sum()), float(cost.of(lengths).sum()) / cores))
             # The first step warms up.
             measured = [line["seconds"] for line in lines][1:]
             speed = speed or sum(work[1:]) / sum(measured)
@@ -305,7 +302,7 @@ def check() -> list[dict[str, Any]]:
 
 
 def _run(folder: Path, ranks: int) -> tuple[ModelSize, list[np.ndarray], list[dict[str, Any]]]:
-    """Train in processes of their own; the model's size, the steps' lengths, and their metrics."""
+    """Train in other processes; the model's size, the steps' lengths, and their metrics."""
     from redi.engine.config.parse import load_recipe, train_parser
     from redi.engine.console import Console
     from redi.engine.distributed import join_world

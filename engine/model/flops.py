@@ -33,6 +33,9 @@ class ModelSize:
     parameters: int
     """All weights, as they are stored and gathered."""
     layers: int
+    spared: int
+    """Weights of the blocks' last products, of `trunk`, if backward does not read their results:
+    recomputation ends before them."""
 
     def step_flops(self, lengths: np.ndarray, targets: int) -> float:
         """Flops of one forward and backward of sequences: what a step needs, not what it executes.
@@ -58,13 +61,15 @@ class ModelSize:
     def run_cost(self, checkpointing: str) -> Cost:
         """Flops executed for a sequence: those of training, plus recomputation.
 
-        If `[shard] checkpointing` is "full", the forward of the blocks runs twice; if it is
-        "attention", all but its attention. "selective" keeps the results of all matrix products.
+        If `[shard] checkpointing` is "full", the forward of the blocks runs twice, but for the last
+        product of a dense block (`spared`); if it is "attention", all but its attention too.
+        "selective" keeps the results of all matrix products. Exact for dense blocks; of a mixture's
+        experts the last product counts as recomputed, since the router's weights multiply it.
         """
         again = 2.0 if checkpointing in ("attention", "full") else 0.0
         attention_again = 2.0 if checkpointing == "full" else 0.0
         return Cost(
-            linear=6.0 * (self.trunk + self.head) + again * self.trunk,
+            linear=6.0 * (self.trunk + self.head) + again * (self.trunk - self.spared),
             quadratic=(6.0 + attention_again) / 2 * self.attention,
         )
 
@@ -95,7 +100,20 @@ def model_size(config: PretrainedConfig) -> ModelSize:
         attention=attention,
         parameters=sum(p.numel() for p in model.parameters()),
         layers=len(model.base_model.layers),
+        spared=sum(map(_spared, model.base_model.layers)),
     )
+
+
+def _spared(block: nn.Module) -> int:
+    """Weights of a block's last product, if its result is only added to the block's input.
+
+    torch ends recomputation at the last tensor that backward needs, and that is this product's
+    input. A norm after it needs its result.
+    """
+    last = getattr(getattr(block, "mlp", None), "down_proj", None)
+    names = [name for name, _ in block.named_children()]
+    normed = any(name.startswith(("post_mlp", "post_feedforward")) for name in names)
+    return last.weight.numel() if isinstance(last, nn.Linear) and not normed else 0
 
 
 def _active_share(model: nn.Module, name: str) -> float:

@@ -5,7 +5,6 @@ It depends on recipe, data, model, number of ranks and GPU alone, and a run keep
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,9 +18,9 @@ from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
 from redi.engine.distributed import World
 from redi.engine.model.flops import ModelSize, model_size
-from redi.engine.plan.cards import CARDS, MFU, Card, Cluster, card_of
+from redi.engine.plan.cards import CARDS, MFU, Card, card_of
 from redi.engine.plan.memory import Load, step_memory
-from redi.engine.plan.search import CountMemory, fastest, row_lengths
+from redi.engine.plan.search import CountMemory, Gpus, fastest, row_lengths
 from redi.engine.train.prepare_data import PreparedData
 
 CPU_FLOPS = 1e10
@@ -34,28 +33,24 @@ def with_rows(recipe: Recipe, row_tokens: int) -> Recipe:
 
 
 def auto_rows(
-    recipe: Recipe,
-    config: Any,
-    size: ModelSize,
-    data: PreparedData,
-    cluster: Cluster,
-    console: Console,
+    recipe: Recipe, size: ModelSize, data: PreparedData, gpus: Gpus, console: Console
 ) -> int:
-    """The row length for the GPUs of a plan."""
-    card = cluster.figures
-
-    def count(changed: Recipe, load: Load) -> int:
-        return step_memory(changed, config, load, cluster.ranks, card).total
-
-    speed = cluster.mfu * card.peak_flops
-    return _rows(recipe, size, data, cluster.ranks, speed, card.usable_memory, count, console)
+    """The row length, and a warning if none fits."""
+    found = fastest(recipe, size, data, gpus, console, axes=())
+    if found is not None:
+        return found.row_tokens
+    shortest = row_lengths(data)[0]
+    console.warn(
+        f"train.row_tokens: by the estimate even rows of {shortest:,} tokens, the longest trace, "
+        "do not fit the GPU; `redi plan` searches settings that do"
+    )
+    return shortest
 
 
 def rows_without_card(recipe: Recipe, config: Any, data: PreparedData, ranks: int) -> int:
     """The row length for ranks on CPUs: ranks wait least for each other; memory has no limit."""
-    nothing: CountMemory = lambda changed, load: 0  # noqa: E731
-    size, quiet = model_size(config), Console(active=False)
-    return _rows(recipe, size, data, ranks, CPU_FLOPS, math.inf, nothing, quiet)
+    cpus = Gpus(ranks, CPU_FLOPS)
+    return auto_rows(recipe, model_size(config), data, cpus, Console(active=False))
 
 
 def resolve_rows(
@@ -82,36 +77,15 @@ def resolve_rows(
             return kept
         if world.device.type != "cuda":
             return rows_without_card(recipe, config, data, world.size)
-        with _counting(config, world.size, card := card_of_device(world.device)) as count:
-            speed = MFU * card.peak_flops
-            size, limit = model_size(config), card.usable_memory
-            return _rows(recipe, size, data, world.size, speed, limit, count, console)
+        card = card_of_device(world.device)
+        with _counting(config, world.size, card) as count:
+            gpus = Gpus(world.size, MFU * card.peak_flops, card.usable_memory, count)
+            return auto_rows(recipe, model_size(config), data, gpus, console)
 
-    found = world.from_rank0(choose)
+    row_tokens = world.from_rank0(choose)
     why = "as when the run was started" if kept is not None else "auto"
-    console.say(f"train.row_tokens: {found:,} ({why})")
-    return with_rows(recipe, found)
-
-
-def _rows(
-    recipe: Recipe,
-    size: ModelSize,
-    data: PreparedData,
-    ranks: int,
-    flops_per_second: float,
-    limit: float,
-    count: CountMemory,
-    console: Console,
-) -> int:
-    found = fastest(recipe, size, data, ranks, flops_per_second, limit, count, console, axes=())
-    if found is not None:
-        return found.row_tokens
-    shortest = row_lengths(data)[0]
-    console.warn(
-        f"train.row_tokens: by the estimate even rows of {shortest:,} tokens, the longest trace, "
-        "do not fit the GPU; `redi plan` searches settings that do"
-    )
-    return shortest
+    console.say(f"train.row_tokens: {row_tokens:,} ({why})")
+    return with_rows(recipe, row_tokens)
 
 
 def card_of_device(device: torch.device) -> Card:

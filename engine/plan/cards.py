@@ -75,3 +75,8 @@ class Cluster:
     def figures(self) -> Card:
         """Properties of the GPU."""
         return CARDS[self.card]
+
+    @property
+    def flops_per_second(self) -> float:
+        """Assumed speed of a GPU, recomputed flops included."""
+        return self.mfu * self.figures.peak_flops

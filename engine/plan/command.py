@@ -22,9 +22,9 @@ from redi.engine.model.flops import ModelSize, model_size
 from redi.engine.plan.auto_rows import auto_rows, with_rows
 from redi.engine.plan.cards import Cluster
 from redi.engine.plan.display import show_plan
-from redi.engine.plan.memory import cache_memory, step_memory, weights_memory
+from redi.engine.plan.memory import generation_memory, step_memory
 from redi.engine.plan.packed_run import pack_run
-from redi.engine.plan.search import fastest, longest
+from redi.engine.plan.search import Gpus, fastest, longest_unit
 from redi.engine.plan.types import Plan
 from redi.engine.train.prepare_data import PreparedData, check_positions, prepare_data
 
@@ -62,7 +62,9 @@ def plan_recipes(
         )
         size = model_size(config)
         if recipe.train.row_tokens == "auto":
-            recipe = with_rows(recipe, auto_rows(recipe, config, size, data, cluster, console))
+            recipe = with_rows(
+                recipe, auto_rows(recipe, size, data, Gpus.of(cluster, config), console)
+            )
         row_tokens = recipe.train.resolved_row_tokens
         summary = data.summarize(
             row_tokens, cluster.ranks, size.training_cost(), recipe.shard.gather
@@ -104,38 +106,26 @@ def make_plan(
     """
     if recipe.objective.backend == "reference":
         raise InputError('objective.backend: plan does not support "reference"; use "auto"')
-    packing, load = pack_run(recipe, size, data, cluster.ranks, console)
-    card = cluster.figures
-    memory = step_memory(recipe, config, load, cluster.ranks, card)
+    packing, load = pack_run(recipe, size, data, cluster, console)
+    gpus = Gpus.of(cluster, config)
+    memory = step_memory(recipe, config, load, cluster.ranks, cluster.figures)
     generating = None
     if data.held_out is not None and data.held_out.problems is not None:
-        generating = memory.parts["masters"] + memory.parts["moments"]
-        generating += weights_memory(recipe, size)
-        generating += cache_memory(recipe, config, data.held_out.problems)
-    found = fastest(
-        recipe,
-        size,
-        data,
-        cluster.ranks,
-        cluster.mfu * card.peak_flops,
-        card.usable_memory,
-        lambda changed, load: step_memory(changed, config, load, cluster.ranks, card).total,
-        console,
-    )
-    step_seconds = packing.slowest_flops / (cluster.mfu * card.peak_flops)
-    seconds = step_seconds * packing.steps
+        problems = data.held_out.problems
+        generating = generation_memory(memory, recipe, config, size, problems)
+    found = fastest(recipe, size, data, gpus, console)
+    seconds = packing.seconds * packing.steps
     return Plan(
         cluster=cluster,
         packing=packing,
         memory=memory,
         generating=generating,
-        card_memory=card.usable_memory,
-        fits=max(memory.total, generating or 0) <= card.usable_memory,
+        card_memory=cluster.figures.usable_memory,
+        fits=max(memory.total, generating or 0) <= cluster.figures.usable_memory,
         fastest=found,
         row_tokens=recipe.train.resolved_row_tokens,
-        rows_are_short=recipe.train.resolved_row_tokens <= longest(data)
+        rows_are_short=recipe.train.resolved_row_tokens <= longest_unit(data)
         and recipe.shard.gather == "micro_step",
-        step_seconds=step_seconds,
         seconds=seconds,
         tokens_per_s=packing.tokens / seconds,
     )

@@ -28,10 +28,12 @@ def show_plan(plan: Plan, title: str, console: Console) -> None:
         console.say(f"{title}: fits {name}")
     else:
         console.warn(f"{title}: does not fit {name}")
+    what = "settings that fit"
     if plan.generating is not None and plan.generating > plan.card_memory:
+        what = "settings whose training steps fit"
         console.warn(
-            f"{title}: generation for eval.checker does not fit; lower eval.batch_size, or leave "
-            "eval.checker out and run `redi evaluate` on exports"
+            f"{title}: generation for eval.checker does not fit, whatever the settings; lower "
+            "eval.batch_size, or leave eval.checker out and run `redi evaluate` on exports"
         )
     if plan.fastest is None:
         console.warn(
@@ -41,9 +43,9 @@ def show_plan(plan: Plan, title: str, console: Console) -> None:
         return
     best = plan.fastest
     console.say(
-        f"{title}: the fastest settings that fit, at {best.seconds:,.3g} s per step (communication "
-        f"included), rank efficiency {best.rank_efficiency:.3f} and {best.peak / size:,.1f} {unit}"
-        f" with a full row:\n\n{recipe_lines(best)}"
+        f"{title}: the fastest {what}, at {best.seconds:,.3g} s per step (mean of a sample), rank "
+        f"efficiency {best.rank_efficiency:.3f} and {best.peak / size:,.1f} {unit} with a full "
+        f"row:\n\n{recipe_lines(best)}"
     )
 
 
@@ -83,7 +85,7 @@ def _run_rows(plan: Plan) -> list[tuple[str, str]]:
         ("- its bound from the longest trace", f"{worst.bound:.3f}"),
         ("PFLOP per step, including recomputation", f"{packing.flops / 1e15:,.3g}"),
         ("fraction of peak (assumed, not measured: --mfu)", f"{plan.cluster.mfu:g}"),
-        ("seconds per step", f"{plan.step_seconds:,.3g}"),
+        ("seconds per step", f"{plan.packing.seconds:,.3g}"),
         ("tokens/s", f"{plan.tokens_per_s:,.0f}"),
         ("time, without evaluation and checkpoints", _duration(plan.seconds)),
         ("GPU hours", f"{plan.seconds / 3600 * plan.cluster.ranks:,.3g}"),

@@ -96,9 +96,17 @@ def step_memory(recipe: Recipe, config: Any, load: Load, ranks: int, card: Card)
     return StepMemory({name: parts[name] for name in PARTS}, phase[1], host)
 
 
-def weights_memory(recipe: Recipe, size: ModelSize) -> int:
-    """Bytes of all weights in the compute dtype, as each rank holds them during generation."""
-    return size.parameters * compute_dtype(recipe.train.dtype, torch.device("cuda")).itemsize
+def generation_memory(
+    step: StepMemory, recipe: Recipe, config: Any, size: ModelSize, problems: HeldOutProblems
+) -> int:
+    """Bytes of a rank while it generates for `[eval] checker`, equal for all rows and `[shard]`.
+
+    They are its shard of masters and moments, all weights in the compute dtype, keys and values.
+    """
+    dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))
+    weights = size.parameters * dtype.itemsize
+    cache = cache_memory(recipe, config, problems)
+    return step.parts["masters"] + step.parts["moments"] + weights + cache
 
 
 def cache_memory(recipe: Recipe, config: Any, problems: HeldOutProblems) -> int:

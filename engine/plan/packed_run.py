@@ -10,7 +10,9 @@ from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
 from redi.engine.data.packing import Cost, Packing, build_batch, pack
 from redi.engine.model.flops import ModelSize
+from redi.engine.plan.cards import Cluster
 from redi.engine.plan.memory import Load
+from redi.engine.plan.step_time import step_seconds
 from redi.engine.plan.types import PackedRun, WorstStep
 from redi.engine.train.prepare_data import PreparedData
 
@@ -26,17 +28,30 @@ class PackedStep:
     packing: Packing
     packs: list[np.ndarray]
     """Indices of the traces in each pack, of all micro-steps and ranks."""
-    flops: np.ndarray
-    """float64 [micro-steps, ranks]."""
-    gathers_once: bool
-    """Whether ranks wait for each other at the end of the step alone."""
+    tokens: np.ndarray
+    """float64 [micro-steps, ranks]: sum of lengths."""
+    squares: np.ndarray
+    """float64 [micro-steps, ranks]: sum of squared lengths."""
 
-    @property
-    def slowest_flops(self) -> np.ndarray:
-        """Flops of the ranks that the others wait for, one after the other."""
-        if self.gathers_once:
-            return self.flops.sum(axis=0).max(keepdims=True)
-        return self.flops.max(axis=1)
+    def flops(self, cost: Cost) -> np.ndarray:
+        """Of each pack, float64 [micro-steps, ranks]."""
+        return cost.linear * self.tokens + cost.quadratic * self.squares
+
+
+def slowest(packs: np.ndarray, gather: str) -> np.ndarray:
+    """What a step waits for, one pack after the other, float64 [packs].
+
+    Ranks wait for each other in each micro-step. With `[shard] gather = "step"` they do so at the
+    end of the step alone, so the step takes as long as the packs of its slowest rank.
+
+    Args:
+        packs: float64 [micro-steps, ranks], cost of each pack; 0: no pack.
+        gather: as in `[shard]`.
+    """
+    if gather == "step":
+        of_rank = packs[:, packs.sum(axis=0).argmax()]
+        return of_rank[of_rank > 0]
+    return packs.max(axis=1)
 
 
 def evenly_spaced(total: int, most: int) -> list[int]:
@@ -46,7 +61,7 @@ def evenly_spaced(total: int, most: int) -> list[int]:
 
 
 def pack_run(
-    recipe: Recipe, size: ModelSize, data: PreparedData, ranks: int, console: Console
+    recipe: Recipe, size: ModelSize, data: PreparedData, cluster: Cluster, console: Console
 ) -> tuple[PackedRun, Load]:
     """Pack the steps of a run as in training.
 
@@ -54,7 +69,7 @@ def pack_run(
         recipe: resolved.
         size: of its model.
         data: its training data.
-        ranks: number of ranks.
+        cluster: the GPUs.
         console: output of the progress.
 
     Returns:
@@ -62,11 +77,12 @@ def pack_run(
     """
     lengths, total = data.examples.lengths, data.schedule.total_steps
     chosen = evenly_spaced(total, PACKED_STEPS)
-    costs = size.training_cost(), size.run_cost(recipe.shard.checkpointing)
+    shard, ranks = recipe.shard, cluster.ranks
+    balanced, runs = size.training_cost(), size.run_cost(shard.checkpointing)
     progress = console.progress("packing step", len(chosen), endpoints=False)
     steps = []
     for step in chosen:
-        steps.append(pack_step(step, data, recipe, ranks, *costs))
+        steps.append(pack_step(step, data, recipe, ranks, balanced))
         progress.update(1)
     progress.close()
 
@@ -74,17 +90,21 @@ def pack_run(
     packs = [traces for step in steps for traces in step.packs if len(traces)]
     fullest = max(packs, key=lambda traces: int(lengths[traces].sum()))
     trained = lengths - data.tokens.prompt_lengths
+    flops = [step.flops(runs) for step in steps]
+    waits = [slowest(packs, shard.gather) for packs in flops]
+    seconds = [step_seconds(each / cluster.flops_per_second, size, ranks, shard) for each in waits]
     run = PackedRun(
         steps=total,
         tokens=sum(int(lengths[_traces(step, data)].sum()) for step in range(1, total + 1)),
         packed_steps=len(steps),
-        micro_steps=float(np.mean([len(step.flops) for step in steps])),
-        most_micro_steps=max(len(step.flops) for step in steps),
+        micro_steps=float(np.mean([len(step.tokens) for step in steps])),
+        most_micro_steps=max(len(step.tokens) for step in steps),
         rank_efficiency=float(np.mean([step.packing.rank_efficiency for step in steps])),
         worst=WorstStep(worst.step, worst.packing.rank_efficiency, worst.packing.bound),
         fullest_pack=int(lengths[fullest].sum()),
-        flops=float(np.mean([step.flops.sum() for step in steps])),
-        slowest_flops=float(np.mean([step.slowest_flops.sum() for step in steps])),
+        flops=float(np.mean([packs.sum() for packs in flops])),
+        slowest_flops=float(np.mean([each.sum() for each in waits])),
+        seconds=float(np.mean(seconds)),
     )
     return run, Load(
         pack=build_batch(data.tokens, fullest, lengths[fullest]),
@@ -93,28 +113,35 @@ def pack_run(
     )
 
 
-def pack_step(
-    step: int, data: PreparedData, recipe: Recipe, ranks: int, balanced: Cost, run: Cost
-) -> PackedStep:
-    """Pack a step; `balanced` is the cost that training balances, `run` the flops of a trace."""
+def pack_step(step: int, data: PreparedData, recipe: Recipe, ranks: int, cost: Cost) -> PackedStep:
+    """Pack a step as training does, which balances `cost`."""
     traces = _traces(step, data)
     lengths = data.examples.lengths[traces]
     packing = pack(
         lengths,
         row_tokens=recipe.train.resolved_row_tokens,
         world_size=ranks,
-        cost=balanced,
+        cost=cost,
         keep_pairs_together=data.examples.keep_pairs_together,
         gather=recipe.shard.gather,
     )
-    flops = run.of(lengths)
     return PackedStep(
         step,
         packing,
-        [traces[own] for packs in packing.packs for own in packs],
-        np.array([[flops[own].sum() for own in packs] for packs in packing.packs]),
-        gathers_once=recipe.shard.gather == "step",
+        [traces[places] for packs in packing.packs for places in packs],
+        pack_sums(packing, lengths.astype(np.float64)),
+        pack_sums(packing, lengths.astype(np.float64) ** 2),
     )
+
+
+def pack_sums(packing: Packing, values: np.ndarray) -> np.ndarray:
+    """Sum over the sequences of each pack, float64 [micro-steps, ranks].
+
+    Args:
+        packing: of a step.
+        values: float64 [S], of each sequence.
+    """
+    return np.array([[values[places].sum() for places in packs] for packs in packing.packs])
 
 
 def _traces(step: int, data: PreparedData) -> np.ndarray:

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from redi.engine.config.sections import Recipe
+from redi.engine.config.sections import Recipe, ShardConfig
 from redi.engine.console import Console
 from redi.engine.data.packing import PackedBatch, build_batch
 from redi.engine.model.flops import ModelSize
-from redi.engine.plan.memory import Load
-from redi.engine.plan.packed_run import PackedStep, evenly_spaced, pack_step
+from redi.engine.plan.cards import Cluster
+from redi.engine.plan.memory import Load, step_memory
+from redi.engine.plan.packed_run import PackedStep, evenly_spaced, pack_step, slowest
 from redi.engine.plan.step_time import step_seconds
 from redi.engine.plan.types import Fastest
 from redi.engine.train.prepare_data import PreparedData
@@ -49,20 +50,42 @@ class Axis:
     """Key of `[shard]`."""
     values: tuple[Any, ...]
     """Those that need most memory first."""
-    extra: tuple[float, ...] = ()
-    """Assumed share of a step's compute that each value adds to its flops; default: none."""
     many_ranks: bool = False
     """Whether it makes a difference only between ranks."""
 
 
 AXES = (
-    # Recomputed norms and activations are bound by memory, not flops: some hundredths of a block.
-    Axis("checkpointing", ("none", "selective", "attention", "full"), (0.0, 0.02, 0.0, 0.0)),
+    Axis("checkpointing", ("none", "selective", "attention", "full")),
     Axis("gather", ("step", "micro_step"), many_ranks=True),
     Axis("reduce", ("step", "micro_step"), many_ranks=True),
-    # Copies to the host run beside compute, but share memory's bandwidth with it.
-    Axis("offload", (False, True), (0.0, 0.01)),
+    Axis("offload", (False, True)),
 )
+
+CountMemory = Callable[[Recipe, Load], int]
+"""Peak bytes of a rank in a training step."""
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """What the search has to know of the ranks."""
+
+    ranks: int
+    flops_per_second: float
+    """Of a rank, as assumed."""
+    memory: float = math.inf
+    """Bytes that a rank may use. Infinite: memory is not counted."""
+    count: CountMemory | None = None
+    """Needed if memory is finite."""
+
+    @classmethod
+    def of(cls, cluster: Cluster, config: Any) -> Gpus:
+        """Those of a plan, for a model's configuration."""
+        ranks, card = cluster.ranks, cluster.figures
+
+        def count(recipe: Recipe, load: Load) -> int:
+            return step_memory(recipe, config, load, ranks, card).total
+
+        return cls(ranks, cluster.flops_per_second, card.usable_memory, count)
 
 
 @dataclass(frozen=True)
@@ -99,57 +122,54 @@ class Candidate:
         )
 
 
-CountMemory = Callable[[Recipe, Load], int]
-"""Peak bytes of a rank."""
-
-
 @dataclass
 class _Counts:
     """Counts of memory, and what follows from them for other candidates."""
 
-    count: CountMemory
+    gpus: Gpus
     data: PreparedData
-    limit: float
     console: Console
     gradient_shard: int
     """Bytes of a rank's shard of the gradients, which only a second micro-step has to hold."""
     known: list[tuple[Candidate, int]] = field(default_factory=list)
 
-    def peak(self, one: Candidate) -> int:
-        """Peak bytes of a rank. Counted with a full row, which later steps may have."""
+    def peak(self, candidate: Candidate) -> int:
+        """Peak bytes of a rank, 0 if they are not counted.
+
+        Counted with a full row, which later steps may have.
+        """
+        if self.gpus.count is None:
+            return 0
         for other, peak in self.known:
-            if one is other:
+            if candidate is other:
                 return peak
-        pack = full_pack(self.data, one.row_tokens)
-        load = Load(pack, one.targets | {len(pack.valid_index)}, one.micro_steps)
-        peak = self.count(one.recipe, load)
-        self.known.append((one, peak))
-        if self.limit < math.inf:
-            fits = "fits" if peak <= self.limit else "does not fit"
-            self.console.say(f"counted {_named(one)}: {peak / 2**30:,.1f} GiB, {fits}")
+        pack = full_pack(self.data, candidate.row_tokens)
+        targets = candidate.targets | {len(pack.valid_index)}
+        peak = self.gpus.count(candidate.recipe, Load(pack, targets, candidate.micro_steps))
+        self.known.append((candidate, peak))
+        fits = "fits" if peak <= self.gpus.memory else "does not fit"
+        self.console.say(f"counted {_named(candidate)}: {peak / 2**30:,.1f} GiB, {fits}")
         return peak
 
-    def fails(self, one: Candidate) -> bool:
+    def fails(self, candidate: Candidate) -> bool:
         """Whether it is already known not to fit."""
-        return any(
-            other.needs_at_most(one)
-            and peak - self.gradient_shard * (one.micro_steps == 1 < other.micro_steps) > self.limit
-            for other, peak in self.known
-        )
+        for other, peak in self.known:
+            one_less = candidate.micro_steps == 1 < other.micro_steps
+            least = peak - self.gradient_shard * one_less
+            if other.needs_at_most(candidate) and least > self.gpus.memory:
+                return True
+        return False
 
 
 def fastest(
     recipe: Recipe,
     size: ModelSize,
     data: PreparedData,
-    ranks: int,
-    flops_per_second: float,
-    limit: float,
-    count: CountMemory,
+    gpus: Gpus,
     console: Console,
     axes: Sequence[Axis] = AXES,
 ) -> Fastest | None:
-    """Find the fastest combination of row length and `axes` that fits, or None.
+    """Find the fastest combination of row length and `axes` whose training step fits, or None.
 
     Equal arguments give an equal result.
 
@@ -157,34 +177,35 @@ def fastest(
         recipe: resolved but for `row_tokens`, which is not read.
         size: of its model.
         data: its training data.
-        ranks: number of ranks.
-        flops_per_second: of a GPU, as assumed.
-        limit: bytes of memory that a rank may use.
-        count: counts the peak of a step.
+        gpus: number, speed and memory.
         console: output of the progress.
         axes: settings to search; () searches rows alone.
     """
     candidates = sorted(
-        _candidates(recipe, size, data, ranks, flops_per_second, axes, console),
-        key=lambda one: one.order,
+        _candidates(recipe, size, data, gpus, axes, console),
+        key=lambda candidate: candidate.order,
     )
-    group = ranks // recipe.shard.replicate
-    counts = _Counts(count, data, limit, console, 4 * size.parameters // group)
-    shortest = min(one.row_tokens for one in candidates)
-    thrifty = [one for one in candidates if one.row_tokens == shortest]
-    for one in candidates:
-        if counts.fails(one):
+    group = gpus.ranks // recipe.shard.replicate
+    counts = _Counts(gpus, data, console, 4 * size.parameters // group)
+    shortest = min(candidate.row_tokens for candidate in candidates)
+    thrifty = [candidate for candidate in candidates if candidate.row_tokens == shortest]
+    for best in candidates:
+        if counts.fails(best):
             continue
-        if (peak := counts.peak(one)) <= limit:
-            settings = {axis.key: getattr(one.recipe.shard, axis.key) for axis in axes}
+        if (peak := counts.peak(best)) <= gpus.memory:
             return Fastest(
-                one.row_tokens, settings, peak, one.seconds, one.rank_efficiency, one.micro_steps
+                best.row_tokens,
+                {axis.key: getattr(best.recipe.shard, axis.key) for axis in axes},
+                peak,
+                best.seconds,
+                best.rank_efficiency,
+                best.micro_steps,
             )
         # A thriftier one with the shortest row may rule out many others at once: that with the
         # same value of the first axis, then that with the same values of all.
         for same in (1, len(axes)):
-            probes = [two for two in thrifty if two.need[:same] == one.need[:same]]
-            probe = max(probes, key=lambda two: two.need)
+            probes = [other for other in thrifty if other.need[:same] == best.need[:same]]
+            probe = max(probes, key=lambda other: other.need)
             if not counts.fails(probe):
                 counts.peak(probe)
     return None
@@ -194,43 +215,40 @@ def _candidates(
     recipe: Recipe,
     size: ModelSize,
     data: PreparedData,
-    ranks: int,
-    flops_per_second: float,
+    gpus: Gpus,
     axes: Sequence[Axis],
     console: Console,
 ) -> Iterator[Candidate]:
+    ranks = gpus.ranks
     trained = data.examples.lengths - data.tokens.prompt_lengths
-    steps = sampled_steps(data)
+    sampled = sampled_steps(data)
     rows = row_lengths(data)
     combinations = list(_combinations(recipe, axes, ranks))
     progress = console.progress("packing rows of", len(rows), endpoints=False)
     for row in rows:
         packed: dict[str, list[PackedStep]] = {}
-        for shard, need, extra in combinations:
+        for shard, need in combinations:
             gather = shard.gather
             train = replace(recipe.train, row_tokens=row)
             chosen = replace(recipe, shard=shard, train=train)
-            cost = size.training_cost()
             if gather not in packed:
+                balanced = size.training_cost()
                 packed[gather] = [
-                    pack_step(step, data, chosen, ranks, cost, cost) for step in steps
+                    pack_step(step, data, chosen, ranks, balanced) for step in sampled
                 ]
+            steps = packed[gather]
             runs = size.run_cost(shard.checkpointing)
-            slower = (1 + extra) * _ratio(runs, cost, data)
-            waits = [step.slowest_flops * slower / flops_per_second for step in packed[gather]]
-            seconds = float(np.mean([step_seconds(one, size, ranks, shard) for one in waits]))
+            waits = [slowest(step.flops(runs), gather) / gpus.flops_per_second for step in steps]
             yield Candidate(
                 recipe=chosen,
                 need=need,
                 row_tokens=row,
-                seconds=seconds,
-                rank_efficiency=float(
-                    np.mean([step.packing.rank_efficiency for step in packed[gather]])
-                ),
-                micro_steps=max(len(step.flops) for step in packed[gather]),
+                seconds=float(np.mean([step_seconds(each, size, ranks, shard) for each in waits])),
+                rank_efficiency=float(np.mean([step.packing.rank_efficiency for step in steps])),
+                micro_steps=max(len(step.tokens) for step in steps),
                 targets=frozenset(
                     int(trained[traces].sum())
-                    for step in packed[gather]
+                    for step in steps
                     for traces in step.packs
                     if len(traces)
                 ),
@@ -241,8 +259,8 @@ def _candidates(
 
 def _combinations(
     recipe: Recipe, axes: Sequence[Axis], ranks: int
-) -> Iterator[tuple[Any, tuple[int, ...], float]]:
-    """Sections `[shard]` with the values of the axes, those values' places, and their extra time.
+) -> Iterator[tuple[ShardConfig, tuple[int, ...]]]:
+    """Sections `[shard]` with the values of the axes, and those values' places.
 
     On one rank the settings between ranks stay as they are.
     """
@@ -258,14 +276,7 @@ def _combinations(
             shard = replace(recipe.shard, **values)
         except ValueError:  # the recipe would refuse this combination
             continue
-        extra = sum(axis.extra[place] for axis, place in zip(axes, need, strict=True) if axis.extra)
-        yield shard, need, extra
-
-
-def _ratio(runs: Any, cost: Any, data: PreparedData) -> float:
-    """Executed flops over those of training, for the traces of the run."""
-    lengths = data.examples.lengths[np.unique(data.examples.units)]
-    return float(runs.of(lengths).sum() / cost.of(lengths).sum())
+        yield shard, need
 
 
 def sampled_steps(data: PreparedData) -> list[int]:
@@ -275,23 +286,26 @@ def sampled_steps(data: PreparedData) -> list[int]:
     return evenly_spaced(data.schedule.total_steps, min(max(SAMPLED_TRACES // traces, few), most))
 
 
-def longest(data: PreparedData) -> int:
-    """Tokens of the longest trace, or of the longest pair if pairs share a pack."""
+def longest_unit(data: PreparedData) -> int:
+    """Tokens of the longest trained trace, or of the longest pair if pairs share a pack."""
     examples = data.examples
     groups = examples.units if examples.keep_pairs_together > 1 else examples.units.reshape(-1, 1)
     return int(examples.lengths[groups].sum(axis=1).max())
 
 
 def row_lengths(data: PreparedData) -> list[int]:
-    """Row lengths to try: from the longest trace to `LONGEST_ROW`, or a whole step of one rank."""
-    shortest = longest(data)
+    """Row lengths to try, ascending.
+
+    From the longest trace, trained or held out, to `LONGEST_ROW`, or a whole step of one rank.
+    """
+    shortest = max(2, longest_unit(data), data.longest_held_out)
     whole = max(
         int(data.examples.lengths[data.examples.units[data.schedule.units(step)]].sum())
         for step in sampled_steps(data)
     )
     most = max(shortest, min(LONGEST_ROW, whole))
-    rows = {int(shortest * multiple) for multiple in MULTIPLES} | {most}
-    return sorted({2, *rows} & set(range(max(shortest, 2), most + 1)))
+    rows = {int(shortest * multiple) for multiple in MULTIPLES}
+    return sorted({most} | {row for row in rows if row <= most})
 
 
 def full_pack(data: PreparedData, row_tokens: int) -> PackedBatch:
@@ -303,18 +317,18 @@ def full_pack(data: PreparedData, row_tokens: int) -> PackedBatch:
     while room > 0:
         before = room
         for trace in traces.tolist():
-            own = min(int(lengths[trace]), room)
-            if own <= prompts[trace]:  # a trace has at least one trained token
+            length = min(int(lengths[trace]), room)
+            if length <= prompts[trace]:  # a trace has at least one trained token
                 continue
             chosen.append(trace)
-            kept.append(own)
-            room -= own
+            kept.append(length)
+            room -= length
         if room == before:
             break
     return build_batch(data.tokens, np.array(chosen), np.array(kept))
 
 
-def _named(one: Candidate) -> str:
-    shard = one.recipe.shard
+def _named(candidate: Candidate) -> str:
+    shard = candidate.recipe.shard
     settings = [f"{axis.key} {getattr(shard, axis.key)}" for axis in AXES]
-    return ", ".join([f"rows of {one.row_tokens:,}", *settings])
+    return ", ".join([f"rows of {candidate.row_tokens:,}", *settings])

@@ -29,6 +29,11 @@ GPUS_PER_MACHINE = 8
 LAUNCH_SECONDS = 650e-6
 """Shortest time of a layer's forward and backward: about 130 kernels at an assumed 5 microseconds
 each. It keeps a search from rows so short that the GPU waits for the host."""
+RECOMPUTED_POINTWISE = 0.02
+"""Assumed share of compute that "selective" adds. The norms and activations that it recomputes are
+bound by memory, not flops: some hundredths of a block."""
+HOST_COPIES = 0.01
+"""Assumed share of compute that offload adds: copies share memory's bandwidth with compute."""
 REDUCED_BYTES = 4
 """Bytes of a reduced gradient: float32 (`MixedPrecisionPolicy` in `engine.model.sharding`)."""
 
@@ -76,9 +81,9 @@ def step_bytes(
 def step_traffic(size: ModelSize, ranks: int, shard: ShardConfig) -> Traffic:
     """Seconds that the transfers of a step take.
 
-    Within a group of several machines each GPU's adapter carries a ring of its own, so a machine
+    Within a group of several machines each GPU's adapter carries a separate ring, so a machine
     receives a tensor through all of them at once and passes it on over NVLink. Between replicas
-    each GPU reduces a shard of its own, through its own adapter.
+    each GPU reduces a different shard, through its adapter.
     """
     group = ranks // shard.replicate
     within, between = step_bytes(size.parameters, ranks, shard)
@@ -112,14 +117,21 @@ def step_seconds(compute: np.ndarray, size: ModelSize, ranks: int, shard: ShardC
     """Time of a step: in each micro-step compute hides the transfers, or waits for them.
 
     Args:
-        compute: float64 [micro-steps], seconds of compute of the ranks that all wait for, in turn.
+        compute: float64 [packs], seconds that the flops of the packs take that the step waits for,
+            one after the other (`slowest`).
         size: of the model.
         ranks: of the run.
-        shard: what is gathered and reduced, and when.
+        shard: what is gathered, reduced and recomputed, and when.
     """
     moved = step_traffic(size, ranks, shard)
-    compute = np.maximum(compute, LAUNCH_SECONDS * size.layers)
+    more = 1.0
+    if shard.checkpointing == "selective":
+        more += RECOMPUTED_POINTWISE
+    if shard.offload:
+        more += HOST_COPIES
+    compute = np.maximum(more * compute, LAUNCH_SECONDS * size.layers)
     each = np.maximum(compute, moved.micro_step)
-    # What moves once a step hides in the last micro-step, as far as that has room.
+    # What moves once a step hides as far as the last micro-step has room: reductions in its
+    # backward, and gathers in the forward of the first one, which is at least as long.
     room = max(0.0, compute[-1] - moved.micro_step)
     return float(each.sum() + max(0.0, moved.step - room))

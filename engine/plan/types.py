@@ -55,7 +55,9 @@ class PackedRun:
     flops: float
     """Per step, over all ranks, recomputed ones included; mean."""
     slowest_flops: float
-    """Per step, of the slowest rank of each micro-step; mean."""
+    """Per step, of the slowest rank of each micro-step, or of the slowest rank; mean."""
+    seconds: float
+    """Per step (`step_seconds`); mean."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Fastest:
     peak: int
     """Bytes of a rank with a full row."""
     seconds: float
-    """Per step, with communication that compute does not hide; mean over the sampled steps."""
+    """Per step (`step_seconds`); mean over the sampled steps."""
     rank_efficiency: float
     """Mean over the sampled steps."""
     micro_steps: int
@@ -90,13 +92,13 @@ class Plan:
     fits: bool
     """Whether a step, and generation, fit a GPU."""
     fastest: Fastest | None
-    """The fastest settings that fit; None if none do."""
+    """The fastest settings whose training step fits; None if none do. Generation takes the same
+    memory with all of them (`generating`)."""
     row_tokens: int
     """Of the recipe."""
     rows_are_short: bool
-    """Whether a pack has no room beside the longest trace (or pair, if pairs share a pack), and
+    """Whether the longest trace (or pair, if pairs share a pack) leaves no room in a pack, so that
     ranks wait for each other in each micro-step."""
-    step_seconds: float
     seconds: float
     """For all steps, without start-up, evaluation and checkpoints."""
     tokens_per_s: float

@@ -44,6 +44,13 @@ class PreparedData:
         held_out = self.held_out.tokens.parts if self.held_out else {}
         return {"data": self.tokens.parts, "eval": held_out}
 
+    @property
+    def longest_held_out(self) -> int:
+        """Tokens of the longest held-out trace; 0 without any."""
+        if self.held_out is None:
+            return 0
+        return int(self.held_out.examples.lengths[self.held_out.sequences].max())
+
     def lengths_of(self, units: np.ndarray) -> np.ndarray:
         """Tokens of each trace of units, int64 [traces]."""
         return self.examples.lengths[self.examples.units[units].reshape(-1)]

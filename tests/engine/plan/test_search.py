@@ -1,5 +1,6 @@
 """The search for the fastest settings that fit, and `row_tokens = "auto"`."""
 
+import json
 import math
 import subprocess
 import tomllib
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from data_cases import packed_row
 
@@ -20,10 +22,11 @@ from redi.engine.model.build import model_config
 from redi.engine.model.flops import model_size
 from redi.engine.plan import search
 from redi.engine.plan.auto_rows import _counting, rows_without_card
-from redi.engine.plan.cards import CARDS
+from redi.engine.plan.cards import CARDS, Cluster
 from redi.engine.plan.memory import Load, step_memory
-from redi.engine.plan.search import AXES, fastest, full_pack, longest, row_lengths
-from redi.engine.plan.step_time import step_bytes
+from redi.engine.plan.packed_run import pack_run, slowest
+from redi.engine.plan.search import AXES, Gpus, fastest, full_pack, longest_unit, row_lengths
+from redi.engine.plan.step_time import LAUNCH_SECONDS, step_bytes, step_seconds
 from redi.engine.train.prepare_data import PreparedData, prepare_data
 
 QUIET = Console(active=False)
@@ -62,7 +65,7 @@ def test_the_search_finds_the_best_of_all_combinations_with_fewer_counts(
         counted.append(changed)
         return memory(changed, load)
 
-    every = list(search._candidates(recipe, size, data, RANKS, SPEED, AXES, QUIET))
+    every = list(search._candidates(recipe, size, data, Gpus(RANKS, SPEED), AXES, QUIET))
     peaks = {}
     for one in every:
         pack = full_pack(data, one.row_tokens)
@@ -71,7 +74,7 @@ def test_the_search_finds_the_best_of_all_combinations_with_fewer_counts(
     some = sorted(peaks.values())[:: len(peaks) // 8]
     for limit in [10, *some, math.inf]:
         counted.clear()
-        found = fastest(recipe, size, data, RANKS, SPEED, limit, count, QUIET)
+        found = fastest(recipe, size, data, Gpus(RANKS, SPEED, limit, count), QUIET)
         fitting = [one for one in every if peaks[one.order] <= limit]
         if not fitting:
             assert found is None
@@ -116,12 +119,84 @@ def test_rows_are_tried_from_the_longest_trace_on_and_full_packs_have_their_leng
     _, _, data = prepared
     rows = row_lengths(data)
     used = data.examples.lengths[data.examples.units]
-    assert rows[0] == longest(data) == used.max()
+    assert rows[0] == longest_unit(data) == used.max()
     assert rows == sorted(set(rows))
     for row in rows:
         pack = full_pack(data, row)
         assert pack.num_tokens == pytest.approx(row, abs=int(used.min()))
         assert len(pack.valid_index) > 0
+
+
+@pytest.mark.parametrize("ranks", [1, RANKS])
+def test_the_table_and_the_search_have_the_same_times(
+    prepared: tuple[Recipe, Any, PreparedData], ranks: int
+) -> None:
+    """For a run whose steps are all sampled, with each combination of settings."""
+    recipe, config, data = prepared
+    size = model_size(config)
+    cluster = Cluster(ranks, "h100", mfu=SPEED / CARDS["h100"].peak_flops)
+    gpus = Gpus(ranks, cluster.flops_per_second)
+    candidates = list(search._candidates(recipe, size, data, gpus, AXES, QUIET))
+    times = set()
+    for candidate in candidates[:: max(1, len(candidates) // 40)]:
+        packing, _ = pack_run(candidate.recipe, size, data, cluster, QUIET)
+        assert packing.packed_steps == packing.steps
+        assert candidate.seconds == pytest.approx(packing.seconds, rel=1e-12)
+        times.add(packing.seconds)
+    assert len(times) > 10
+
+
+def test_short_packs_take_as_long_if_weights_are_gathered_once(
+    prepared: tuple[Recipe, Any, PreparedData],
+) -> None:
+    """The GPU waits for the host in each pack, also if ranks wait once a step."""
+    size = model_size(prepared[1])
+    packs = np.full((256, 8), 2.0 / 256)
+    times = {}
+    for gather in ("micro_step", "step"):
+        waits = slowest(packs, gather)
+        assert waits.sum() == pytest.approx(2.0)
+        sections = ShardConfig(gather=gather, replicate=8)  # nothing is gathered
+        times[gather] = step_seconds(waits / 1e6, size, 8, sections)
+        assert times[gather] >= 256 * size.layers * LAUNCH_SECONDS
+    assert times["step"] == pytest.approx(times["micro_step"])
+
+
+def test_the_slowest_rank_is_waited_for_pack_by_pack() -> None:
+    """Rank 1 has the most work, and no third pack."""
+    packs = np.array([[5.0, 6.0], [1.0, 4.0], [2.0, 0.0]])
+    assert slowest(packs, "micro_step").tolist() == [6.0, 4.0, 2.0]
+    assert slowest(packs, "step").tolist() == [6.0, 4.0]
+
+
+def test_what_moves_once_a_step_hides_in_one_micro_step_alone(
+    prepared: tuple[Recipe, Any, PreparedData],
+) -> None:
+    size = replace(model_size(prepared[1]), parameters=10**10)
+    whole, halves = (
+        step_seconds(compute, size, RANKS, ShardConfig(gather="step"))
+        for compute in (np.array([1.0]), np.array([0.99, 0.01]))
+    )
+    assert whole == pytest.approx(1.0)
+    assert halves > 1.01
+
+
+def test_rows_have_room_for_the_longest_held_out_trace(
+    recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With "auto" a run evaluates traces that are longer than all that it trains."""
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "1=", "chosen": "1" * 400, "rejected": "2"}) + "\n")
+    changes = {
+        "train.row_tokens": "auto",
+        "train.batch": 2,
+        "train.max_steps": 1,
+        "data.max_tokens": 512,
+        "eval.path": str(held_out),
+    }
+    assert main(["train", str(recipe("run", changes))]) == 0
+    text = (tmp_path / "run" / "recipe.toml").read_text()
+    assert tomllib.loads(text)["train"]["row_tokens"] > 400
 
 
 def test_traffic_is_conserved() -> None:
