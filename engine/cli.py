@@ -32,7 +32,7 @@ from redi.engine.config.parse import (
 from redi.engine.config.sections import DataConfig, ModelConfig, Recipe, TrainConfig, check_replicas
 from redi.engine.errors import InputError, RunError, Stopped
 from redi.engine.extras import missing_packages
-from redi.engine.failure import RANK_0_SECONDS, end_job
+from redi.engine.failure import RANK_0_SECONDS, describe, end_job
 from redi.engine.hub import needs_hub
 from redi.engine.plan.cards import CARDS, MFU, Cluster
 from redi.engine.storage import (
@@ -503,8 +503,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as request:  # --help of a command
         return int(request.code or 0)
     except BaseException as error:
-        line = f"redi: {type(error).__name__}: {' '.join(str(error).split())}"
-        end_job(line, 1, traceback.format_exc())
+        end_job(f"redi: {describe(error)}", 1, traceback.format_exc())
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -36,7 +36,11 @@ remember for up to a minute (NFS: acdirmax) that a file does not exist."""
 # How rank 0's work ended, as published to the other ranks, and the error that they then raise.
 OUTCOMES = {"input": InputError, "stop": KeyboardInterrupt, "run": RunError}
 
-LOST = "another rank was lost"
+# In the messages of gloo and NCCL if a rank has ended or its machine does not answer.
+LOST = re.compile(
+    "closed by peer|reset by peer|broken pipe|timed out|connection refused|ncclRemoteError",
+    re.IGNORECASE,
+)
 
 T = TypeVar("T")
 
@@ -228,7 +232,7 @@ def join_world() -> Iterator[World]:
 
     Raises:
         InputError: there is no GPU for this rank.
-        RunError: another rank was lost inside the block.
+        RunError: a collective inside the block failed, mostly because another rank was lost.
     """
     on_cuda = torch.cuda.is_available()
     if on_cuda:
@@ -253,31 +257,44 @@ def join_world() -> Iterator[World]:
     else:
         rank, size, store = 0, 1, dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    watch = FailureWatch(store, rank) if size > 1 else None
+    watch = FailureWatch(store, rank, size) if size > 1 else None
     saves = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
     world = World(rank, size, device, store, checkpoint_group=saves)
     succeeded = False
     try:
-        yield world
-        # Without torchrun rank 0 hosts the store, so it must not leave first.
-        dist.barrier(world.checkpoint_group)
+        with explained():
+            yield world
+            # Without torchrun rank 0 hosts the store, so it must not leave first.
+            dist.barrier(world.checkpoint_group)
         succeeded = True
-    except RuntimeError as error:
-        # gloo raises plain RuntimeErrors.
-        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
-            raise
-        cause = str(error).partition(". ")[0]
-        late = re.search(r"Timed out waiting (\d+)ms", cause)
-        what = f"another rank did not answer for {int(late[1]) // 1000:,} s" if late else LOST
-        raise RunError(
-            f"{what} ({cause}); the same command resumes from the newest complete checkpoint"
-        ) from error
     finally:
         if watch is None:
             dist.destroy_process_group()
         elif succeeded:
             watch.close()
             dist.destroy_process_group()
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn the error of a collective into a RunError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises plain RuntimeErrors.
+        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            raise
+        cause = " ".join(str(error).partition("Exception raised from")[0].split())
+        late = re.search(r"Timed out waiting (\d+)ms", cause)
+        if late:
+            what = f"another rank did not answer for {int(late[1]) // 1000:,} s"
+        elif LOST.search(cause):
+            what = "another rank was lost"
+        else:
+            what = "communication between ranks failed"
+        raise RunError(
+            f"{what} ({cause}); the same command resumes from the newest complete checkpoint"
+        ) from error
 
 
 def _own_store(shared: dist.Store, rank: int, size: int) -> dist.Store:

@@ -1,8 +1,9 @@
 """The end of a job in which one rank fails while the others wait for it in collectives.
 
-The first rank that fails publishes its message in the job's store. A thread of every rank reads it
-there and ends its process by `os._exit`, because the main thread may wait in native code, where no
-signal handler of Python runs. Nothing is saved and no process group is destroyed: both would wait
+The first rank that fails publishes its message in the job's store, before it closes any file. A
+thread of every rank reads it there and ends its process by `os._exit`, because the main thread may
+wait in native code, where no signal handler of Python runs. Only a rank that has failed too has
+time to close its files first. Nothing is saved and no process group is destroyed: both would wait
 for the other ranks. A checkpoint that is being written stays incomplete, and the next start skips
 it.
 """
@@ -11,22 +12,35 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from redi.engine.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 1.0
-"""Seconds that the main thread has to report an error that all ranks raise, in its own words."""
+"""Seconds that the main thread has to report an error that all ranks raise."""
+CLOSING_SECONDS = 30.0
+"""Seconds that a rank which has failed has to close and upload its files."""
 RANK_0_SECONDS = 5.0
 """Seconds that the other ranks wait for rank 0 to print. It may be the rank that is lost."""
+STORE_SECONDS = 30.0
+"""Seconds in which a lost connection to the store may be made again."""
+CONNECT_SECONDS = 3
+"""Maximum seconds of one attempt to connect."""
 
 _KEY, _PRINTED = "failure", "failure/printed"
+_KNOWN, _KNOWN_TO_ALL = "failure/known", "failure/known_to_all"
 
 _watch: FailureWatch | None = None
 
@@ -35,17 +49,20 @@ class FailureWatch:
     """Watches for a failure of any rank. Rank 0 prints it, the others end silently.
 
     Args:
-        store: shared by all ranks of this start. The watch has a connection of its own, since the
+        store: shared by all ranks of this start. The watch opens another connection, since the
             main thread may wait in this one.
-        rank: of this process.
+        rank, size: of this process, and number of processes.
     """
 
-    def __init__(self, store: Store, rank: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int) -> None:
         global _watch
-        self._store = store.clone()  # type: ignore[attr-defined]  # not in its stubs
+        self._store = _connect(store)
         self._rank = rank
-        self._finished = threading.Event()
-        self._ending = threading.Lock()  # taken by the thread that ends the process
+        self._size = size
+        self._announced: dict[str, Any] | None = None  # this rank's failure
+        self._printed = False
+        self._finished = threading.Event()  # without a failure
+        self._closed = threading.Event()  # the main thread, after a failure
         self._thread = threading.Thread(target=self._run, name="failures", daemon=True)
         self._thread.start()
         _watch = self
@@ -57,71 +74,122 @@ class FailureWatch:
         self._finished.set()
         self._thread.join()
 
-    def fail(self, line: str, code: int, trace: str) -> NoReturn:
-        """Publish this rank's failure and end the process; see `end_job`."""
-        self._ending.acquire()
-        mine = {"rank": self._rank, "line": line, "code": code}
-        first = mine
+    def announce(self, line: str, code: int, trace: str) -> None:
+        """Publish this rank's failure; see `end_job`. Only the first call has an effect."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, after another rank has left
+        if self._announced is not None:
+            return
+        failure = {"rank": self._rank, "line": line, "code": code}
+        self._announced = first = failure
         with suppress(RuntimeError):  # the store is lost with its host
-            first = json.loads(self._store.compare_set(_KEY, "", json.dumps(mine)))
-        # All ranks raise some errors, such as a disk that is full. Then it is nobody's in
-        # particular.
-        shared = first["line"] == line
-        if first == mine:
+            first = json.loads(self._store.compare_set(_KEY, "", json.dumps(failure)))
+        if first == failure:
             _write(trace)
-        self._leave(mine if shared else first, alone=first == mine)
+        if self._rank == 0:
+            self._print(first)
+
+    def fail(self, line: str, code: int, trace: str) -> NoReturn:
+        """Publish this rank's failure unless it is, and end the process, whose files are closed."""
+        self.announce(line, code, trace)
+        self._closed.set()
+        while self._thread.is_alive():  # it ends the process
+            with suppress(KeyboardInterrupt):
+                self._thread.join()
+        os._exit(code)
 
     def _run(self) -> None:
+        failure = self._await_failure()
+        if failure is None:
+            return
+        # NCCL aborts a rank that waits for one that has left. So all leave at the same time.
+        with suppress(RuntimeError):
+            if self._store.add(_KNOWN, 1) == self._size:
+                self._store.set(_KNOWN_TO_ALL, "")
+        self._appears(_KNOWN_TO_ALL, 2 * POLL_SECONDS)
+        if self._finished.wait(GRACE_SECONDS):
+            return
+        if self._announced is not None:
+            self._closed.wait(CLOSING_SECONDS)
+        self._leave(failure)
+
+    def _await_failure(self) -> dict[str, Any] | None:
+        """The failure that was published first; None if this rank has finished."""
+        lost_at = None
         while not self._finished.wait(POLL_SECONDS):
             try:
-                if not self._store.check([_KEY]):
-                    continue
-                first, alone = json.loads(self._store.get(_KEY)), False
-            except RuntimeError:  # its host is lost, so nobody else's line can be known
-                line = "redi: the connection to the job's store is lost; the same command resumes"
-                first, alone = {"rank": self._rank, "line": line, "code": 1}, True
-            if not self._finished.wait(GRACE_SECONDS):
-                self._ending.acquire()
-                self._leave(first, alone=alone)
+                if self._store.check([_KEY]):
+                    return dict(json.loads(self._store.get(_KEY)))
+                lost_at = None
+            except RuntimeError:
+                lost_at = lost_at or time.monotonic()
+                if self._announced is not None:
+                    return self._announced
+                if time.monotonic() - lost_at > STORE_SECONDS:  # nobody else's line can be known
+                    line = (
+                        "redi: the connection to the job's store is lost; the same command resumes"
+                    )
+                    return {"rank": self._rank, "line": line, "code": 1}
+                with suppress(RuntimeError):
+                    self._store = _connect(self._store)
+        return None
 
-    def _leave(self, failure: dict[str, Any], *, alone: bool) -> NoReturn:
-        """Print the failure if that is this rank's part, and end the process.
-
-        Args:
-            alone: this rank knows of no failure before, so it prints if rank 0 does not.
-        """
-        named = failure["line"]
-        if failure["rank"]:
-            named = named.replace("redi: ", f"redi: rank {failure['rank']}: ", 1)
+    def _leave(self, failure: dict[str, Any]) -> NoReturn:
+        """Print the failure if that is this rank's part, and end the process."""
         if self._rank == 0:
-            _write(named)
-            with suppress(RuntimeError):
-                self._store.set(_PRINTED, "")
+            self._print(failure)
             if "TORCHELASTIC_RUN_ID" not in os.environ:  # else torchrun hosts the store
                 time.sleep(3 * POLL_SECONDS)
-        elif not self._printed() and alone:
-            _write(named)
+        elif failure["rank"] == self._rank and not self._appears(_PRINTED, RANK_0_SECONDS):
+            _write(_named(failure))
         with suppress(Exception):
             sys.stdout.flush()
         os._exit(failure["code"])
 
-    def _printed(self) -> bool:
-        """Wait until rank 0 has printed. Returns False if it has not."""
-        deadline = time.monotonic() + RANK_0_SECONDS
-        try:
+    def _print(self, failure: dict[str, Any]) -> None:
+        """Print the failure on rank 0, once for the job."""
+        if self._printed:
+            return
+        self._printed = True
+        # All ranks raise some errors, such as a collapse. Then it is nobody's in particular.
+        shared = self._announced is not None and self._announced["line"] == failure["line"]
+        _write(failure["line"] if shared else _named(failure))
+        with suppress(RuntimeError):
+            self._store.set(_PRINTED, "")
+
+    def _appears(self, key: str, seconds: float) -> bool:
+        """Wait until another rank has set a key. Returns False if none has."""
+        deadline = time.monotonic() + seconds
+        with suppress(RuntimeError):
             while time.monotonic() < deadline:
-                if self._store.check([_PRINTED]):
+                if self._store.check([key]):
                     return True
                 time.sleep(0.05)
-        except RuntimeError:
-            return False
-        except KeyboardInterrupt:  # torchrun ends this rank, because rank 0 has left
-            return True
         return False
+
+
+@contextmanager
+def announced() -> Iterator[None]:
+    """Publish an error of the block before the contexts around it close, which may take long."""
+    try:
+        yield
+    except Exception as error:
+        if _watch is not None:
+            known = isinstance(error, InputError | RunError)
+            line = f"redi: {error}" if known else f"redi: {describe(error)}"
+            code = 2 if isinstance(error, InputError) else 1
+            _watch.announce(line, code, "" if known else traceback.format_exc())
+        raise
+
+
+def describe(error: BaseException) -> str:
+    """The type and message of an unexpected error, as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def end_job(line: str, code: int, trace: str = "") -> None:
     """End this process and, within seconds, all other ranks; return only if there are none.
+
+    What this rank has announced before takes the place of the arguments.
 
     Args:
         line: printed once for the job, by rank 0 if it lives; with the number of the rank, unless
@@ -131,6 +199,19 @@ def end_job(line: str, code: int, trace: str = "") -> None:
     """
     if _watch is not None:
         _watch.fail(line, code, trace)
+
+
+def _connect(store: Store) -> Store:
+    """Another connection to the store."""
+    connection: Store = store.clone()  # type: ignore[attr-defined]  # not in its stubs
+    connection.set_timeout(timedelta(seconds=CONNECT_SECONDS))
+    return connection
+
+
+def _named(failure: dict[str, Any]) -> str:
+    """The line of a failure, with its rank unless that is 0."""
+    line: str = failure["line"]
+    return line.replace("redi: ", f"redi: rank {failure['rank']}: ", 1) if failure["rank"] else line
 
 
 def _write(text: str) -> None:

@@ -1,6 +1,6 @@
 """When Python collects cyclic garbage: between steps and after a run, never inside a step.
 
-A collection looks at hundreds of thousands of objects and stops the host for 0.1 s or more. If each
+A collection visits hundreds of thousands of objects and stops the host for 0.1 s or more. If each
 rank collected when its own counters are full, all others would wait for it, each time for another.
 """
 
@@ -18,9 +18,9 @@ EVERY = 50
 def collected_at_the_end() -> Iterator[None]:
     """Free what the block allocated, also what is in reference cycles.
 
-    FSDP's modules and their hooks refer to each other, so a model would otherwise stay in memory
-    beside that of the next recipe until Python happens to collect. The block should be a call, so
-    that no frame holds what it allocated. Older objects are not looked at.
+    FSDP's modules and their hooks refer to each other, so the next recipe would otherwise build its
+    model while this one is still in memory, until Python happens to collect. The block should be a
+    call, so that no frame holds what it allocated. Older objects are not visited.
     """
     gc.freeze()
     try:

@@ -27,8 +27,9 @@ from redi.engine.data.loader import (
 from redi.engine.data.packing import Cost
 from redi.engine.data.summary import show, warnings
 from redi.engine.data.tokens import file_fingerprints
-from redi.engine.distributed import START_TIMEOUT, World
+from redi.engine.distributed import START_TIMEOUT, World, explained
 from redi.engine.errors import RunError
+from redi.engine.failure import announced
 from redi.engine.model.architecture import router_loss
 from redi.engine.model.build import build_student
 from redi.engine.model.export import export
@@ -168,7 +169,7 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
             check_same_model(weights, run_dir)
         world.after_rank0()  # which may have hashed 100 GB
         student, tokenizer, optimizer = _build(recipe, found, data, weights, cost, world, console)
-    try:
+    with _naming(run_dir):
         if world.is_main:
             facts: dict[str, Any] = {"model": weights, "parts": data.parts}
             keys = data.keys | facts | {ATTENTION_COST: attention_cost}
@@ -200,11 +201,18 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
             console.say(
                 f"{run_dir}: done; the model is in {inside(recipe.run.dir or '', 'export')}"
             )
+    return finished
+
+
+@contextmanager
+def _naming(run_dir: Path) -> Iterator[None]:
+    """Turn an error of a file into a RunError that names the run."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"{run_dir}: {error}; the same command resumes from the newest complete checkpoint"
         ) from error
-    return finished
 
 
 def _finish(run: LocalRun) -> None:
@@ -358,9 +366,12 @@ def _train(
         closing(checkpointer),
         closing(metrics),
         closing(progress),
-        _save_first(checkpointer),
         ExitStack() as after_first_step,
         profiling(recipe.run.profile_steps, run_dir, world, console) as profile,
+        announced(),
+        explained(),
+        _naming(run_dir),
+        _save_first(checkpointer),
     ):
         if world.any_rank(stop.requested) or not evaluate(done):
             console.say(f"stopped after step {done} of {total}; {RESUMES}")
@@ -419,11 +430,15 @@ def _train(
 
 @contextmanager
 def _save_first(checkpointer: Checkpointer) -> Iterator[None]:
-    """Report a failed save instead of another failed write: the save is what filled the disk."""
+    """Report a failed save instead of another failed write: the save is what filled the disk.
+
+    Several ranks do not wait for a save: it needs all of them, and one has failed.
+    """
     try:
         yield
     except OSError:
-        checkpointer.wait()
+        if checkpointer.failed or checkpointer.world.size == 1:
+            checkpointer.wait()
         raise
 
 
@@ -484,6 +499,7 @@ def _end_run(
     try:
         checkpointer.wait()
     finally:
+        checkpointer.world.after_rank0()  # which removes checkpoints, and then fails too
         raise RunError(f"{event.text}; {last_good(run_dir, checkpointer.complete, good_before)}")
 
 

@@ -33,42 +33,55 @@ def profiling(
 
     After an error nothing is written.
     """
-    wanted = steps if steps is not None and world.is_main else range(0)
-    one = Profile(wanted, run_dir / FOLDER, world.device, console)
+    profiled = Profile(steps or range(0), run_dir / FOLDER, world, console)
     try:
-        yield one
-        one.before(None)
+        yield profiled
+        profiled.before(None)
     finally:
-        one.abandon()
+        profiled.abandon()
 
 
 class Profile:
-    """Starts and stops the profiler between steps; without steps to profile it does nothing."""
+    """Starts and stops the profiler between steps; without steps to profile it does nothing.
 
-    def __init__(self, steps: range, folder: Path, device: torch.device, console: Console) -> None:
+    The other ranks wait while rank 0 writes: that may take longer than a collective's timeout.
+    """
+
+    def __init__(self, steps: range, folder: Path, world: World, console: Console) -> None:
         self._steps = steps
         self._folder = folder
-        self._on_cuda = device.type == "cuda"
+        self._world = world
+        self._on_cuda = world.device.type == "cuda"
         self._console = console
         self._profiler: profile | None = None
         self._step: record_function | None = None
         self._done: list[int] = []
+        self._written = False  # on every rank, though only rank 0 writes
         self._began = 0.0
 
     def before(self, step: int | None) -> None:
-        """Call it before a step's data are fetched, and with None after the last step."""
+        """Call it before a step's data are fetched, and with None after the last step. Collective.
+
+        Args:
+            step: equal on every rank.
+        """
         if self._step is not None:
             self._step.__exit__(None, None, None)
             self._step = None
         if step is None or step not in self._steps:
-            if self._profiler is not None:
-                self._stop(self._profiler)
+            if self._done and not self._written:
+                if self._profiler is not None:
+                    self._stop(self._profiler)
+                self._written = True
+                self._world.after_rank0()
+            return
+        self._done.append(step)
+        if not self._world.is_main:
             return
         if self._profiler is None:
             self._start()
         self._step = record_function(f"{PREFIX}step {step}")
         self._step.__enter__()
-        self._done.append(step)
 
     def abandon(self) -> None:
         """Stop a profiler that still runs, and write nothing."""

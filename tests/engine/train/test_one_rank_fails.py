@@ -1,5 +1,6 @@
 """One rank fails or hangs while the other waits for it: the job ends soon, with one clear line."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,9 +9,14 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 from processes import ranks
+
+from redi.engine.distributed import explained
+from redi.engine.errors import RunError
 
 WriteRecipe = Callable[..., Path]
 
@@ -51,17 +57,23 @@ def two_ranks(
     program: str, folder: Path, *arguments: object, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """A program on two ranks under torchrun. stderr is read with stdout."""
+    line, options = torchrun(program, folder, *arguments, **environment)
+    return subprocess.run(line, **options, timeout=300)
+
+
+def torchrun(
+    program: str, folder: Path, *arguments: object, **environment: str
+) -> tuple[list[str], dict[str, Any]]:
+    """The command line of a program on two ranks, and its options for `subprocess`."""
     script = folder / "program.py"
     script.write_text(program)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [*line, str(script), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=300,
-    )
+    return [*line, str(script), *map(str, arguments)], {
+        "env": {**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        "text": True,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+    }
 
 
 def lines_of_redi(output: str) -> list[str]:
@@ -137,6 +149,146 @@ def test_a_rank_that_hangs_ends_the_job_after_the_timeout(
     (line,) = lines_of_redi(output)
     assert line.startswith("redi: another rank did not answer for 5 s (")
     assert RESUMES in line
+
+
+# `redi train` in which a tracker of rank 0 takes CLOSING seconds to close. Rank 0 notes when that
+# began and ended. With FAULTY, rank 0 alone fails in step 3.
+SLOW_TO_CLOSE = """
+import os, sys, time
+from pathlib import Path
+from redi.engine import cli
+from redi.engine.errors import RunError
+from redi.engine.train import loop
+
+class Tracker:
+    def write(self, line):
+        if line["step"] == 2 and "FAULTY" in os.environ:
+            raise RunError("the tracker refuses")
+    def close(self):
+        note("closing")
+        time.sleep(float(os.environ["CLOSING"]))
+        note("closed")
+
+def note(what):
+    Path(os.environ["NOTES"], what).write_text(str(time.time()))
+
+loop.open_trackers = lambda *_: [Tracker()]
+sys.exit(cli.main())
+"""
+
+COLLAPSES = {
+    "objective.alpha": 3.0,
+    "optim.lr": 0.03,
+    "optim.schedule": "constant",
+    "optim.warmup": 0.0,
+    "data.pairing": "first",
+    "train.batch": 4,
+    "train.max_steps": 25,
+    "run.save_every": 6,
+    "run.keep": 1,
+}
+
+
+def test_if_all_ranks_fail_rank_0_may_close_its_files(recipe: WriteRecipe, tmp_path: Path) -> None:
+    """A collapse. Its event gets into the bucket, so that the same command does not continue."""
+    bucket = tmp_path / "bucket"
+    place = {"run.dir": f"file://{bucket}", "data.cache": str(tmp_path / "cache")}
+    path = recipe("run", COLLAPSES | place)
+    job = two_ranks(SLOW_TO_CLOSE, tmp_path, "train", path, CLOSING="6", NOTES=str(tmp_path))
+    assert job.returncode == 1, job.stdout
+    (line,) = lines_of_redi(job.stdout)
+    assert "redi: collapse since step " in line
+    assert "rank 1" not in line
+    assert (tmp_path / "closed").exists(), job.stdout
+    last = json.loads((bucket / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["goes_on"]) == ("collapse", False)
+
+
+def test_if_rank_0_fails_alone_the_others_do_not_wait_until_it_has_closed_its_files(
+    recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    line, options = torchrun(
+        SLOW_TO_CLOSE,
+        tmp_path,
+        "train",
+        recipe("run"),
+        CLOSING="12",
+        FAULTY="yes",
+        NOTES=str(tmp_path),
+    )
+    with subprocess.Popen(line, **options) as job:
+        assert job.stdout is not None
+        output = [(time.time(), text) for text in job.stdout]
+    everything = "".join(text for _, text in output)
+    assert job.returncode == 1, everything
+    failed, closed = (float((tmp_path / name).read_text()) for name in ("closing", "closed"))
+    assert closed - failed > 11
+    said = [(at, text) for at, text in output if text.startswith("redi: ")]
+    assert [text for _, text in said] == ["redi: the tracker refuses\n"], everything
+    assert said[0][0] - failed < 3, everything
+    # torchrun stops rank 0 because rank 1 has ended.
+    stopped = [at for at, text in output if "closing signal SIGTERM" in text]
+    assert stopped, everything
+    assert stopped[0] - failed < 8, everything
+
+
+# All connections to the store break once, also that of a watch. Another rank fails afterwards.
+RESET = """
+import json, os, socket, time
+import torch.distributed as dist
+from redi.engine.failure import FailureWatch
+
+store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+watch = FailureWatch(store, rank=0, size=2)
+for descriptor in os.listdir("/proc/self/fd"):
+    try:
+        connection = socket.socket(fileno=os.dup(int(descriptor)))
+        if connection.getpeername()[1] == store.port:
+            connection.shutdown(socket.SHUT_RDWR)
+            print("reset")
+    except OSError:
+        pass
+time.sleep(3)
+print("healthy", flush=True)
+other = dist.TCPStore("localhost", store.port, is_master=False)
+other.set("failure", json.dumps({"rank": 1, "line": "redi: the disk is gone", "code": 7}))
+time.sleep(20)
+"""
+
+
+def test_a_reset_connection_to_the_store_is_made_again() -> None:
+    job = subprocess.run([sys.executable, "-c", RESET], text=True, capture_output=True, timeout=60)
+    assert job.returncode == 7, job.stderr
+    assert job.stdout.split() == ["reset", "reset", "healthy"]
+    assert lines_of_redi(job.stderr) == ["redi: rank 1: the disk is gone"]
+
+
+NCCL = "NCCL error in: /pytorch/torch/csrc/NCCLUtils.cpp:94, {}, NCCL version 2.27.3\n{}\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        (
+            NCCL.format("remote process exited or there was a network error", "ncclRemoteError:")
+            + "Last error:\nsocketProgress: Connection closed by remote peer node-3<40112>",
+            "another rank was lost (NCCL error in: ",
+        ),
+        (
+            NCCL.format("unhandled system error", "ncclSystemError: System call failed.")
+            + "Last error:\nError while creating shared memory segment /dev/shm/nccl-x (size 9637)",
+            "communication between ranks failed (NCCL error in: ",
+        ),
+    ],
+)
+def test_an_error_of_nccl_is_one_line_with_its_cause(message: str, what: str) -> None:
+    with pytest.raises(RunError) as caught, explained():
+        raise dist.DistBackendError(message)
+    line = str(caught.value)
+    assert line.startswith(what)
+    assert message.splitlines()[-1] in line
+    assert line.endswith(RESUMES)
+    assert "\n" not in line
 
 
 # `redi train` in which rank 1 evaluates slowly and rank 0 writes its files slowly.

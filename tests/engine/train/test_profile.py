@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,48 @@ def test_a_run_that_is_stopped_or_killed_inside_the_profile_resumes(
     # Profiled steps may change on resume.
     assert main(["train", str(path), "--run.profile", f"{last + 1}:{last + 2}"]) == 0
     assert steps_in(traced(run_dir, f"steps-{last + 1}-{last + 1}")) == [last + 1]
+
+
+# `redi train` on a rank whose trace takes 10 s to write.
+SLOW_TO_WRITE = """
+import sys, time
+from redi.engine import cli
+from redi.engine.train import profile
+
+write = profile.Profile._table
+
+def slowly(*args):
+    time.sleep(10)
+    return write(*args)
+
+profile.Profile._table = slowly
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profiled", ["2:3", "3:9"])
+def test_the_other_ranks_wait_while_rank_0_writes_the_profile(
+    profiled: str, recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """Longer than a collective's timeout, between steps and after the last one."""
+    script = tmp_path / "program.py"
+    script.write_text(SLOW_TO_WRITE)
+    path = recipe("run", {"run.timeout": 4, "run.profile": profiled})
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    job = subprocess.run(
+        [*line, str(script), "train", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert job.returncode == 0, job.stderr
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    last = min(int(profiled[-1]) - 1, 4)
+    assert steps_in(traced(tmp_path / "run", f"steps-{profiled[0]}-{last}")) == list(
+        range(int(profiled[0]), last + 1)
+    )
 
 
 @pytest.mark.parametrize("text", ["4:2", "2:2", "0:3", "-1:3", "3", "3:", "a:b", "2:4:2"])
