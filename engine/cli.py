@@ -249,7 +249,7 @@ def train(argv: Sequence[str]) -> None:
 
                 from redi.engine.console import Console
                 from redi.engine.distributed import join_world
-                from redi.engine.train.loop import run_recipe
+                from redi.engine.train.run import run_recipe
             with join_world() as world:
                 console = Console(active=world.is_main, quiet=quiet)
                 for recipe in recipes:

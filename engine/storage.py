@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -46,6 +47,9 @@ _OPTIONS = {"use_listings_cache": False}  # other machines write too
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "mtime", "created")
 
 
+_ONE_SLASH = re.compile(r"[a-z0-9]+:/(?!/)")
+
+
 def is_remote(path: str | None) -> TypeGuard[str]:
     """True for a URL, false for a path or the name of a model on the hub."""
     return path is not None and "://" in path
@@ -62,6 +66,8 @@ def check_available(path: str | None, key: str) -> None:
     Raises:
         InputError: otherwise; `key` names the key of the recipe or the option.
     """
+    if path is not None and _ONE_SLASH.match(path):
+        raise InputError(f"{key}: {path}: a URL has two slashes, such as s3://bucket/folder")
     if not is_remote(path):
         return
     import fsspec  # takes a tenth of a second; a local path needs none
@@ -77,7 +83,7 @@ def check_available(path: str | None, key: str) -> None:
             "pip install 'redi-engine[storage]'"
         ) from None
     except ValueError:
-        raise InputError(f"{key}: {path}: unknown protocol; use s3:// or gs://") from None
+        raise InputError(f"{key}: {path}: unknown protocol; use s3://, gs:// or file://") from None
 
 
 def working_folder(path: str, cache_dir: Path) -> Path:
@@ -98,6 +104,11 @@ def url_of(folder: Path) -> str | None:
                 start = ":///" if part == "file:" else "://"
                 return part[:-1] + start + "/".join(folder.parts[number + 1 :])
     return None
+
+
+def shown(folder: Path) -> str:
+    """The path or URL of a run, for messages."""
+    return url_of(folder) or str(folder)
 
 
 class LocalRun:

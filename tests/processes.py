@@ -13,7 +13,7 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["redi.engine.train.loop", "transformers.models.qwen2.modeling_qwen2", "pandas"]
+    ["redi.engine.train.run", "transformers.models.qwen2.modeling_qwen2", "pandas"]
 )
 
 

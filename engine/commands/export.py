@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from redi.engine.errors import InputError
 from redi.engine.model.export import architecture_to_export, files_of, write_folder
 from redi.engine.model.load import generation_config, read_config
-from redi.engine.storage import fetch_model, open_run, url_of
+from redi.engine.storage import fetch_model, open_run, shown, url_of
 from redi.engine.train.checkpoint import checkpoint_reader, complete_checkpoints
 
 
@@ -35,12 +35,12 @@ def export_run(run_dir: Path, step: int | None, cache_dir: Path) -> str:
         InputError: there is no such run or checkpoint.
     """
     if not (run_dir / "recipe.toml").is_file():
-        raise InputError(f"{run_dir} is not a run directory (it has no recipe.toml)")
+        raise InputError(f"{shown(run_dir)} is not a run directory (it has no recipe.toml)")
     checkpoints = complete_checkpoints(run_dir)
     if not checkpoints or (step is not None and step not in checkpoints):
         have = ", ".join(map(str, sorted(checkpoints))) or "none"
         wanted = "" if step is None else f" of step {step}"
-        raise InputError(f"{run_dir} has no complete checkpoint{wanted}; available: {have}")
+        raise InputError(f"{shown(run_dir)} has no complete checkpoint{wanted}; available: {have}")
     transformers_logging.disable_progress_bar()
     step = max(checkpoints) if step is None else step
     recipe = tomllib.loads((run_dir / "recipe.toml").read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from typing import Any
 
 from redi.engine.console import print_table
 from redi.engine.errors import InputError
+from redi.engine.storage import shown
 from redi.engine.train.metrics import read_metrics
 from redi.engine.train.run_folder import is_finished
 
@@ -42,7 +43,7 @@ def read_run(run_dir: Path) -> Curves:
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
-        raise InputError(f"{run_dir}: not a run directory (it has no metrics.jsonl)")
+        raise InputError(f"{shown(run_dir)}: not a run directory (it has no metrics.jsonl)")
     lines = read_metrics(path)
     steps = [line for line in lines if "loss" in line]
     if not steps:

@@ -23,8 +23,8 @@ from redi.engine.plan.memory import Load, step_memory
 from redi.engine.plan.search import CountMemory, Gpus, fastest, row_lengths
 from redi.engine.train.prepare_data import PreparedData
 
-CPU_FLOPS = 1e10
-"""Flops a second of a CPU process, in order of magnitude: compute exceeds all else."""
+CPU_FLOPS = 1e11
+"""Flops a second of a CPU process, in order of magnitude: only short packs wait for launches."""
 
 
 def with_rows(recipe: Recipe, row_tokens: int) -> Recipe:
@@ -83,7 +83,7 @@ def resolve_rows(
             return auto_rows(recipe, model_size(config), data, gpus, console)
 
     row_tokens = world.from_rank0(choose)
-    why = "as when the run was started" if kept is not None else "auto"
+    why = "as in the run so far" if kept is not None else "auto"
     console.say(f"train.row_tokens: {row_tokens:,} ({why})")
     return with_rows(recipe, row_tokens)
 

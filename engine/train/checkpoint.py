@@ -34,7 +34,7 @@ from redi.engine.console import Console
 from redi.engine.distributed import World, await_files
 from redi.engine.errors import InputError, RunError
 from redi.engine.model.student import Student
-from redi.engine.storage import CHECKPOINTS, LocalRun, open_run
+from redi.engine.storage import CHECKPOINTS, LocalRun, open_run, shown
 
 # CheckpointException derives from BaseException, not from Exception.
 FAILURES = (Exception, CheckpointException)
@@ -69,7 +69,7 @@ def check_not_damaged(run_dir: Path, complete: Collection[int]) -> str | None:
     steps = ", ".join(map(str, damaged))
     what = f"{run_dir / CHECKPOINTS}: damaged (files are missing or truncated): step {steps}"
     if not complete:
-        raise InputError(f"{what}; restore them, or remove {run_dir} to start again")
+        raise InputError(f"{what}; restore them, or remove {shown(run_dir)} to start again")
     return f"{what}; resuming from step {max(complete)}"
 
 

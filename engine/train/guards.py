@@ -30,6 +30,7 @@ from redi.engine.config.sections import GuardConfig
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
+from redi.engine.storage import shown
 from redi.engine.train.checkpoint import complete_checkpoints
 from redi.engine.train.metrics import read_metrics
 
@@ -232,7 +233,7 @@ def collapse_of(run_dir: Path) -> str | None:
     for line in read_metrics(metrics) if metrics.is_file() else ():
         if line.get("event") == "collapse" and line.get("goes_on") is False:
             return (
-                f"{run_dir} collapsed and was ended at step {line['step']}; "
+                f"{shown(run_dir)} collapsed and was ended at step {line['step']}; "
                 f"{last_good(run_dir, complete_checkpoints(run_dir), line['good_before'])}"
             )
     return None
@@ -254,8 +255,8 @@ def last_good(run_dir: Path, complete: Iterable[int], good_before: int) -> str:
         )
     return (
         f"the last good checkpoint: that of step {max(good)}; to continue from it with other "
-        f"settings: redi export {run_dir} --step {max(good)}, then a new run whose model.path is "
-        "the directory that this command prints"
+        f"settings: redi export {shown(run_dir)} --step {max(good)}, then a new run whose "
+        "model.path is the directory that this command prints"
     )
 
 

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from redi.engine.config.parse import dump_recipe
 from redi.engine.config.resume import changed_keys
@@ -25,9 +27,9 @@ from redi.engine.console import Console
 from redi.engine.data.schedule import Schedule
 from redi.engine.data.summary import Summary
 from redi.engine.distributed import World
-from redi.engine.errors import InputError
+from redi.engine.errors import InputError, RunError
 from redi.engine.model.first_forward import ForwardRecord
-from redi.engine.storage import FLIGHT_RECORDER, MANIFEST, RECIPE
+from redi.engine.storage import FLIGHT_RECORDER, MANIFEST, RECIPE, inside, shown
 from redi.engine.train.checkpoint import complete_checkpoints
 
 NAMED_FILES = 3
@@ -145,15 +147,15 @@ class PreviousRun:
         """
         if total < old:
             raise InputError(
-                f"run.dir: {run_dir} holds a run of {old} steps, and train.epochs and "
+                f"run.dir: {shown(run_dir)} holds a run of {old} steps, and train.epochs and "
                 f"train.max_steps now give {total}; a run can only be lengthened: choose another "
                 "run.dir, or change them back to resume"
             )
         if self.exported and not self.complete:
             raise InputError(
-                f"run.dir: {run_dir} cannot be lengthened to {total} steps: it has no checkpoint "
-                f"left to resume from; choose another run.dir (model.path may be "
-                f"{run_dir / 'export'})"
+                f"run.dir: {shown(run_dir)} cannot be lengthened to {total} steps: it has no "
+                f"checkpoint left to resume from; choose another run.dir (model.path may be "
+                f"{inside(shown(run_dir), 'export')})"
             )
 
 
@@ -212,12 +214,15 @@ def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
     # A recipe alone may be the user's own file: a run directory appears with both.
     is_run = all((run_dir / name).is_file() for name in (RECIPE, MANIFEST))
     if not run_dir.is_dir() or (any(run_dir.iterdir()) and not is_run):
-        raise InputError(f"run.dir: {run_dir} exists and is not a run directory; choose another")
+        raise InputError(
+            f"run.dir: {shown(run_dir)} exists and is not a run directory; choose another"
+        )
     if not is_run:
         return
     if not recipe.run.resume:
         raise InputError(
-            f"run.dir: {run_dir} holds a run and run.resume is false; remove it or choose another"
+            f"run.dir: {shown(run_dir)} holds a run and run.resume is false; remove it or choose "
+            "another"
         )
     try:
         old = tomllib.loads((run_dir / RECIPE).read_text(encoding="utf-8"))
@@ -228,7 +233,7 @@ def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
             continue
         section, name = key.split(".")
         raise InputError(
-            f"run.dir: {run_dir} holds a run with another {key} "
+            f"run.dir: {shown(run_dir)} holds a run with another {key} "
             f"({old.get(section, {}).get(name)}, now {getattr(getattr(recipe, section), name)}); "
             "choose another run.dir, or change it back to resume"
         )
@@ -256,7 +261,7 @@ def check_same_data(
             what = "changed" if found else "the data or tokenizer has changed"
             key = "model.tokenizer" if found.startswith("the tokenizer") else f"{name}.path"
             raise InputError(
-                f"{key}: {what} since {run_dir} was started{': ' if found else ''}"
+                f"{key}: {what} since {shown(run_dir)} was started{': ' if found else ''}"
                 f"{found}; choose another run.dir, or restore it to resume"
             )
 
@@ -276,8 +281,8 @@ def check_same_files(files: list[list[str]], run_dir: Path) -> None:
         return
     if found := what_changed(parts, parts | {"files": files}):
         raise InputError(
-            f"data.path: changed since {run_dir} was finished: {found}; choose another run.dir to "
-            "train on it, or restore it"
+            f"data.path: changed since {shown(run_dir)} was finished: {found}; choose another "
+            "run.dir to train on it, or restore it"
         )
 
 
@@ -323,8 +328,8 @@ def check_same_model(fingerprint: str | None, run_dir: Path) -> None:
         return
     if json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))["model"] != fingerprint:
         raise InputError(
-            f"model.path: the weights have changed since {run_dir} was started; choose another "
-            "run.dir, or restore them to resume"
+            f"model.path: the weights have changed since {shown(run_dir)} was started; choose "
+            "another run.dir, or restore them to resume"
         )
 
 
@@ -454,3 +459,15 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+@contextmanager
+def file_errors_named(run_dir: Path) -> Iterator[None]:
+    """Turn an error of a file into a RunError that names the run."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{shown(run_dir)}: {error}; the same command resumes from the newest complete "
+            "checkpoint"
+        ) from error

@@ -255,7 +255,7 @@ def test_auto_is_a_number_in_the_run_and_stays_on_resume(
         assert line["micro_steps"] >= line["tokens"] / (chosen * (ranks or 1))
     # Another batch would give other rows, but batch may not change: more steps keep them.
     said = train("--train.max_steps", "3")
-    assert f"train.row_tokens: {chosen:,} (as when the run was started)" in said
+    assert f"train.row_tokens: {chosen:,} (as in the run so far)" in said
     assert rows() == chosen
     if ranks:
         return

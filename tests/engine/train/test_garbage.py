@@ -16,7 +16,7 @@ import gc, json, os, sys, weakref
 
 import torch
 
-from redi.engine.train import checkpoint, garbage, loop
+from redi.engine.train import checkpoint, garbage, loop, run
 
 garbage.EVERY = 2
 found = {"alive": [], "collections": [], "bytes": []}
@@ -44,7 +44,7 @@ class Stager(checkpoint.DefaultStager):
         return copy
 
 
-def build(*arguments, original=loop._build):
+def build(*arguments, original=run._build):
     if of_first:  # the second recipe
         found["alive"] = [name for name, one in of_first.items() if one() is not None]
         found["left_bytes"] = tensor_bytes() - found["start_bytes"]
@@ -77,7 +77,7 @@ def collected(phase, facts):
         found["collections"].append([now["step"], facts["generation"], now["inside"]])
 
 
-checkpoint.DefaultStager, loop._build, loop.train_step = Stager, build, step
+checkpoint.DefaultStager, run._build, loop.train_step = Stager, build, step
 gc.callbacks.append(collected)
 if "never" in sys.argv[2]:
     gc.disable()

@@ -224,7 +224,14 @@ def test_report_export_and_evaluate_read_a_run_in_a_bucket_without_touching_its_
     ("url", "message"),
     [
         ("s3://bucket", "run.dir: s3://bucket names no folder in a bucket"),
-        ("s5://bucket/run", "run.dir: s5://bucket/run: unknown protocol; use s3:// or gs://"),
+        (
+            "s5://bucket/run",
+            "run.dir: s5://bucket/run: unknown protocol; use s3://, gs:// or file://",
+        ),
+        (
+            "file:/bucket/run",
+            "run.dir: file:/bucket/run: a URL has two slashes, such as s3://bucket/folder",
+        ),
         (
             "wandb://bucket/run",
             "the package for wandb:// is not installed: pip install 'redi-engine[storage]'",

@@ -1,0 +1,244 @@
+"""A training run, from its checks to the export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from redi.engine.config.sections import Recipe
+from redi.engine.console import Console
+from redi.engine.data.fingerprints import model_fingerprint
+from redi.engine.data.loader import default_workers, start_worker_server
+from redi.engine.data.packing import Cost
+from redi.engine.data.summary import show, warnings
+from redi.engine.data.tokens import file_fingerprints
+from redi.engine.distributed import World
+from redi.engine.model.architecture import router_loss
+from redi.engine.model.build import build_student
+from redi.engine.model.export import export
+from redi.engine.model.flops import training_cost
+from redi.engine.model.student import Student
+from redi.engine.plan.auto_rows import resolve_rows
+from redi.engine.storage import LocalRun, fetch_models, inside, open_run, shown, working_folder
+from redi.engine.train.attention_cost import KEY as ATTENTION_COST
+from redi.engine.train.attention_cost import calibrated
+from redi.engine.train.checkpoint import check_not_damaged
+from redi.engine.train.garbage import collected_at_the_end
+from redi.engine.train.loop import Training, train
+from redi.engine.train.optimizer import learning_rate, make_optimizer
+from redi.engine.train.preflight import Preflight, check_before_data
+from redi.engine.train.prepare_data import PreparedData, check_positions, prepare_data
+from redi.engine.train.run_folder import (
+    PreviousRun,
+    check_same_data,
+    check_same_files,
+    check_same_model,
+    check_same_recipe,
+    file_errors_named,
+    finish,
+    read_previous_run,
+    record_flight,
+    write_run_dir,
+)
+from redi.engine.train.score_traces import set_reference
+from redi.engine.train.signals import StopRequest
+
+
+def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> bool:
+    """Train one recipe to its end, or resume an earlier attempt.
+
+    The run directory is written only after all input has been checked.
+
+    Args:
+        recipe: resolved; `run.dir` and `model.path` are set.
+        world: this process's rank and device.
+        console: where progress is shown.
+        stop: records whether a signal requested a stop.
+
+    Returns:
+        True if the run is finished, False if a signal stopped it.
+
+    Raises:
+        InputError: the recipe, data or model is invalid, or the directory holds another run.
+        RunError: the run failed.
+        KeyboardInterrupt: a signal stopped it before training started.
+    """
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
+        torch.cuda.reset_accumulated_memory_stats(world.device)  # allocation retries
+    with collected_at_the_end():
+        finished = _run(recipe, world, console, stop)
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return finished
+
+
+def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> bool:
+    """`run_recipe`; what it allocates is unreachable when it returns."""
+    named = recipe.model  # by URL if it is on object storage
+    run_dir = working_folder(recipe.run.dir or "", recipe.data.cache_dir)
+    run = open_run(run_dir)
+
+    def look() -> PreviousRun:
+        run.fetch()
+        check_same_recipe(recipe, run_dir)
+        return read_previous_run(run_dir)
+
+    previous = world.from_rank0(look)
+    if previous.finished and previous.limits == (recipe.train.epochs, recipe.train.max_steps):
+        _report_finished(recipe, run_dir, world, console)
+        return True
+    workers = recipe.data.workers
+    if workers is None:
+        workers = default_workers(world.device)
+    if workers:
+        start_worker_server()  # it imports torch meanwhile
+    if damaged := world.from_rank0(lambda: check_not_damaged(run_dir, previous.complete)):
+        console.warn(damaged)
+    recipe = fetch_models(recipe, world)
+    found = check_before_data(recipe, run_dir, world)
+
+    def prepare() -> PreparedData:
+        with stop.interruptible(world.is_main):
+            return prepare_data(recipe, world, console)
+
+    data = world.rank0_first(prepare)
+    world.from_rank0(lambda: check_same_data(data.keys, data.parts, run_dir))
+    total = data.schedule.total_steps
+    first_total, old_total = previous.totals(data.schedule)
+    if previous.finished and total == old_total:
+        _report_finished(recipe, run_dir, world, console)
+        return True
+    previous.check_not_shortened(total, old_total, run_dir)
+    check_positions(
+        data.tokens,
+        data.examples.lengths,
+        data.examples.units,
+        found.config,
+        'set data.max_tokens = {} with data.overlong = "drop" or "truncate", or raise '
+        "model.max_position_embeddings",
+    )
+    cost, attention_cost = calibrated(
+        training_cost(found.config), recipe, found.config, run_dir, world, console
+    )
+    recipe = resolve_rows(recipe, previous.row_tokens, found.config, data, world, console)
+    row_tokens = recipe.train.resolved_row_tokens
+    summary = data.summarize(row_tokens, world.size, cost, recipe.shard.gather)
+    show(summary, str(run_dir), console)
+    for warning in [*warnings(summary), *_recipe_warnings(recipe, found.config, total)]:
+        console.warn(warning)
+
+    with stop.interruptible(world.size == 1):
+        weights = None
+        if world.is_main:
+            weights = model_fingerprint(recipe.model.path or "", recipe.data.cache_dir)
+            check_same_model(weights, run_dir)
+        world.after_rank0()  # which may have hashed 100 GB
+        student, tokenizer, optimizer = _build(recipe, found, data, weights, cost, world, console)
+    with file_errors_named(run_dir):
+        if world.is_main:
+            facts: dict[str, Any] = {"model": weights, "parts": data.parts}
+            keys = data.keys | facts | {ATTENTION_COST: attention_cost}
+            written = replace(recipe, model=named)
+            write_run_dir(written, keys, summary, found.dtype, run_dir, world, old_total)
+            run.publish()
+        record_flight(run_dir, world)
+        rate = learning_rate(recipe.optim, total, first_total)
+        if total > old_total:
+            _report_lengthened(recipe, old_total, total, rate, console)
+        training = Training(recipe, run, data, cost, rate, workers, student, optimizer)
+        with run.published() if world.is_main else nullcontext():
+            finished = train(training, previous.complete, world, console, stop)
+        if finished:
+            export(student, tokenizer, run_dir / "export", found.dtype, world)
+            world.from_rank0(lambda: _finish(run))
+            console.say(
+                f"{shown(run_dir)}: done; the model is in {inside(recipe.run.dir or '', 'export')}"
+            )
+    return finished
+
+
+def _finish(run: LocalRun) -> None:
+    run.publish_model("export")
+    finish(run.folder)
+    run.publish()
+
+
+def _recipe_warnings(recipe: Recipe, config: Any, total: int) -> list[str]:
+    """Warnings about the recipe, printed before hours of training."""
+    found = []
+    if (profiled := recipe.run.profile_steps) and profiled.start > total:
+        found.append(
+            f"run.profile = {recipe.run.profile}: the run ends after step {total}, so nothing is "
+            "profiled"
+        )
+    if epsilon := recipe.objective.filter_epsilon:
+        found.append(
+            f"objective.filter_epsilon = {epsilon:g}: the gradient is approximate; see "
+            "positive_dropped and negative_dropped in the metrics"
+        )
+    if router := router_loss(config):
+        found.append(router)
+    if recipe.objective.name == "redi" and recipe.objective.alpha > 1:
+        found.append(
+            f"objective.alpha = {recipe.objective.alpha}: incorrect traces weigh more than correct "
+            "ones; the paper's alpha is in [0, 1]"
+        )
+    return found
+
+
+def _build(
+    recipe: Recipe,
+    found: Preflight,
+    data: PreparedData,
+    weights: str | None,
+    cost: Cost,
+    world: World,
+    console: Console,
+) -> tuple[Student, PreTrainedTokenizerBase, torch.optim.AdamW]:
+    """The sharded student (with the reference of its objective), its tokenizer and optimizer."""
+    student, tokenizer = build_student(recipe, found.config, found.dtype, world, console)
+    if recipe.objective.kind.reference:
+        set_reference(
+            student,
+            recipe,
+            data.tokens,
+            data.examples.units[data.schedule.drawn()],
+            data.examples.lengths,
+            fingerprint=weights,
+            dtype=found.dtype,
+            cost=cost,
+            world=world,
+            console=console,
+        )
+    return student, tokenizer, make_optimizer(student, recipe.optim)
+
+
+def _report_finished(recipe: Recipe, run_dir: Path, world: World, console: Console) -> None:
+    """Say that nothing is left to do; InputError if the model or the data has changed since."""
+    path = recipe.model.path or ""
+    if world.is_main:
+        if Path(path).exists():
+            check_same_model(model_fingerprint(path, recipe.data.cache_dir), run_dir)
+        check_same_files(file_fingerprints(recipe.data.paths, recipe.data.cache_dir), run_dir)
+    console.say(
+        f"{shown(run_dir)}: finished already; the model is in {inside(shown(run_dir), 'export')}"
+    )
+
+
+def _report_lengthened(
+    recipe: Recipe, old: int, total: int, rate: Callable[[int], float], console: Console
+) -> None:
+    console.say(f"{recipe.run.dir}: lengthened from {old} to {total} steps")
+    if recipe.optim.schedule != "constant":
+        console.warn(
+            f'optim.schedule = "{recipe.optim.schedule}" was planned to reach 0 after step {old}; '
+            f"the rate is now that of {total} steps ({rate(old + 1):g} in step {old + 1}), so the "
+            f"result differs from that of {total} steps in one run"
+        )
