@@ -367,7 +367,7 @@ def _train(
         closing(metrics),
         closing(progress),
         ExitStack() as after_first_step,
-        profiling(recipe.run.profile_steps, run_dir, world, console) as profile,
+        profiling(recipe.run.profile_steps, total, run_dir, world, console) as profile,
         announced(),
         explained(),
         _naming(run_dir),
