@@ -130,7 +130,7 @@ def train(
         closing(metrics),
         closing(progress),
         ExitStack() as after_first_step,
-        profiling(recipe.run.profile_steps, run_dir, world, console) as profile,
+        profiling(recipe.run.profile_steps, total, run_dir, world, console) as profile,
         announced(),
         explained(),
         file_errors_named(run_dir),

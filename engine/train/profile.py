@@ -27,13 +27,17 @@ INSIDE = {"loss": "forward"}
 
 @contextmanager
 def profiling(
-    steps: range | None, run_dir: Path, world: World, console: Console
+    steps: range | None, total: int, run_dir: Path, world: World, console: Console
 ) -> Iterator[Profile]:
     """Within the context, profile `steps` on rank 0; if it is left early, those done so far.
 
     After an error nothing is written.
+
+    Args:
+        total: the run's last step.
     """
-    profiled = Profile(steps or range(0), run_dir / FOLDER, world, console)
+    wanted = range(steps.start, min(steps.stop, total + 1)) if steps else range(0)
+    profiled = Profile(wanted, run_dir / FOLDER, world, console)
     try:
         yield profiled
         profiled.before(None)
