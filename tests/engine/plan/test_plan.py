@@ -318,9 +318,9 @@ def test_settings_are_not_said_to_fit_if_generation_does_not(
 ) -> None:
     problems = tmp_path / "problems.jsonl"
     row = '{"prompt": "1=", "chosen": "12", "rejected": "3", "answer": "12"}\n'
-    problems.write_text(row * 64)
+    problems.write_text(row * 400)
     checked = {"eval.path": str(problems), "eval.checker": "exact", "eval.max_new_tokens": 400}
-    path = recipe("run", {**checked, "shard.checkpointing": "full"})
+    path = recipe("run", {**checked, "eval.batch_size": 400, "shard.checkpointing": "full"})
     (roomy,) = planned(path, tmp_path / "plan.json")
     assert "the fastest settings that fit" in " ".join(capfd.readouterr().err.split())
     step = sum(roomy["memory"]["parts"].values())
