@@ -317,8 +317,8 @@ def test_settings_are_not_said_to_fit_if_generation_does_not(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     problems = tmp_path / "problems.jsonl"
-    row = '{"prompt": "1=", "chosen": "12", "rejected": "3", "answer": "12"}\n'
-    problems.write_text(row * 400)
+    row = '{{"prompt": "{}=", "chosen": "12", "rejected": "3", "answer": "12"}}\n'
+    problems.write_text("".join(row.format(number) for number in range(400)))
     checked = {"eval.path": str(problems), "eval.checker": "exact", "eval.max_new_tokens": 400}
     path = recipe("run", {**checked, "eval.batch_size": 400, "shard.checkpointing": "full"})
     (roomy,) = planned(path, tmp_path / "plan.json")
