@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ if not torch.cuda.is_available():
 from kernel_cases import EXP_TARGETS, TARGETS, Target
 
 from redi.kernels.backends import TRITON_INSTALLED, TRITON_INTERPRETS
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("any time", deadline=None)
+hypothesis.settings.load_profile("any time")
 
 
 def pytest_configure() -> None:
