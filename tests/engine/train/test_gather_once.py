@@ -201,7 +201,8 @@ def test_generation_gathers_each_group_once_and_not_for_each_token(
         assert generation["tokens"] > 3 * (LAYERS + 2)  # two batches
         # The last block, the head and the root are left gathered from scoring the same traces.
         assert LAYERS - 1 <= generation["all_gathers"] <= LAYERS + 2
-    assert [one["tokens"] for one in generations[0]] == [one["tokens"] for one in generations[1]]
+    # Ranks gather together, but each generates only what its problems need.
+    assert generations[0][0]["tokens"] != generations[1][0]["tokens"]
 
 
 def test_reducing_after_each_micro_step_is_refused(
