@@ -44,6 +44,7 @@ def prepared(recipe: Callable[..., Path]) -> tuple[Recipe, Any, PreparedData]:
         return found, model_config(found), prepare_data(found, world, QUIET)
 
 
+@pytest.mark.slow
 def test_the_search_finds_the_best_of_all_combinations_with_fewer_counts(
     prepared: tuple[Recipe, Any, PreparedData],
 ) -> None:
@@ -266,6 +267,7 @@ def test_auto_is_a_number_in_the_run_and_stays_on_resume(
     assert len(steps(tmp_path / "run")) == 5
 
 
+@pytest.mark.slow
 def test_prepare_and_plan_take_auto(
     recipe: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

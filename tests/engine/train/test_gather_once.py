@@ -175,7 +175,8 @@ def test_other_ways_to_shard_give_the_same_steps(
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-5)
 
 
-@pytest.mark.parametrize("gather", ["micro_step", pytest.param("step", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gather", ["micro_step", "step"])
 def test_generation_gathers_each_group_once_and_not_for_each_token(
     recipe: Callable[..., Path],
     spied: Callable[..., list[list[dict[str, Any]]]],

@@ -189,6 +189,7 @@ COLLAPSES = {
 }
 
 
+@pytest.mark.slow
 def test_if_all_ranks_fail_rank_0_may_close_its_files(recipe: WriteRecipe, tmp_path: Path) -> None:
     """A collapse. Its event gets into the bucket, so that the same command does not continue."""
     bucket = tmp_path / "bucket"
@@ -204,6 +205,7 @@ def test_if_all_ranks_fail_rank_0_may_close_its_files(recipe: WriteRecipe, tmp_p
     assert (last["event"], last["goes_on"]) == ("collapse", False)
 
 
+@pytest.mark.slow
 def test_if_rank_0_fails_alone_the_others_do_not_wait_until_it_has_closed_its_files(
     recipe: WriteRecipe, tmp_path: Path
 ) -> None:
