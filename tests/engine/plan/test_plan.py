@@ -295,6 +295,7 @@ def test_keys_and_values_equal_the_cache_of_generation(tmp_path: Path) -> None:
     assert cache_memory(recipe_of(tmp_path, ShardConfig()), config, endless) == kept * TOKENS // 12
 
 
+@pytest.mark.slow
 def test_generation_holds_all_weights_in_the_compute_dtype(
     recipe: Callable[..., Path], world: Path, tmp_path: Path
 ) -> None:

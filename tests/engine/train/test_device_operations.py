@@ -56,7 +56,7 @@ class Counting(TorchDispatchMode):
 
     def caller(self):
         frame = sys._getframe(2)
-        while frame and "redi/" not in frame.f_code.co_filename:
+        while frame and not frame.f_globals["__name__"].startswith("redi."):
             frame = frame.f_back
         return frame.f_code.co_name if frame else "?"
 

@@ -76,8 +76,6 @@ def runs(
         if ranks == 2:
             layouts["replicated"] = {"train.row_tokens": 128, "shard.replicate": 2}
             layouts["gathered"] = {"train.row_tokens": 64, "shard.gather": "step"}
-            layouts["gathered-recomputed"] = layouts["gathered"] | layouts["recomputed"]
-            layouts["gathered-recomputed"]["train.row_tokens"] = 64
         for few, of_few in FEW.items():
             name = f"{few}-model-whole-{ranks}"
             changes = {**STEADY, **of_few, "run.dir": str(folder / name), "train.max_steps": 3}
@@ -89,7 +87,7 @@ def runs(
         for objective, head in CASES:
             for layout, of_layout in layouts.items():
                 simple = objective in ("token", "alpha0") or head == "tied"
-                if simple and layout in ("recomputed", "selective", "gathered-recomputed"):
+                if simple and layout in ("recomputed", "selective"):
                     continue
                 name = f"{objective}-{head}-{layout}-{ranks}"
                 changes = {
