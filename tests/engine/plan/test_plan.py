@@ -393,9 +393,8 @@ def test_the_plan_equals_the_training_that_follows(
         assert plan["tokens_per_s"] == pytest.approx(found["tokens"] / plan["seconds"])
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_a_hook_of_autograd_ends_the_plan(
     number: signal.Signals, recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -258,6 +258,7 @@ time.sleep(20)
 """
 
 
+@pytest.mark.slow
 def test_a_reset_connection_to_the_store_is_made_again() -> None:
     job = subprocess.run([sys.executable, "-c", RESET], text=True, capture_output=True, timeout=60)
     assert job.returncode == 7, job.stderr

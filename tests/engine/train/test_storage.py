@@ -153,6 +153,7 @@ def test_the_second_recipe_starts_from_the_export_in_the_bucket_also_on_another_
     assert steps(one) == steps(other)
 
 
+@pytest.mark.slow
 def test_more_steps_replace_the_export_and_a_damaged_checkpoint_is_passed_over(
     recipe: WriteRecipe,
     local: Path,
@@ -187,6 +188,7 @@ def test_more_steps_replace_the_export_and_a_damaged_checkpoint_is_passed_over(
     assert manifest["lengthened"] == [{"from": 6, "to": STEPS, "pending": False}]
 
 
+@pytest.mark.slow
 def test_report_export_and_evaluate_read_a_run_in_a_bucket_without_touching_its_files(
     recipe: WriteRecipe,
     memory: str,
