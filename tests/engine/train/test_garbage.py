@@ -130,7 +130,8 @@ def test_nothing_of_a_recipe_is_alive_in_the_next_though_python_never_collects(
         assert not found["enabled"], "it was off before the run"
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_garbage_is_collected_after_every_nth_step_and_never_in_one(
     ranks: int, recipe: Callable[..., Path], command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
