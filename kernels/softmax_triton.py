@@ -190,8 +190,9 @@ def _sum_exponentials(z, z_target, target, vocab, room, MOMENT: tl.constexpr, BL
         higher = tl.maximum(peaks, tl.max(values, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
         differences = values - base[:, None]
-        # With exp2 two scalar registers spill on gfx942.
-        e = tl.exp(differences) if MOMENT else exp(differences)
+        # With exp2 two scalar registers spill on gfx942 if there are entropies, and log-probs must
+        # not depend on those.
+        e = tl.exp(differences)
         shrink = exp(peaks - base)
         if MOMENT:
             drop = tl.where(sums > 0, peaks - base, 0.0)
