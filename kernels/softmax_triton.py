@@ -77,6 +77,7 @@ def softmax(
             HALVES_IN_PLACE=dlogits is not None
             and dlogits.dtype != logits.dtype
             and dlogits.data_ptr() == logits.data_ptr(),
+            ALIGNED_VOCAB=bool(torch.version.hip) and vocab % ALIGNMENT == 0,
             BLOCK=block,
             num_warps=warps,
             **FUSED,
@@ -104,8 +105,9 @@ def _room(matrix: Tensor) -> int:
 
 # The kernel reads single entries of these, so their alignment does not matter: without this Triton
 # would compile again in the middle of training, at the first chunk with an odd start. V is not
-# specialised: known to be a multiple of 16, it makes Triton vectorise the masks, which takes 8 more
-# registers than let two programs share an SM.
+# specialised: known to be a multiple of 16, it makes Triton vectorise the masks. On NVIDIA GPUs
+# that takes 8 more registers than let two programs share an SM; on AMD GPUs it saves scalar
+# registers, which would else spill, so there ALIGNED_VOCAB says it.
 @triton.jit(
     do_not_specialize=["vocab"],
     do_not_specialize_on_alignment=["tokens", "targets", "logps", "entropies", "weights"],
@@ -126,8 +128,11 @@ def softmax_kernel(
     ROUNDED: tl.constexpr,  # the dtype that the gradient is rounded to
     COEFFICIENT: tl.constexpr,
     HALVES_IN_PLACE: tl.constexpr,
+    ALIGNED_VOCAB: tl.constexpr,  # V is a multiple of 16, and it helps to know it
     BLOCK: tl.constexpr,
 ):
+    if ALIGNED_VOCAB:
+        vocab = vocab // 16 * 16  # unchanged, and now seen to be a multiple
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 14,134 rows of V = 151,936
     token = tl.load(tokens + row)
     target = tl.load(targets + token).to(tl.int32)
@@ -190,9 +195,7 @@ def _sum_exponentials(z, z_target, target, vocab, room, MOMENT: tl.constexpr, BL
         higher = tl.maximum(peaks, tl.max(values, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
         differences = values - base[:, None]
-        # With exp2 two scalar registers spill on gfx942 if there are entropies, and log-probs must
-        # not depend on those.
-        e = tl.exp(differences)
+        e = exp(differences)
         shrink = exp(peaks - base)
         if MOMENT:
             drop = tl.where(sums > 0, peaks - base, 0.0)
