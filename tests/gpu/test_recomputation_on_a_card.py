@@ -1,15 +1,13 @@
 """On a card the attention that is installed is kept too, and runs once."""
 
-from collections import Counter
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from gpu_cases import DRY_RUN, SCALE
 from kernel_cases import relative_error
+from op_counter import OpCounter
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from redi.engine.model.attention import choose_attention, document_kwargs, register_attention
 from redi.engine.model.checkpointing import ATTENTION_OPS, NOT_KEPT, checkpoint_blocks
@@ -21,18 +19,6 @@ pytestmark = [
 
 LAYERS = 2
 BOUNDS = [0, 70, 72, 200, 233]
-
-
-class Ops(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ran: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.ran[func.name()] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def trained(mode: str, kind: str) -> tuple[list[Tensor], int]:
@@ -53,7 +39,7 @@ def trained(mode: str, kind: str) -> tuple[list[Tensor], int]:
     positions = torch.cat([torch.arange(length) for length in lengths]).to(SCALE.device)
     cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32, device=SCALE.device)
     ids = torch.arange(BOUNDS[-1], device=SCALE.device) % 300
-    with Ops() as ops:
+    with OpCounter() as ops:
         out = model.base_model(
             input_ids=ids[None],
             position_ids=positions[None],

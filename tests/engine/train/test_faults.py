@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from processes import Run, free_port, ranks
+from run_cases import untimed
 
 from redi.engine.cli import main
 from redi.engine.distributed import _own_store
 from redi.engine.train.checkpoint import complete_checkpoints
-from redi.engine.train.metrics import TIMINGS
 
 WriteRecipe = Callable[..., Path]
 
@@ -65,7 +65,7 @@ def path(recipe: WriteRecipe, settings: dict[str, Any]) -> Path:
 def lines(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the values that differ between runs."""
     found = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in found]
+    return untimed(found)
 
 
 def has_steps(run_dir: Path, count: int) -> bool:

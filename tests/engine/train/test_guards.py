@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_cases import COLLAPSES
 
 from redi.engine.cli import main
 from redi.engine.config.sections import GuardConfig, OptimConfig
@@ -252,18 +253,7 @@ def test_too_many_in_a_row_end_the_run_which_may_resume(
 def test_the_command_of_a_collapsed_run_does_not_train_its_ruined_weights_on(
     recipe: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:
-    changes = {
-        "objective.alpha": 3.0,
-        "optim.lr": 0.03,
-        "optim.schedule": "constant",
-        "optim.warmup": 0.0,
-        "data.pairing": "first",
-        "train.batch": 4,
-        "train.max_steps": 25,
-        "run.save_every": 6,
-        "run.keep": 1,
-    }
-    path = str(recipe("run", changes))
+    path = str(recipe("run", COLLAPSES))
     assert main(["train", path]) == 1
     ended = capsys.readouterr().err.splitlines()[-1]
     advice = ended[ended.index("the last good checkpoint:") :]

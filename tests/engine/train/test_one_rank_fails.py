@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from processes import ranks
+from run_cases import COLLAPSES
 
 from redi.engine.distributed import explained
 from redi.engine.errors import RunError
@@ -175,18 +176,6 @@ def note(what):
 loop.open_trackers = lambda *_: [Tracker()]
 sys.exit(cli.main())
 """
-
-COLLAPSES = {
-    "objective.alpha": 3.0,
-    "optim.lr": 0.03,
-    "optim.schedule": "constant",
-    "optim.warmup": 0.0,
-    "data.pairing": "first",
-    "train.batch": 4,
-    "train.max_steps": 25,
-    "run.save_every": 6,
-    "run.keep": 1,
-}
 
 
 @pytest.mark.slow

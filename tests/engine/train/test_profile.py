@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from processes import Run
+from run_cases import untimed
 
 from redi.engine.cli import main
-from redi.engine.train.metrics import TIMINGS
 
 Redi = Callable[..., subprocess.CompletedProcess[str]]
 Steps = Callable[[Path], list[dict[str, Any]]]
@@ -71,10 +71,7 @@ def test_the_chosen_steps_are_traced_and_change_nothing(
     if ranks:
         return  # sums of two ranks are rounded differently
     assert main(["train", str(recipe("plain"))]) == 0
-    ours, theirs = (
-        [{k: v for k, v in line.items() if k not in TIMINGS} for line in steps(tmp_path / name)]
-        for name in ("run", "plain")
-    )
+    ours, theirs = (untimed(steps(tmp_path / name)) for name in ("run", "plain"))
     assert ours == theirs
 
 

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import op_counter
 import pytest
 import torch
 from data_cases import packed_row
+from op_counter import OpCounter
 from safetensors.torch import load_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -43,22 +44,8 @@ GROUPED = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}
 RECOMPUTED = {"none": set(), "selective": set(), "attention": {"mm"}, "full": {"mm", "attention"}}
 
 
-class Ops(TorchDispatchMode):
-    """Counts the ops that run while it is active; a result that was kept is no op."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ran: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.ran[func.name()] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def train(path: Path) -> Counter[str]:
-    with Ops() as ops:
+    with OpCounter() as ops:
         assert main(["train", str(path)]) == 0
     return ops.ran
 
@@ -90,9 +77,9 @@ def test_attention_runs_once_and_products_twice(
 COUNTED = """
 import json, os, sys
 sys.path.insert(0, os.environ["TESTS"])
-from test_recomputation import Ops
+from op_counter import OpCounter
 from redi.engine.cli import main
-with Ops() as ops:
+with OpCounter() as ops:
     code = main(sys.argv[2:])
 with open(f"{sys.argv[1]}{os.environ['RANK']}", "w") as file:
     json.dump(ops.ran, file)
@@ -111,7 +98,11 @@ def test_attention_runs_once_on_each_of_two_ranks(
         line = command("train", recipe(mode, changes), ranks=2)
         where = line.index("redi.engine.cli")
         line[where - 1 : where + 1] = [str(tmp_path / "counted.py"), str(tmp_path / f"{mode}-")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TESTS": str(Path(__file__).parent)}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TESTS": str(Path(op_counter.__file__).parent),
+        }
         done = subprocess.run(line, env=environment, text=True, capture_output=True, timeout=300)
         assert done.returncode == 0, done.stderr
         of_ranks = [json.loads((tmp_path / f"{mode}-{rank}").read_text()) for rank in (0, 1)]
@@ -173,7 +164,7 @@ def test_torch_s_varlen_attention_is_kept(world: Path, mode: str, times: int) ->
     checkpoint_blocks(model, mode)
     student = Student(model, PackedLoss(ObjectiveConfig()))
     pack = packed_row((9, 7), 3, 12)
-    with FakeTensorMode(allow_non_fake_inputs=True), Ops() as ops:
+    with FakeTensorMode(allow_non_fake_inputs=True), OpCounter() as ops:
         student.to_empty(device="cpu")
         student.hidden_states(pack).sum().backward()
     assert ops.ran["torch_attn::_varlen_attn"] == times * LAYERS
@@ -206,7 +197,7 @@ def test_an_op_of_flash_attn_s_name_is_kept(name: str) -> None:
         model.layers = torch.nn.ModuleList([Block(8, 8), Block(8, 8)])
         checkpoint_blocks(model, mode)
         x = torch.ones(3, 8, requires_grad=True)
-        with Ops() as ops:
+        with OpCounter() as ops:
             for block in model.layers:
                 x = block(x)
             x.sum().backward()

@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from processes import Run, ranks
+from run_cases import untimed
 from safetensors.torch import load_file
 
 from redi.engine.cli import main
 from redi.engine.errors import InputError
 from redi.engine.train.checkpoint import _Writer, complete_checkpoints
-from redi.engine.train.metrics import TIMINGS
 from redi.engine.train.run_folder import model_path
 
 Steps = Callable[[Path], list[dict[str, Any]]]
@@ -51,10 +51,6 @@ def same(undisturbed: Path, steps: Steps) -> Callable[[Path], None]:
             assert torch.equal(weights[name], expected[name]), name
 
     return check
-
-
-def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
 def has_steps(run_dir: Path, count: int) -> bool:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from processes import Run, free_port, ranks
+from run_cases import untimed
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +23,6 @@ from redi.engine import storage
 from redi.engine.cli import main
 from redi.engine.errors import InputError
 from redi.engine.storage import BucketRun, fetch_model, url_of, working_folder
-from redi.engine.train.metrics import TIMINGS
 
 WriteRecipe = Callable[..., Path]
 
@@ -93,7 +93,7 @@ def text(url: str) -> str:
 
 def steps(lines: str) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in lines.splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in found if "loss" in line]
+    return untimed(line for line in found if "loss" in line)
 
 
 def assert_same(url: str, local: Path, cache: Path) -> None:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from redi.engine.train.metrics import TIMINGS
+from run_cases import untimed
 
 WriteRecipe = Callable[..., Path]
 Start = Callable[[Path], subprocess.Popen[bytes]]
@@ -93,10 +92,7 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def check_equal(one: Path, other: Path) -> None:
-    ours, theirs = (
-        [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines(run_dir)]
-        for run_dir in (one, other)
-    )
+    ours, theirs = (untimed(lines(run_dir)) for run_dir in (one, other))
     assert ours == theirs
     weights = [folder / "export" / "model.safetensors" for folder in (one, other)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
