@@ -23,10 +23,10 @@ import numpy as np
 import pyarrow as pa
 
 from redi.bench.report import environment
-from redi.engine.data.cache import SCHEMA, Meta, open_cache, write_cache
+from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
 from redi.engine.data.loader import StepBatches, StepLoader
 from redi.engine.data.packing import Cost
-from redi.engine.data.schedule import Schedule, select
+from redi.engine.data.schedule import Examples, Schedule, select
 from redi.engine.data.summary import Summary, summarize
 from redi.engine.train.metrics import timed
 
@@ -64,8 +64,8 @@ def write(folder: Path, lengths: np.ndarray) -> None:
     write_cache(folder, batches(), lambda size, rows: Meta(folder.name, size, rows, ("made",), {}))
 
 
-def start(folder: Path) -> tuple[Iterator[StepBatches], Callable[[], Summary]]:
-    """Open a cache as a run does; returns its steps, and a function that makes its summary."""
+def open_pairs(folder: Path) -> tuple[TokenizedTraces, Examples]:
+    """A cache, and the pairs in it."""
     tokens = open_cache(folder)
     assert tokens is not None
     examples = select(
@@ -75,6 +75,12 @@ def start(folder: Path) -> tuple[Iterator[StepBatches], Callable[[], Summary]]:
         overlong="error",
         row_tokens=ROW_TOKENS,
     )
+    return tokens, examples
+
+
+def start(folder: Path) -> tuple[Iterator[StepBatches], Callable[[], Summary]]:
+    """Open a cache as a run does; returns its steps, and a function that makes its summary."""
+    tokens, examples = open_pairs(folder)
     schedule = Schedule(len(examples.units), batch=32, epochs=1, max_steps=None, seed=42)
     loader = StepLoader(
         tokens, examples, schedule, row_tokens=ROW_TOKENS, rank=0, world_size=1, cost=COST
@@ -92,15 +98,7 @@ def waiting(folder: Path, workers: int, step_seconds: float) -> float:
         folder: a cache of at least 256 pairs.
         step_seconds: what training a step takes; here it sleeps.
     """
-    tokens = open_cache(folder)
-    assert tokens is not None
-    examples = select(
-        tokens,
-        objective_needs="pairs",
-        max_tokens=ROW_TOKENS,
-        overlong="error",
-        row_tokens=ROW_TOKENS,
-    )
+    tokens, examples = open_pairs(folder)
     schedule = Schedule(len(examples.units), batch=256, epochs=2, max_steps=8, seed=42)
     loader = StepLoader(
         tokens,

@@ -35,7 +35,7 @@ from redi.engine.data.text import load_tokenizer
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError, faulty_rows
 from redi.engine.model.build import check_vocabulary, model_config
-from redi.engine.model.flops import training_cost
+from redi.engine.model.flops import model_size
 from redi.engine.plan.auto_rows import rows_without_card
 from redi.engine.train.prepare_data import prepare_data
 
@@ -210,10 +210,11 @@ def fill_cache(
     config = model_config(recipe, weights=False)
     check_vocabulary(recipe, config)
     data = prepare_data(recipe, world, console)
+    size = model_size(config)
     row_tokens = recipe.train.row_tokens
     if row_tokens == "auto":
-        row_tokens = rows_without_card(recipe, config, data, ranks)
-    summary = data.summarize(row_tokens, ranks, training_cost(config), recipe.shard.gather)
+        row_tokens = rows_without_card(recipe, size, data, ranks)
+    summary = data.summarize(row_tokens, ranks, size.training_cost(), recipe.shard.gather)
     show(summary, ", ".join(recipe.data.paths), console)
     found = summarize_by_source(data.tokens, data.examples, recipe.data.max_tokens)
     console.table("traces by source", ORIGIN_COLUMNS, origin_rows(found))

@@ -17,7 +17,7 @@ import torch
 from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
 from redi.engine.distributed import World
-from redi.engine.model.flops import ModelSize, model_size
+from redi.engine.model.flops import ModelSize
 from redi.engine.plan.cards import CARDS, MFU, Card, card_of
 from redi.engine.plan.memory import Load, step_memory
 from redi.engine.plan.search import CountMemory, Gpus, fastest, row_lengths
@@ -47,16 +47,17 @@ def auto_rows(
     return shortest
 
 
-def rows_without_card(recipe: Recipe, config: Any, data: PreparedData, ranks: int) -> int:
+def rows_without_card(recipe: Recipe, size: ModelSize, data: PreparedData, ranks: int) -> int:
     """The row length for ranks on CPUs: ranks wait least for each other; memory has no limit."""
     cpus = Gpus(ranks, CPU_FLOPS)
-    return auto_rows(recipe, model_size(config), data, cpus, Console(active=False))
+    return auto_rows(recipe, size, data, cpus, Console(active=False))
 
 
 def resolve_rows(
     recipe: Recipe,
     kept: int | None,
     config: Any,
+    size: ModelSize,
     data: PreparedData,
     world: World,
     console: Console,
@@ -66,7 +67,7 @@ def resolve_rows(
     Args:
         recipe: resolved otherwise.
         kept: that of the run that is resumed; None: a new run.
-        config: the model's configuration.
+        config, size: configuration and size of the model.
         data: the run's data.
     """
     if recipe.train.row_tokens != "auto":
@@ -76,11 +77,11 @@ def resolve_rows(
         if kept is not None:
             return kept
         if world.device.type != "cuda":
-            return rows_without_card(recipe, config, data, world.size)
+            return rows_without_card(recipe, size, data, world.size)
         card = card_of_device(world.device)
         with _counting(config, world.size, card) as count:
             gpus = Gpus(world.size, MFU * card.peak_flops, card.usable_memory, count)
-            return auto_rows(recipe, model_size(config), data, gpus, console)
+            return auto_rows(recipe, size, data, gpus, console)
 
     row_tokens = world.from_rank0(choose)
     why = "as in the run so far" if kept is not None else "auto"

@@ -7,7 +7,6 @@ step of 256 simulated R1-like pairs on 64 ranks (bench/NOTES.md).
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from redi.engine.distributed import World
 from redi.engine.model.attention import choose_attention, document_kwargs, register_attention
 from redi.engine.model.flops import head_dim
 from redi.engine.model.sharding import compute_dtype
-from redi.engine.train.run_folder import MANIFEST
+from redi.engine.train.run_folder import read_manifest
 
 KEY = "attention_cost"
 """Key in the manifest."""
@@ -53,9 +52,8 @@ def calibrated(
     """
 
     def find() -> float:
-        if (run_dir / MANIFEST).is_file():
-            content = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))
-            return float(content.get(KEY, 1.0))
+        if manifest := read_manifest(run_dir):
+            return float(manifest.get(KEY, 1.0))
         if world.device.type != "cuda" or recipe.train.deterministic:
             return 1.0
         dtype = compute_dtype(recipe.train.dtype, world.device)

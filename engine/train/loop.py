@@ -20,6 +20,7 @@ from redi.engine.data.packing import Cost
 from redi.engine.distributed import START_TIMEOUT, World, explained
 from redi.engine.errors import RunError
 from redi.engine.failure import announced
+from redi.engine.model.flops import ModelSize
 from redi.engine.model.student import Student
 from redi.engine.storage import LocalRun, shown
 from redi.engine.train.checkpoint import Checkpointer
@@ -50,6 +51,7 @@ class Training:
     """Resolved."""
     run: LocalRun
     data: PreparedData
+    size: ModelSize
     cost: Cost
     """Of a sequence; packing balances it."""
     rate: Callable[[int], float]
@@ -95,7 +97,7 @@ def train(
     metrics = MetricsLog(run_dir / "metrics.jsonl", done, trackers, active=world.is_main)
     progress = console.progress("step", total, done)
     guards = Guards(recipe.guard, run_dir / "metrics.jsonl", done, world)
-    utilization = Utilization(recipe, student.model.config, world)
+    utilization = Utilization(recipe, training.size, world)
     if done:
         console.say(f"{shown(run_dir)}: resumes after step {done}")
     if data.held_out is not None:

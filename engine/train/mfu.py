@@ -9,7 +9,7 @@ import torch
 
 from redi.engine.config.sections import Recipe
 from redi.engine.distributed import World
-from redi.engine.model.flops import model_size
+from redi.engine.model.flops import ModelSize
 from redi.engine.model.sharding import compute_dtype
 from redi.engine.plan.cards import CARDS, card_of
 
@@ -25,12 +25,12 @@ class Utilization:
 
     Args:
         recipe: resolved.
-        config: the model's configuration.
+        size: of the model.
         world: its ranks share the flops; the peak is that of this rank's device.
     """
 
-    def __init__(self, recipe: Recipe, config: Any, world: World) -> None:
-        self._size = model_size(config)
+    def __init__(self, recipe: Recipe, size: ModelSize, world: World) -> None:
+        self._size = size
         self._ranks = world.size
         self._peak = peak_flops(world.device, compute_dtype(recipe.train.dtype, world.device))
 

@@ -22,7 +22,7 @@ from redi.engine.distributed import World
 from redi.engine.model.architecture import router_loss
 from redi.engine.model.build import build_student
 from redi.engine.model.export import export
-from redi.engine.model.flops import training_cost
+from redi.engine.model.flops import model_size
 from redi.engine.model.student import Student
 from redi.engine.plan.auto_rows import resolve_rows
 from redi.engine.storage import LocalRun, fetch_models, inside, open_run, shown, working_folder
@@ -124,10 +124,11 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         'set data.max_tokens = {} with data.overlong = "drop" or "truncate", or raise '
         "model.max_position_embeddings",
     )
+    size = model_size(found.config)
     cost, attention_cost = calibrated(
-        training_cost(found.config), recipe, found.config, run_dir, world, console
+        size.training_cost(), recipe, found.config, run_dir, world, console
     )
-    recipe = resolve_rows(recipe, previous.row_tokens, found.config, data, world, console)
+    recipe = resolve_rows(recipe, previous.row_tokens, found.config, size, data, world, console)
     row_tokens = recipe.train.resolved_row_tokens
     summary = data.summarize(row_tokens, world.size, cost, recipe.shard.gather)
     show(summary, str(run_dir), console)
@@ -152,7 +153,7 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         rate = learning_rate(recipe.optim, total, first_total)
         if total > old_total:
             _report_lengthened(recipe, old_total, total, rate, console)
-        training = Training(recipe, run, data, cost, rate, workers, student, optimizer)
+        training = Training(recipe, run, data, size, cost, rate, workers, student, optimizer)
         with run.published() if world.is_main else nullcontext():
             finished = train(training, previous.complete, world, console, stop)
         if finished:

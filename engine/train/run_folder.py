@@ -170,7 +170,7 @@ def read_previous_run(run_dir: Path) -> PreviousRun:
     lengthened = _lengthened(run_dir)
     exported = (run_dir / "export").is_dir()
     limits = (train.get("epochs"), train.get("max_steps"))
-    complete = tuple(sorted(complete_checkpoints(run_dir)))
+    complete = tuple(complete_checkpoints(run_dir))
     return PreviousRun(
         limits,
         tuple(lengthened),
@@ -188,9 +188,7 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def _lengthened(run_dir: Path) -> list[dict[str, Any]]:
-    if not (run_dir / MANIFEST).is_file():
-        return []
-    return json.loads((run_dir / MANIFEST).read_text(encoding="utf-8")).get("lengthened", [])
+    return read_manifest(run_dir).get("lengthened", [])
 
 
 def finish(run_dir: Path) -> None:
@@ -251,9 +249,9 @@ def check_same_data(
     Raises:
         InputError: files, tokenizer or settings have changed; the message names them.
     """
-    if not (run_dir / MANIFEST).is_file():
+    old = read_manifest(run_dir)
+    if not old:
         return
-    old = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))
     for name, key in data_keys.items():
         if old[name] != key:
             old_parts = old.get("parts", {}).get(name) or {}
@@ -275,8 +273,7 @@ def check_same_files(files: list[list[str]], run_dir: Path) -> None:
     Raises:
         InputError: some have changed; the message names them.
     """
-    manifest = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))
-    parts = manifest.get("parts", {}).get("data")
+    parts = read_manifest(run_dir).get("parts", {}).get("data")
     if not files or not parts:  # the manifest of an older version has no parts
         return
     if found := what_changed(parts, parts | {"files": files}):
@@ -324,9 +321,8 @@ def check_same_model(fingerprint: str | None, run_dir: Path) -> None:
     Raises:
         InputError: they have changed.
     """
-    if not (run_dir / MANIFEST).is_file():
-        return
-    if json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))["model"] != fingerprint:
+    old = read_manifest(run_dir)
+    if old and old["model"] != fingerprint:
         raise InputError(
             f"model.path: the weights have changed since {shown(run_dir)} was started; choose "
             "another run.dir, or restore them to resume"
@@ -385,6 +381,12 @@ def record_flight(run_dir: Path, world: World) -> None:
         folder = run_dir / FLIGHT_RECORDER
         world.once_per_node(lambda: folder.mkdir(parents=True, exist_ok=True))
         os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder.absolute() / "rank_")
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """The manifest of a run; empty if there is none yet."""
+    path = run_dir / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def add_to_manifest(run_dir: Path, **facts: Any) -> None:

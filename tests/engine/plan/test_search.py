@@ -250,7 +250,7 @@ def test_auto_is_a_number_in_the_run_and_stays_on_resume(
     found = load_recipe(train_parser(), str(recipe("run", changes)), ["run"])
     with join_world() as world:
         data = prepare_data(found, world, QUIET)
-    assert chosen == rows_without_card(found, model_config(found), data, ranks or 1)
+    assert chosen == rows_without_card(found, model_size(model_config(found)), data, ranks or 1)
     # A row has room for the chosen number of tokens, and no more.
     for line in steps(tmp_path / "run"):
         assert line["micro_steps"] >= line["tokens"] / (chosen * (ranks or 1))
