@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Python compiles what is imported when it is; most of what is installed never is.
+INSTALL = $(BIN)/pip install --quiet --no-compile
 
 .PHONY: train test slow lint types kernels
 
@@ -24,20 +26,21 @@ lint: $(VENV)/.installed-test
 # An installed copy: mypy cannot see through the editable mapping of folders to import names.
 types: $(VENV)/.installed-test
 	rm -rf .typecheck
-	$(BIN)/pip install --quiet --no-deps --target .typecheck .
+	$(INSTALL) --no-deps --target .typecheck .
 	MYPYPATH=.typecheck $(BIN)/mypy -p redi.kernels -p redi.engine -p redi.bench
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[engine]'
+	$(INSTALL) -c constraints.txt -e '.[engine]'
 	touch $@
 
 $(VENV)/.installed-test: setup.py constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	$(INSTALL) -c constraints.txt -e '.[test]'
 	touch $@ $(VENV)/.installed
 
-# The Triton kernels for each GPU: registers, shared memory; fails if anything spills.
+# The Triton kernels for each GPU, or for those in TARGETS: registers, shared memory; fails if
+# anything spills.
 kernels: $(VENV)/.installed-test
-	$(BIN)/python -W ignore -m redi.bench.build
+	$(BIN)/python -W ignore -m redi.bench.build $(if $(TARGETS),--targets $(TARGETS))

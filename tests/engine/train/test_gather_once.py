@@ -108,7 +108,8 @@ def changes(long_traces: Path, world: Path, head: str, **shard: Any) -> dict[str
     }
 
 
-@pytest.mark.parametrize("head", ["model", pytest.param("tied", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["model", "tied"])
 def test_ranks_run_three_and_one_micro_steps_and_gather_each_group_once(
     recipe: Callable[..., Path],
     spied: Callable[..., list[list[dict[str, Any]]]],
