@@ -13,6 +13,11 @@ from redi.kernels.losses import (
 )
 from redi.kernels.reference import IGNORE_INDEX, Backend, Coefficient, RediLoss
 from redi.kernels.segment_sum import segment_sum
+from redi.kernels.vocab_parallel import (
+    vocab_parallel_cross_entropy,
+    vocab_parallel_logprobs,
+    vocab_parallel_redi_loss,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -26,4 +31,7 @@ __all__ = [
     "redi_value_and_grad",
     "segment_sum",
     "signed_cross_entropy",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_logprobs",
+    "vocab_parallel_redi_loss",
 ]

@@ -196,7 +196,7 @@ def cross_entropy_chunks(
     scale = None
     if hidden.dtype == torch.float16 and order.with_grad and kept is None:
         assert token_weights is not None
-        scale = _power_of_two(token_weights[order.index[: order.with_grad]], HALF_EXPONENT)
+        scale = power_of_two(token_weights[order.index[: order.with_grad]], HALF_EXPONENT)
         token_weights = token_weights * scale
     for values in (out.logps, out.entropies):
         if values is not None:
@@ -261,7 +261,7 @@ def kept_gradient_chunks(
     factors = token_weights[order.index]
     scale = None
     if hidden.dtype == torch.float16 and len(factors):
-        scale = _power_of_two(factors, 0)  # w X no larger than X, no smaller than w
+        scale = power_of_two(factors, 0)  # w X no larger than X, no smaller than w
         factors = factors * scale
         scale = scale * _kept_scale(hidden.dtype)
     if kept.factors is not None:
@@ -322,7 +322,7 @@ def _kept_scale(dtype: torch.dtype) -> float:
     return 2.0**HALF_EXPONENT if dtype == torch.float16 else 1.0
 
 
-def _power_of_two(weights: Tensor, exponent: int) -> Tensor:
+def power_of_two(weights: Tensor, exponent: int) -> Tensor:
     """2^exponent over the largest |weight|, rounded to a power of two; a scalar on the device.
 
     At most 2^60: what is scaled with it must not overflow float32.

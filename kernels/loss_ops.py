@@ -85,7 +85,7 @@ def signed_cross_entropy_op(
         fill = partial(filtered_cross_entropy_chunks, epsilon=epsilon)
     with _weights_for(hidden, weight, targets, token_weights, schedule) as w:
         fill(hidden, weight, targets, w, out, schedule, kernels_of(backend), coefficient)
-        loss.copy_(_total(logps, w, targets, coefficient))
+        loss.copy_(total_loss(logps, w, targets, coefficient))
     return results
 
 
@@ -104,11 +104,12 @@ def _new_results(
             (0,) if epsilon is None else tokens,
         )
     )
-    gradients = _new_gradient(hidden, need_dhidden), _new_gradient(weight, need_dweight)
+    gradients = new_gradient(hidden, need_dhidden), new_gradient(weight, need_dweight)
     return loss, logps, entropies, dropped, *gradients
 
 
-def _new_gradient(operand: Tensor, needed: bool) -> Tensor:
+def new_gradient(operand: Tensor, needed: bool) -> Tensor:
+    """Uninitialised, in the accumulation dtype; empty if it is not needed."""
     shape = operand.shape if needed else (0,)
     return operand.new_empty(shape, dtype=accumulation_dtype(operand.dtype))
 
@@ -134,14 +135,14 @@ def accumulate_gradient_op(
     accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, token_logps, dhidden); writes or adds to `dweight`, both gradients x grad_scale."""
-    dhidden = _new_gradient(hidden, True)
+    dhidden = new_gradient(hidden, True)
     logps = hidden.new_empty(hidden.shape[0], dtype=dhidden.dtype)
     out = Outputs(logps=logps, dhidden=dhidden, dweight=dweight, accumulate=accumulate)
     schedule = TokenSchedule(valid_index, num_with_grad, chunk_tokens)
     with _weights_for(hidden, weight, targets, token_weights, schedule) as w:
         kernels = kernels_of(backend)
         cross_entropy_chunks(hidden, weight, targets, w * grad_scale, out, schedule, kernels)
-        return _total(logps, w, targets, "weight"), logps, dhidden.to(hidden.dtype)
+        return total_loss(logps, w, targets, "weight"), logps, dhidden.to(hidden.dtype)
 
 
 @accumulate_gradient_op.register_fake
@@ -164,7 +165,7 @@ def _weights_for(
         yield token_weights.to(accumulation_dtype(hidden.dtype))
 
 
-def _total(logps: Tensor, weights: Tensor, targets: Tensor, coefficient: str) -> Tensor:
+def total_loss(logps: Tensor, weights: Tensor, targets: Tensor, coefficient: str) -> Tensor:
     """The loss: the sum over unmasked tokens."""
     return token_losses(logps, weights, coefficient).masked_fill(targets == IGNORE_INDEX, 0.0).sum()
 
@@ -183,8 +184,11 @@ def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype)
 
 
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """The gradients are saved as they are and never written to: backward may run again."""
+def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """For ops that return (loss, ..., dhidden, dweight) and take hidden and weight first.
+
+    The gradients are saved as they are and never written to: backward may run again.
+    """
     *_, dhidden, dweight = output
     ctx.save_for_backward(dhidden, dweight)
     ctx.dtype = inputs[0].dtype
@@ -193,7 +197,8 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.set_materialize_grads(False)
 
 
-def _scale_gradients(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def scale_gradients(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """The backward that goes with it."""
     grads = [
         scale_gradient_op(gradient, dloss, ctx.dtype) if needed and dloss is not None else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
@@ -201,4 +206,4 @@ def _scale_gradients(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
     return *grads, *ctx.without_gradient
 
 
-signed_cross_entropy_op.register_autograd(_scale_gradients, setup_context=_save_gradients)
+signed_cross_entropy_op.register_autograd(scale_gradients, setup_context=save_gradients)

@@ -106,7 +106,7 @@ def softmax(
             separate = dtype != logits.dtype and multiplies_halves(logits.device)
             dlogits = torch.empty_like(logits, dtype=dtype) if separate else logits
 
-    for rows in _blocks(logits):
+    for rows in blocks(logits):
         e = logits[rows]
         target = targets[rows, None]
         largest = e.amax(-1, keepdim=True)
@@ -147,7 +147,8 @@ def multiplies_halves(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _blocks(logits: Tensor) -> list[slice]:
+def blocks(logits: Tensor) -> list[slice]:
+    """The rows of [C, V] that go through all steps at once."""
     rows, columns = logits.shape
     if logits.device.type != "cpu":
         return [slice(0, rows)]

@@ -20,7 +20,9 @@ INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 INDICES = (torch.int32, torch.int64)
 
 
-def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def check_operands(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, least_vocab: int = 1
+) -> tuple[Tensor, Tensor]:
     """`hidden` [T, D], `weight` [V, D], `targets` [T]: shapes, dtypes, one device.
 
     Returns `hidden` and `weight` in one dtype. Operands of the same dtype stay as they are (in
@@ -45,8 +47,8 @@ def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Ten
             "hidden [T, D] and weight [V, D] must agree in D, "
             f"got {_shape(hidden)} and {_shape(weight)}"
         )
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"weight must have V >= 1 and D >= 1, got {_shape(weight)}")
+    if weight.shape[0] < least_vocab or weight.shape[1] == 0:
+        raise ValueError(f"weight must have V >= {least_vocab} and D >= 1, got {_shape(weight)}")
     check_per_token("targets", targets, hidden)
     check_same_device("weight", weight, hidden)
     return hidden, weight
@@ -171,7 +173,7 @@ def check_target_values(targets: Tensor, vocab_size: int, valid_index: Tensor | 
 
     Without this check a target out of range would read and write out of bounds.
     """
-    if not _may_read(targets):
+    if not may_read(targets):
         return
     valid = targets != IGNORE_INDEX
     wrong = valid & ((targets < 0) | (targets >= vocab_size))
@@ -197,7 +199,7 @@ def check_target_values(targets: Tensor, vocab_size: int, valid_index: Tensor | 
 
 def check_sequence_values(cu_seqlens: Tensor, tokens: int, signs: Tensor | None = None) -> None:
     """`cu_seqlens` rises from 0 to T, `signs` are +1, -1 or 0; reads the tensors."""
-    if not _may_read(cu_seqlens):
+    if not may_read(cu_seqlens):
         return
     bounds = cu_seqlens.long()
     first, last = int(bounds[0]), int(bounds[-1])
@@ -217,7 +219,7 @@ def check_weight_values(
     token_weights: Tensor, targets: Tensor, valid_index: Tensor | None, num_with_grad: int | None
 ) -> None:
     """Finite where the target is unmasked, 0 after the first `num_with_grad`; reads the tensors."""
-    if not _may_read(targets):
+    if not may_read(targets):
         return
     wrong = ~token_weights.isfinite() & (targets != IGNORE_INDEX)
     if wrong.any():
@@ -235,7 +237,8 @@ def check_weight_values(
         )
 
 
-def _may_read(tensor: Tensor) -> bool:
+def may_read(tensor: Tensor) -> bool:
+    """Whether values are checked: that needs no device synchronisation, or is asked for."""
     return tensor.device.type == "cpu" or DEBUG
 
 

@@ -1,0 +1,355 @@
+"""The losses where the lm_head's rows are divided among the ranks of a process group.
+
+For tensor parallelism: rank i holds rows of the lm_head (uneven shards and empty ones too), and
+`hidden`, `targets` and the tokens' weights are the same on all ranks. Each function is the one
+without `vocab_parallel_` in its name, over the rows of all ranks one after the other:
+
+    vocab_parallel_redi_loss(x, shard, ..., group=g)  =  redi_loss(x, torch.cat(shards), ...)
+
+This file has the public functions and their `torch.library` ops, which are opaque to autograd and
+torch.compile as those of `loss_ops.py` are, and take the group by its name as torch's functional
+collectives do. `vocab_shards.py` has the loop and its collectives.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from redi.kernels.backends import choose_backend
+from redi.kernels.chunked import Outputs, TokenSchedule
+from redi.kernels.loss_ops import (
+    new_gradient,
+    save_gradients,
+    scale_gradients,
+    token_weights_op,
+    total_loss,
+)
+from redi.kernels.reference import Coefficient, RediLoss, accumulation_dtype
+from redi.kernels.segment_sum import segment_sum_op
+from redi.kernels.validate import (
+    check_choice,
+    check_objective,
+    check_operands,
+    check_schedule,
+    check_sequences,
+    check_token_weights,
+    check_weight_values,
+)
+from redi.kernels.vocab_shards import vocab_parallel_chunks
+
+VocabParallelBackend = Literal["auto", "torch", "triton"]
+
+
+def vocab_parallel_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    *,
+    group: "dist.ProcessGroup",
+    coefficient: Coefficient = "weight",
+    entropy: bool = False,
+    valid_index: Tensor | None = None,
+    num_with_grad: int | None = None,
+    backend: VocabParallelBackend = "auto",
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, ...]:
+    """`signed_cross_entropy` over the rows of the lm_head that the ranks of a group hold.
+
+    A collective: all ranks of the group call it, and call backward where one of them does. It makes
+    1 + 2 collectives a chunk (without a gradient 1 + 1): the sizes of shards, [3, C] or [4, C]
+    sums, and the chunk's rows of dhidden.
+
+    Args:
+        hidden: [T, D], the same on all ranks.
+        weight: [V_i, D] this rank's rows of the lm_head; V_i may differ between ranks and be 0. The
+            vocabulary is that of rank 0 of the group, then that of rank 1, and so on. Leave padding
+            out: `weight[:rows]`.
+        targets: [T] int64 in [0, sum of all V_i), or -100; the same on all ranks.
+        token_weights: [T], the same on all ranks.
+        group: of torch.distributed. Of a DeviceMesh: `mesh.get_group("tp")`.
+        backend: "auto", "torch" or "triton".
+        chunk_tokens: number of logits rows held in memory at a time; the least of all ranks counts.
+        The other arguments are those of `signed_cross_entropy`, the same on all ranks.
+
+    Returns:
+        As `signed_cross_entropy`: (loss, token_logps) and with `entropy` the entropies, bit-equal
+        on all ranks. The gradient by `hidden` is that of the whole vocabulary, already summed over
+        the ranks: nothing else must sum it. The gradient by `weight` is that of this rank's rows.
+        Both have the dtype of hidden and weight. Backward makes no collective; second derivatives
+        raise.
+
+    Raises:
+        TypeError, ValueError: as `signed_cross_entropy`; and on all ranks if they differ in T, D,
+            dtype, or the number of tokens. Where values are checked (on the CPU, elsewhere with
+            REDI_DEBUG=1), also if they differ in targets or token_weights.
+    """
+    hidden, weight, chosen, name = _check(
+        hidden, weight, targets, group, backend, valid_index, chunk_tokens, num_with_grad
+    )
+    check_token_weights(token_weights, hidden)
+    check_choice("coefficient", coefficient, ("weight", "dft", "unlikelihood"))
+    schedule = valid_index, num_with_grad, chunk_tokens
+    needs = entropy, *_needs_grad(hidden, weight)
+    loss, logps, entropies, *_ = vocab_parallel_cross_entropy_op(
+        hidden, weight, targets, token_weights, *schedule, chosen, coefficient, name, needs
+    )
+    return (loss, logps, entropies) if entropy else (loss, logps)
+
+
+def vocab_parallel_redi_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    signs: Tensor,
+    *,
+    group: "dist.ProcessGroup",
+    alpha: float,
+    num_pairs: float,
+    valid_index: Tensor | None = None,
+    num_with_grad: int | None = None,
+    backend: VocabParallelBackend = "auto",
+    chunk_tokens: int | None = None,
+) -> RediLoss:
+    """`redi_loss` over the rows of the lm_head that the ranks of a group hold.
+
+    Args:
+        cu_seqlens, signs, alpha, num_pairs: as for `redi_loss`, the same on all ranks. Each rank
+            of the group returns the whole loss: do not add it up over the group.
+        The other arguments are those of `vocab_parallel_cross_entropy`.
+
+    Returns:
+        RediLoss, bit-equal on all ranks; gradients as for `vocab_parallel_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError: as `redi_loss` and `vocab_parallel_cross_entropy`.
+    """
+    hidden, weight, chosen, name = _check(
+        hidden, weight, targets, group, backend, valid_index, chunk_tokens, num_with_grad
+    )
+    check_sequences(cu_seqlens, signs, hidden)
+    check_objective(alpha, num_pairs)
+    dtype = accumulation_dtype(hidden.dtype)
+    token_weights, lengths = token_weights_op(
+        targets, cu_seqlens, signs, float(alpha), float(num_pairs), dtype, chosen
+    )
+    schedule = valid_index, num_with_grad, chunk_tokens
+    needs = False, *_needs_grad(hidden, weight)
+    loss, logps, *_ = vocab_parallel_cross_entropy_op(
+        hidden, weight, targets, token_weights, *schedule, chosen, "weight", name, needs
+    )
+    return RediLoss(loss, segment_sum_op(logps, cu_seqlens, chosen), lengths)
+
+
+def vocab_parallel_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    group: "dist.ProcessGroup",
+    valid_index: Tensor | None = None,
+    backend: VocabParallelBackend = "auto",
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """`linear_logprobs` over the rows of the lm_head that the ranks of a group hold.
+
+    Nothing is kept for backward, which computes the logits again with the collectives of
+    `vocab_parallel_cross_entropy`: all ranks must call it, with the same upstream gradient.
+
+    Args:
+        As for `vocab_parallel_cross_entropy`.
+
+    Returns:
+        token_logps [T] as of `linear_logprobs`, bit-equal on all ranks, differentiable once;
+        gradients as for `vocab_parallel_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError: as `vocab_parallel_cross_entropy`; in backward too, on all ranks, if
+            the upstream gradient differs between them.
+    """
+    hidden, weight, chosen, name = _check(
+        hidden, weight, targets, group, backend, valid_index, chunk_tokens
+    )
+    return vocab_parallel_logprobs_op(
+        hidden, weight, targets, valid_index, chunk_tokens, chosen, name
+    )
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    group: "dist.ProcessGroup",
+    backend: VocabParallelBackend,
+    valid_index: Tensor | None,
+    chunk_tokens: int | None,
+    num_with_grad: int | None = None,
+) -> tuple[Tensor, Tensor, str, str]:
+    """(hidden, weight, backend to use, name of the group)."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be a process group that this rank belongs to, got {type(group).__name__}: "
+            'pass torch.distributed.group.WORLD, a new_group(...) or mesh.get_group("tp")'
+        )
+    hidden, weight = check_operands(hidden, weight, targets, least_vocab=0)
+    check_schedule(valid_index, chunk_tokens, hidden, num_with_grad)
+    check_choice("backend", backend, ("auto", "torch", "triton"))
+    chosen = choose_backend(backend, hidden.device, hidden.dtype)
+    return hidden, weight, chosen, group.group_name
+
+
+def _needs_grad(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
+    enabled = torch.is_grad_enabled()
+    return enabled and hidden.requires_grad, enabled and weight.requires_grad
+
+
+_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("redi::vocab_parallel_cross_entropy", mutates_args=())
+def vocab_parallel_cross_entropy_op(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    valid_index: Tensor | None,
+    num_with_grad: int | None,
+    chunk_tokens: int | None,
+    backend: str,
+    coefficient: str,
+    group: str,
+    needs: Sequence[bool],
+) -> _Results:
+    """(loss, token_logps, token_entropies, dhidden, dweight), one that is not needed is empty.
+
+    `needs` is (entropies, dhidden, dweight).
+    """
+    results = _new_results(hidden, weight, needs)
+    loss, logps, entropies, dhidden, dweight = results
+    need_entropies, need_dhidden, need_dweight = needs
+    out = Outputs(
+        logps=logps,
+        entropies=entropies if need_entropies else None,
+        dhidden=dhidden if need_dhidden else None,
+        dweight=dweight if need_dweight else None,
+    )
+    schedule = TokenSchedule(valid_index, num_with_grad, chunk_tokens)
+    check_weight_values(token_weights, targets, valid_index, num_with_grad)
+    w = token_weights.to(loss.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        vocab_parallel_chunks(
+            hidden, weight, targets, w, out, schedule, _group(group), backend, coefficient
+        )
+        loss.copy_(total_loss(logps, w, targets, coefficient))
+    return results
+
+
+def _new_results(hidden: Tensor, weight: Tensor, needs: Sequence[bool]) -> _Results:
+    need_entropies, need_dhidden, need_dweight = needs
+    tokens = hidden.shape[:1]
+    loss, logps, entropies = (
+        hidden.new_empty(shape, dtype=accumulation_dtype(hidden.dtype))
+        for shape in ((), tokens, tokens if need_entropies else (0,))
+    )
+    return (
+        loss,
+        logps,
+        entropies,
+        new_gradient(hidden, need_dhidden),
+        new_gradient(weight, need_dweight),
+    )
+
+
+@vocab_parallel_cross_entropy_op.register_fake
+def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> _Results:
+    return _new_results(hidden, weight, arguments[-1])
+
+
+vocab_parallel_cross_entropy_op.register_autograd(scale_gradients, setup_context=save_gradients)
+
+
+@torch.library.custom_op("redi::vocab_parallel_logprobs", mutates_args=())
+def vocab_parallel_logprobs_op(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    valid_index: Tensor | None,
+    chunk_tokens: int | None,
+    backend: str,
+    group: str,
+) -> Tensor:
+    """token_logps [T]."""
+    logps = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+    schedule = TokenSchedule(valid_index, None, chunk_tokens)
+    with torch.autocast(hidden.device.type, enabled=False):
+        out = Outputs(logps=logps)
+        vocab_parallel_chunks(hidden, weight, targets, None, out, schedule, _group(group), backend)
+    return logps
+
+
+@vocab_parallel_logprobs_op.register_fake
+def _(hidden: Tensor, *arguments: Any) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+
+
+@torch.library.custom_op("redi::vocab_parallel_logprobs_backward", mutates_args=())
+def vocab_parallel_logprobs_backward_op(
+    dlogps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    valid_index: Tensor | None,
+    chunk_tokens: int | None,
+    backend: str,
+    group: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """(dhidden, dweight) in the operands' dtype; one that is not needed is empty."""
+    dhidden, dweight = (
+        new_gradient(operand, needed)
+        for operand, needed in zip((hidden, weight), needs, strict=True)
+    )
+    need_dhidden, need_dweight = needs
+    out = Outputs(
+        dhidden=dhidden if need_dhidden else None, dweight=dweight if need_dweight else None
+    )
+    schedule = TokenSchedule(valid_index, None, chunk_tokens)
+    with torch.autocast(hidden.device.type, enabled=False):
+        vocab_parallel_chunks(
+            hidden, weight, targets, -dlogps, out, schedule, _group(group), backend
+        )
+    return dhidden.to(hidden.dtype), dweight.to(weight.dtype)
+
+
+@vocab_parallel_logprobs_backward_op.register_fake
+def _(dlogps: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    need_dhidden, need_dweight = arguments[-1]
+    return (
+        new_gradient(hidden, need_dhidden).to(hidden.dtype),
+        new_gradient(weight, need_dweight).to(weight.dtype),
+    )
+
+
+def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *operands, ctx.chunk_tokens, ctx.backend, ctx.group = inputs
+    ctx.save_for_backward(*operands)
+
+
+def _backward(ctx: Any, dlogps: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:2]
+    options = ctx.chunk_tokens, ctx.backend, ctx.group, needs
+    made = vocab_parallel_logprobs_backward_op(dlogps, *ctx.saved_tensors, *options)
+    grads = (g if needed else None for g, needed in zip(made, needs, strict=True))
+    return *grads, *(None,) * 5
+
+
+vocab_parallel_logprobs_op.register_autograd(_backward, setup_context=_save_operands)
+
+
+def _group(name: str) -> "dist.ProcessGroup":
+    """The group of a name, as torch's functional collectives find it."""
+    return dist.distributed_c10d._resolve_process_group(name)

@@ -1,0 +1,162 @@
+"""The kernels of `vocab_shards.py` in Triton: each pass of the row kernel is a kernel.
+
+Between the passes the ranks exchange their sums, so a row is read twice from memory. Pass 1 leaves
+the logits as they are, and pass 2 computes the exponentials again: see `softmax_triton.py`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from redi.kernels.softmax_triton import (
+    ALIGNMENT,
+    ROUNDED,
+    _room,
+    _sum_exponentials,
+    _write_gradient,
+    launch_shape,
+)
+from redi.kernels.triton_common import FUSED
+from redi.kernels.vocab_shards import sums_of_no_columns
+
+
+def shard_sums(logits: Tensor, columns: Tensor, with_entropy: bool) -> Tensor:
+    """`vocab_shards.shard_sums` in one launch; the logits stay as they are."""
+    rows, vocab = logits.shape
+    sums = logits.new_empty(4 if with_entropy else 3, rows)
+    if not vocab:
+        return sums_of_no_columns(sums)
+    block, warps = launch_shape(vocab, _warp_size())
+    with torch.cuda.device_of(logits):
+        shard_sums_kernel[(rows,)](
+            logits,
+            logits.stride(0),
+            vocab,
+            _room(logits),
+            columns,
+            sums,
+            WITH_ENTROPY=with_entropy,
+            ALIGNED_VOCAB=_aligned(vocab),
+            BLOCK=block,
+            num_warps=warps,
+            **FUSED,
+        )
+    return sums
+
+
+def shard_gradient(
+    logits: Tensor,
+    columns: Tensor,
+    largest: Tensor,
+    factors: Tensor,
+    at_target: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`vocab_shards.shard_gradient` in one launch; where it writes is as in `softmax_triton`."""
+    rows, vocab = logits.shape
+    halves = dtype != logits.dtype and not torch.version.hip
+    dlogits = logits.view(dtype)[:, :vocab] if halves else logits
+    if not vocab:
+        return dlogits
+    block, warps = launch_shape(vocab, _warp_size())
+    with torch.cuda.device_of(logits):
+        shard_gradient_kernel[(rows,)](
+            logits,
+            logits.stride(0),
+            vocab,
+            _room(logits),
+            columns,
+            largest,
+            factors,
+            at_target,
+            dlogits,
+            dlogits.stride(0),
+            min(_room(logits), _room(dlogits)),
+            ROUNDED=ROUNDED[dtype],
+            HALVES_IN_PLACE=halves,
+            ALIGNED_VOCAB=_aligned(vocab),
+            BLOCK=block,
+            num_warps=warps,
+            **FUSED,
+        )
+    return dlogits
+
+
+def _warp_size() -> int:
+    return 64 if torch.version.hip else 32
+
+
+def _aligned(vocab: int) -> bool:
+    return bool(torch.version.hip) and vocab % ALIGNMENT == 0
+
+
+# What is specialised, and why: see `softmax_triton.softmax_kernel`.
+@triton.jit(
+    do_not_specialize=["vocab"],
+    do_not_specialize_on_alignment=["columns", "sums"],
+)
+def shard_sums_kernel(
+    logits,  # [C, V_i] float32
+    logits_stride,
+    vocab,  # V_i
+    room,  # columns of a row of logits that may be read
+    columns,  # [C] int64, -1 where another rank holds the target
+    sums,  # [3, C] or [4, C] float32, out
+    WITH_ENTROPY: tl.constexpr,
+    ALIGNED_VOCAB: tl.constexpr,  # V_i is a multiple of 16, and it helps to know it
+    BLOCK: tl.constexpr,
+):
+    if ALIGNED_VOCAB:
+        vocab = vocab // 16 * 16  # unchanged, and now seen to be a multiple
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0)
+    target = tl.load(columns + row).to(tl.int32)
+    z = logits + row * logits_stride
+    z_target = tl.load(z + target, mask=target >= 0, other=float("-inf"))
+    largest, rest, moment = _sum_exponentials(z, z_target, target, vocab, room, WITH_ENTROPY, BLOCK)
+    tl.store(sums + row, largest)
+    tl.store(sums + rows + row, rest)
+    tl.store(sums + 2 * rows + row, z_target)
+    if WITH_ENTROPY:
+        tl.store(sums + 3 * rows + row, moment)
+
+
+@triton.jit(
+    do_not_specialize=["vocab"],
+    do_not_specialize_on_alignment=["columns", "highest", "factors", "at_target"],
+)
+def shard_gradient_kernel(
+    logits,  # [C, V_i] float32
+    logits_stride,
+    vocab,  # V_i
+    room,  # columns of a row of logits that may be read
+    columns,  # [C] int64, -1 where another rank holds the target
+    highest,  # [C] float32
+    factors,  # [C] float32
+    at_target,  # [C] float32
+    dlogits,  # [C, V_i], out, over the logits
+    dlogits_stride,
+    dlogits_room,  # columns of a row of dlogits that may be written
+    ROUNDED: tl.constexpr,  # the dtype that the gradient is rounded to
+    HALVES_IN_PLACE: tl.constexpr,
+    ALIGNED_VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if ALIGNED_VOCAB:
+        vocab = vocab // 16 * 16
+    row = tl.program_id(0).to(tl.int64)
+    _write_gradient(
+        logits + row * logits_stride,
+        dlogits + row * dlogits_stride,
+        tl.load(columns + row).to(tl.int32),
+        tl.load(highest + row),
+        tl.load(factors + row),
+        tl.load(at_target + row),
+        vocab,
+        room,
+        dlogits_room,
+        ROUNDED,
+        HALVES_IN_PLACE,
+        BLOCK,
+    )
