@@ -28,6 +28,11 @@ hypothesis.settings.load_profile("any time")
 
 
 def pytest_configure() -> None:
+    """What holds in all tests."""
+    speed_up_interpreter()
+
+
+def speed_up_interpreter() -> None:
     """Triton's interpreter patches its language at each call of a function from a kernel, which
     takes about as long as the kernel itself; once for each module that defines one is enough."""
     if not (TRITON_INSTALLED and TRITON_INTERPRETS):
@@ -57,6 +62,11 @@ def target(request: pytest.FixtureRequest) -> Target:
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory is NaN (integers: the lowest): who reads it before writing is found out."""
+    poison_memory(monkeypatch)
+
+
+def poison_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make torch's allocators fill what they return."""
 
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocate_and_fill(*args: Any, **kwargs: Any) -> Tensor:
