@@ -23,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -41,6 +42,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 VOCAB = 151_936
+SHARD = VOCAB // 8  # rows of the lm_head where eight ranks divide it
 
 # Of a multiprocessor, by NVIDIA's tuning guides for compute capability 8.0, 9.0 and 10.0.
 REGISTERS, THREADS = 65_536, 2_048
@@ -175,6 +177,14 @@ def calls() -> dict[str, Callable[[Backend], object]]:
         with torch.no_grad():
             return kernels.linear_logprobs(hidden, weight, targets, backend=backend)
 
+    def vocab_parallel(backend: Backend, dtype: torch.dtype = torch.bfloat16) -> object:
+        rows = weight[:SHARD].detach().to(dtype).requires_grad_()
+        loss, *_ = kernels.vocab_parallel_cross_entropy(
+            hidden.to(dtype), rows, targets, weights, group=_group_of_one(), backend=backend,
+            entropy=dtype == torch.float32, **trained,
+        )  # fmt: skip
+        return loss.backward()
+
     def segments(backend: Backend) -> object:
         values = torch.zeros(tokens, requires_grad=True)
         return kernels.segment_sum(values, cu_seqlens, backend=backend).sum().backward()
@@ -189,11 +199,21 @@ def calls() -> dict[str, Callable[[Backend], object]]:
         "log-probs": no_grad,
         "log-probs kept": logprobs,
         "segment_sum": segments,
+        "vocab-parallel": vocab_parallel,
+        "vocab-parallel float32": lambda backend: vocab_parallel(backend, torch.float32),
         "filter": lambda backend: kernels.filtered_redi_loss(
             hidden, weight, targets, cu_seqlens, signs,
             alpha=0.5, num_pairs=1, epsilon=2.0**-10, backend=backend, **trained,
         ),
     }  # fmt: skip
+
+
+def _group_of_one() -> dist.ProcessGroup:
+    """A process group of this process alone."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
 
 
 def launched(target: str) -> list[Kernel]:
@@ -208,6 +228,8 @@ def launched(target: str) -> list[Kernel]:
             for name, call in calls().items():
                 if backend == "triton" and name == "filter":
                     continue  # needs exponentials
+                if backend == "triton-exp" and name.startswith("vocab-parallel"):
+                    continue  # has no such product
                 if backend == "triton-exp" and name in ("dft", "unlikelihood", "log-probs kept"):
                     continue  # differ from redi_loss in a scalar, and take half a minute to build
                 before = len(found)

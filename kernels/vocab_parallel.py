@@ -12,7 +12,7 @@ collectives do. `vocab_shards.py` has the loop and its collectives.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from redi.kernels.loss_ops import (
     token_weights_op,
     total_loss,
 )
-from redi.kernels.reference import Coefficient, RediLoss, accumulation_dtype
+from redi.kernels.reference import Backend, Coefficient, RediLoss, accumulation_dtype
 from redi.kernels.segment_sum import segment_sum_op
 from redi.kernels.validate import (
     check_choice,
@@ -39,8 +39,6 @@ from redi.kernels.validate import (
     check_weight_values,
 )
 from redi.kernels.vocab_shards import vocab_parallel_chunks
-
-VocabParallelBackend = Literal["auto", "torch", "triton"]
 
 
 def vocab_parallel_cross_entropy(
@@ -54,7 +52,7 @@ def vocab_parallel_cross_entropy(
     entropy: bool = False,
     valid_index: Tensor | None = None,
     num_with_grad: int | None = None,
-    backend: VocabParallelBackend = "auto",
+    backend: Backend = "auto",
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, ...]:
     """`signed_cross_entropy` over the rows of the lm_head that the ranks of a group hold.
@@ -71,7 +69,7 @@ def vocab_parallel_cross_entropy(
         targets: [T] int64 in [0, sum of all V_i), or -100; the same on all ranks.
         token_weights: [T], the same on all ranks.
         group: of torch.distributed. Of a DeviceMesh: `mesh.get_group("tp")`.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch" or "triton"; the others do not divide the vocabulary.
         chunk_tokens: number of logits rows held in memory at a time; the least of all ranks counts.
         The other arguments are those of `signed_cross_entropy`, the same on all ranks.
 
@@ -112,7 +110,7 @@ def vocab_parallel_redi_loss(
     num_pairs: float,
     valid_index: Tensor | None = None,
     num_with_grad: int | None = None,
-    backend: VocabParallelBackend = "auto",
+    backend: Backend = "auto",
     chunk_tokens: int | None = None,
 ) -> RediLoss:
     """`redi_loss` over the rows of the lm_head that the ranks of a group hold.
@@ -152,7 +150,7 @@ def vocab_parallel_logprobs(
     *,
     group: "dist.ProcessGroup",
     valid_index: Tensor | None = None,
-    backend: VocabParallelBackend = "auto",
+    backend: Backend = "auto",
     chunk_tokens: int | None = None,
 ) -> Tensor:
     """`linear_logprobs` over the rows of the lm_head that the ranks of a group hold.
@@ -184,7 +182,7 @@ def _check(
     weight: Tensor,
     targets: Tensor,
     group: "dist.ProcessGroup",
-    backend: VocabParallelBackend,
+    backend: Backend,
     valid_index: Tensor | None,
     chunk_tokens: int | None,
     num_with_grad: int | None = None,
@@ -352,4 +350,4 @@ vocab_parallel_logprobs_op.register_autograd(_backward, setup_context=_save_oper
 
 def _group(name: str) -> "dist.ProcessGroup":
     """The group of a name, as torch's functional collectives find it."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    return dist.distributed_c10d._resolve_process_group(cast(Any, name))

@@ -11,14 +11,18 @@ from torch import Tensor
 
 from redi.kernels.softmax_triton import (
     ALIGNMENT,
+    COLUMNS_PER_THREAD,
     ROUNDED,
     _room,
     _sum_exponentials,
     _write_gradient,
-    launch_shape,
 )
 from redi.kernels.triton_common import FUSED
 from redi.kernels.vocab_shards import sums_of_no_columns
+
+# Unlike the row kernel's, a row is in no cache when pass 2 reads it, so there is nothing to gain
+# from few large programs. Several small ones share an SM: one loads while another computes.
+MAX_THREADS = 256
 
 
 def shard_sums(logits: Tensor, columns: Tensor, with_entropy: bool) -> Tensor:
@@ -27,7 +31,7 @@ def shard_sums(logits: Tensor, columns: Tensor, with_entropy: bool) -> Tensor:
     sums = logits.new_empty(4 if with_entropy else 3, rows)
     if not vocab:
         return sums_of_no_columns(sums)
-    block, warps = launch_shape(vocab, _warp_size())
+    block, warps = _launch_shape(vocab)
     with torch.cuda.device_of(logits):
         shard_sums_kernel[(rows,)](
             logits,
@@ -59,7 +63,7 @@ def shard_gradient(
     dlogits = logits.view(dtype)[:, :vocab] if halves else logits
     if not vocab:
         return dlogits
-    block, warps = launch_shape(vocab, _warp_size())
+    block, warps = _launch_shape(vocab)
     with torch.cuda.device_of(logits):
         shard_gradient_kernel[(rows,)](
             logits,
@@ -83,8 +87,10 @@ def shard_gradient(
     return dlogits
 
 
-def _warp_size() -> int:
-    return 64 if torch.version.hip else 32
+def _launch_shape(vocab: int) -> tuple[int, int]:
+    """Columns of a block, and warps of a program."""
+    block = min(COLUMNS_PER_THREAD * MAX_THREADS, max(128, triton.next_power_of_2(vocab)))
+    return block, max(1, block // COLUMNS_PER_THREAD // (64 if torch.version.hip else 32))
 
 
 def _aligned(vocab: int) -> bool:
