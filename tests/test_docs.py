@@ -1,8 +1,9 @@
 """Every command and every program in README and docs/ runs, in order, as a reader would run them.
 
 A fenced block says by its language what it is: `sh` and `python` are run, `toml` and `csv` are
-written to the file that their first line names, `text` is output, which the block before must have
-printed (where it was run here). `sh fails=2` must end with that exit code.
+written to the file that their first line names, and so is `python` whose first line names one;
+`text` is output, which the block before must have printed (where it was run here). `sh fails=2`
+must end with that exit code.
 """
 
 import argparse
@@ -108,7 +109,8 @@ def test_what_a_page_says_works(page: Path, folder: Path) -> None:
 
 
 def follow(block: Block, folder: Path, output: str | None) -> str | None:
-    if block.language in ("toml", "csv"):
+    names_a_file = block.language == "python" and re.match(r"# \S+\.py\n", block.text)
+    if block.language in ("toml", "csv") or names_a_file:
         name, _, content = block.text.removeprefix("# ").partition("\n")
         (folder / name).write_text(content)
     elif block.language in ("sh", "python"):
