@@ -166,6 +166,19 @@ def test_products_over_kept_tiles_keep_four_steps_under_way(sm_90: Builds, kerne
     assert 4 * (48 << 10) <= build["shared_bytes"] <= 227 << 10
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stores"), [("shard_sums_kernel", 0), ("shard_gradient_kernel", 2)]
+)
+def test_several_programs_of_a_shard_s_kernels_fit_an_sm(
+    sm_90: Builds, kernel: str, stores: int
+) -> None:
+    build = sm_90.get("triton vocab-parallel", kernel)
+    assert build["programs"] >= 4
+    found = Instructions.of(build["assembly"])
+    assert found.count("LDG.E.128") == 4
+    assert found.count("STG.E.128") == stores
+
+
 # Prints the number of launches that are compiled for chunks whose tokens begin at 16 bytes or at 8,
 # and for vocabularies that are multiples of 16 and that are not.
 SPECIALISE = """

@@ -12,6 +12,7 @@ from kernel_cases import (
     LOGITS,
     TARGETS,
     Gradients,
+    Target,
     assert_exact,
     gradients,
     leaves,
@@ -25,9 +26,12 @@ from torch import Tensor
 
 from redi.kernels import reference, signed_cross_entropy, vocab_parallel_cross_entropy
 
-BACKENDS = sorted({target.backend for target in TARGETS if target.device == "cpu"})
+TRITON = [target for target in TARGETS if target.backend == "triton"]
 # Every kind of logits in the interpreter takes minutes; some run in the default suite.
-SWEPT = [pytest.param(b, marks=pytest.mark.slow) if b == "triton" else b for b in BACKENDS]
+SWEPT = [
+    pytest.param(target, marks=pytest.mark.slow) if target == Target("triton", "cpu") else target
+    for target in TARGETS
+]
 VOCAB = 331  # of `make_case`
 # Some of its targets, in order: a shard begins with the first and the third, ends with the second.
 FIRST, LAST, NEXT = (
@@ -74,7 +78,7 @@ def whole(results: list[tuple[Any, ...]]) -> Gradients:
     return Gradients(same_everywhere(dhidden), torch.cat(dweight))
 
 
-@pytest.mark.parametrize("backend", SWEPT)
+@pytest.mark.parametrize("target", SWEPT, ids="-".join)
 @pytest.mark.parametrize(
     "dtype",
     [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
@@ -83,27 +87,29 @@ def whole(results: list[tuple[Any, ...]]) -> Gradients:
 @pytest.mark.parametrize("logits", LOGITS)
 @pytest.mark.parametrize("name", ["2 ranks", "4 ranks, ragged"])
 def test_redi_loss_is_exact_for_every_kind_of_logits(
-    pools: dict[int, RankPool], name: str, logits: str, dtype: torch.dtype, backend: str
+    pools: dict[int, RankPool], name: str, logits: str, dtype: torch.dtype, target: Target
 ) -> None:
-    assert_redi_loss_is_exact(pools, name, logits, dtype, backend)
+    assert_redi_loss_is_exact(pools, name, logits, dtype, target)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+@pytest.mark.parametrize("target", TRITON, ids="-".join)
 def test_redi_loss_is_exact_in_triton(
-    pools: dict[int, RankPool], dtype: torch.dtype, backend: str
+    pools: dict[int, RankPool], dtype: torch.dtype, target: Target
 ) -> None:
-    assert_redi_loss_is_exact(pools, "2 ranks", "random", dtype, backend)
+    assert_redi_loss_is_exact(pools, "2 ranks", "random", dtype, target)
 
 
 def assert_redi_loss_is_exact(
-    pools: dict[int, RankPool], name: str, logits: str, dtype: torch.dtype, backend: str
+    pools: dict[int, RankPool], name: str, logits: str, dtype: torch.dtype, target: Target
 ) -> None:
     """By the rule that `redi_loss` has to keep, and the mutants that the rule rejects."""
-    case = make_case(dtype, logits=logits)
+    case = make_case(dtype, logits=logits, device=target.device)
     scale = 2.0 ** loss_scale_exponent(case) if dtype == torch.float16 else 1.0
     bounds = BOUNDS[name]
-    results = pool_for(pools, bounds).run(on_ranks.redi, case, bounds, scale, backend=backend)
+    results = pool_for(pools, bounds).run(
+        on_ranks.redi, case, bounds, scale, backend=target.backend
+    )
     outs, *_ = zip(*results, strict=True)
     loss = same_everywhere([out.loss for out in outs])
     logps = same_everywhere([out.sequence_logps for out in outs])
@@ -149,35 +155,35 @@ def test_float64_is_that_of_one_process_to_1e_12(
     assert relative_error(torch.cat(dweight), exact_gradients.dweight) < 1e-12
 
 
-@pytest.mark.parametrize("backend", SWEPT)
+@pytest.mark.parametrize("target", SWEPT, ids="-".join)
 @pytest.mark.parametrize("coefficient", COEFFICIENTS)
 @pytest.mark.parametrize("logits", ["random", "confident", "logp -80"])
 @pytest.mark.parametrize("name", ["2 ranks, one empty", "4 ranks"])
 def test_every_coefficient_is_exact_in_float32(
-    pools: dict[int, RankPool], name: str, logits: str, coefficient: str, backend: str
+    pools: dict[int, RankPool], name: str, logits: str, coefficient: str, target: Target
 ) -> None:
-    assert_coefficient_is_exact(pools, name, logits, coefficient, backend)
+    assert_coefficient_is_exact(pools, name, logits, coefficient, target)
 
 
 @pytest.mark.parametrize("name", ["2 ranks, one empty", "4 ranks"])
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+@pytest.mark.parametrize("target", TRITON, ids="-".join)
 def test_unlikelihood_is_exact_in_triton(
-    pools: dict[int, RankPool], name: str, backend: str
+    pools: dict[int, RankPool], name: str, target: Target
 ) -> None:
-    assert_coefficient_is_exact(pools, name, "confident", "unlikelihood", backend)
+    assert_coefficient_is_exact(pools, name, "confident", "unlikelihood", target)
 
 
 def assert_coefficient_is_exact(
-    pools: dict[int, RankPool], name: str, logits: str, coefficient: str, backend: str
+    pools: dict[int, RankPool], name: str, logits: str, coefficient: str, target: Target
 ) -> None:
     """Bounds as in test_exactness.py."""
     bounds = BOUNDS[name]
-    case = make_case(torch.float32, logits=logits)
+    case = make_case(torch.float32, logits=logits, device=target.device)
     torch.manual_seed(1)
-    weights = torch.randn(case.targets.shape)
+    weights = torch.randn(case.targets.shape, device=target.device)
     options = {"coefficient": coefficient, "entropy": True}
     results = pool_for(pools, bounds).run(
-        on_ranks.cross_entropy, case, bounds, weights, backend=backend, **options
+        on_ranks.cross_entropy, case, bounds, weights, backend=target.backend, **options
     )
     found, dhidden, dweight, _ = zip(*results, strict=True)
     loss, logps, entropies = (same_everywhere(values) for values in zip(*found, strict=True))
@@ -195,16 +201,17 @@ def assert_coefficient_is_exact(
     assert relative_error(torch.cat(dweight), exact_gradients.dweight) < 2e-5 * size
 
 
-@pytest.mark.parametrize("backend", SWEPT)
+@pytest.mark.parametrize("target", SWEPT, ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("logits", ["random", "confident", "logp -500"])
 def test_logprobs_are_exact_for_any_upstream_gradient(
-    pools: dict[int, RankPool], logits: str, dtype: torch.dtype, backend: str
+    pools: dict[int, RankPool], logits: str, dtype: torch.dtype, target: Target
 ) -> None:
     """With REDI's own weights from above, so that the rule and the mutants apply."""
-    case, bounds = make_case(dtype, logits=logits), BOUNDS["2 ranks"]
+    case = make_case(dtype, logits=logits, device=target.device)
+    bounds = BOUNDS["2 ranks"]
     dlogps = -case.token_weights.float()
-    results = pools[2].run(on_ranks.logprobs, case, bounds, dlogps, backend=backend)
+    results = pools[2].run(on_ranks.logprobs, case, bounds, dlogps, backend=target.backend)
     logps = same_everywhere([result[0] for result in results])
     exact = reference.linear_logprobs(case.hidden.double(), case.weight.double(), case.targets)
     size = float((case.hidden.double() @ case.weight.double().T).abs().max())
@@ -258,15 +265,15 @@ def test_a_tied_shard_gets_the_gradients_of_both_uses(
     assert relative_error(torch.cat(shards), expected) < 1e-12
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("target", TARGETS, ids="-".join)
 @pytest.mark.parametrize(("lengths", "masked"), [((), 0.0), ((0, 0), 0.0), ((3, 4), 1.0)], ids=str)
 def test_rows_without_unmasked_tokens_contribute_nothing(
-    pools: dict[int, RankPool], lengths: tuple[int, ...], masked: float, backend: str
+    pools: dict[int, RankPool], lengths: tuple[int, ...], masked: float, target: Target
 ) -> None:
-    case = make_case(lengths=lengths, signs=(1, -1)[: len(lengths)])
+    case = make_case(lengths=lengths, signs=(1, -1)[: len(lengths)], device=target.device)
     if masked:
         case = replace(case, targets=torch.full_like(case.targets, -100))
-    results = pools[2].run(on_ranks.redi, case, BOUNDS["2 ranks"], backend=backend)
+    results = pools[2].run(on_ranks.redi, case, BOUNDS["2 ranks"], backend=target.backend)
     assert [out.loss.item() for out, _, _ in results] == [0.0, 0.0]
     got = whole(results)
     assert got.dhidden.shape == case.hidden.shape
