@@ -18,7 +18,7 @@ from torch import Tensor
 from redi.kernels.backends import Kernels
 from redi.kernels.chunk_sizes import chunk_buffer, default_chunk_tokens, split
 from redi.kernels.reference import IGNORE_INDEX, accumulation_dtype
-from redi.kernels.softmax import GradientRows, multiplies_halves
+from redi.kernels.softmax import PLAIN, GradientRows, Terms, multiplies_halves
 
 # float16: dZ is multiplied by a power of two that brings the largest weight to 2^14 .. 2^15, as
 # the weights themselves (1e-7 at 32 pairs of 20,000 tokens) would underflow.
@@ -44,6 +44,10 @@ class Outputs:
     """[T], 0 where masked."""
     entropies: Tensor | None = None
     """[T] likewise; only along with logps."""
+    lses: Tensor | None = None
+    """[T] likewise: log-sum-exps."""
+    mean_logps: Tensor | None = None
+    """[T] likewise: means over the vocabulary of its log-probs."""
     dropped: Tensor | None = None
     """[T], a filter's: the share of each token's probability that was left out."""
     dhidden: Tensor | None = None
@@ -160,6 +164,7 @@ def cross_entropy_chunks(
     schedule: TokenSchedule,
     kernels: Kernels,
     coefficient: str = "weight",
+    terms: Terms = PLAIN,
 ) -> None:
     """Fill in the outputs.
 
@@ -168,14 +173,18 @@ def cross_entropy_chunks(
         weight: [V, D], any strides.
         targets: [T] int64, -100 masks.
         token_weights: [T] accumulation dtype; None if neither dhidden nor dweight is wanted.
-        kernels: of the backend. Entropies are always computed from logits.
+        kernels: of the backend. Entropies are always computed from logits, as are all `terms` but
+            none.
         coefficient: see `softmax.effective_weights`.
+        terms: what else the loss has, and the logits' scale and softcap. `kept` is without
+            the factor logit_scale.
 
     Tokens of weight 0 cost the logits product alone, masked tokens nothing. (A GPU that is given
     `valid_index` without `num_with_grad` does not know them and treats all tokens alike.)
     """
     kept, dtype = out.kept, accumulation_dtype(hidden.dtype)
-    if out.entropies is not None:
+    statistics = out.entropies, out.lses, out.mean_logps
+    if not terms.are_plain or any(values is not None for values in statistics):
         kernels = replace(kernels, exp_gemm=None)
     if kept is not None:
         order = _all_with_grad(targets, schedule)
@@ -183,7 +192,13 @@ def cross_entropy_chunks(
     else:
         if out.dhidden is None and out.dweight is None:
             token_weights = None
-        order = order_tokens(targets, token_weights, schedule)
+        elif token_weights is not None and terms.logit_scale != 1:
+            token_weights = token_weights * terms.logit_scale
+            terms = terms.scaled(terms.logit_scale)
+        bounds = token_weights
+        if token_weights is not None:
+            bounds = terms.gradient_bounds(token_weights, len(weight))
+        order = order_tokens(targets, bounds, schedule)
     if out.logps is None:
         order = TokenOrder(order.index[: order.with_grad], order.with_grad)
     buffer_dtype = dtype if kernels.exp_gemm is None else hidden.dtype
@@ -196,9 +211,10 @@ def cross_entropy_chunks(
     scale = None
     if hidden.dtype == torch.float16 and order.with_grad and kept is None:
         assert token_weights is not None
-        scale = power_of_two(token_weights[order.index[: order.with_grad]], HALF_EXPONENT)
-        token_weights = token_weights * scale
-    for values in (out.logps, out.entropies):
+        assert bounds is not None
+        scale = power_of_two(bounds[order.index[: order.with_grad]], HALF_EXPONENT)
+        token_weights, terms = token_weights * scale, terms.scaled(scale)
+    for values in (out.logps, *statistics):
         if values is not None:
             values.zero_()
     if kept is not None:
@@ -223,7 +239,10 @@ def cross_entropy_chunks(
             coefficient=coefficient,
             dtype=hidden.dtype,
             logps=logps,
+            terms=terms,
             entropies=out.entropies,
+            lses=out.lses,
+            mean_logps=out.mean_logps,
             dlogits=kept_rows,
         )
         return None if dlogits is None else GradientRows(dlogits)
@@ -248,6 +267,7 @@ def kept_gradient_chunks(
     token_weights: Tensor,
     out: Outputs,
     schedule: TokenSchedule,
+    logit_scale: float = 1.0,
 ) -> None:
     """The gradients of - sum_t w_t logp_t from what `cross_entropy_chunks` kept.
 
@@ -258,7 +278,7 @@ def kept_gradient_chunks(
     most = schedule.chunk_tokens or default_chunk_tokens(
         len(order.index), weight, accumulation_dtype(hidden.dtype)
     )
-    factors = token_weights[order.index]
+    factors = token_weights[order.index] * logit_scale
     scale = None
     if hidden.dtype == torch.float16 and len(factors):
         scale = power_of_two(factors, 0)  # w X no larger than X, no smaller than w

@@ -3,10 +3,13 @@
 For objectives whose token weights are known only after the log-probs (DPO, SimPO, TOPR, ...).
 Backward needs p - onehot again: forward keeps it where it fits a budget (3 matrix products in
 all), else backward computes the logits a second time (4 products).
+
+Entropies and log-sum-exps have other gradients, p (log p + H) and p, which what is kept does not
+determine: where they are wanted backward always computes the logits again.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,10 +18,11 @@ from redi.kernels import reference
 from redi.kernels.backends import choose_backend, kernels_of
 from redi.kernels.chunk_sizes import padded
 from redi.kernels.chunked import Outputs, TokenSchedule, cross_entropy_chunks, kept_gradient_chunks
-from redi.kernels.reference import Backend, accumulation_dtype
-from redi.kernels.softmax import GradientRows
+from redi.kernels.reference import IGNORE_INDEX, Backend, accumulation_dtype
+from redi.kernels.softmax import GradientRows, Terms
 from redi.kernels.validate import (
     check_choice,
+    check_logits,
     check_operands,
     check_schedule,
     check_target_values,
@@ -29,45 +33,123 @@ CPU_KEEP_BYTES = 1 << 30
 GPU_KEEP_SHARE = 8
 
 
+@overload
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    ignore_index: int = ...,
+    keep: bool | Literal["auto"] = ...,
+    valid_index: Tensor | None = ...,
+    backend: Backend = ...,
+    chunk_tokens: int | None = ...,
+) -> Tensor: ...
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    entropy: bool = ...,
+    log_sum_exp: bool = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    ignore_index: int = ...,
+    keep: bool | Literal["auto"] = ...,
+    valid_index: Tensor | None = ...,
+    backend: Backend = ...,
+    chunk_tokens: int | None = ...,
+) -> Tensor | tuple[Tensor, ...]: ...
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    entropy: bool = False,
+    log_sum_exp: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
     keep: bool | Literal["auto"] = "auto",
     valid_index: Tensor | None = None,
     backend: Backend = "auto",
     chunk_tokens: int | None = None,
-) -> Tensor:
-    """Log-probs of the targets: logp_t = log softmax(hidden weight^T)_t[targets_t].
+) -> Tensor | tuple[Tensor, ...]:
+    """Log-probs of the targets: logp_t = log softmax(z_t)[targets_t], z = hidden weight^T.
 
     Args:
-        hidden, weight, targets, valid_index, backend, chunk_tokens: as for `redi_loss`.
+        hidden, weight, targets, logit_scale, softcap, ignore_index, valid_index, backend,
+            chunk_tokens: as for `redi_loss`.
+        entropy: whether to return the tokens' entropies - sum_j p_j log p_j as well.
+        log_sum_exp: whether to return the log-sum-exps of the tokens' logits as well.
         keep: True keeps a tensor of N x V (T x V without `valid_index`) in hidden's dtype for
             backward, False recomputes the logits in backward, "auto" keeps what fits 1 GiB on a
-            CPU and an eighth of a GPU's memory. Nothing is kept where no gradient is needed.
+            CPU and an eighth of a GPU's memory. Nothing is kept where no gradient is needed. With
+            `entropy` or `log_sum_exp` backward recomputes, as the kept tensor does not determine
+            their gradients; True is an error.
 
     Returns:
-        token_logps [T] float32 (float64 for float64 inputs), never above 0, and 0 where masked;
-        differentiable once, for any upstream gradient, any number of times. The gradients have
-        the dtype of hidden and weight.
+        token_logps in the shape of targets, float32 (float64 for float64 inputs), never above 0,
+        and 0 where masked. With `entropy` or `log_sum_exp` a tuple: token_logps, then entropies,
+        then log-sum-exps, those wanted, of the same shape. All are differentiable once, for any
+        upstream gradient, any number of times. The gradients have the dtype of hidden and weight.
 
     Raises:
         TypeError, ValueError: as `redi_loss`.
     """
-    hidden, weight = check_operands(hidden, weight, targets)
+    given_targets = targets
+    hidden, weight, targets = check_operands(hidden, weight, targets, ignore_index)
+    shape = given_targets.shape
     check_schedule(valid_index, chunk_tokens, hidden)
+    check_logits(logit_scale, softcap)
     check_choice("keep", keep, ("auto", True, False))
+    if entropy or log_sum_exp:
+        if keep is True:
+            raise ValueError(
+                "keep=True keeps what the gradient of log-probs alone needs: use keep=False with "
+                "entropy or log_sum_exp"
+            )
+        keep = False
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
-        return reference.linear_logprobs(hidden, weight, targets)
+        made = reference.linear_logprobs(
+            hidden,
+            weight,
+            targets,
+            entropy=entropy,
+            log_sum_exp=log_sum_exp,
+            logit_scale=logit_scale,
+            softcap=softcap,
+        )
+        if isinstance(made, Tensor):
+            return made.view(shape)
+        return tuple(values.view(shape) for values in made)
     if keep == "auto":
         rows = hidden.shape[0] if valid_index is None else valid_index.shape[0]
         keep = rows * weight.shape[0] * hidden.element_size() <= _keep_budget(hidden.device)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _linear_logprobs_op(
-        hidden, weight, targets, valid_index, backend, chunk_tokens, keep and needs_grad
-    )[0]
+    terms = Terms(float(logit_scale), None if softcap is None else float(softcap))
+    if backend == "triton-exp" and not terms.are_plain:
+        backend = "triton"  # what is kept depends on it
+    logps, _, _, entropies, lses = _linear_logprobs_op(
+        hidden,
+        weight,
+        targets,
+        valid_index,
+        backend,
+        chunk_tokens,
+        keep and needs_grad,
+        (entropy, log_sum_exp),
+        terms.logit_scale,
+        terms.softcap,
+    )
+    asked = [*([entropies] if entropy else []), *([lses] if log_sum_exp else [])]
+    if asked:
+        return logps.view(shape), *(values.view(shape) for values in asked)
+    return logps.view(shape)
 
 
 @torch.compiler.assume_constant_result
@@ -96,6 +178,9 @@ def _kept(weight: Tensor, matrix: Tensor, parts: Tensor) -> GradientRows:
     return GradientRows(matrix, *parts) if parts.shape[1] else GradientRows(matrix)
 
 
+_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 @torch.library.custom_op("redi::linear_logprobs", mutates_args=())
 def _linear_logprobs_op(
     hidden: Tensor,
@@ -105,18 +190,52 @@ def _linear_logprobs_op(
     backend: str,
     chunk_tokens: int | None,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(token_logps, matrix, parts): the last two as `_new_kept` has them."""
+    needs: Sequence[bool],
+    logit_scale: float,
+    softcap: float | None,
+) -> _Results:
+    """(token_logps, matrix, parts, entropies, lses): the two parts as `_new_kept` has them.
+
+    `needs` is (entropies, lses); what is not needed is empty.
+    """
     check_target_values(targets, weight.shape[0], valid_index)
-    logps = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
-    matrix, parts = _new_kept(hidden, weight, valid_index, backend, keep)
-    out = Outputs(logps=logps, kept=_kept(weight, matrix, parts) if keep else None)
+    logps, matrix, parts, entropies, lses = results = _new_results(
+        hidden, weight, valid_index, backend, keep, needs
+    )
+    need_entropies, need_lses = needs
+    out = Outputs(
+        logps=logps,
+        entropies=entropies if need_entropies else None,
+        lses=lses if need_lses else None,
+        kept=_kept(weight, matrix, parts) if keep else None,
+    )
     schedule = TokenSchedule(valid_index, None, chunk_tokens)
+    terms = Terms(logit_scale, softcap)
     with torch.autocast(hidden.device.type, enabled=False):
-        cross_entropy_chunks(hidden, weight, targets, None, out, schedule, kernels_of(backend))
+        cross_entropy_chunks(
+            hidden, weight, targets, None, out, schedule, kernels_of(backend), terms=terms
+        )
     if keep:  # padding, which a kernel may have written to: results must be reproducible
         matrix[:, weight.shape[0] :].zero_()
-    return logps, matrix, parts
+    return results
+
+
+def _new_results(
+    hidden: Tensor,
+    weight: Tensor,
+    valid_index: Tensor | None,
+    backend: str,
+    keep: bool,
+    needs: Sequence[bool],
+) -> _Results:
+    """Uninitialised results of `_linear_logprobs_op`."""
+    dtype = accumulation_dtype(hidden.dtype)
+    logps, entropies, lses = (
+        hidden.new_empty(hidden.shape[:1] if needed else (0,), dtype=dtype)
+        for needed in (True, *needs)
+    )
+    kept = _new_kept(hidden, weight, valid_index, backend, keep)
+    return logps, *kept, entropies, lses
 
 
 @_linear_logprobs_op.register_fake
@@ -128,16 +247,19 @@ def _(
     backend: str,
     chunk_tokens: int | None,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    logps = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
-    return logps, *_new_kept(hidden, weight, valid_index, backend, keep)
+    needs: Sequence[bool],
+    *_: Any,
+) -> _Results:
+    return _new_results(hidden, weight, valid_index, backend, keep, needs)
 
 
 @torch.library.custom_op("redi::linear_logprobs_backward", mutates_args=())
 def _linear_logprobs_backward_op(
-    dlogps: Tensor,
+    dlogps: Tensor | None,
     matrix: Tensor,
     parts: Tensor,
+    dentropies: Tensor | None,
+    dlses: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -145,6 +267,8 @@ def _linear_logprobs_backward_op(
     backend: str,
     chunk_tokens: int | None,
     keep: bool,
+    logit_scale: float,
+    softcap: float | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """(dhidden, dweight) in the operands' dtype; one that is not needed is empty."""
@@ -153,13 +277,22 @@ def _linear_logprobs_backward_op(
         operand.new_empty(operand.shape, dtype=dtype) if needed else None
         for operand, needed in zip((hidden, weight), needs, strict=True)
     )
-    operands, out = (hidden, weight, targets, -dlogps), Outputs(dhidden=dhidden, dweight=dweight)
+    # As weights of a loss - sum w logp - sum e H + sum l lse.
+    weights = hidden.new_zeros(hidden.shape[0], dtype=dtype) if dlogps is None else -dlogps
+    operands, out = (hidden, weight, targets, weights), Outputs(dhidden=dhidden, dweight=dweight)
     schedule = TokenSchedule(valid_index, None, chunk_tokens)
+    terms = Terms(
+        logit_scale,
+        softcap,
+        entropy_weights=None if dentropies is None else -dentropies,
+        lse_weights=dlses,
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         if keep:
-            kept_gradient_chunks(_kept(weight, matrix, parts), *operands, out, schedule)
+            kept = _kept(weight, matrix, parts)
+            kept_gradient_chunks(kept, *operands, out, schedule, logit_scale)
         else:
-            cross_entropy_chunks(*operands, out, schedule, kernels_of(backend))
+            cross_entropy_chunks(*operands, out, schedule, kernels_of(backend), terms=terms)
     return (
         hidden.new_empty(0) if dhidden is None else dhidden.to(hidden.dtype),
         weight.new_empty(0) if dweight is None else dweight.to(weight.dtype),
@@ -168,7 +301,14 @@ def _linear_logprobs_backward_op(
 
 @_linear_logprobs_backward_op.register_fake
 def _(
-    dlogps: Tensor, matrix: Tensor, parts: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any
+    dlogps: Tensor | None,
+    matrix: Tensor,
+    parts: Tensor,
+    dentropies: Tensor | None,
+    dlses: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     need_dhidden, need_dweight = arguments[-1]
     return (
@@ -178,21 +318,32 @@ def _(
 
 
 def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *operands, ctx.backend, ctx.chunk_tokens, ctx.keep = inputs
-    _, *kept = output
-    ctx.save_for_backward(*kept, *operands)
-    ctx.mark_non_differentiable(*kept)
+    *operands, backend, chunk_tokens, keep, (need_entropies, need_lses), scale, softcap = inputs
+    ctx.options = backend, chunk_tokens, keep, scale, softcap
+    _, matrix, parts, entropies, lses = output
+    ctx.save_for_backward(matrix, parts, *operands)
+    unused = [] if need_entropies else [entropies]
+    unused += [] if need_lses else [lses]
+    ctx.mark_non_differentiable(matrix, parts, *unused)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dlogps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any,
+    dlogps: Tensor | None,
+    _matrix: None,
+    _parts: None,
+    *dstatistics: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:2]
     grads: tuple[Tensor | None, ...] = (None, None)
-    if dlogps is not None:
-        options = ctx.backend, ctx.chunk_tokens, ctx.keep, needs
-        made = _linear_logprobs_backward_op(dlogps, *ctx.saved_tensors, *options)
+    if any(gradient is not None for gradient in (dlogps, *dstatistics)):
+        matrix, parts, *operands = ctx.saved_tensors
+        made = _linear_logprobs_backward_op(
+            dlogps, matrix, parts, *dstatistics, *operands, *ctx.options, needs
+        )
         grads = tuple(g if needed else None for g, needed in zip(made, needs, strict=True))
-    return *grads, *(None,) * 5
+    return *grads, *(None,) * 8
 
 
 _linear_logprobs_op.register_autograd(_backward, setup_context=_save_operands)

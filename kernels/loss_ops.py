@@ -17,14 +17,14 @@ from torch import Tensor
 from redi.kernels.backends import kernels_of
 from redi.kernels.chunked import Outputs, TokenSchedule, cross_entropy_chunks
 from redi.kernels.reference import IGNORE_INDEX, accumulation_dtype
-from redi.kernels.softmax import token_losses
+from redi.kernels.softmax import Terms, term_losses, token_losses
 from redi.kernels.validate import (
     check_sequence_values,
     check_target_values,
     check_weight_values,
 )
 
-_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("redi::token_weights", mutates_args=())
@@ -54,6 +54,7 @@ def signed_cross_entropy_op(
     weight: Tensor,
     targets: Tensor,
     token_weights: Tensor,
+    entropy_weights: Tensor | None,
     valid_index: Tensor | None,
     num_with_grad: int | None,
     chunk_tokens: int | None,
@@ -61,51 +62,76 @@ def signed_cross_entropy_op(
     coefficient: str,
     epsilon: float | None,
     needs: Sequence[bool],
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> _Results:
-    """(loss, token_logps, token_entropies, token_dropped, dhidden, dweight).
+    """(loss, token_logps, token_entropies, token_lses, token_dropped, dhidden, dweight).
 
-    `needs` is (entropies, dhidden, dweight), `epsilon` that of a filter (`experimental/filter.py`):
-    without it nothing is dropped. An output that is not needed is empty.
+    `needs` is (entropies, lses, dhidden, dweight), `epsilon` that of a filter
+    (`experimental/filter.py`): without it nothing is dropped. An output that is not needed is
+    empty.
     """
     results = _new_results(hidden, weight, epsilon, needs)
-    loss, logps, entropies, dropped, dhidden, dweight = results
-    need_entropies, need_dhidden, need_dweight = needs
+    loss, logps, entropies, lses, dropped, dhidden, dweight = results
+    need_entropies, need_lses, need_dhidden, need_dweight = needs
+    terms = Terms(
+        logit_scale,
+        softcap,
+        label_smoothing,
+        entropy_weights=None if entropy_weights is None else entropy_weights.to(logps.dtype),
+        z_weights=token_weights.to(logps.dtype).abs() * z_loss if z_loss else None,
+    )
     out = Outputs(
         logps=logps,
-        entropies=entropies if need_entropies else None,
+        # What a term of the loss needs is computed though the caller may not want it.
+        entropies=wanted(entropies, need_entropies, terms.entropy_weights),
+        lses=wanted(lses, need_lses, terms.z_weights),
+        mean_logps=torch.empty_like(logps) if label_smoothing else None,
         dropped=dropped,
         dhidden=dhidden if need_dhidden else None,
         dweight=dweight if need_dweight else None,
     )
     schedule = TokenSchedule(valid_index, num_with_grad, chunk_tokens)
-    fill: Callable[..., None] = cross_entropy_chunks
+    fill: Callable[..., None] = partial(cross_entropy_chunks, terms=terms)
     if epsilon is not None:  # imported late: no exact loss needs it
         from redi.kernels.experimental.filter import filtered_cross_entropy_chunks
 
         fill = partial(filtered_cross_entropy_chunks, epsilon=epsilon)
     with _weights_for(hidden, weight, targets, token_weights, schedule) as w:
+        if entropy_weights is not None:
+            check_weight_values("entropy_weights", entropy_weights, targets, *schedule[:2])
         fill(hidden, weight, targets, w, out, schedule, kernels_of(backend), coefficient)
-        loss.copy_(total_loss(logps, w, targets, coefficient))
+        loss.copy_(total_loss(out, w, targets, coefficient, terms))
     return results
+
+
+def wanted(result: Tensor, needed: bool, weights: Tensor | None) -> Tensor | None:
+    """Where to write a statistic: the result, or memory of its own if only a term needs it."""
+    if needed or weights is None:
+        return result if needed else None
+    return torch.empty_like(weights)
 
 
 def _new_results(
     hidden: Tensor, weight: Tensor, epsilon: float | None, needs: Sequence[bool]
 ) -> _Results:
     """Uninitialised results of `signed_cross_entropy_op`."""
-    need_entropies, need_dhidden, need_dweight = needs
+    need_entropies, need_lses, need_dhidden, need_dweight = needs
     tokens = hidden.shape[:1]
-    loss, logps, entropies, dropped = (
+    loss, logps, entropies, lses, dropped = (
         hidden.new_empty(shape, dtype=accumulation_dtype(hidden.dtype))
         for shape in (
             (),
             tokens,
             tokens if need_entropies else (0,),
+            tokens if need_lses else (0,),
             (0,) if epsilon is None else tokens,
         )
     )
     gradients = new_gradient(hidden, need_dhidden), new_gradient(weight, need_dweight)
-    return loss, logps, entropies, dropped, *gradients
+    return loss, logps, entropies, lses, dropped, *gradients
 
 
 def new_gradient(operand: Tensor, needed: bool) -> Tensor:
@@ -116,7 +142,7 @@ def new_gradient(operand: Tensor, needed: bool) -> Tensor:
 
 @signed_cross_entropy_op.register_fake
 def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> _Results:
-    *_, epsilon, needs = arguments
+    epsilon, needs = arguments[8:10]
     return _new_results(hidden, weight, epsilon, needs)
 
 
@@ -133,6 +159,8 @@ def accumulate_gradient_op(
     grad_scale: float,
     dweight: Tensor,
     accumulate: bool,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, token_logps, dhidden); writes or adds to `dweight`, both gradients x grad_scale."""
     dhidden = new_gradient(hidden, True)
@@ -140,9 +168,11 @@ def accumulate_gradient_op(
     out = Outputs(logps=logps, dhidden=dhidden, dweight=dweight, accumulate=accumulate)
     schedule = TokenSchedule(valid_index, num_with_grad, chunk_tokens)
     with _weights_for(hidden, weight, targets, token_weights, schedule) as w:
-        kernels = kernels_of(backend)
-        cross_entropy_chunks(hidden, weight, targets, w * grad_scale, out, schedule, kernels)
-        return total_loss(logps, w, targets, "weight"), logps, dhidden.to(hidden.dtype)
+        kernels, terms = kernels_of(backend), Terms(logit_scale, softcap)
+        cross_entropy_chunks(
+            hidden, weight, targets, w * grad_scale, out, schedule, kernels, terms=terms
+        )
+        return total_loss(out, w, targets, "weight", terms), logps, dhidden.to(hidden.dtype)
 
 
 @accumulate_gradient_op.register_fake
@@ -160,14 +190,23 @@ def _weights_for(
 ) -> Iterator[Tensor]:
     """The weights in the accumulation dtype, values checked; autocast is off in the block."""
     check_target_values(targets, weight.shape[0], schedule.valid_index)
-    check_weight_values(token_weights, targets, schedule.valid_index, schedule.num_with_grad)
+    check_weight_values(
+        "token_weights", token_weights, targets, schedule.valid_index, schedule.num_with_grad
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         yield token_weights.to(accumulation_dtype(hidden.dtype))
 
 
-def total_loss(logps: Tensor, weights: Tensor, targets: Tensor, coefficient: str) -> Tensor:
+def total_loss(
+    out: Outputs, weights: Tensor, targets: Tensor, coefficient: str, terms: Terms
+) -> Tensor:
     """The loss: the sum over unmasked tokens."""
-    return token_losses(logps, weights, coefficient).masked_fill(targets == IGNORE_INDEX, 0.0).sum()
+    assert out.logps is not None
+    of_targets = weights if not terms.label_smoothing else weights * (1 - terms.label_smoothing)
+    losses = token_losses(out.logps, of_targets, coefficient)
+    added = term_losses(terms, weights, out.entropies, out.lses, out.mean_logps)
+    losses = losses if added is None else losses + added
+    return losses.masked_fill(targets == IGNORE_INDEX, 0.0).sum()
 
 
 @torch.library.custom_op("redi::scale_gradient", mutates_args=())

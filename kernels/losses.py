@@ -16,17 +16,24 @@ from redi.kernels.loss_ops import (
     signed_cross_entropy_op,
     token_weights_op,
 )
-from redi.kernels.reference import Backend, Coefficient, RediLoss, accumulation_dtype
+from redi.kernels.reference import (
+    IGNORE_INDEX,
+    Backend,
+    Coefficient,
+    RediLoss,
+    accumulation_dtype,
+)
 from redi.kernels.segment_sum import segment_sum_op
 from redi.kernels.validate import (
-    check_choice,
     check_dweight,
     check_epsilon,
+    check_logits,
     check_objective,
     check_operands,
     check_per_sequence,
     check_schedule,
     check_sequences,
+    check_terms,
     check_token_weights,
 )
 
@@ -54,6 +61,9 @@ def redi_loss(
     *,
     alpha: float,
     num_pairs: float,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
     valid_index: Tensor | None = None,
     num_with_grad: int | None = None,
     backend: Backend = "auto",
@@ -68,16 +78,23 @@ def redi_loss(
     Args:
         hidden: [T, D] bfloat16, float16, float32 or (CPU only) float64; any strides. Rows of
             masked tokens are never read. On CUDA float32 products follow torch's own setting for
-            TF32, off by default.
+            TF32, off by default. Several leading dimensions, [..., D], are flattened to T.
         weight: [V, D] the lm_head, same dtype; any strides. For a padded vocabulary pass
             `weight[:V]`.
-        targets: [T] int64, already shifted: targets[t] is what hidden[t] predicts; -100 masks.
+        targets: [T] int64, or hidden's leading shape; already shifted: targets[t] is what
+            hidden[t] predicts; -100 and `ignore_index` mask.
         cu_seqlens: [S + 1] int32 or int64, from 0 to T: sequence s is
             [cu_seqlens[s], cu_seqlens[s + 1]).
         signs: [S] any integer dtype: +1 positive, -1 negative, 0 neither.
         alpha: weight of the negatives, >= 0. At 0 they get log-probs and no gradient.
         num_pairs: pairs of the optimizer step over all ranks and micro-steps, > 0. The loss is
             this call's share of a sum: under a DDP that averages, multiply by the world size.
+        logit_scale: multiplies the logits, > 0: 1 / temperature. (Cohere's `logit_scale` is this
+            factor, Granite's `logits_scaling` its inverse.)
+        softcap: c > 0 bounds the logits, z = c tanh(logit_scale hidden weight^T / c), as Gemma 2's
+            `final_logit_softcapping`; None: no bound. The gradient by hidden weight^T is that by z
+            times logit_scale (1 - (z / c)^2).
+        ignore_index: a target that masks, as -100 always does.
         valid_index: [N] int32 or int64, the positions of the unmasked targets, each once. With it
             the op never synchronises a GPU; without it once, to learn N.
         num_with_grad: of `valid_index`, the first this many tokens have a gradient, and the rest
@@ -98,23 +115,33 @@ def redi_loss(
             (targets, cu_seqlens, signs, valid_index) are checked on the CPU, and elsewhere with
             REDI_DEBUG=1.
     """
-    hidden, weight = check_operands(hidden, weight, targets)
+    hidden, weight, targets = check_operands(hidden, weight, targets, ignore_index)
     check_sequences(cu_seqlens, signs, hidden)
     check_objective(alpha, num_pairs)
+    check_logits(logit_scale, softcap)
     check_schedule(valid_index, chunk_tokens, hidden, num_with_grad)
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
         return reference.redi_loss(
-            hidden, weight, targets, cu_seqlens, signs, alpha=alpha, num_pairs=num_pairs
+            hidden,
+            weight,
+            targets,
+            cu_seqlens,
+            signs,
+            alpha=alpha,
+            num_pairs=num_pairs,
+            logit_scale=logit_scale,
+            softcap=softcap,
         )
     token_weights, lengths = _token_weights(
         hidden, targets, cu_seqlens, signs, alpha, num_pairs, backend
     )
     schedule = valid_index, num_with_grad, chunk_tokens
-    needs = False, *_needs_grad(hidden, weight)
+    needs = False, False, *_needs_grad(hidden, weight)
     loss, token_logps, *_ = signed_cross_entropy_op(
-        hidden, weight, targets, token_weights, *schedule, backend, "weight", None, needs
-    )
+        hidden, weight, targets, token_weights, None, *schedule, backend, "weight", None, needs,
+        float(logit_scale), _float(softcap),
+    )  # fmt: skip
     return RediLoss(loss, segment_sum_op(token_logps, cu_seqlens, backend), lengths)
 
 
@@ -129,6 +156,7 @@ def filtered_redi_loss(
     num_pairs: float,
     epsilon: float,
     sequence_weights: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
     valid_index: Tensor | None = None,
     num_with_grad: int | None = None,
     backend: Backend = "auto",
@@ -158,7 +186,7 @@ def filtered_redi_loss(
     Raises:
         TypeError, ValueError: as `redi_loss`, and for other dtypes than bfloat16.
     """
-    hidden, weight = check_operands(hidden, weight, targets)
+    hidden, weight, targets = check_operands(hidden, weight, targets, ignore_index)
     if hidden.dtype != torch.bfloat16:
         raise TypeError(f"hidden must be bfloat16 for a filter, got {hidden.dtype}")
     check_sequences(cu_seqlens, signs, hidden)
@@ -175,10 +203,11 @@ def filtered_redi_loss(
             cu_seqlens.diff(), output_size=hidden.shape[0]
         )
     schedule = valid_index, num_with_grad, chunk_tokens
-    needs = False, *_needs_grad(hidden, weight)
-    loss, token_logps, _, dropped, _, _ = signed_cross_entropy_op(
-        hidden, weight, targets, token_weights, *schedule, backend, "weight", float(epsilon), needs
-    )
+    needs = False, False, *_needs_grad(hidden, weight)
+    loss, token_logps, _, _, dropped, _, _ = signed_cross_entropy_op(
+        hidden, weight, targets, token_weights, None, *schedule, backend, "weight", float(epsilon),
+        needs,
+    )  # fmt: skip
     logps, dropped = (segment_sum_op(t, cu_seqlens, backend) for t in (token_logps, dropped))
     return FilteredRediLoss(loss, logps, lengths, dropped)
 
@@ -194,6 +223,9 @@ def redi_value_and_grad(
     num_pairs: float,
     grad_scale: float = 1.0,
     dweight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
     valid_index: Tensor | None = None,
     num_with_grad: int | None = None,
     backend: Backend = "auto",
@@ -208,22 +240,25 @@ def redi_value_and_grad(
         The other arguments are those of `redi_loss`.
 
     Returns:
-        (RediLoss, dhidden [T, D] in hidden's dtype, dweight in float32 or float64), not attached
+        (RediLoss, dhidden in hidden's shape and dtype, dweight in float32 or float64), not attached
         to a graph. `dweight` is the argument itself where one was given.
 
     Raises:
         TypeError, ValueError: as `redi_loss`.
     """
-    hidden, weight = check_operands(hidden, weight, targets)
+    given_targets = targets
+    hidden, weight, targets = check_operands(hidden, weight, targets, ignore_index)
+    shape = *given_targets.shape, hidden.shape[1]
     hidden, weight = hidden.detach(), weight.detach()
     check_sequences(cu_seqlens, signs, hidden)
     check_objective(alpha, num_pairs)
+    check_logits(logit_scale, softcap)
     check_schedule(valid_index, chunk_tokens, hidden, num_with_grad)
     if dweight is not None:
         check_dweight(dweight, weight)
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
-        return reference.redi_value_and_grad(
+        out, dhidden, dweight = reference.redi_value_and_grad(
             hidden,
             weight,
             targets,
@@ -233,7 +268,10 @@ def redi_value_and_grad(
             num_pairs=num_pairs,
             grad_scale=grad_scale,
             dweight=dweight,
+            logit_scale=logit_scale,
+            softcap=softcap,
         )
+        return out, dhidden.view(shape), dweight
     token_weights, lengths = _token_weights(
         hidden, targets, cu_seqlens, signs, alpha, num_pairs, backend
     )
@@ -242,10 +280,11 @@ def redi_value_and_grad(
     if dweight is None:
         dweight = weight.new_empty(weight.shape, dtype=accumulation_dtype(weight.dtype))
     loss, token_logps, dhidden = accumulate_gradient_op(
-        hidden, weight, targets, token_weights, *schedule, backend, float(grad_scale), dweight, add
-    )
+        hidden, weight, targets, token_weights, *schedule, backend, float(grad_scale), dweight, add,
+        float(logit_scale), _float(softcap),
+    )  # fmt: skip
     logps = segment_sum_op(token_logps, cu_seqlens, backend)
-    return RediLoss(loss, logps, lengths), dhidden, dweight
+    return RediLoss(loss, logps, lengths), dhidden.view(shape), dweight
 
 
 def signed_cross_entropy(
@@ -255,7 +294,14 @@ def signed_cross_entropy(
     token_weights: Tensor,
     *,
     coefficient: Coefficient = "weight",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    entropy_weights: Tensor | None = None,
     entropy: bool = False,
+    log_sum_exp: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
     valid_index: Tensor | None = None,
     num_with_grad: int | None = None,
     backend: Backend = "auto",
@@ -278,32 +324,60 @@ def signed_cross_entropy(
         token_weights: [T] floating, without gradient; finite where the target is not masked.
             A token of weight 0 gets a log-prob and no gradient.
         coefficient: see above.
+        label_smoothing: eps in [0, 1], for the coefficient "weight": logp_t becomes
+            (1 - eps) logp_t + eps times the mean log-prob of all V entries, with w_t of either
+            sign, as in `torch.nn.functional.cross_entropy`.
+        z_loss: adds z_loss sum_t |w_t| lse_t^2, lse_t the log-sum-exp of the logits; >= 0. With
+            any coefficient, it draws lse_t to 0 whatever the sign of w_t.
+        entropy_weights: [T] like token_weights: adds - sum_t e_t H_t, H_t the token's entropy, so
+            a positive e_t is a bonus. With any coefficient, and for tokens of weight 0 too.
         entropy: whether to return the tokens' entropies as well, from the same pass.
-        The other arguments are those of `redi_loss`.
+        log_sum_exp: whether to return the tokens' log-sum-exps as well.
+        The other arguments are those of `redi_loss`. `num_with_grad` counts tokens with a weight
+        in either of token_weights and entropy_weights.
 
     Returns:
-        (loss, token_logps) or, with `entropy`, (loss, token_logps, token_entropies): a float32
-        scalar and [T] float32, detached, 0 where masked; float64 for float64 inputs. A token's
-        entropy is - sum_j p_j log p_j over the vocabulary, in nats.
+        (loss, token_logps), followed by token_entropies with `entropy` and by token_log_sum_exps
+        with `log_sum_exp`: a float32 scalar and float32 in the shape of targets, detached, 0 where
+        masked; float64 for float64 inputs. A token's entropy is - sum_j p_j log p_j over the
+        vocabulary, in nats.
 
     Raises:
         TypeError, ValueError: as `redi_loss`.
     """
-    hidden, weight = check_operands(hidden, weight, targets)
-    check_token_weights(token_weights, hidden)
+    hidden, weight, flat_targets = check_operands(hidden, weight, targets, ignore_index)
+    token_weights = check_token_weights("token_weights", token_weights, targets)
+    if entropy_weights is not None:
+        entropy_weights = check_token_weights("entropy_weights", entropy_weights, targets)
     check_schedule(valid_index, chunk_tokens, hidden, num_with_grad)
-    check_choice("coefficient", coefficient, ("weight", "dft", "unlikelihood"))
+    check_terms(coefficient, label_smoothing, z_loss)
+    check_logits(logit_scale, softcap)
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
-        return reference.signed_cross_entropy(
-            hidden, weight, targets, token_weights, coefficient=coefficient, entropy=entropy
+        loss, *results = reference.signed_cross_entropy(
+            hidden,
+            weight,
+            flat_targets,
+            token_weights,
+            coefficient=coefficient,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            entropy_weights=entropy_weights,
+            entropy=entropy,
+            log_sum_exp=log_sum_exp,
+            logit_scale=logit_scale,
+            softcap=softcap,
         )
-    schedule = valid_index, num_with_grad, chunk_tokens
-    needs = entropy, *_needs_grad(hidden, weight)
-    loss, token_logps, token_entropies, *_ = signed_cross_entropy_op(
-        hidden, weight, targets, token_weights, *schedule, backend, coefficient, None, needs
-    )
-    return (loss, token_logps, token_entropies) if entropy else (loss, token_logps)
+    else:
+        schedule = valid_index, num_with_grad, chunk_tokens
+        needs = entropy, log_sum_exp, *_needs_grad(hidden, weight)
+        loss, logps, entropies, lses, *_ = signed_cross_entropy_op(
+            hidden, weight, flat_targets, token_weights, entropy_weights, *schedule, backend,
+            coefficient, None, needs, float(logit_scale), _float(softcap), float(label_smoothing),
+            float(z_loss),
+        )  # fmt: skip
+        results = [logps, *([entropies] if entropy else []), *([lses] if log_sum_exp else [])]
+    return loss, *(values.view(targets.shape) for values in results)
 
 
 def _token_weights(
@@ -324,3 +398,7 @@ def _token_weights(
 def _needs_grad(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
     enabled = torch.is_grad_enabled()
     return enabled and hidden.requires_grad, enabled and weight.requires_grad
+
+
+def _float(number: float | None) -> float | None:
+    return None if number is None else float(number)

@@ -2,7 +2,7 @@
 
 Each function has the name and signature of a public op of `redi.kernels` and is its definition:
 whole logits and ordinary autograd. Everything is computed in float32, or in float64 for float64
-inputs, which is the oracle of the tests. `valid_index`, `num_with_grad`, `backend` and
+inputs, which is the oracle of the tests. `valid_index`, `num_with_grad`, `keep`, `backend` and
 `chunk_tokens` do not change the result; they are accepted and ignored.
 
 Dimensions, here and in every other file:
@@ -11,9 +11,12 @@ Dimensions, here and in every other file:
     S   sequences of the row             C   tokens of one chunk
     D   hidden size                      V   vocabulary size
 
-Names: `hidden` [T, D] enters the lm_head, `weight` [V, D] is the lm_head, z = hidden weight^T are
-the logits, p = softmax(z), and logp_t = log p_t[targets_t]. A token's weight w_t says how much
-its log-prob is wanted: loss = - sum_t w_t logp_t.
+Names: `hidden` [T, D] enters the lm_head, `weight` [V, D] is the lm_head, z are the logits,
+p = softmax(z), and logp_t = log p_t[targets_t]. A token's weight w_t says how much its log-prob is
+wanted: loss = - sum_t w_t logp_t. T may be several dimensions: `hidden` [..., D], `targets` [...].
+
+The logits are z = softcap tanh(logit_scale hidden weight^T / softcap), without a softcap
+z = logit_scale hidden weight^T.
 """
 
 from itertools import pairwise
@@ -44,12 +47,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _valid_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _valid_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
     """Which tokens [T] are unmasked, and their logits [N, V]."""
-    valid = targets != IGNORE_INDEX
+    valid = (targets != ignore_index) & (targets != IGNORE_INDEX)
     dtype = accumulation_dtype(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        return valid, hidden[valid].to(dtype) @ weight.to(dtype).T
+        logits = logit_scale * (hidden[valid].to(dtype) @ weight.to(dtype).T)
+    return valid, logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _place(values: Tensor, valid: Tensor) -> Tensor:
@@ -59,20 +70,40 @@ def _place(values: Tensor, valid: Tensor) -> Tensor:
     )
 
 
+def _entropy(all_logps: Tensor) -> Tensor:
+    """- sum_j p_j log p_j of log-probs [N, V], where 0 log 0 = 0."""
+    p = all_logps.exp()
+    return -(p * all_logps.masked_fill(p == 0, 0.0)).sum(-1)
+
+
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
+    entropy: bool = False,
+    log_sum_exp: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
     keep: bool | Literal["auto"] = "auto",
     valid_index: Tensor | None = None,
     backend: Backend = "reference",
     chunk_tokens: int | None = None,
-) -> Tensor:
-    """logp_t = z_t[targets_t] - logsumexp(z_t) for each token [T]; 0 where masked."""
-    valid, logits = _valid_logits(hidden, weight, targets)
-    logps = torch.log_softmax(logits, -1).gather(1, targets[valid, None])[:, 0]
-    return _place(logps, valid)
+) -> Tensor | tuple[Tensor, ...]:
+    """logp_t = z_t[targets_t] - logsumexp(z_t) for each token [T]; 0 where masked.
+
+    With `entropy` also - sum_j p_j log p_j, with `log_sum_exp` also logsumexp(z_t), in this order.
+    """
+    valid, logits = _valid_logits(hidden, weight, targets, logit_scale, softcap, ignore_index)
+    all_logps = torch.log_softmax(logits, -1)
+    logps = _place(all_logps.gather(1, targets[valid][:, None])[:, 0], valid)
+    asked: tuple[Tensor, ...] = ()
+    if entropy:
+        asked += (_place(_entropy(all_logps), valid),)
+    if log_sum_exp:
+        asked += (_place(logits.logsumexp(-1), valid),)
+    return (logps, *asked) if asked else logps
 
 
 def signed_cross_entropy(
@@ -82,36 +113,54 @@ def signed_cross_entropy(
     token_weights: Tensor,
     *,
     coefficient: Coefficient = "weight",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    entropy_weights: Tensor | None = None,
     entropy: bool = False,
+    log_sum_exp: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
     valid_index: Tensor | None = None,
     num_with_grad: int | None = None,
     backend: Backend = "reference",
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """The loss over all tokens, and the detached log-probs [T]; with `entropy`, entropies [T] too.
+    """The loss over all tokens, and the detached log-probs [T].
 
     weight        - sum_t w_t logp_t
     dft           - sum_t w_t sg(p_t) logp_t, sg = stop-gradient
     unlikelihood  - sum_t w_t logp_t where w_t >= 0, |w_t| * -log(1 - p_t) where w_t < 0
 
-    The entropy of a token is - sum_j p_j log p_j.
+    label_smoothing  logp_t becomes (1 - eps) logp_t + eps times the mean log-prob of all entries
+    z_loss           + z_loss sum_t |w_t| logsumexp(z_t)^2
+    entropy_weights  - sum_t e_t H_t, H_t = - sum_j p_j log p_j
+
+    With `entropy` also the detached H [T], with `log_sum_exp` also the detached logsumexp(z) [T],
+    in this order.
     """
-    valid, logits = _valid_logits(hidden, weight, targets)
-    target = targets[valid, None]
+    valid, logits = _valid_logits(hidden, weight, targets, logit_scale, softcap, ignore_index)
+    target = targets[valid][:, None]
     weights = token_weights[valid].to(logits.dtype)
-    logps = torch.log_softmax(logits, -1).gather(1, target)[:, 0]
+    all_logps = torch.log_softmax(logits, -1)
+    logps = all_logps.gather(1, target)[:, 0]
+    log_sum_exps, entropies = logits.logsumexp(-1), _entropy(all_logps)
     terms = -weights * logps
     if coefficient == "dft":
         terms = terms * logps.detach().exp()
     elif coefficient == "unlikelihood":
         # 1 - p is the sum over the other columns; subtracting p from 1 would cancel near p = 1.
         others = logits.scatter(1, target, -torch.inf).logsumexp(-1)
-        terms = torch.where(weights < 0, weights * (others - logits.logsumexp(-1)), terms)
-    results = terms.sum(), _place(logps.detach(), valid)
-    if not entropy:
-        return results
-    all_logps = torch.log_softmax(logits.detach(), -1)
-    return *results, _place(torch.special.entr(all_logps.exp()).sum(-1), valid)
+        terms = torch.where(weights < 0, weights * (others - log_sum_exps), terms)
+    if label_smoothing:
+        smoothed = label_smoothing * weights * all_logps.mean(-1)
+        terms = (1 - label_smoothing) * terms - smoothed
+    if z_loss:
+        terms = terms + z_loss * weights.abs() * log_sum_exps.square()
+    if entropy_weights is not None:
+        terms = terms - entropy_weights[valid].to(logits.dtype) * entropies
+    results = [logps, *([entropies] if entropy else []), *([log_sum_exps] if log_sum_exp else [])]
+    return terms.sum(), *(_place(values.detach(), valid) for values in results)
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: Backend = "reference") -> Tensor:
@@ -129,6 +178,9 @@ def redi_loss(
     *,
     alpha: float,
     num_pairs: float,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
     valid_index: Tensor | None = None,
     num_with_grad: int | None = None,
     backend: Backend = "reference",
@@ -139,8 +191,10 @@ def redi_loss(
     loss = (1 / num_pairs) sum_s c_s (sum_{t in s} logp_t) / |y_s|,
     c_s = -1 where signs is +1, +alpha where it is -1, 0 where it is 0.
     """
-    logps = segment_sum(linear_logprobs(hidden, weight, targets), cu_seqlens)
-    lengths = segment_sum((targets != IGNORE_INDEX).long(), cu_seqlens)
+    valid, logits = _valid_logits(hidden, weight, targets, logit_scale, softcap, ignore_index)
+    token_logps = torch.log_softmax(logits, -1).gather(1, targets[valid][:, None])[:, 0]
+    logps = segment_sum(_place(token_logps, valid).flatten(), cu_seqlens)
+    lengths = segment_sum(valid.flatten().long(), cu_seqlens)
     signs = signs.to(logps.dtype)
     coefficients = torch.where(signs > 0, -signs, -alpha * signs)
     loss = (coefficients * logps / lengths.clamp(min=1)).sum() / num_pairs
@@ -158,6 +212,9 @@ def redi_value_and_grad(
     num_pairs: float,
     grad_scale: float = 1.0,
     dweight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
     valid_index: Tensor | None = None,
     num_with_grad: int | None = None,
     backend: Backend = "reference",
@@ -166,7 +223,17 @@ def redi_value_and_grad(
     """`redi_loss` and its gradients times `grad_scale`; adds to `dweight` where one is given."""
     operands = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     with torch.enable_grad():
-        out = redi_loss(*operands, targets, cu_seqlens, signs, alpha=alpha, num_pairs=num_pairs)
+        out = redi_loss(
+            *operands,
+            targets,
+            cu_seqlens,
+            signs,
+            alpha=alpha,
+            num_pairs=num_pairs,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            ignore_index=ignore_index,
+        )
         dhidden, new_dweight = torch.autograd.grad(out.loss * grad_scale, operands)
     new_dweight = new_dweight.to(accumulation_dtype(weight.dtype))
     dweight = new_dweight if dweight is None else dweight.add_(new_dweight)

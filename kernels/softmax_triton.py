@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from redi.kernels.softmax import LOWEST_EXPONENT, PLAIN, Terms
 from redi.kernels.triton_common import FUSED, apply_coefficient, exp, log1p, round_to
 
 ROUNDED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -23,6 +24,9 @@ ROUNDED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32
 # 4.3 TB/s / 132 x 1 us = 33 KB in flight; 1024 threads have 64 KiB, two such programs twice that.
 COLUMNS_PER_THREAD = 16
 MAX_THREADS = 1024
+
+# A kernel may use a module's constants only if they are constexpr.
+_LOWEST_EXPONENT = tl.constexpr(LOWEST_EXPONENT)
 
 # Loads are 16 bytes wide where the number of columns is a multiple of this.
 ALIGNMENT = 16
@@ -37,7 +41,10 @@ def softmax(
     coefficient: str,
     dtype: torch.dtype,
     logps: Tensor,
+    terms: Terms = PLAIN,
     entropies: Tensor | None = None,
+    lses: Tensor | None = None,
+    mean_logps: Tensor | None = None,
     dlogits: Tensor | None = None,
 ) -> Tensor | None:
     """`softmax.softmax` in one launch; the arguments are the same, with these differences.
@@ -57,6 +64,7 @@ def softmax(
     if weights is not None and dlogits is None:
         as_halves = dtype != logits.dtype and not torch.version.hip
         dlogits = logits.view(dtype)[:, :vocab] if as_halves else logits
+    weighted = weights is not None
     block, warps = launch_shape(vocab, 64 if torch.version.hip else 32)
     with torch.cuda.device_of(logits):
         softmax_kernel[(rows,)](
@@ -68,10 +76,19 @@ def softmax(
             targets.contiguous(),
             logps,
             entropies,
+            lses,
+            mean_logps,
             dlogits,
             None if dlogits is None else dlogits.stride(0),
             None if dlogits is None else min(_room(logits), _room(dlogits)),
             None if weights is None else weights.contiguous(),
+            *(
+                values.contiguous() if weighted and values is not None else None
+                for values in (terms.entropy_weights, terms.lse_weights, terms.z_weights)
+            ),
+            terms.logit_scale if terms.logit_scale != 1 else None,
+            terms.softcap,
+            terms.label_smoothing if weighted and terms.label_smoothing else None,
             ROUNDED=ROUNDED[dtype],
             COEFFICIENT=coefficient,
             HALVES_IN_PLACE=dlogits is not None
@@ -110,7 +127,10 @@ def _room(matrix: Tensor) -> int:
 # registers, which would else spill, so there ALIGNED_VOCAB says it.
 @triton.jit(
     do_not_specialize=["vocab"],
-    do_not_specialize_on_alignment=["tokens", "targets", "logps", "entropies", "weights"],
+    do_not_specialize_on_alignment=[
+        *("tokens", "targets", "logps", "entropies", "lses", "mean_logps"),
+        *("weights", "entropy_weights", "lse_weights", "z_weights"),
+    ],
 )
 def softmax_kernel(
     logits,  # [C, V] float32
@@ -121,10 +141,18 @@ def softmax_kernel(
     targets,  # [T] int64
     logps,  # [T] float32, out
     entropies,  # [T] float32, out, or None
+    lses,  # likewise
+    mean_logps,  # likewise
     dlogits,  # [C, V], out, perhaps over the logits; None for log-probs alone
     dlogits_stride,
     dlogits_room,  # columns of a row of dlogits that may be written
     weights,  # [T] float32; along with dlogits
+    entropy_weights,  # [T] float32, or None, as the following: see `softmax.Terms`
+    lse_weights,
+    z_weights,
+    logit_scale,
+    softcap,
+    label_smoothing,
     ROUNDED: tl.constexpr,  # the dtype that the gradient is rounded to
     COEFFICIENT: tl.constexpr,
     HALVES_IN_PLACE: tl.constexpr,
@@ -137,33 +165,74 @@ def softmax_kernel(
     token = tl.load(tokens + row)
     target = tl.load(targets + token).to(tl.int32)
     z = logits + row * logits_stride
-    z_target = tl.load(z + target)
+    z_target, _ = _transformed(tl.load(z + target), logit_scale, softcap)
 
-    largest, rest, moment = _sum_exponentials(
-        z, z_target, target, vocab, room, entropies is not None, BLOCK
+    MOMENT: tl.constexpr = entropies is not None or entropy_weights is not None
+    largest, rest, moment, others = _sum_exponentials(
+        z,
+        z_target,
+        target,
+        vocab,
+        room,
+        logit_scale,
+        softcap,
+        MOMENT,
+        mean_logps is not None,
+        BLOCK,
     )
     e_target = exp(z_target - largest)
     total = rest + e_target
     log_total = tl.where(z_target == largest, log1p(rest), tl.log(total))
     logp = z_target - largest - log_total
     tl.store(logps + token, logp)
-    if entropies is not None:
+    if MOMENT:
         moment += tl.where(e_target > 0, e_target * (z_target - largest), 0.0)
+    if entropies is not None:
         tl.store(entropies + token, log_total - moment / total)
+    if lses is not None:
+        tl.store(lses + token, largest + log_total)
+    if mean_logps is not None:
+        tl.store(mean_logps + token, (others + z_target) / vocab - largest - log_total)
 
     if dlogits is not None:
-        u, rest = apply_coefficient(tl.load(weights + token), logp, rest, e_target, COEFFICIENT)
+        weight = tl.load(weights + token)
+        u, rest = apply_coefficient(weight, logp, rest, e_target, COEFFICIENT)
         u /= total
+        at_target = -u * rest
+        tilt = 0.0
+        shift = 0.0
+        if lse_weights is not None:
+            pull = tl.load(lse_weights + token) / total
+            u += pull
+            at_target += e_target * pull
+        if z_weights is not None:
+            pull = 2 * tl.load(z_weights + token) * (largest + log_total) / total
+            u += pull
+            at_target += e_target * pull
+        if entropy_weights is not None:
+            tilt = tl.load(entropy_weights + token) / total
+            mean_drop = moment / total
+            at_target += e_target * tilt * (z_target - largest - mean_drop)
+            u -= tilt * mean_drop
+        if label_smoothing is not None:
+            shift = label_smoothing * weight / vocab
+            at_target += label_smoothing * weight - shift
         _write_gradient(
             z,
             dlogits + row * dlogits_stride,
             target,
             largest,
             u,
-            -u * rest,
+            tilt,
+            shift,
+            at_target,
             vocab,
             room,
             dlogits_room,
+            logit_scale,
+            softcap,
+            entropy_weights is not None,
+            label_smoothing is not None,
             ROUNDED,
             HALVES_IN_PLACE,
             BLOCK,
@@ -171,11 +240,49 @@ def softmax_kernel(
 
 
 @triton.jit
-def _sum_exponentials(z, z_target, target, vocab, room, MOMENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Pass 1, without the target: (max of z, R = sum e, sum e (z - max)), e = exp(z - max).
+def _transformed(values, logit_scale, softcap):
+    """`softmax.transform_`: (z, slope) of logits; None in place of a number: 1, no softcap.
+
+    By q = exp(-2 |x|): tanh |x| = (1 - q) / (1 + q), and a polynomial where 1 - q would cancel;
+    the slope 1 - tanh^2 is 4 q / (1 + q)^2, which cancels nowhere.
+    """
+    slope = 1.0
+    if logit_scale is not None:
+        values = values * logit_scale
+    if softcap is not None:
+        x = values / softcap
+        size = tl.abs(x)
+        q = exp(-2.0 * size)
+        inverse = 1.0 / (1.0 + q)
+        square = x * x
+        # Fitted on |x| <= 1/2: 1.3 units of the last place there.
+        series = -0.05304221 + 0.01723548 * square
+        series = 0.13325822 + series * square
+        series = -0.33333141 + series * square
+        near = size + size * (square * series)
+        tanh = tl.where(size < 0.5, near, (1.0 - q) * inverse)
+        values = tl.where(x < 0, -tanh, tanh) * softcap
+        slope = 4.0 * q * inverse * inverse
+    return values, slope
+
+
+@triton.jit
+def _sum_exponentials(
+    z,
+    z_target,
+    target,
+    vocab,
+    room,
+    logit_scale,
+    softcap,
+    MOMENT: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Pass 1, without the target: (max z, R = sum e, sum e (z - max), sum z), e = exp(z - max).
 
     The maximum is over all columns, the sums are over those other than the target. The third is
-    0 unless MOMENT.
+    0 unless MOMENT, the fourth unless MEAN.
 
     Each lane of four neighbouring columns keeps its own maximum and sums (online softmax, arXiv
     1805.02867): no thread waits for another before the row's end, and a lane computes one
@@ -186,12 +293,17 @@ def _sum_exponentials(z, z_target, target, vocab, room, MOMENT: tl.constexpr, BL
     peaks = tl.full([LANES], float("-inf"), tl.float32)
     sums = tl.zeros([LANES], tl.float32)
     moments = tl.zeros([LANES], tl.float32)
+    totals = tl.zeros([LANES], tl.float32)
     blocks = tl.cdiv(vocab, BLOCK)
     for i in range(blocks):
         columns = (blocks - 1 - i) * BLOCK + lane_columns
         # The load goes by `room`, a multiple of 16, as V would make it one of single words.
         values = tl.load(z + columns, mask=columns < room, other=float("-inf"))
-        values = tl.where((columns < vocab) & (columns != target), values, float("-inf"))
+        values, _ = _transformed(values, logit_scale, softcap)
+        others = (columns < vocab) & (columns != target)
+        if MEAN:
+            totals += tl.sum(tl.where(others, values, 0.0), 1)
+        values = tl.where(others, values, float("-inf"))
         higher = tl.maximum(peaks, tl.max(values, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
         differences = values - base[:, None]
@@ -209,7 +321,10 @@ def _sum_exponentials(z, z_target, target, vocab, room, MOMENT: tl.constexpr, BL
     if MOMENT:
         drop = tl.where(sums > 0, peaks - largest, 0.0)
         moment = tl.sum(shrink * (moments + drop * sums), 0)
-    return largest, tl.sum(sums * shrink, 0), moment
+    total = 0.0
+    if MEAN:
+        total = tl.sum(totals, 0)
+    return largest, tl.sum(sums * shrink, 0), moment, total
 
 
 @triton.jit
@@ -219,15 +334,24 @@ def _write_gradient(
     target,
     largest,
     u,
+    tilt,
+    shift,
     at_target,
     vocab,
     room,
     out_room,
+    logit_scale,
+    softcap,
+    TILT: tl.constexpr,
+    SHIFT: tl.constexpr,
     ROUNDED: tl.constexpr,
     HALVES_IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Pass 2: out = u e, but `at_target` at the target; out may overwrite z.
+
+    With TILT e is multiplied by u + tilt (z - max) instead, with SHIFT `shift` is subtracted. By
+    s it is times the slope.
 
     The hazard: halves of block b overwrite the words of z's block b // 2, which a slower warp of
     this program may not have loaded yet. Blocks ascend, so b // 2 <= b, and a barrier between the
@@ -243,7 +367,16 @@ def _write_gradient(
     for i in range(tl.cdiv(vocab, BLOCK)):
         columns = i * BLOCK + block_columns
         values = tl.load(z + columns, mask=columns < room, other=float("-inf"))
-        gradient = tl.where(columns == target, at_target, exp(values - largest) * u)
+        values, slope = _transformed(values, logit_scale, softcap)
+        drops = values - largest
+        gradient = exp(drops) * u
+        if TILT:  # no 0 times infinity where e is 0
+            gradient = exp(drops) * (u + tilt * tl.maximum(drops, _LOWEST_EXPONENT))
+        if SHIFT:
+            gradient -= shift
+        gradient = tl.where(columns == target, at_target, gradient)
+        if softcap is not None:
+            gradient *= slope
         if HALVES_IN_PLACE:  # known when compiling  # noqa: SIM102
             if i == fence:
                 tl.debug_barrier()

@@ -21,17 +21,23 @@ INDICES = (torch.int32, torch.int64)
 
 
 def check_operands(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, least_vocab: int = 1
-) -> tuple[Tensor, Tensor]:
-    """`hidden` [T, D], `weight` [V, D], `targets` [T]: shapes, dtypes, one device.
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = IGNORE_INDEX,
+    *,
+    least_vocab: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`hidden` [..., D], `weight` [V, D], `targets` [...]: shapes, dtypes, one device.
 
-    Returns `hidden` and `weight` in one dtype. Operands of the same dtype stay as they are (in
-    float32 too: autocast does not lower these logits). Under autocast, operands of two dtypes are
-    cast to its dtype, as `linear` would do; otherwise they are an error.
+    Returns `hidden` [T, D] and `weight` in one dtype, and `targets` [T] with IGNORE_INDEX in place
+    of `ignore_index`. Operands of the same dtype stay as they are (in float32 too: autocast does
+    not lower these logits). Under autocast, operands of two dtypes are cast to its dtype, as
+    `linear` would do; otherwise they are an error.
     """
-    _check_tensor("hidden", hidden, ("T", "D"), FLOATS)
+    _check_tensor("hidden", hidden, ("...", "D"), FLOATS)
     _check_tensor("weight", weight, ("V", "D"), FLOATS)
-    _check_tensor("targets", targets, ("T",), (torch.int64,))
+    _check_tensor("targets", targets, ("...",), (torch.int64,))
     device = hidden.device.type
     if hidden.dtype != weight.dtype and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -42,34 +48,29 @@ def check_operands(
         )
     if hidden.dtype == torch.float64 and hidden.device.type != "cpu":
         raise TypeError(f"hidden: float64 is for the CPU only, got a tensor on {hidden.device}")
-    if hidden.shape[1] != weight.shape[1]:
+    if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            "hidden [T, D] and weight [V, D] must agree in D, "
+            "hidden [..., D] and weight [V, D] must agree in D, "
             f"got {_shape(hidden)} and {_shape(weight)}"
         )
     if weight.shape[0] < least_vocab or weight.shape[1] == 0:
         raise ValueError(f"weight must have V >= {least_vocab} and D >= 1, got {_shape(weight)}")
-    check_per_token("targets", targets, hidden)
+    _check_shape("targets", targets, hidden.shape[:-1])
+    check_same_device("targets", targets, hidden)
     check_same_device("weight", weight, hidden)
-    return hidden, weight
+    if ignore_index != IGNORE_INDEX:
+        targets = targets.masked_fill(targets == ignore_index, IGNORE_INDEX)
+    return hidden.flatten(0, -2), weight, targets.flatten()
 
 
-def check_per_token(name: str, values: Tensor, hidden: Tensor) -> None:
-    """`values` [T] on hidden's device."""
-    if values.dim() != 1 or values.shape[0] != hidden.shape[0]:
-        raise ValueError(
-            f"{name} must have one entry for each row of hidden, shape ({hidden.shape[0]},), "
-            f"got {_shape(values)}"
-        )
-    check_same_device(name, values, hidden)
-
-
-def check_token_weights(token_weights: Tensor, hidden: Tensor) -> None:
-    """`token_weights` [T] floating, not requiring a gradient."""
-    _check_tensor("token_weights", token_weights, ("T",), FLOATS)
-    check_per_token("token_weights", token_weights, hidden)
-    if token_weights.requires_grad:
-        raise ValueError("token_weights gets no gradient from this op: pass token_weights.detach()")
+def check_token_weights(name: str, values: Tensor, targets: Tensor) -> Tensor:
+    """`values` [...] floating like `targets` [...], not requiring a gradient; returns them [T]."""
+    _check_tensor(name, values, ("...",), FLOATS)
+    _check_shape(name, values, targets.shape)
+    check_same_device(name, values, targets)
+    if values.requires_grad:
+        raise ValueError(f"{name} gets no gradient from this op: pass {name}.detach()")
+    return values.flatten()
 
 
 def check_sequences(cu_seqlens: Tensor, signs: Tensor, hidden: Tensor) -> None:
@@ -133,6 +134,28 @@ def check_objective(alpha: float, num_pairs: float) -> None:
         raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
     if not 0 < num_pairs < math.inf:
         raise ValueError(f"num_pairs must be finite and > 0, got {num_pairs}")
+
+
+def check_logits(logit_scale: float, softcap: float | None) -> None:
+    """`logit_scale` finite and > 0, `softcap` likewise or None."""
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"logit_scale must be finite and > 0, got {logit_scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be finite and > 0 or None, got {softcap}")
+
+
+def check_terms(coefficient: str, label_smoothing: float, z_loss: float) -> None:
+    """`label_smoothing` in [0, 1], above 0 only for "weight"; `z_loss` finite and >= 0."""
+    check_choice("coefficient", coefficient, ("weight", "dft", "unlikelihood"))
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if label_smoothing > 0 and coefficient != "weight":
+        raise ValueError(
+            f'label_smoothing has no meaning for coefficient="{coefficient}", a function of the '
+            'target\'s probability alone: use coefficient="weight", or 0'
+        )
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be finite and >= 0, got {z_loss}")
 
 
 def check_epsilon(epsilon: float) -> None:
@@ -216,7 +239,11 @@ def check_sequence_values(cu_seqlens: Tensor, tokens: int, signs: Tensor | None 
 
 
 def check_weight_values(
-    token_weights: Tensor, targets: Tensor, valid_index: Tensor | None, num_with_grad: int | None
+    name: str,
+    token_weights: Tensor,
+    targets: Tensor,
+    valid_index: Tensor | None,
+    num_with_grad: int | None,
 ) -> None:
     """Finite where the target is unmasked, 0 after the first `num_with_grad`; reads the tensors."""
     if not may_read(targets):
@@ -224,16 +251,15 @@ def check_weight_values(
     wrong = ~token_weights.isfinite() & (targets != IGNORE_INDEX)
     if wrong.any():
         i = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"token_weights must be finite, got {float(token_weights[i])} at position {i}"
-        )
+        raise ValueError(f"{name} must be finite, got {float(token_weights[i])} at position {i}")
     if valid_index is None or num_with_grad is None:
         return
     rest = token_weights[valid_index[num_with_grad:].long()]
     if rest.any():
         raise ValueError(
             f"valid_index must name the tokens that have a gradient first: after the first "
-            f"num_with_grad = {num_with_grad}, {int(rest.count_nonzero())} have a weight"
+            f"num_with_grad = {num_with_grad}, {int(rest.count_nonzero())} have a weight "
+            f"in {name}"
         )
 
 
@@ -247,11 +273,26 @@ def _check_tensor(
 ) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if hasattr(tensor, "full_tensor"):  # a DTensor, recognised without importing its module
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor(), or call the "
+            f"loss inside the forward of an FSDP module, which unshards its parameters; "
+            f"{name}.to_local() is right only where every rank holds all of it"
+        )
     if tensor.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be {names}, got {tensor.dtype}")
-    if tensor.dim() != len(dims):
+    leading = dims[0] == "..."
+    if tensor.dim() < len(dims) if leading else tensor.dim() != len(dims):
         raise ValueError(f"{name} must have shape [{', '.join(dims)}], got {_shape(tensor)}")
+
+
+def _check_shape(name: str, values: Tensor, shape: torch.Size) -> None:
+    if values.shape != shape:
+        raise ValueError(
+            f"{name} must have one entry for each row of hidden, shape {tuple(shape)}, "
+            f"got {_shape(values)}"
+        )
 
 
 def _shape(tensor: Tensor) -> str:

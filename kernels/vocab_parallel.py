@@ -26,15 +26,25 @@ from redi.kernels.loss_ops import (
     scale_gradients,
     token_weights_op,
     total_loss,
+    wanted,
 )
-from redi.kernels.reference import Backend, Coefficient, RediLoss, accumulation_dtype
+from redi.kernels.reference import (
+    IGNORE_INDEX,
+    Backend,
+    Coefficient,
+    RediLoss,
+    accumulation_dtype,
+)
 from redi.kernels.segment_sum import segment_sum_op
+from redi.kernels.softmax import Terms
 from redi.kernels.validate import (
     check_choice,
+    check_logits,
     check_objective,
     check_operands,
     check_schedule,
     check_sequences,
+    check_terms,
     check_token_weights,
     check_weight_values,
 )
@@ -49,7 +59,14 @@ def vocab_parallel_cross_entropy(
     *,
     group: "dist.ProcessGroup",
     coefficient: Coefficient = "weight",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    entropy_weights: Tensor | None = None,
     entropy: bool = False,
+    log_sum_exp: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
     valid_index: Tensor | None = None,
     num_with_grad: int | None = None,
     backend: Backend = "auto",
@@ -85,17 +102,23 @@ def vocab_parallel_cross_entropy(
             dtype, or the number of tokens. Where values are checked (on the CPU, elsewhere with
             REDI_DEBUG=1), also if they differ in targets or token_weights.
     """
-    hidden, weight, chosen, name = _check(
-        hidden, weight, targets, group, backend, valid_index, chunk_tokens, num_with_grad
-    )
-    check_token_weights(token_weights, hidden)
-    check_choice("coefficient", coefficient, ("weight", "dft", "unlikelihood"))
+    shape = targets.shape
+    check_terms(coefficient, label_smoothing, z_loss)
+    token_weights = check_token_weights("token_weights", token_weights, targets)
+    if entropy_weights is not None:
+        entropy_weights = check_token_weights("entropy_weights", entropy_weights, targets)
     schedule = valid_index, num_with_grad, chunk_tokens
-    needs = entropy, *_needs_grad(hidden, weight)
-    loss, logps, entropies, *_ = vocab_parallel_cross_entropy_op(
-        hidden, weight, targets, token_weights, *schedule, chosen, coefficient, name, needs
+    operands, chosen = _check(
+        hidden, weight, targets, ignore_index, group, backend, schedule, logit_scale, softcap
     )
-    return (loss, logps, entropies) if entropy else (loss, logps)
+    needs = entropy, log_sum_exp, *_needs_grad(hidden, weight)
+    loss, logps, entropies, lses, *_ = vocab_parallel_cross_entropy_op(
+        *operands, token_weights, entropy_weights, *schedule, chosen, coefficient,
+        group.group_name, needs, float(logit_scale), _float(softcap), float(label_smoothing),
+        float(z_loss),
+    )  # fmt: skip
+    results = [logps, *([entropies] if entropy else []), *([lses] if log_sum_exp else [])]
+    return loss, *(values.view(shape) for values in results)
 
 
 def vocab_parallel_redi_loss(
@@ -108,6 +131,9 @@ def vocab_parallel_redi_loss(
     group: "dist.ProcessGroup",
     alpha: float,
     num_pairs: float,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
     valid_index: Tensor | None = None,
     num_with_grad: int | None = None,
     backend: Backend = "auto",
@@ -126,20 +152,22 @@ def vocab_parallel_redi_loss(
     Raises:
         TypeError, ValueError: as `redi_loss` and `vocab_parallel_cross_entropy`.
     """
-    hidden, weight, chosen, name = _check(
-        hidden, weight, targets, group, backend, valid_index, chunk_tokens, num_with_grad
+    schedule = valid_index, num_with_grad, chunk_tokens
+    operands, chosen = _check(
+        hidden, weight, targets, ignore_index, group, backend, schedule, logit_scale, softcap
     )
+    hidden, _, targets = operands
     check_sequences(cu_seqlens, signs, hidden)
     check_objective(alpha, num_pairs)
     dtype = accumulation_dtype(hidden.dtype)
     token_weights, lengths = token_weights_op(
         targets, cu_seqlens, signs, float(alpha), float(num_pairs), dtype, chosen
     )
-    schedule = valid_index, num_with_grad, chunk_tokens
-    needs = False, *_needs_grad(hidden, weight)
+    needs = False, False, *_needs_grad(hidden, weight)
     loss, logps, *_ = vocab_parallel_cross_entropy_op(
-        hidden, weight, targets, token_weights, *schedule, chosen, "weight", name, needs
-    )
+        *operands, token_weights, None, *schedule, chosen, "weight", group.group_name, needs,
+        float(logit_scale), _float(softcap),
+    )  # fmt: skip
     return RediLoss(loss, segment_sum_op(logps, cu_seqlens, chosen), lengths)
 
 
@@ -149,6 +177,9 @@ def vocab_parallel_logprobs(
     targets: Tensor,
     *,
     group: "dist.ProcessGroup",
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
     valid_index: Tensor | None = None,
     backend: Backend = "auto",
     chunk_tokens: int | None = None,
@@ -169,35 +200,43 @@ def vocab_parallel_logprobs(
         TypeError, ValueError: as `vocab_parallel_cross_entropy`; in backward too, on all ranks, if
             the upstream gradient differs between them.
     """
-    hidden, weight, chosen, name = _check(
-        hidden, weight, targets, group, backend, valid_index, chunk_tokens
+    shape, schedule = targets.shape, (valid_index, None, chunk_tokens)
+    operands, chosen = _check(
+        hidden, weight, targets, ignore_index, group, backend, schedule, logit_scale, softcap
     )
     return vocab_parallel_logprobs_op(
-        hidden, weight, targets, valid_index, chunk_tokens, chosen, name
-    )
+        *operands, valid_index, chunk_tokens, chosen, group.group_name, float(logit_scale),
+        _float(softcap),
+    ).view(shape)  # fmt: skip
 
 
 def _check(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    ignore_index: int,
     group: "dist.ProcessGroup",
     backend: Backend,
-    valid_index: Tensor | None,
-    chunk_tokens: int | None,
-    num_with_grad: int | None = None,
-) -> tuple[Tensor, Tensor, str, str]:
-    """(hidden, weight, backend to use, name of the group)."""
+    schedule: tuple[Tensor | None, int | None, int | None],
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Backend]:
+    """((hidden [T, D], weight, targets [T]), the backend to use)."""
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"group must be a process group that this rank belongs to, got {type(group).__name__}: "
             'pass torch.distributed.group.WORLD, a new_group(...) or mesh.get_group("tp")'
         )
-    hidden, weight = check_operands(hidden, weight, targets, least_vocab=0)
-    check_schedule(valid_index, chunk_tokens, hidden, num_with_grad)
+    operands = check_operands(hidden, weight, targets, ignore_index, least_vocab=0)
+    valid_index, num_with_grad, chunk_tokens = schedule
+    check_schedule(valid_index, chunk_tokens, operands[0], num_with_grad)
+    check_logits(logit_scale, softcap)
     check_choice("backend", backend, ("auto", "torch", "triton"))
-    chosen = choose_backend(backend, hidden.device, hidden.dtype)
-    return hidden, weight, chosen, group.group_name
+    return operands, choose_backend(backend, hidden.device, operands[0].dtype)
+
+
+def _float(number: float | None) -> float | None:
+    return None if number is None else float(number)
 
 
 def _needs_grad(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
@@ -205,7 +244,7 @@ def _needs_grad(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
     return enabled and hidden.requires_grad, enabled and weight.requires_grad
 
 
-_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("redi::vocab_parallel_cross_entropy", mutates_args=())
@@ -214,6 +253,7 @@ def vocab_parallel_cross_entropy_op(
     weight: Tensor,
     targets: Tensor,
     token_weights: Tensor,
+    entropy_weights: Tensor | None,
     valid_index: Tensor | None,
     num_with_grad: int | None,
     chunk_tokens: int | None,
@@ -221,50 +261,65 @@ def vocab_parallel_cross_entropy_op(
     coefficient: str,
     group: str,
     needs: Sequence[bool],
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> _Results:
-    """(loss, token_logps, token_entropies, dhidden, dweight), one that is not needed is empty.
+    """(loss, token_logps, token_entropies, token_lses, dhidden, dweight); not needed: empty.
 
-    `needs` is (entropies, dhidden, dweight).
+    `needs` is (entropies, lses, dhidden, dweight).
     """
     results = _new_results(hidden, weight, needs)
-    loss, logps, entropies, dhidden, dweight = results
-    need_entropies, need_dhidden, need_dweight = needs
+    loss, logps, entropies, lses, dhidden, dweight = results
+    need_entropies, need_lses, need_dhidden, need_dweight = needs
+    w = token_weights.to(loss.dtype)
+    terms = Terms(
+        logit_scale,
+        softcap,
+        label_smoothing,
+        entropy_weights=None if entropy_weights is None else entropy_weights.to(loss.dtype),
+        z_weights=w.abs() * z_loss if z_loss else None,
+    )
     out = Outputs(
         logps=logps,
-        entropies=entropies if need_entropies else None,
+        entropies=wanted(entropies, need_entropies, terms.entropy_weights),
+        lses=wanted(lses, need_lses, terms.z_weights),
+        mean_logps=torch.empty_like(logps) if label_smoothing else None,
         dhidden=dhidden if need_dhidden else None,
         dweight=dweight if need_dweight else None,
     )
     schedule = TokenSchedule(valid_index, num_with_grad, chunk_tokens)
-    check_weight_values(token_weights, targets, valid_index, num_with_grad)
-    w = token_weights.to(loss.dtype)
+    for name, values in (("token_weights", token_weights), ("entropy_weights", entropy_weights)):
+        if values is not None:
+            check_weight_values(name, values, targets, valid_index, num_with_grad)
     with torch.autocast(hidden.device.type, enabled=False):
         vocab_parallel_chunks(
-            hidden, weight, targets, w, out, schedule, _group(group), backend, coefficient
+            hidden, weight, targets, w, out, schedule, _group(group), backend, coefficient, terms
         )
-        loss.copy_(total_loss(logps, w, targets, coefficient))
+        loss.copy_(total_loss(out, w, targets, coefficient, terms))
     return results
 
 
 def _new_results(hidden: Tensor, weight: Tensor, needs: Sequence[bool]) -> _Results:
-    need_entropies, need_dhidden, need_dweight = needs
-    tokens = hidden.shape[:1]
-    loss, logps, entropies = (
+    need_entropies, need_lses, need_dhidden, need_dweight = needs
+    tokens, none = hidden.shape[:1], (0,)
+    loss, logps, entropies, lses = (
         hidden.new_empty(shape, dtype=accumulation_dtype(hidden.dtype))
-        for shape in ((), tokens, tokens if need_entropies else (0,))
+        for shape in (
+            (),
+            tokens,
+            tokens if need_entropies else none,
+            tokens if need_lses else none,
+        )
     )
-    return (
-        loss,
-        logps,
-        entropies,
-        new_gradient(hidden, need_dhidden),
-        new_gradient(weight, need_dweight),
-    )
+    gradients = new_gradient(hidden, need_dhidden), new_gradient(weight, need_dweight)
+    return loss, logps, entropies, lses, *gradients
 
 
 @vocab_parallel_cross_entropy_op.register_fake
 def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> _Results:
-    return _new_results(hidden, weight, arguments[-1])
+    return _new_results(hidden, weight, arguments[9])
 
 
 vocab_parallel_cross_entropy_op.register_autograd(scale_gradients, setup_context=save_gradients)
@@ -279,13 +334,17 @@ def vocab_parallel_logprobs_op(
     chunk_tokens: int | None,
     backend: str,
     group: str,
+    logit_scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """token_logps [T]."""
     logps = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
     schedule = TokenSchedule(valid_index, None, chunk_tokens)
+    out, terms = Outputs(logps=logps), Terms(logit_scale, softcap)
     with torch.autocast(hidden.device.type, enabled=False):
-        out = Outputs(logps=logps)
-        vocab_parallel_chunks(hidden, weight, targets, None, out, schedule, _group(group), backend)
+        vocab_parallel_chunks(
+            hidden, weight, targets, None, out, schedule, _group(group), backend, terms=terms
+        )
     return logps
 
 
@@ -304,6 +363,8 @@ def vocab_parallel_logprobs_backward_op(
     chunk_tokens: int | None,
     backend: str,
     group: str,
+    logit_scale: float,
+    softcap: float | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """(dhidden, dweight) in the operands' dtype; one that is not needed is empty."""
@@ -315,10 +376,10 @@ def vocab_parallel_logprobs_backward_op(
     out = Outputs(
         dhidden=dhidden if need_dhidden else None, dweight=dweight if need_dweight else None
     )
-    schedule = TokenSchedule(valid_index, None, chunk_tokens)
+    schedule, terms = TokenSchedule(valid_index, None, chunk_tokens), Terms(logit_scale, softcap)
     with torch.autocast(hidden.device.type, enabled=False):
         vocab_parallel_chunks(
-            hidden, weight, targets, -dlogps, out, schedule, _group(group), backend
+            hidden, weight, targets, -dlogps, out, schedule, _group(group), backend, terms=terms
         )
     return dhidden.to(hidden.dtype), dweight.to(weight.dtype)
 
@@ -333,16 +394,15 @@ def _(dlogps: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[
 
 
 def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *operands, ctx.chunk_tokens, ctx.backend, ctx.group = inputs
-    ctx.save_for_backward(*operands)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
 
 
 def _backward(ctx: Any, dlogps: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:2]
-    options = ctx.chunk_tokens, ctx.backend, ctx.group, needs
-    made = vocab_parallel_logprobs_backward_op(dlogps, *ctx.saved_tensors, *options)
+    made = vocab_parallel_logprobs_backward_op(dlogps, *ctx.saved_tensors, *ctx.options, needs)
     grads = (g if needed else None for g, needed in zip(made, needs, strict=True))
-    return *grads, *(None,) * 5
+    return *grads, *(None,) * 7
 
 
 vocab_parallel_logprobs_op.register_autograd(_backward, setup_context=_save_operands)

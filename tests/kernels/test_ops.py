@@ -48,15 +48,16 @@ def test_custom_ops_keep_their_contract(
             operand.detach().requires_grad_(needed)
             for operand, needed in zip((case.hidden, case.weight), need, strict=True)
         )
-        options = target.backend, "dft", None, (need[0], *need)
+        options = target.backend, "dft", None, (need[0], need[1], *need), 0.5, 8.0, 0.0, 0.1
+        bonus = weights if need[0] else None
         opcheck(
             ops.signed_cross_entropy.default,
-            (hidden, weight, case.targets, weights, *schedule, *options),
+            (hidden, weight, case.targets, weights, bonus, *schedule, *options),
         )
-    for keep in (True, False):
+    for keep, needs in ((True, (False, False)), (False, (True, False)), (False, (True, True))):
         opcheck(
             ops.linear_logprobs.default,
-            (case.hidden, case.weight, case.targets, index, target.backend, 2, keep),
+            (*case.arguments[:3], index, target.backend, 2, keep, needs, 0.5, 8.0),
         )
     opcheck(
         ops.accumulate_gradient.default,
@@ -70,6 +71,8 @@ def test_custom_ops_keep_their_contract(
             2.0,
             torch.zeros(case.weight.shape, device=target.device),
             True,
+            0.5,
+            8.0,
         ),
     )
 
@@ -271,7 +274,8 @@ def _with(position: int, value: int) -> Any:
 WRONG = [
     ({"hidden": lambda h: h.tolist()}, TypeError, "hidden must be a tensor, got list"),
     ({"hidden": lambda h: h.long()}, TypeError, "hidden must be float16 or .* got torch.int64"),
-    ({"hidden": lambda h: h[None]}, ValueError, r"hidden must have shape \[T, D\], got \(1, 12"),
+    ({"hidden": lambda h: h[0]}, ValueError, r"hidden must have shape \[..., D\], got \(6,\)"),
+    ({"hidden": lambda h: h[None]}, ValueError, r"targets .* shape \(1, 12\), got \(12,\)"),
     ({"hidden": lambda h: h[:, :5]}, ValueError, r"must agree in D, got \(12, 5\) and \(23, 6\)"),
     ({"hidden": lambda h: h.bfloat16()}, TypeError, "same dtype, got torch.bfloat16 and"),
     ({"weight": lambda w: w[0]}, ValueError, r"weight must have shape \[V, D\], got \(6,\)"),
