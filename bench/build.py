@@ -177,11 +177,13 @@ def calls() -> dict[str, Callable[[Backend], object]]:
         with torch.no_grad():
             return kernels.linear_logprobs(hidden, weight, targets, backend=backend)
 
-    def vocab_parallel(backend: Backend, dtype: torch.dtype = torch.bfloat16) -> object:
+    def vocab_parallel(
+        backend: Backend, dtype: torch.dtype = torch.bfloat16, **options: Any
+    ) -> object:
         rows = weight[:SHARD].detach().to(dtype).requires_grad_()
         loss, *_ = kernels.vocab_parallel_cross_entropy(
             hidden.to(dtype), rows, targets, weights, group=_group_of_one(), backend=backend,
-            entropy=dtype == torch.float32, **trained,
+            **trained, **options,
         )  # fmt: skip
         return loss.backward()
 
@@ -200,7 +202,13 @@ def calls() -> dict[str, Callable[[Backend], object]]:
         "log-probs kept": logprobs,
         "segment_sum": segments,
         "vocab-parallel": vocab_parallel,
-        "vocab-parallel float32": lambda backend: vocab_parallel(backend, torch.float32),
+        "vocab-parallel float32": lambda backend: vocab_parallel(
+            backend, torch.float32, entropy=True
+        ),
+        "vocab-parallel terms": lambda backend: vocab_parallel(
+            backend, logit_scale=0.5, softcap=30.0, label_smoothing=0.1, z_loss=0.1,
+            entropy_weights=weights,
+        ),
         "filter": lambda backend: kernels.filtered_redi_loss(
             hidden, weight, targets, cu_seqlens, signs,
             alpha=0.5, num_pairs=1, epsilon=2.0**-10, backend=backend, **trained,

@@ -329,16 +329,16 @@ def shard_gradient(
         return dlogits
     for part in blocks(logits):
         e, column = logits[part], columns[part, None]
-        factors, tilts, shifts, at_target = (
-            None if values is None else values[part, None] for values in rows
-        )
+        factor = rows.factors[part, None]
         slope = transform_(e, terms, with_slope=True)
         e.sub_(largest[part, None])
-        factor = factors if tilts is None else factors + tilts * e.clamp(min=LOWEST_EXPONENT)
+        if rows.tilts is not None:  # no 0 times infinity where e is 0
+            factor = factor + rows.tilts[part, None] * e.clamp(min=LOWEST_EXPONENT)
         e.exp_().mul_(factor)
-        if shifts is not None:
-            e.sub_(shifts)
+        if rows.shifts is not None:
+            e.sub_(rows.shifts[part, None])
         index = column.clamp(min=0)
+        at_target = rows.at_target[part, None]
         e.scatter_(1, index, torch.where(column < 0, e.gather(1, index), at_target))
         if slope is not None:
             e.mul_(slope)
