@@ -187,6 +187,12 @@ def calls() -> dict[str, Callable[[Backend], object]]:
         )  # fmt: skip
         return loss.backward()
 
+    def statistics(backend: Backend) -> object:
+        made = kernels.linear_logprobs(
+            hidden, weight, targets, entropy=True, log_sum_exp=True, softcap=30.0, backend=backend
+        )
+        return sum(values.sum() for values in made).backward()
+
     def segments(backend: Backend) -> object:
         values = torch.zeros(tokens, requires_grad=True)
         return kernels.segment_sum(values, cu_seqlens, backend=backend).sum().backward()
@@ -198,6 +204,15 @@ def calls() -> dict[str, Callable[[Backend], object]]:
         "entropy": lambda backend: signed(backend, entropy=True),
         "dft": lambda backend: signed(backend, coefficient="dft"),
         "unlikelihood": lambda backend: signed(backend, coefficient="unlikelihood"),
+        "softcap": lambda backend: signed(backend, softcap=30.0, logit_scale=0.5),
+        "z-loss": lambda backend: signed(backend, z_loss=1e-4),
+        "label smoothing": lambda backend: signed(backend, label_smoothing=0.1),
+        "entropy bonus": lambda backend: signed(backend, entropy_weights=weights),
+        "all terms": lambda backend: signed(
+            backend, z_loss=1e-4, label_smoothing=0.1, entropy_weights=weights, entropy=True,
+            log_sum_exp=True, softcap=30.0, logit_scale=0.5,
+        ),
+        "differentiable entropy": statistics,
         "log-probs": no_grad,
         "log-probs kept": logprobs,
         "segment_sum": segments,
@@ -224,6 +239,11 @@ def _group_of_one() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
+# The calls for "triton-exp" to build: others are computed as by "triton", or differ from redi_loss
+# in a scalar, and take half a minute to build.
+EXPONENTIALS = ("redi_loss", "log-probs", "filter")
+
+
 def launched(target: str) -> list[Kernel]:
     """Each kernel in each form that the public functions launch on one of `TARGETS`."""
     gpu = TARGETS[target]
@@ -236,10 +256,8 @@ def launched(target: str) -> list[Kernel]:
             for name, call in calls().items():
                 if backend == "triton" and name == "filter":
                     continue  # needs exponentials
-                if backend == "triton-exp" and name.startswith("vocab-parallel"):
-                    continue  # has no such product
-                if backend == "triton-exp" and name in ("dft", "unlikelihood", "log-probs kept"):
-                    continue  # differ from redi_loss in a scalar, and take half a minute to build
+                if backend == "triton-exp" and name not in EXPONENTIALS:
+                    continue
                 before = len(found)
                 with _launch_table(launch):
                     call(backend)

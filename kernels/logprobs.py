@@ -133,7 +133,7 @@ def linear_logprobs(
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     terms = Terms(float(logit_scale), None if softcap is None else float(softcap))
     if backend == "triton-exp" and not terms.are_plain:
-        backend = "triton"  # what is kept depends on it
+        backend = "triton"  # as which it is computed: `_new_kept` depends on it
     logps, _, _, entropies, lses = _linear_logprobs_op(
         hidden,
         weight,

@@ -66,6 +66,8 @@ def softmax(
         dlogits = logits.view(dtype)[:, :vocab] if as_halves else logits
     weighted = weights is not None
     block, warps = launch_shape(vocab, 64 if torch.version.hip else 32)
+    if torch.version.hip and terms.softcap is not None:
+        block //= 2  # 16 columns a thread would not fit the 128 registers of 1024 threads
     with torch.cuda.device_of(logits):
         softmax_kernel[(rows,)](
             logits,
@@ -250,7 +252,7 @@ def _transformed(values, logit_scale, softcap):
     if logit_scale is not None:
         values = values * logit_scale
     if softcap is not None:
-        x = values / softcap
+        x = values * (1.0 / softcap)
         size = tl.abs(x)
         q = exp(-2.0 * size)
         inverse = 1.0 / (1.0 + q)

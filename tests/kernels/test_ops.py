@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernel_cases import Case, Target, gradients, leaves, make_case, relative_error, run
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from redi.kernels import (
@@ -129,6 +130,39 @@ def test_compiles_without_graph_breaks_at_any_length(target: Target, compiler: s
         expected_gradients = gradients(expected, case.hidden, case.weight)
         for value, true in zip(got_gradients, expected_gradients, strict=True):
             assert relative_error(value, true) < 1e-6
+
+
+def test_auto_compiles_once_for_all_lengths_and_all_options() -> None:
+    torch.compiler.reset()
+
+    def step(hidden: Tensor, weight: Tensor, targets: Tensor, bonus: Tensor) -> Tensor:
+        bounds = torch.tensor([0, hidden.shape[0]])
+        out = redi_loss(
+            hidden, weight, targets, bounds, torch.tensor([1]), alpha=0.8, num_pairs=2, softcap=9.0
+        )
+        loss, *_ = signed_cross_entropy(
+            hidden, weight, targets, bonus, entropy_weights=bonus, z_loss=0.1, label_smoothing=0.1,
+            log_sum_exp=True,
+        )  # fmt: skip
+        results = linear_logprobs(hidden, weight, targets, entropy=True, logit_scale=0.5)
+        return out.loss + loss + sum(values.sum() for values in results)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for tokens in (12, 7, 9):
+        case = leaves(make_case(lengths=(tokens,), signs=(1,)))
+        arguments = *case.arguments[:3], torch.linspace(-1, 1, tokens)
+        got, expected = compiled(*arguments), step(*arguments)
+        torch.testing.assert_close(got, expected)
+        compiled_gradients = gradients(got, case.hidden, case.weight)
+        for value, true in zip(
+            compiled_gradients, gradients(expected, case.hidden, case.weight), strict=True
+        ):
+            assert relative_error(value, true) < 1e-6
+        compilations.append(counter.frame_count)
+    # The first may count twice: torch begins again where it took an option for a symbol.
+    assert len(set(compilations)) == 1
 
 
 def test_value_and_grad_compiles_and_adds_in_place(target: Target) -> None:

@@ -58,7 +58,7 @@ def token_weights(case: Case, seed: int) -> Tensor:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", [pytest.param("scale", marks=pytest.mark.slow), "softcap", "both"])
 def test_redi_loss_of_transformed_logits_is_exact(
     target: Target, name: str, dtype: torch.dtype
 ) -> None:
@@ -249,7 +249,7 @@ def test_entropies_and_log_sum_exps_are_differentiable_for_any_upstream_gradient
 def test_logprobs_of_transformed_logits_are_exact(
     target: Target, dtype: torch.dtype, keep: bool
 ) -> None:
-    for name, options in TRANSFORMS.items():
+    for name, options in [*TRANSFORMS.items()][1:]:  # with a softcap
         case = leaves(small_case(dtype, device=target.device))
         weights = token_weights(case, 1)
         logps = linear_logprobs(*case.arguments[:3], keep=keep, backend=target.backend, **options)
@@ -320,18 +320,20 @@ def test_nothing_is_nan_and_no_log_prob_above_zero_whatever_the_options(
 
 
 def test_leading_dimensions_and_an_ignored_index_are_only_another_notation(target: Target) -> None:
-    case = leaves(small_case(lengths=(6, 6), device=target.device))
+    case = leaves(small_case(lengths=(2, 2), masked=0.0, device=target.device))
+    case.targets[1] = -100
     weights = token_weights(case, 1)
     options = {"backend": target.backend}
 
     def batch(values: Tensor) -> Tensor:
-        return values.unflatten(0, (2, 3, 2))
+        return values.unflatten(0, (2, 1, 2))
 
     operands = (
         batch(case.hidden),
         case.weight,
         batch(case.targets.masked_fill(case.targets == -100, -7)),
     )
+    assert (operands[2] == -7).any()
     wide = {**options, "ignore_index": -7}
     pairs = [
         (
