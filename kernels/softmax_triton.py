@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redi.kernels.triton_common import FUSED, apply_coefficient, exp, log1p, round_to
+from redi.kernels.triton_common import FUSED, apply_coefficient, exp, load_target, log1p, round_to
 
 ROUNDED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -135,9 +135,9 @@ def softmax_kernel(
         vocab = vocab // 16 * 16  # unchanged, and now seen to be a multiple
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 14,134 rows of V = 151,936
     token = tl.load(tokens + row)
-    target = tl.load(targets + token).to(tl.int32)
+    target, inside = load_target(targets + token, vocab)
     z = logits + row * logits_stride
-    z_target = tl.load(z + target)
+    z_target = tl.where(inside, tl.load(z + target), float("nan"))
 
     largest, rest, moment = _sum_exponentials(
         z, z_target, target, vocab, room, entropies is not None, BLOCK

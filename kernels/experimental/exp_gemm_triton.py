@@ -58,6 +58,7 @@ from redi.kernels.triton_common import (
     apply_coefficient,
     descriptor,
     dot,
+    load_target,
     log1p,
     processors,
     round_to,
@@ -132,6 +133,7 @@ def exp_gemm(
     multiply = partial(_multiply, hidden, weight, out, log2_scale, sums, launch)
 
     where = tokens.contiguous(), targets.contiguous()
+    target_tiles = (targets[tokens] // launch.columns).int()
     weights = None if weights is None else weights.contiguous()
 
     def finalise(shifts: Tensor, redone: Tensor | None) -> None:
@@ -167,6 +169,7 @@ def exp_gemm(
             hidden.stride(0),
             weight,
             weight.stride(0),
+            vocab,
             hidden.shape[1],
             *where,
             z_target,
@@ -176,7 +179,11 @@ def exp_gemm(
             num_warps=4,
             **FUSED,
         )
-        if epsilon is None or weights is None:
+        if weights is None:
+            # Only the target's tile of a row is read again.
+            never = torch.full_like(z_target, float("inf")), target_tiles
+            multiply(z_target, skipping=never)
+        elif epsilon is None:
             multiply(z_target)
         else:
             multiply(z_target, last_tile=FIRST_TILES)
@@ -184,7 +191,7 @@ def exp_gemm(
             # A tenth less, so that every kept tile is certain to be written: the total has the
             # target's logit from a separate dot, which differs a little from the product's.
             at_least = torch.maximum(log2_scale.exp2(), sums[:, :FIRST_TILES].sum(1))
-            skipping = 0.9 * epsilon * at_least, (targets[tokens] // launch.columns).int()
+            skipping = 0.9 * epsilon * at_least, target_tiles
             multiply(z_target, first_tile=FIRST_TILES, skipping=skipping)
         finalise(z_target, None)
 
@@ -253,10 +260,11 @@ def target_logits_kernel(
     hidden_stride,
     weight,  # [V, D]
     weight_stride,
+    vocab,  # V
     depth,  # D
     tokens,  # [C] int64
     targets,  # [T] int64
-    z_target,  # [C] float32, out
+    z_target,  # [C] float32, out; NaN where the target is not in [0, V)
     log2_scale,  # [C] float32, out: log2 of the weight's mantissa
     weights,  # [T] float32, or None
     BLOCK: tl.constexpr,
@@ -264,14 +272,15 @@ def target_logits_kernel(
     """The target's logit of each row, and what its exponentials are multiplied with."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens + row)
-    target = tl.load(targets + token)
+    target, inside = load_target(targets + token, vocab)
+    w_target = weight + target.to(tl.int64) * weight_stride
     products = tl.zeros([BLOCK], tl.float32)
     for start in range(0, depth, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(hidden + row * hidden_stride + columns, mask=columns < depth, other=0.0)
-        w = tl.load(weight + target * weight_stride + columns, mask=columns < depth, other=0.0)
+        w = tl.load(w_target + columns, mask=columns < depth, other=0.0)
         products += x.to(tl.float32) * w.to(tl.float32)
-    tl.store(z_target + row, tl.sum(products, 0))
+    tl.store(z_target + row, tl.where(inside, tl.sum(products, 0), float("nan")))
     log2_m = 0.0
     if weights is not None:
         bits = tl.load(weights + token).to(tl.uint32, bitcast=True)
@@ -394,7 +403,7 @@ def finalise_kernel(
         if tl.load(redone + row // BLOCK_ROWS) == 0:
             return
     token = tl.load(tokens + row)
-    target = tl.load(targets + token).to(tl.int32)
+    target, _ = load_target(targets + token, vocab)
     e_row = e + row * e_stride
     z_y = tl.load(z_target + row)
     from_shift = z_y - tl.load(shifts + row)

@@ -24,6 +24,7 @@ from kernel_cases import (
 
 from redi.kernels import (
     linear_logprobs,
+    loss_ops,
     redi_loss,
     redi_value_and_grad,
     reference,
@@ -380,6 +381,29 @@ def test_a_non_finite_hidden_state_reaches_the_loss(target: Target) -> None:
     case = make_case(device=target.device)
     case.hidden[case.valid_index[0]] = torch.nan
     assert redi_loss(*case.arguments, **case.options, backend=target.backend).loss.isnan()
+
+
+@pytest.mark.parametrize("wrong", [-1, 300, 10**6, 2**32 + 1])
+def test_a_target_out_of_range_that_nobody_checked_is_nan(
+    target: Target, wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU does not read the targets to check them: the guard sees NaN, and memory is safe."""
+    monkeypatch.setattr(loss_ops, "check_target_values", lambda *_: None)
+    case = make_case(torch.bfloat16, vocab=300, masked=0.0, device=target.device)
+    targets = case.targets.clone()
+    at = int(case.valid_index[3])
+    targets[at] = wrong
+    arguments = case.hidden.detach(), case.weight.detach(), targets, case.token_weights
+    if target.backend == "torch":  # PyTorch checks indices
+        with pytest.raises((IndexError, RuntimeError)):
+            signed_cross_entropy(*arguments, backend="torch")
+        return
+    loss, logps = signed_cross_entropy(*arguments, backend=target.backend)
+    exact = reference.linear_logprobs(case.hidden.double(), case.weight.double(), case.targets)
+    assert loss.isnan()
+    assert logps[at].isnan()
+    others = torch.arange(len(targets), device=target.device) != at
+    assert (logps - exact)[others].abs().max() <= 2e-4
 
 
 def test_an_impossible_token_of_weight_zero_leaves_the_loss_finite(target: Target) -> None:

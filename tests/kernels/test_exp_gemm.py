@@ -33,6 +33,7 @@ from torch import Tensor
 
 from redi.kernels import linear_logprobs, redi_loss, reference, signed_cross_entropy
 from redi.kernels.experimental import exp_gemm_triton
+from redi.kernels.experimental.launches import launch_for
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -167,6 +168,24 @@ def test_traces_that_nearly_cancel_are_as_exact_as_from_logits(target: Target, l
     case = make_case(BF16, **CANCELLING, logits=logits, device=target.device)
     _, got = run(redi_loss, case, backend=target.backend)
     assert not violations(got, case, oracle(case)[1])
+
+
+def test_log_probs_alone_write_the_targets_tiles_only() -> None:
+    case = make_case(BF16, vocab=600, lengths=(9,), signs=(1,), masked=0.0)
+    case = moved(case, EXP_TARGETS[0].device)
+    columns = launch_for(case.weight).columns
+    valid = case.valid_index
+    targets = torch.where(case.targets < 0, -100, case.targets % columns)  # all in the first tile
+    case = replace(case, targets=targets)
+    out = torch.full((len(valid), 640), 7.0, dtype=BF16, device=targets.device)[:, :600]
+    logps = torch.zeros(targets.shape, device=targets.device)
+    hidden = case.hidden[valid]
+    exp_gemm_triton.exp_gemm(
+        hidden, case.weight, valid, targets, None, coefficient="weight", logps=logps, out=out
+    )
+    assert (logps - exact_logps(case)).abs().max() <= 2e-4
+    assert (out[:, columns:] == 7).all()
+    assert not (out[:, :columns] == 7).all()
 
 
 @pytest.mark.parametrize("coefficient", ["dft", "unlikelihood"])
