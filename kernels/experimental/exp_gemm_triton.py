@@ -30,12 +30,12 @@ the same in plain PyTorch):
 The steps of a chunk, all on one stream; the host never waits:
 
 1. `target_logits_kernel`: the shift z_y, by the products' own instruction, and log2 m.
-2. `exp_gemm_kernel`: persistent programs, one an SM, go through the tiles of X W^T; operands and E
-   move by tensor descriptors (TMA). The epilogue does only exp2, row sums, the store, and a mask
-   that only the last tile of columns needs: more (picking out the target, a maximum) would not fit
-   the registers next to 128 x 256 sums. For a filter (`filter.py`) it computes the first tiles,
-   the likeliest ones, and then the others, of which it does not write those that hold too little
-   compared with the first ones alone.
+2. `exp_gemm_kernel`: persistent programs, as many as run at once, go through the tiles of X W^T;
+   operands and E move by tensor descriptors (TMA). The epilogue does only exp2, row sums, the
+   store, and a mask that only the last tile of columns needs: more (picking out the target, a
+   maximum) takes all registers that 128 x 256 sums leave. For a filter (`filter.py`) it computes
+   the first tiles, the likeliest ones, and then the others, of which it does not write those that
+   hold too little compared with the first ones alone.
 3. `finalise_kernel`, one program a row: log-prob, factor, the target's entry.
 4. Repair: 2 and 3 again on the blocks of rows in which a row's sum was out of bounds, first for
    the rows' maxima, then with these as shifts. The list of such blocks and its length stay on the
@@ -50,7 +50,12 @@ import triton.language as tl
 from torch import Tensor
 
 from redi.kernels.experimental.filter import TiledRows, TileSums
-from redi.kernels.experimental.launches import Launch, launch_for
+from redi.kernels.experimental.launches import (
+    Launch,
+    l2_cache_bytes,
+    launch_for,
+    most_in_group,
+)
 from redi.kernels.triton_common import (
     FUSED,
     LOG2_E,
@@ -230,11 +235,11 @@ def _multiply(
     repair: tuple[Tensor, Tensor] | None = None,
     maxima: bool = False,
 ) -> None:
-    """Launch `exp_gemm_kernel`, one program per processor."""
-    exp_gemm_kernel[(processors(hidden.device),)](
+    """Launch `exp_gemm_kernel`: as many programs as run at once."""
+    exp_gemm_kernel[(launch.programs * processors(hidden.device),)](
         descriptor(hidden, launch.rows, launch.depth),
         descriptor(weight, launch.columns, launch.depth),
-        descriptor(out, launch.rows, launch.columns),
+        descriptor(out, launch.rows, launch.columns // launch.stores),
         shifts,
         log2_scale,
         sums,
@@ -243,13 +248,14 @@ def _multiply(
         *(repair or (None, None)),
         *out.shape,
         hidden.shape[1],
-        launch.group,
+        most_in_group(launch, hidden.shape[1], l2_cache_bytes(hidden.device)),
         first_tile,
         sums.shape[1] if last_tile is None else min(last_tile, sums.shape[1]),
         MAXIMA=maxima,
         BLOCK_ROWS=launch.rows,
         BLOCK_COLUMNS=launch.columns,
         BLOCK_DEPTH=launch.depth,
+        STORES=launch.stores,
         # A repair has nothing to hide: it seldom has a tile. A filter's would spill.
         FLATTEN=launch.flatten and repair is None and skipping is None,
         num_warps=launch.warps,
@@ -312,7 +318,7 @@ def target_logits_kernel(
 def exp_gemm_kernel(
     hidden,  # descriptor of [C, D], blocks [BLOCK_ROWS, BLOCK_DEPTH]
     weight,  # descriptor of [V, D], blocks [BLOCK_COLUMNS, BLOCK_DEPTH]
-    e,  # descriptor of [C, V], blocks [BLOCK_ROWS, BLOCK_COLUMNS], out
+    e,  # descriptor of [C, V], blocks [BLOCK_ROWS, BLOCK_COLUMNS // STORES], out
     shifts,  # [C] float32
     log2_scale,  # [C] float32, log2 m
     sums,  # [C, tiles] float32, out: of E, or the largest logit of each tile
@@ -331,6 +337,7 @@ def exp_gemm_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    STORES: tl.constexpr,  # in how many parts, 1 or 2, a tile is stored
     FLATTEN: tl.constexpr,  # loads of the next tile under way during the epilogue
 ):
     """E = m exp(hidden weight^T - shift), rounded, and sums of its tiles' rows.
@@ -386,9 +393,23 @@ def exp_gemm_kernel(
                 too_little = tile_sums <= tl.load(skip_below + row, mask=row < rows, other=0.0)
                 written = (row < rows) & ((target_tile == tile) | ~too_little)  # NaN too
                 if tl.max(written.to(tl.int32), 0) > 0:
-                    e.store([first_row, first_column], round_to(values, tl.bfloat16))
+                    _store_tile(e, first_row, first_column, values, STORES)
             else:
-                e.store([first_row, first_column], round_to(values, tl.bfloat16))
+                _store_tile(e, first_row, first_column, values, STORES)
+
+
+@triton.jit
+def _store_tile(e, first_row, first_column, values, STORES: tl.constexpr):
+    """Round a tile and store it, as a whole or by halves: shared memory holds a part at a time."""
+    rounded = round_to(values, tl.bfloat16)
+    if STORES == 1:
+        e.store([first_row, first_column], rounded)
+    else:
+        ROWS: tl.constexpr = values.shape[0]
+        HALF: tl.constexpr = values.shape[1] // 2
+        left, right = rounded.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
+        e.store([first_row, first_column], left)
+        e.store([first_row, first_column + HALF], right)
 
 
 @triton.jit(do_not_specialize_on_alignment=["tokens", "targets", "logps", "weights"])

@@ -236,6 +236,37 @@ def test_a_copy_of_the_targets_row_is_exactly_as_likely() -> None:
     torch.testing.assert_close(got, torch.full_like(got, -math.log(2)), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "form", [{"stores": 2}, {"programs": 2}, {"l2_share": 0.0}, {"l2_share": 1e3}], ids=str
+)
+def test_the_form_of_a_launch_changes_no_bit(form: dict[str, Any]) -> None:
+    case = make_case(BF16, vocab=300, lengths=(40, 20), signs=(1, -1))
+    case = moved(case, EXP_TARGETS[0].device)
+    valid = case.valid_index
+
+    def made(**changes: Any) -> list[Tensor]:
+        out = torch.full((len(valid), 320), 7.0, dtype=BF16, device=valid.device)[:, :300]
+        logps = torch.zeros(case.targets.shape, device=valid.device)
+        rows = exp_gemm_triton.exp_gemm(
+            case.hidden[valid],
+            case.weight,
+            valid,
+            case.targets,
+            case.token_weights.float(),
+            coefficient="weight",
+            logps=logps,
+            out=out,
+            launch=replace(launch_for(case.weight), **changes),
+        )
+        assert rows is not None
+        assert rows.factors is not None
+        assert rows.residues is not None
+        return [logps, rows.matrix, rows.factors, rows.residues]
+
+    for got, expected in zip(made(**form), made(), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_log_probs_alone_write_the_targets_tiles_only() -> None:
     case = make_case(BF16, vocab=600, lengths=(9,), signs=(1,), masked=0.0)
     case = moved(case, EXP_TARGETS[0].device)
