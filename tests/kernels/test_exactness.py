@@ -31,6 +31,8 @@ from redi.kernels import (
     segment_sum,
     signed_cross_entropy,
 )
+from redi.kernels.backends import kernels_of
+from redi.kernels.softmax import NEGLIGIBLE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -71,6 +73,38 @@ def test_the_kinds_of_logits_are_what_they_are_called() -> None:
     assert logits_size(make_case(logits="beyond 80")) > 80
     assert -100 < logps("logp -80").median() < -70
     assert -560 < logps("logp -500").median() < -450
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_negligible_probability_is_zero_in_a_half_type_alone(
+    target: Target, dtype: torch.dtype
+) -> None:
+    """Negligible against the sum without the target, which may itself be next to nothing."""
+    torch.manual_seed(0)
+    logits = 5 * torch.randn(6, 600, device=target.device)
+    targets = torch.arange(6, device=target.device)
+    logits[:3].scatter_(1, targets[:3, None], 40.0)  # 1 - p near 1e-11
+    others = logits.double().scatter(1, targets[:, None], -torch.inf).softmax(1)
+    weights = torch.full((6,), 2.0**14, device=target.device)
+    dlogits = kernels_of(target.backend).softmax(
+        logits,
+        targets,
+        targets,
+        weights,
+        coefficient="weight",
+        dtype=dtype,
+        logps=logits.new_empty(6),
+    )
+    assert dlogits is not None
+    zero = (dlogits == 0).scatter(1, targets[:, None], False)
+    if dtype == torch.float32:
+        assert not zero.any()
+        return
+    share = others / NEGLIGIBLE
+    assert zero[(share < 0.999).scatter(1, targets[:, None], False)].all()
+    if dtype == torch.bfloat16:  # float16 cannot hold all others
+        assert not zero[share > 1.001].any()
+        assert 0.1 < zero.double().mean() < 0.6
 
 
 @pytest.mark.parametrize("vocab", [151936, pytest.param(152064, marks=pytest.mark.slow)])
