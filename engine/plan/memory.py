@@ -42,7 +42,7 @@ from redi.engine.train.generation_accuracy import HeldOutProblems
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
 from redi.engine.train.step import clip, forward_backward
 from redi.kernels.chunk_sizes import gpu_workspace, padded
-from redi.kernels.experimental.launches import fastest_backend
+from redi.kernels.experimental.launches import sizes_for_triton_exp
 from redi.kernels.logprobs import GPU_KEEP_SHARE
 from redi.kernels.reference import accumulation_dtype
 
@@ -252,10 +252,9 @@ def _uses_exp_gemm(recipe: Recipe, card: Card, dtype: torch.dtype, hidden_size: 
     """Whether the loss stores a chunk's exponentials instead of its logits."""
     if recipe.objective.filter_epsilon:
         return recipe.objective.backend != "torch"
-    backend = recipe.objective.backend
-    if backend == "auto":
-        backend = fastest_backend(card.architecture, dtype, hidden_size)
-    return backend.endswith("-exp") and dtype == torch.bfloat16
+    if recipe.objective.backend == "auto":
+        return hidden_size in sizes_for_triton_exp(card.architecture, dtype)
+    return recipe.objective.backend.endswith("-exp") and dtype == torch.bfloat16
 
 
 def _step_of(packs: list[PackedBatch]) -> StepBatches:

@@ -13,8 +13,6 @@ from typing import Any, Literal
 
 import torch
 
-from redi.kernels.reference import Backend
-
 TABLE = Path(__file__).with_name("launches.json")
 
 # Small, so that tests have several groups.
@@ -127,9 +125,10 @@ def l2_cache_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
-def fastest_backend(architecture: str, dtype: torch.dtype, hidden: int) -> Backend:
-    """ "triton-exp" where it was measured to be faster at this very D, else "triton"."""
-    for entry in entries_for(architecture, dtype):
-        if entry.hidden == hidden and entry.measured is not None:
-            return entry.backend
-    return "triton"
+def sizes_for_triton_exp(architecture: str, dtype: torch.dtype) -> tuple[int, ...]:
+    """Each D at which "triton-exp" was measured to be faster than "triton"."""
+    return tuple(
+        entry.hidden
+        for entry in entries_for(architecture, dtype)
+        if entry.measured is not None and entry.backend == "triton-exp"
+    )

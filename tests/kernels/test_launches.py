@@ -83,6 +83,22 @@ def test_auto_chooses_what_was_measured_to_be_faster_at_this_very_size(
     assert backends.choose_backend("auto", torch.device("cuda"), dtype, hidden) == chosen
 
 
+def test_auto_chooses_under_torch_compile_with_a_symbolic_hidden_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launches, "_ENTRIES", [entry(1536)])
+    monkeypatch.setattr(launches, "architecture_of", lambda device: "sm_90")
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        chosen = backends.choose_backend("auto", torch.device("cuda"), torch.bfloat16, x.shape[1])
+        return x * {"triton": 2, "triton-exp": 3}[chosen]
+
+    torch.compiler.reset()
+    compiled = torch.compile(scaled, fullgraph=True, dynamic=True, backend="eager")
+    for hidden, factor in ((64, 2), (1536, 3), (3584, 2)):
+        assert (compiled(torch.ones(2, hidden)) == factor).all()
+
+
 def test_a_gpu_without_a_launch_is_refused_and_another_size_takes_the_nearest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
