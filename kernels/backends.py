@@ -61,7 +61,9 @@ def choose_backend(
     if backend == "auto":
         if device.type != "cuda" or not TRITON_INSTALLED:
             return "torch"
-        return "triton" if hidden_size is None else _fastest(device, dtype, hidden_size)
+        # Compared here, as under torch.compile D may be symbolic.
+        faster = any(hidden_size == size for size in _sizes_for_triton_exp(device, dtype))
+        return "triton-exp" if faster else "triton"
     if backend in ("triton", "triton-exp"):
         if not TRITON_INSTALLED:
             raise ValueError(
@@ -97,10 +99,10 @@ def filtering_backend(backend: Backend, device: torch.device) -> Backend:
 
 # torch.compile must not trace the launch table.
 @torch.compiler.assume_constant_result
-def _fastest(device: torch.device, dtype: torch.dtype, hidden_size: int) -> Backend:
+def _sizes_for_triton_exp(device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:
     from redi.kernels.experimental import launches
 
-    return launches.fastest_backend(launches.architecture_of(device), dtype, hidden_size)
+    return launches.sizes_for_triton_exp(launches.architecture_of(device), dtype)
 
 
 @torch.compiler.assume_constant_result

@@ -87,9 +87,11 @@ def linear_logprobs(
         log_sum_exp: whether to return the log-sum-exps of the tokens' logits as well.
         keep: True keeps a tensor of N x V (T x V without `valid_index`) in hidden's dtype for
             backward, False recomputes the logits in backward, "auto" keeps what fits 1 GiB on a
-            CPU and an eighth of a GPU's memory. Nothing is kept where no gradient is needed. With
-            `entropy` or `log_sum_exp` backward recomputes, as the kept tensor does not determine
-            their gradients; True is an error.
+            CPU and an eighth of a GPU's total memory. It does not look at what is free: kept and
+            recomputed gradients are rounded differently, and a resumed run must choose as the
+            first one did. Nothing is kept where no gradient is needed. With `entropy` or
+            `log_sum_exp` backward recomputes, as the kept tensor does not determine their
+            gradients; True is an error.
 
     Returns:
         token_logps in the shape of targets, float32 (float64 for float64 inputs), never above 0,

@@ -15,18 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redi.kernels.softmax import LOWEST_EXPONENT, PLAIN, Terms
-from redi.kernels.triton_common import FUSED, apply_coefficient, exp, log1p, round_to
+from redi.kernels.softmax import LOWEST_EXPONENT, NEGLIGIBLE, PLAIN, Terms
+from redi.kernels.triton_common import FUSED, apply_coefficient, exp, load_target, log1p, round_to
 
 ROUNDED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+# A kernel may use a module's constants only if they are constexpr.
+_NEGLIGIBLE = tl.constexpr(NEGLIGIBLE)
+_LOWEST_EXPONENT = tl.constexpr(LOWEST_EXPONENT)
 
 # Columns that a thread loads at once: four loads of 16 bytes. To keep memory busy, an SM needs
 # 4.3 TB/s / 132 x 1 us = 33 KB in flight; 1024 threads have 64 KiB, two such programs twice that.
 COLUMNS_PER_THREAD = 16
 MAX_THREADS = 1024
-
-# A kernel may use a module's constants only if they are constexpr.
-_LOWEST_EXPONENT = tl.constexpr(LOWEST_EXPONENT)
 
 # Loads are 16 bytes wide where the number of columns is a multiple of this.
 ALIGNMENT = 16
@@ -165,9 +166,10 @@ def softmax_kernel(
         vocab = vocab // 16 * 16  # unchanged, and now seen to be a multiple
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 14,134 rows of V = 151,936
     token = tl.load(tokens + row)
-    target = tl.load(targets + token).to(tl.int32)
+    target, inside = load_target(targets + token, vocab)
     z = logits + row * logits_stride
-    z_target, _ = _transformed(tl.load(z + target), logit_scale, softcap)
+    z_target = tl.where(inside, tl.load(z + target), float("nan"))
+    z_target, _ = _transformed(z_target, logit_scale, softcap)
 
     MOMENT: tl.constexpr = entropies is not None or entropy_weights is not None
     largest, rest, moment, others = _sum_exponentials(
@@ -197,6 +199,7 @@ def softmax_kernel(
         tl.store(mean_logps + token, (others + z_target) / vocab - largest - log_total)
 
     if dlogits is not None:
+        negligible = rest * _NEGLIGIBLE
         weight = tl.load(weights + token)
         u, rest = apply_coefficient(weight, logp, rest, e_target, COEFFICIENT)
         u /= total
@@ -228,6 +231,7 @@ def softmax_kernel(
             tilt,
             shift,
             at_target,
+            negligible,
             vocab,
             room,
             dlogits_room,
@@ -339,6 +343,7 @@ def _write_gradient(
     tilt,
     shift,
     at_target,
+    negligible,
     vocab,
     room,
     out_room,
@@ -353,7 +358,8 @@ def _write_gradient(
     """Pass 2: out = u e, but `at_target` at the target; out may overwrite z.
 
     With TILT e is multiplied by u + tilt (z - max) instead, with SHIFT `shift` is subtracted. By
-    s it is times the slope.
+    s it is times the slope. In a half type e counts as 0 where it is below `negligible`; see
+    `softmax.NEGLIGIBLE`.
 
     The hazard: halves of block b overwrite the words of z's block b // 2, which a slower warp of
     this program may not have loaded yet. Blocks ascend, so b // 2 <= b, and a barrier between the
@@ -371,9 +377,12 @@ def _write_gradient(
         values = tl.load(z + columns, mask=columns < room, other=float("-inf"))
         values, slope = _transformed(values, logit_scale, softcap)
         drops = values - largest
-        gradient = exp(drops) * u
+        e = exp(drops)
+        gradient = e * u
         if TILT:  # no 0 times infinity where e is 0
-            gradient = exp(drops) * (u + tilt * tl.maximum(drops, _LOWEST_EXPONENT))
+            gradient = e * (u + tilt * tl.maximum(drops, _LOWEST_EXPONENT))
+        if tl.float32 != ROUNDED:
+            gradient = tl.where(e < negligible, 0.0, gradient)  # NaN is not
         if SHIFT:
             gradient -= shift
         gradient = tl.where(columns == target, at_target, gradient)

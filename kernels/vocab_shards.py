@@ -42,6 +42,7 @@ from redi.kernels.reference import accumulation_dtype
 from redi.kernels.softmax import (
     LOWEST_EXPONENT,
     MIN_ONE_MINUS_P,
+    NEGLIGIBLE,
     PLAIN,
     GradientRows,
     Terms,
@@ -93,6 +94,8 @@ class RowGradients(NamedTuple):
     tilts: Tensor | None
     shifts: Tensor | None
     at_target: Tensor
+    negligible: Tensor
+    """In a half type exp(d_j) counts as 0 below this: see `softmax.NEGLIGIBLE`."""
 
 
 def vocab_parallel_chunks(
@@ -223,6 +226,9 @@ def row_gradients(
     total = rest + e_target
     logp = z_target - log_total
     u = effective_weights(weights, logp, rest / e_target, coefficient) / total
+    lower = highest - largest
+    shrink = lower.exp()  # exp(z - m) = exp(m_i - m) exp(z - m_i)
+    negligible = NEGLIGIBLE * rest / shrink
     if coefficient == "unlikelihood":  # the same floor as in the weights: -w p at certainty
         rest = rest.clamp(min=MIN_ONE_MINUS_P)
     at_target = -u * rest
@@ -230,8 +236,6 @@ def row_gradients(
     if (pull := terms.lse_gradients(tokens, lses)) is not None:
         pull = pull[:, 0] / total
         u, at_target = u + pull, at_target + e_target * pull
-    lower = highest - largest
-    shrink = lower.exp()  # exp(z - m) = exp(m_i - m) exp(z - m_i)
     tilts = None
     if terms.entropy_weights is not None:
         assert moment is not None
@@ -244,7 +248,7 @@ def row_gradients(
         smoothing = terms.label_smoothing * weights
         shifts = smoothing / vocab
         at_target = at_target + smoothing - shifts
-    return RowGradients(shrink * u, tilts, shifts, at_target)
+    return RowGradients(shrink * u, tilts, shifts, at_target, negligible)
 
 
 def _kernels(backend: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
@@ -334,7 +338,10 @@ def shard_gradient(
         e.sub_(largest[part, None])
         if rows.tilts is not None:  # no 0 times infinity where e is 0
             factor = factor + rows.tilts[part, None] * e.clamp(min=LOWEST_EXPONENT)
-        e.exp_().mul_(factor)
+        e.exp_()
+        if dtype.itemsize == 2:
+            e.masked_fill_(e < rows.negligible[part, None], 0.0)
+        e.mul_(factor)
         if rows.shifts is not None:
             e.sub_(rows.shifts[part, None])
         index = column.clamp(min=0)

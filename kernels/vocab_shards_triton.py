@@ -171,6 +171,7 @@ def shard_gradient_kernel(
     tilts,  # likewise, or None
     shifts,  # likewise, or None
     at_target,  # [C] float32
+    negligible,  # [C] float32
     dlogits,  # [C, V_i], out, over the logits
     dlogits_stride,
     dlogits_room,  # columns of a row of dlogits that may be written
@@ -199,6 +200,7 @@ def shard_gradient_kernel(
         tilt,
         shift,
         tl.load(at_target + row),
+        tl.load(negligible + row),
         vocab,
         room,
         dlogits_room,

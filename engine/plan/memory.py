@@ -42,12 +42,16 @@ from redi.engine.train.generation_accuracy import HeldOutProblems
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
 from redi.engine.train.step import clip, forward_backward
 from redi.kernels.chunk_sizes import gpu_workspace, padded
-from redi.kernels.experimental.launches import fastest_backend
+from redi.kernels.experimental.launches import sizes_for_triton_exp
 from redi.kernels.logprobs import GPU_KEEP_SHARE
 from redi.kernels.reference import accumulation_dtype
 
 SHALLOW = 3
 """Blocks of the smaller model: the first, the last, and one that represents all others."""
+
+
+FILTER_COLUMNS = 256
+"""Vocabulary columns of a filter's tile in the launch table."""
 
 
 @dataclass(frozen=True)
@@ -218,12 +222,19 @@ def _loss_memory(
     card: Card,
 ) -> LossMemory:
     vocab, hidden_size = head
-    buffer_dtype = dtype if exp_gemm else accumulation_dtype(dtype)
+    tiles = -(-vocab // FILTER_COLUMNS) if filters and exp_gemm else 0
     in_place = exp_gemm or dtype == accumulation_dtype(dtype)  # as in `cross_entropy_chunks`
     worst = LossMemory(0, 0, 0, 0)
     for tokens in load.targets:
         workspace = gpu_workspace(
-            tokens, vocab, hidden_size, dtype, buffer_dtype, card.memory, card.processors
+            tokens,
+            vocab,
+            hidden_size,
+            dtype,
+            card.memory,
+            card.processors,
+            exponentials=exp_gemm,
+            tiles=tiles,
         )
         if filters:
             workspace += vocab * hidden_size * dtype.itemsize  # the reordered weight
@@ -241,10 +252,9 @@ def _uses_exp_gemm(recipe: Recipe, card: Card, dtype: torch.dtype, hidden_size: 
     """Whether the loss stores a chunk's exponentials instead of its logits."""
     if recipe.objective.filter_epsilon:
         return recipe.objective.backend != "torch"
-    backend = recipe.objective.backend
-    if backend == "auto":
-        backend = fastest_backend(card.architecture, dtype, hidden_size)
-    return backend.endswith("-exp") and dtype == torch.bfloat16
+    if recipe.objective.backend == "auto":
+        return hidden_size in sizes_for_triton_exp(card.architecture, dtype)
+    return recipe.objective.backend.endswith("-exp") and dtype == torch.bfloat16
 
 
 def _step_of(packs: list[PackedBatch]) -> StepBatches:
