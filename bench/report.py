@@ -84,14 +84,22 @@ def title(record: dict[str, Any]) -> str:
     )
 
 
-HEADER = ("", "median", "fastest .. slowest", "x floor", "peak extra", "logp", "dX", "dW error")
+HEADER = (
+    *("", "median", "fastest .. slowest", "x floor", "peak extra"),
+    *("logp bias", "logp", "dX", "dW error"),
+)
+
+
+def label_of(row: dict[str, Any]) -> str:
+    """A row's name, marked if its result was wrong."""
+    return f"{row['name']} REJECTED" if row.get("rejected") else str(row["name"])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    errors = (row.get(key) for key in ERRORS)
+    errors = (row.get(key) for key in ("logp_bias", *ERRORS))
     peak = row["peak_extra_mib"]
     return (
-        row["name"],
+        label_of(row),
         f"{1e3 * row['median_s']:.1f} ms",
         " .. ".join(f"{1e3 * seconds:.1f}" for seconds in row["spread_s"]),
         f"{row['times_floor']:.3f}",
@@ -169,7 +177,7 @@ def draw(record: dict[str, Any], path: Path) -> bool:
     times.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     times.set_xlim(0, 1.3 * max(ratios))
     times.set_xlabel("time relative to the floor (median)")
-    times.set_yticks(places, names)
+    times.set_yticks(places, [label_of(row) for row in rows])
     times.invert_yaxis()
 
     # The floor's memory is allocated beforehand: its figure in older records has no meaning.
