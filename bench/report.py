@@ -149,6 +149,40 @@ def write_record(record: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+class LiveRecord:
+    """A record that is on disk after each addition, so that a killed program keeps what it had.
+
+    Attributes:
+        path: FOLDER/BENCHMARK.json; one of an earlier run is replaced.
+    """
+
+    def __init__(self, benchmark: str, device: str, folder: Path, **content: Any) -> None:
+        self._record: dict[str, Any] = {
+            "benchmark": benchmark,
+            "date": date.today().isoformat(),
+            **environment(device),
+            **content,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{benchmark}.json"
+        self._write()
+
+    def set(self, **content: Any) -> None:
+        """Set keys of the record."""
+        self._record |= content
+        self._write()
+
+    def add(self, key: str, item: dict[str, Any]) -> None:
+        """Append to a list of the record."""
+        self._record.setdefault(key, []).append(item)
+        self._write()
+
+    def _write(self) -> None:
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+
 def draw(record: dict[str, Any], path: Path) -> bool:
     """Draw time relative to the floor, memory and errors as a PNG; False without matplotlib."""
     try:
