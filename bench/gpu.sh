@@ -40,7 +40,7 @@ else
     : "${REPEATS:=7}"
     attention=(--tokens 2048 --timed_tokens 32768)
     # Qwen2.5-1.5B's shape, about two rows of 32k tokens a step
-    step=(--hidden 1536 --layers 28 --intermediate 8960 --heads 12 --key_heads 2)
+    step=(--hidden 1536 --layers 28 --intermediate 8960 --heads 12 --key_heads 2 --checkpointing selective)
     step+=(--vocabulary 151936 --row_tokens 32768 --median_tokens 5000 --pairs 4)
 fi
 

@@ -152,11 +152,17 @@ def write_record(record: dict[str, Any], folder: Path) -> Path:
 class LiveRecord:
     """A record that is on disk after each addition, so that a killed program keeps what it had.
 
-    Attributes:
-        path: FOLDER/BENCHMARK.json; one of an earlier run is replaced.
+    Args:
+        benchmark: what was run.
+        device: "cpu" or "cuda".
+        folder: made if it does not exist.
+        name: of the file, without .json; None takes `benchmark`. An earlier one is replaced.
+        content: further keys.
     """
 
-    def __init__(self, benchmark: str, device: str, folder: Path, **content: Any) -> None:
+    def __init__(
+        self, benchmark: str, device: str, folder: Path, name: str | None = None, **content: Any
+    ) -> None:
         self._record: dict[str, Any] = {
             "benchmark": benchmark,
             "date": date.today().isoformat(),
@@ -164,7 +170,7 @@ class LiveRecord:
             **content,
         }
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{benchmark}.json"
+        self.path = folder / f"{name or benchmark}.json"
         self._write()
 
     def set(self, **content: Any) -> None:

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from redi.bench import baselines, check_attention, check_kernels, check_train
 from redi.bench import loss as bench
 from redi.bench.baselines import Contender, LossMethod
 from redi.bench.inputs import Operands
+from redi.bench.parts import OTHER, Parts, kind_of
 from redi.engine.model import attention
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +206,9 @@ def test_the_real_training_is_counted_by_the_profiler(
     assert losses.startswith("calls of the loss in the trace: ")
 
 
+ON_A_CPU = {"DEVICE": "cpu", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+
 @pytest.mark.slow
 def test_right_runs_dry_on_a_cpu(tmp_path: Path) -> None:
     done = gpu_sh(
@@ -222,3 +228,78 @@ def test_right_runs_dry_on_a_cpu(tmp_path: Path) -> None:
     (loss,) = tmp_path.glob("loss_*.json")
     rows = json.loads(loss.read_text())["rows"]
     assert [row["name"] for row in rows] == ["floor", "redi-triton-exp", "redi-triton"]
+
+
+@pytest.mark.slow
+def test_speed_runs_dry_on_a_cpu(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    wheel(tmp_path / "wheels", "carried_by_the_test")
+    out = tmp_path / "out"
+    few = {"CONTENDERS": "floor torch-by-token", "WHEELS": str(tmp_path / "wheels")}
+    done = gpu_sh("speed", str(out), seconds=550, **ON_A_CPU, **few)
+    assert done.returncode == 0, done.stderr[-3000:]
+    step = record(out, "step")["results"]["packed"]
+    assert set(step["parts"]) == {"forward", "loss, in forward", "backward", "update"}
+    assert step["parts"]["loss, in forward"] < step["parts"]["forward"] < 1
+    assert sum(step["device_time"].values()) == pytest.approx(1)
+    assert step["model_tflops"] > 0
+    (tuned,) = [one for one in record(out, "launches") if one["measured"]]
+    assert (tuned["architecture"], tuned["hidden"]) == ("interpreter", 64)
+    (peers,) = out.glob("loss_*_peers_*.json")
+    assert "torch-by-token" in {row["name"] for row in json.loads(peers.read_text())["rows"]}
+
+
+def wheel(folder: Path, name: str) -> None:
+    """Write a wheel of one empty module."""
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as file:
+        file.writestr(f"{name}.py", "")
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
+        file.writestr(f"{info}/RECORD", "")
+
+
+def test_carried_wheels_are_importable(tmp_path: Path) -> None:
+    wheel(tmp_path, "carried_by_the_test")
+    python = tmp_path / "python"  # pip as it is, any program an import of the module
+    python.write_text(
+        '#!/bin/sh\n[ "$3" = pip ] || set -- -c "import carried_by_the_test"\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    done = gpu_sh("tests", str(tmp_path), PYTHON=str(python), WHEELS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    done = gpu_sh("tests", str(tmp_path), PYTHON=str(python))
+    assert done.returncode == 1
+    assert "No module named 'carried_by_the_test'" in done.stderr
+
+
+def test_parts_and_kinds_of_a_step_are_told_apart() -> None:
+    kinds = {
+        "flash_fwd_kernel<Flash_fwd_kernel_traits<128, 64>>": "attention",
+        "softmax_kernel": "loss, but products",
+        "exp_gemm_kernel": "loss, but products",
+        "nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_TNT": "products",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "products",
+        "aten::mm": "products",
+        "multi_tensor_apply_kernel<FusedAdam>": "optimizer and clipping",
+        "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
+        "Memcpy DtoD (Device -> Device)": "copies",
+        "vectorized_elementwise_kernel<4, silu>": OTHER,
+    }
+    assert {name: kind_of(name) for name in kinds} == kinds
+
+    parts = Parts("cpu")
+
+    def step() -> None:
+        with parts.part("outer"):
+            parts.begin("inner")
+            time.sleep(0.02)
+            parts.end("inner")
+            time.sleep(0.02)
+        time.sleep(0.02)
+
+    step()  # off: nothing is kept
+    shares = parts.of(step)
+    assert set(shares) == {"outer", "inner"}
+    assert 0.2 < shares["inner"] < shares["outer"] < 0.9
