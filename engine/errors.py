@@ -14,6 +14,10 @@ class InputError(Exception):
     """
 
 
+class FaultyRow(InputError):
+    """One row of the data is faulty; `[data] faulty = "skip"` leaves it out."""
+
+
 class RunError(Exception):
     """The run failed although the input is valid: exit code 1."""
 

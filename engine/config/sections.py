@@ -65,9 +65,17 @@ class DataConfig(Section, name="data"):
     mixing_weights: list[float] = field(default_factory=list, metadata=in_range(POSITIVE))
     """One number per path: how often an epoch draws each of its pairs (SFT: sequences). 2: twice;
     0.5: a different half each epoch; default: once."""
-    format: Literal["auto", "preference", "prompt-completion", "messages", "traces", "openr1"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto",
+        "preference",
+        "traces",
+        "openr1",
+        "prompt-completion",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "text",
+    ] = "auto"
     """Row format; auto: detected from the columns of each row."""
     teachers: list[str] = field(default_factory=list)
     """Train only on the traces of these teachers (column teacher); empty: all."""

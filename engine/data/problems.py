@@ -4,15 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from redi.engine.data.final_answer import final_answer
-from redi.engine.data.rows import (
-    ANSWER_COLUMNS,
-    ID_COLUMNS,
-    PROMPT_COLUMNS,
-    Row,
-    read_source,
-)
+from redi.engine.data.messages import Message, as_messages, read_prompt
+from redi.engine.data.row import Row
+from redi.engine.data.rows import read_source
 from redi.engine.data.sources import find_sources
-from redi.engine.data.traces import Message, as_messages, read_prompt
+from redi.engine.data.traces import ANSWER_COLUMNS, ID_COLUMNS, PROMPT_COLUMNS
 from redi.engine.errors import InputError
 
 

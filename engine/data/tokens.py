@@ -21,14 +21,15 @@ from tqdm import tqdm
 
 from redi.engine.console import Console
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
+from redi.engine.data.chat import is_finished
 from redi.engine.data.fingerprints import source_fingerprint, tokenizer_fingerprint
-from redi.engine.data.rows import Row, scan_source
+from redi.engine.data.row import Row
+from redi.engine.data.rows import scan_source
 from redi.engine.data.sources import find_sources, unread_splits
 from redi.engine.data.text import (
     Encoded,
     Encoder,
     TokenSettings,
-    is_finished,
     is_volatile,
 )
 from redi.engine.data.traces import Trace, normalise
@@ -36,7 +37,7 @@ from redi.engine.errors import InputError, faulty_rows
 
 __all__ = ["TokenSettings", "TokenizedTraces", "tokenize"]
 
-CACHE_VERSION = 7
+CACHE_VERSION = 8
 """Increase it whenever the same input would give other tokens or another file layout."""
 _CHUNK_ROWS = 128
 # Starting worker processes takes seconds; fewer chunks than this are done sooner without them.

@@ -116,7 +116,7 @@ def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: UnitKind
 def tokenized(
     recipe: Recipe, paths: tuple[str, ...], world: World, console: Console
 ) -> TokenizedTraces:
-    """The traces of files, tokenized by the settings of `[data]`.
+    """The traces of files, tokenized by the settings of `[data]`; texts are cut into pieces.
 
     Rank 0 hashes the files and fills the cache; the other ranks open what it found.
     """
@@ -130,10 +130,11 @@ def tokenized(
     )
     cache = recipe.data.cache_dir
     processes = recipe.data.processes or min(8, os.cpu_count() or 1)
-    return world.from_rank0(
+    tokens = world.from_rank0(
         lambda: tokenize(settings, cache, processes=processes, console=console),
         lambda tokens: tokens.files,
     )
+    return tokens.in_pieces(recipe.data.max_tokens)
 
 
 def check_positions(
