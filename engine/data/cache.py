@@ -65,6 +65,10 @@ class Meta:
     """Number of traces that were already cut off in the data: their end is not trained."""
     document_start: str = ""
     """The tokens at the start of each document that are not from the row; "" if there are none."""
+    faulty: int = 0
+    """Number of faulty rows that were left out."""
+    faults: tuple[str, ...] = ()
+    """Messages about the first of them."""
     parts: dict[str, Any] = field(default_factory=dict)
     """The parts that `key` is a hash of; `files` has one hash per source. Empty in old caches."""
 
@@ -86,6 +90,8 @@ class TokenizedTraces:
         control_tokens: number of traces with such a token, by token.
         dropped: number of rows and traces that `normalise` left out, by reason.
         unread: columns with meaningful content that are not read, by name of the source.
+        faulty: number of faulty rows that were left out.
+        faults: messages about the first of them.
         unfinished: number of traces of the whole set that have no end to train.
         document_start: the tokens at the start of each document that are not from the row.
         sources: names of the input files.
@@ -107,6 +113,8 @@ class TokenizedTraces:
         self.key = meta.key
         self.dropped = meta.dropped
         self.control_tokens = meta.control_tokens
+        self.faulty = meta.faulty
+        self.faults = tuple(meta.faults)
         self.unfinished = meta.unfinished
         self.document_start = meta.document_start
         self.sources = tuple(sources)

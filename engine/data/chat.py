@@ -17,7 +17,7 @@ from redi.engine.data.messages import (
     with_thought,
 )
 from redi.engine.data.traces import Trace
-from redi.engine.errors import FaultyRow
+from redi.engine.errors import FaultyRow, InputError
 
 _PROBE, _THOUGHT_PROBE = "redi probe message", "redi probe thought"
 _PROBE_TOOL = "redi_probe_tool"
@@ -30,6 +30,8 @@ _PROBE_TURNS = (
     {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\n4"},
     {"role": "user", "content": "And 3 + 3?"},
 )
+# Set by what is rendered.
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "tokenize", "conversation")
 _NO_PLACE = "use a tokenizer whose chat template has one, or leave such rows out"
 
 
@@ -39,6 +41,17 @@ class ChatTemplate:
     def __init__(
         self, tokenizer: Any, system_prompt: str | None, variables: Mapping[str, Any]
     ) -> None:
+        """Check the variables.
+
+        Raises:
+            InputError: the template does not read a variable.
+        """
+        source = json.dumps(tokenizer.chat_template)
+        for name in variables:
+            if name in _RESERVED or not re.search(rf"\b{re.escape(name)}\b", source):
+                raise InputError(
+                    f"[data] template_variables: the chat template has no variable {name!r}"
+                )
         self._tokenizer = tokenizer
         self._system_prompt = system_prompt
         self._variables = dict(variables)

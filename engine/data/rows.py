@@ -76,7 +76,10 @@ def read_source(source: Source, format: str) -> Iterator[Row]:
 
 
 def scan_source(
-    source: Source, format: str, unread: set[str] | None = None
+    source: Source,
+    format: str,
+    unread: set[str] | None = None,
+    columns: Collection[str] = (),
 ) -> Iterator[Row | InputError]:
     """Yield the rows of one source, and a FaultyRow instead of each faulty row.
 
@@ -86,7 +89,8 @@ def scan_source(
         source: the file or data set.
         format: as for `read_rows`.
         unread: collects the names of columns and keys with meaningful content that the format
-            does not read ("tools", "traces[].mask", "messages[].weight").
+            does not read ("images", "traces[].mask", "messages[].weight").
+        columns: further columns to read, which the format does not need.
     """
     number = 0
     shape = ""
@@ -94,7 +98,7 @@ def scan_source(
     unread = set() if unread is None else unread
     grades = Grades()
     try:
-        for number, value in _numbered_values(source, format, unread):
+        for number, value in _numbered_values(source, format, unread, columns):
             where = f"{source.name}:{number}"
             if isinstance(value, InputError):
                 yield value
@@ -158,11 +162,13 @@ def _unread_names(value: dict[str, Any], shape: str) -> set[str]:
     return found
 
 
-def _numbered_values(source: Source, format: str, unread: set[str]) -> Iterator[tuple[int, Any]]:
+def _numbered_values(
+    source: Source, format: str, unread: set[str], more: Collection[str]
+) -> Iterator[tuple[int, Any]]:
     """Parsed rows with their numbers, from 1; an InputError for a row that cannot be parsed."""
     if source.kind in ("hub", "saved"):
         dataset = (hub_dataset if source.kind == "hub" else saved_dataset)(source.name)
-        columns = _wanted_columns(dataset.column_names, format, source.name)
+        columns = _wanted_columns(dataset.column_names, format, source.name, more)
         for name in _unread_columns(dataset.column_names, columns):
             if dataset.data.column(name).null_count < len(dataset.data):
                 unread.add(name)
@@ -170,7 +176,7 @@ def _numbered_values(source: Source, format: str, unread: set[str]) -> Iterator[
         return
     with _open(source.name) as file:
         if source.kind == "parquet":
-            yield from _parquet_values(file, source.name, format, unread)
+            yield from _parquet_values(file, source.name, format, unread, more)
         elif source.kind == "csv":
             yield from _csv_values(file, source.name)
         elif _is_document(file, source):
@@ -187,11 +193,11 @@ def _open(name: str) -> IO[bytes]:
 
 
 def _parquet_values(
-    file: IO[bytes], name: str, format: str, unread: set[str]
+    file: IO[bytes], name: str, format: str, unread: set[str], more: Collection[str]
 ) -> Iterator[tuple[int, Any]]:
     number = 0
     parquet = pq.ParquetFile(file)
-    columns = _wanted_columns(parquet.schema_arrow.names, format, name)
+    columns = _wanted_columns(parquet.schema_arrow.names, format, name, more)
     others = _unread_columns(parquet.schema_arrow.names, columns)
     for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=[*columns, *others]):
         # Columns that are not read are not converted to Python objects.
@@ -201,10 +207,12 @@ def _parquet_values(
             yield number, value
 
 
-def _wanted_columns(columns: list[str], format: str, where: str) -> list[str]:
-    """The columns that the format reads; a columnar file need not load the others."""
+def _wanted_columns(
+    columns: list[str], format: str, where: str, more: Collection[str]
+) -> list[str]:
+    """The columns that the format reads, and `more`; a columnar file need not load the others."""
     shape = FORMATS[resolve_format(format, columns, where)]
-    wanted = {*shape.required, *shape.optional}
+    wanted = {*shape.required, *shape.optional, *more}
     if "label" in shape.optional:
         wanted.update(VERDICT_COLUMNS, SCORE_COLUMNS)
     return [name for name in columns if name in wanted]

@@ -45,9 +45,15 @@ class TokenSettings:
     """Folder or hub name of a tokenizer."""
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template, such as enable_thinking."""
+    train_on: str = "last"
+    """The assistant turns of a conversation that become traces: "last" or "all"."""
+    where: str | None = None
+    """Expression that selects traces; see `Where`."""
     control_tokens: str = "allow"
     """"error": refuse traces whose text contains a control token of the tokenizer. Does not change
     the ids."""
+    faulty: str = "error"
+    """"skip": leave faulty rows out. Does not change the ids of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +129,17 @@ class Encoder:
         """
         return "\n".join(self._chat.samples()) if self._chat else ""
 
-    def document_start(self) -> str:
+    def document_start(self, texts_alone: bool = False) -> str:
         """The tokens at the start of each document that are not from the row, as text; "" if none.
 
         Without a template these are the tokens that the tokenizer puts before any text. A chat
         template adds its own.
+
+        Args:
+            texts_alone: whether all rows are texts without a prompt, which need no template.
         """
-        if self._chat is None:
-            return "".join(self.tokenizer.convert_ids_to_tokens(self._start))
+        if self._chat is None or texts_alone:
+            return "".join(self.tokenizer.convert_ids_to_tokens(self._document_start))
         start = self._document_start
         try:
             first = self._chat.question()
@@ -159,7 +168,7 @@ class Encoder:
             texts: their prompts and completions, as `texts` returns them.
 
         Raises:
-            InputError: one line for each trace whose prompt or completion has no token in this
+            FaultyRow: one line for each trace whose prompt or completion has no token in this
                 vocabulary.
         """
         # Traces of one problem share the prompt, which is tokenized once.
@@ -179,14 +188,15 @@ class Encoder:
             unknown = 0 if self._unknown_id is None else [*start, *end].count(self._unknown_id)
             if not self._spells_all:
                 unknown += self._lost(prompt + completion, [*start, *end])
+            whole: tuple[int, ...] = ()
             if trace.document:
-                whole, end = (), _started(self._document_start, end)
+                end = _started(self._document_start, end)
             else:
                 whole = self.with_start(start)
             ids = np.array([*whole, *end], dtype=np.int32)
             encoded.append(Encoded(ids, len(whole), unknown))
         if faults:
-            raise InputError("\n".join(dict.fromkeys(faults)))
+            raise FaultyRow("\n".join(dict.fromkeys(faults)))
         return encoded
 
     def _lost(self, text: str, ids: Sequence[int] | np.ndarray) -> int:
@@ -211,7 +221,7 @@ class Encoder:
             traces: traces of one row; a shared prompt is rendered once.
 
         Raises:
-            InputError: the row cannot be rendered. Names the row.
+            FaultyRow: the row cannot be rendered.
         """
         if any(trace.document for trace in traces):
             return [("", trace.completion) for trace in traces]
