@@ -6,9 +6,9 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -161,7 +161,7 @@ def tokenize(
             unread=tuple(tuple(sorted(found)) for found in unread),
             unfinished=counts.unfinished,
             document_start=encoder().document_start(texts_alone=counts.texts == count),
-            faulty=len(counts.skipped),
+            faulty=counts.dropped["faulty rows"],
             faults=tuple(counts.skipped[:MOST_FAULTS]),
             parts=parts,
         )
@@ -254,12 +254,20 @@ def _tokenized_chunks(
         pool.shutdown(cancel_futures=True)
 
 
-_Found = tuple[Row, Trace, tuple[str, str]]
-"""A trace with its row, and its prompt and completion as text."""
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A trace of a chunk."""
+
+    place: int
+    """Position of its row in the chunk."""
+    row: Row
+    trace: Trace
+    texts: tuple[str, str] = ("", "")
+    """Prompt and completion, once they are rendered."""
 
 
 class _Tokenizer:
-    """Tokenizes rows, a chunk at a time."""
+    """Tokenizes rows, a chunk at a time. Faults are kept by the position of their row."""
 
     def __init__(self, encoder: Encoder, settings: TokenSettings) -> None:
         self._encoder = encoder
@@ -269,100 +277,107 @@ class _Tokenizer:
     def chunk(self, rows: list[Row | InputError], check_only: bool) -> _Chunk:
         """Tokenize rows; if a fault ends the command, or with `check_only`, only check them."""
         counts = _Counts()
-        faults: list[InputError] = []
-        found = self._read(rows, counts, faults)
+        faults: dict[int, InputError] = {}
+        found = self._rendered(self._read(rows, counts, faults), faults)
         encoded: list[tuple[_Found, Encoded]] = []
         if not check_only and not self._fatal(faults):
-            encoded = self._encode(found, faults)
+            encoded = self._encoded(found, faults)
             if self._where and self._where.needs_tokens:
-                lengths = [(one.prompt_length, len(one.ids)) for _, one in encoded]
+                lengths = [(len(one.ids), one.prompt_length) for _, one in encoded]
                 kept = self._selected([one for one, _ in encoded], counts, faults, lengths)
                 encoded = [one for one, keep in zip(encoded, kept, strict=True) if keep]
         fatal = self._fatal(faults)
-        if not fatal:
-            counts.skipped = [line for fault in faults for line in str(fault).splitlines()]
-            if counts.skipped:
-                counts.dropped["faulty rows"] += len(counts.skipped)
         if check_only or fatal:
             nothing = _record_batch([[]] * len(_CHUNK_SCHEMA), _CHUNK_SCHEMA)
             return _Chunk(nothing, [], [], _Counts(), fatal)
+        if faults:
+            counts.skipped = _lines(faults)
+            counts.dropped["faulty rows"] += len(faults)
         return self._packed(encoded, counts)
 
-    def _fatal(self, faults: list[InputError]) -> list[str]:
+    def _fatal(self, faults: dict[int, InputError]) -> list[str]:
         """Messages of the faults that end the command."""
-        skip = self._settings.faulty == "skip"
-        fatal = [fault for fault in faults if not (skip and isinstance(fault, FaultyRow))]
-        return [line for fault in fatal for line in str(fault).splitlines()]
+        if self._settings.faulty == "error":
+            return _lines(faults)
+        return _lines({n: one for n, one in faults.items() if not isinstance(one, FaultyRow)})
 
     def _read(
-        self, rows: list[Row | InputError], counts: _Counts, faults: list[InputError]
+        self, rows: list[Row | InputError], counts: _Counts, faults: dict[int, InputError]
     ) -> list[_Found]:
-        """The traces of the rows as text."""
-        read: list[tuple[Row, list[Trace]]] = []
-        for row in rows:
+        """The traces of the rows that `where` selects, if it does not need their tokens."""
+        found: list[_Found] = []
+        for place, row in enumerate(rows):
             try:
                 if isinstance(row, InputError):
                     raise row
-                train_on = self._settings.train_on
-                read.append((row, normalise(row, row.format, counts.dropped, train_on)))
+                if self._where:
+                    counts.columns |= self._where.columns & row.value.keys()
+                traces = normalise(row, row.format, counts.dropped, self._settings.train_on)
+                found += [_Found(place, row, trace) for trace in traces]
             except InputError as error:
-                faults.append(error)
-        if self._where:
-            counts.columns |= self._where.columns & {name for row, _ in read for name in row.value}
-            if not self._where.needs_tokens:
-                traces = [(row, trace, ("", "")) for row, traces in read for trace in traces]
-                kept = iter(self._selected(traces, counts, faults))
-                read = [(row, [one for one in traces if next(kept)]) for row, traces in read]
-        found: list[_Found] = []
-        for row, traces in read:
-            try:
-                texts = self._encoder.texts(traces)
-                found += [(row, *one) for one in zip(traces, texts, strict=True)]
-            except InputError as error:
-                faults.append(error)
+                faults[place] = error
+        if self._where and not self._where.needs_tokens:
+            kept = self._selected(found, counts, faults)
+            found = [one for one, keep in zip(found, kept, strict=True) if keep]
         return found
 
-    def _encode(
-        self, found: list[_Found], faults: list[InputError]
+    def _rendered(self, found: list[_Found], faults: dict[int, InputError]) -> list[_Found]:
+        """The traces with their texts."""
+        rendered: list[_Found] = []
+        for place, group in groupby(found, key=lambda one: one.place):
+            of_row = list(group)
+            try:
+                texts = self._encoder.texts([one.trace for one in of_row])
+                pairs = zip(of_row, texts, strict=True)
+                rendered += [replace(one, texts=both) for one, both in pairs]
+            except InputError as error:
+                faults[place] = error
+        return rendered
+
+    def _encoded(
+        self, found: list[_Found], faults: dict[int, InputError]
     ) -> list[tuple[_Found, Encoded]]:
         """The traces with their tokens; all traces of a faulty row are left out."""
         try:
-            traces = [trace for _, trace, _ in found]
-            ids = self._encoder.encode(traces, [texts for _, _, texts in found])
+            texts = [one.texts for one in found]
+            ids = self._encoder.encode([one.trace for one in found], texts)
             return list(zip(found, ids, strict=True))
         except FaultyRow as error:
-            by_row = [list(group) for _, group in groupby(found, key=lambda one: id(one[0]))]
-            if len(by_row) == 1:
-                faults.append(error)
+            rows = [list(group) for _, group in groupby(found, key=lambda one: one.place)]
+            if len(rows) == 1:
+                faults[found[0].place] = error
                 return []
-        return [one for group in by_row for one in self._encode(group, faults)]
+        return [one for of_row in rows for one in self._encoded(of_row, faults)]
 
     def _selected(
         self,
         found: list[_Found],
         counts: _Counts,
-        faults: list[InputError],
-        lengths: list[tuple[int, int]] | None = None,
+        faults: dict[int, InputError],
+        lengths: Sequence[tuple[int, int]] = (),
     ) -> list[bool]:
-        """Whether `where` selects each trace; `lengths` are those of prompt and trace."""
+        """Whether `where` selects each trace; `lengths` are those of the trace and its prompt."""
         assert self._where is not None, "called only with an expression"
-        values: list[dict[str, Any]] = []
-        for row, trace, _ in found:
-            teacher = {} if trace.teacher is None else {"teacher": trace.teacher}
-            values.append({**row.value, **teacher})
-        for value, (prompt, whole) in zip(values, lengths or (), strict=False):
+        values: list[dict[str, Any]] = [
+            one.row.value | ({"teacher": one.trace.teacher} if one.trace.teacher else {})
+            for one in found
+        ]
+        for value, (whole, prompt) in zip(values, lengths, strict=False):
             value |= dict(zip(TRACE_NAMES, (whole, prompt, whole - prompt), strict=True))
-        results = self._where.keep(values, [row.where for row, _, _ in found])
-        errors = [one for one in results if isinstance(one, FaultyRow)]
-        faults += {str(error): error for error in errors}.values()
-        if out := sum(one is False for one in results):
-            counts.dropped["not selected by where"] += out
-        return [one is True for one in results]
+        kept = []
+        results = self._where.keep(values, [one.row.where for one in found])
+        for one, result in zip(found, results, strict=True):
+            if isinstance(result, FaultyRow):
+                faults[one.place] = result
+            elif not result:
+                counts.dropped["not selected by where"] += 1
+            kept.append(result is True)
+        return kept
 
     def _packed(self, encoded: list[tuple[_Found, Encoded]], counts: _Counts) -> _Chunk:
         """The chunk as columns."""
-        rows = [row for (row, _, _), _ in encoded]
-        traces = [trace for (_, trace, _), _ in encoded]
+        rows = [one.row for one, _ in encoded]
+        traces = [one.trace for one, _ in encoded]
         ids = [one for _, one in encoded]
         control_tokens = [self._encoder.control_tokens(trace) for trace in traces]
         offsets = np.cumsum([0, *(len(one.ids) for one in ids)], dtype=np.int32)
@@ -390,6 +405,12 @@ class _Tokenizer:
             counts,
             [],
         )
+
+
+def _lines(faults: dict[int, InputError]) -> list[str]:
+    """Messages in the order of the rows, a line each."""
+    ordered = [str(faults[place]) for place in sorted(faults)]
+    return [line for message in ordered for line in message.splitlines()]
 
 
 def _digest(one: Encoded) -> int:
