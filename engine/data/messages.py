@@ -5,7 +5,7 @@ a list of text parts. An assistant message may have its thought in a key of its 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from redi.engine.data.row import Row, is_blank, read_json, read_text, row_error, type_name
@@ -36,6 +36,12 @@ class Message:
     """The tool calls of an assistant message, as the JSON text of a list."""
     extra: str = ""
     """Other keys that templates read, as the JSON text of an object."""
+
+    def __repr__(self) -> str:
+        # Evaluations identify their problems by it: a plain message looks as it always has.
+        values = ((one.name, getattr(self, one.name)) for one in fields(self))
+        shown = [f"{name}={v!r}" for name, v in values if v or name in ("role", "content")]
+        return f"Message({', '.join(shown)})"
 
 
 def as_messages(prompt: tuple[Message, ...] | str) -> tuple[Message, ...]:

@@ -169,7 +169,7 @@ def _preference(row: Row, *_: object) -> list[Trace]:
         ]
     else:
         prompt, answers = _conversational_pair(row)
-    prompt = _with_system(row, prompt)
+    prompt = with_system(row, prompt)
     # Without an id each row is a problem, so that its pair stays as the user made it.
     group = _group(row, "id", prompt, default=row.where)
     return [
@@ -224,7 +224,7 @@ def _repeats(prompt: tuple[Message, ...] | str, messages: tuple[Message, ...]) -
 
 
 def _prompt_completion(row: Row, *_: object) -> list[Trace]:
-    prompt = _with_system(row, read_prompt(row, "prompt"))
+    prompt = with_system(row, read_prompt(row, "prompt"))
     completion = row.value["completion"]
     if isinstance(completion, list | dict):
         messages = read_messages(row, "completion", completion)
@@ -258,7 +258,7 @@ def _conversation(row: Row, dropped: Counter[str], train_on: str) -> list[Trace]
     traces = []
     for index in answers:
         check_prompt(row, column, messages[:index])
-        prompt = _with_system(row, messages[:index])
+        prompt = with_system(row, messages[:index])
         answer = messages[index]
         entry = row.value if index == answers[-1] else {}  # a row's thought is that of its answer
         traces.append(_trace(row, prompt, answer, sign, _group(row, "id", prompt), thought=entry))
@@ -266,7 +266,7 @@ def _conversation(row: Row, dropped: Counter[str], train_on: str) -> list[Trace]
 
 
 def _alpaca(row: Row, *_: object) -> list[Trace]:
-    prompt = _with_system(row, _instruction(row))
+    prompt = with_system(row, _instruction(row))
     answer = Message("assistant", read_text(row, "output", row.value["output"]))
     return [_trace(row, prompt, answer, read_label(row), _group(row, "id", prompt))]
 
@@ -298,7 +298,7 @@ def _document(row: Row, *_: object) -> list[Trace]:
 
 
 def _graded_traces(row: Row, dropped: Counter[str], _: str) -> list[Trace]:
-    prompt = _with_system(row, read_prompt(row, "prompt"))
+    prompt = with_system(row, read_prompt(row, "prompt"))
     group = _group(row, "id", prompt)
     entries = row.value["traces"]
     if not isinstance(entries, list) or not entries:
@@ -430,7 +430,7 @@ FORMATS: dict[str, Format] = {
         _alpaca,
     ),
     "text": Format(("text",), COMMON_COLUMNS, _document),
-    "problem": Format((), (*PROMPT_COLUMNS, *ANSWER_COLUMNS, *ID_COLUMNS), _unread),
+    "problem": Format((), ("system", *PROMPT_COLUMNS, *ANSWER_COLUMNS, *ID_COLUMNS), _unread),
 }
 
 COLUMNS = frozenset(name for shape in FORMATS.values() for name in shape.required + shape.optional)
@@ -497,8 +497,12 @@ def _trace(
     )
 
 
-def _with_system(row: Row, prompt: tuple[Message, ...] | str) -> tuple[Message, ...] | str:
-    """The prompt after the system message that the row has in a column."""
+def with_system(row: Row, prompt: tuple[Message, ...] | str) -> tuple[Message, ...] | str:
+    """The prompt after the system message that the row has in a column.
+
+    Raises:
+        FaultyRow: it is no text, or the prompt has another one.
+    """
     system = row.value.get("system")
     if is_empty(system):
         return prompt
