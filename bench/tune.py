@@ -47,20 +47,19 @@ LARGEST_DIFFERENCE = 8e-3
 Gradients = tuple[Tensor, Tensor]
 
 
-def candidates(architecture: str, hidden: int) -> list[Launch]:
-    """What is tried: tiles that fit the registers, and how many rows share a walk.
-
-    A group's hidden states are to stay in half of L2's 50 MB, the rest is for what streams by.
-    """
+def candidates(architecture: str) -> list[Launch]:
+    """What is tried: tiles that fit registers and shared memory, and how many rows share a walk."""
     kept = entries_for(architecture)[0].launch  # what a filter adds is not tuned here
     if architecture == "interpreter":
         return [replace(kept, columns=columns) for columns in (64, 128)]
-    in_half_of_l2 = max(1, (25 << 20) // (128 * hidden * 2))
     tiles = [
-        # rows, columns, warps, stages
-        (128, 256, 8, 3),
-        (256, 128, 8, 3),
-        (128, 128, 4, 3),  # two programs an SM: one multiplies while the other takes exponentials
+        # rows, columns, warps, stages, stores, programs, flatten
+        (128, 256, 8, 3, 1, 1, True),
+        (128, 256, 8, 3, 1, 1, False),
+        (128, 256, 8, 4, 2, 1, True),
+        (256, 128, 8, 3, 1, 1, True),
+        (128, 128, 4, 3, 2, 2, True),  # one program multiplies while the other's epilogue runs
+        (128, 128, 4, 3, 2, 2, False),
     ]
     return [
         replace(
@@ -70,11 +69,13 @@ def candidates(architecture: str, hidden: int) -> list[Launch]:
             depth=64,
             warps=warps,
             stages=stages,
-            group=group * 128 // rows,
+            stores=stores,
+            programs=programs,
+            l2_share=l2_share,
             flatten=flatten,
         )
-        for (rows, columns, warps, stages), group, flatten in product(
-            tiles, (in_half_of_l2, max(2, in_half_of_l2 // 4)), (True, False)
+        for (rows, columns, warps, stages, stores, programs, flatten), l2_share in product(
+            tiles, (0.5, 0.125)
         )
     ]
 
@@ -214,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
             inputs=options.inputs,
         )
         limits = options.repeats, options.seconds, options.try_seconds
-        entry = tune(sizes, candidates(architecture, hidden), *limits)
+        entry = tune(sizes, candidates(architecture), *limits)
         write_entry(entry, options.table)
         print(f"D {hidden}: {entry.backend}, written to {options.table}")
     return 0

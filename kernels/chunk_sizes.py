@@ -61,9 +61,11 @@ def gpu_workspace(
     vocab: int,
     hidden_size: int,
     dtype: torch.dtype,
-    buffer_dtype: torch.dtype,
     memory: int,
     processors: int,
+    *,
+    exponentials: bool = False,
+    tiles: int = 0,
 ) -> int:
     """Bytes that a loss takes on a GPU while it runs, besides its results.
 
@@ -72,17 +74,21 @@ def gpu_workspace(
     Args:
         tokens: N, unmasked ones.
         dtype: of the operands.
-        buffer_dtype: of [C, V]: float32 logits, or `dtype` for exponentials.
         memory, processors: of the GPU.
+        exponentials: as by `exp_gemm`: [C, V] in `dtype` instead of logits, and the targets' rows
+            of the lm_head, in two dtypes, while dX is corrected by them.
+        tiles: whose sums a filter keeps, of each row.
     """
+    in_full = accumulation_dtype(dtype)
+    buffer_dtype = dtype if exponentials else in_full
     most = gpu_chunk_tokens(tokens, vocab, hidden_size, buffer_dtype, memory, processors)
     rows = max((end - start for start, end in split(0, tokens, most)), default=0)
     in_buffer = buffer_rows(rows, torch.device("cuda")) * padded(vocab)
-    states = rows * hidden_size
+    states = (2 if exponentials else 1) * rows * hidden_size
     return (
         in_buffer * buffer_dtype.itemsize
-        + states * dtype.itemsize
-        + states * accumulation_dtype(dtype).itemsize
+        + states * (dtype.itemsize + in_full.itemsize)
+        + rows * tiles * torch.float32.itemsize
     )
 
 

@@ -45,7 +45,9 @@ def linear_logprobs(
         hidden, weight, targets, valid_index, backend, chunk_tokens: as for `redi_loss`.
         keep: True keeps a tensor of N x V (T x V without `valid_index`) in hidden's dtype for
             backward, False recomputes the logits in backward, "auto" keeps what fits 1 GiB on a
-            CPU and an eighth of a GPU's memory. Nothing is kept where no gradient is needed.
+            CPU and an eighth of a GPU's total memory. It does not look at what is free: kept and
+            recomputed gradients are rounded differently, and a resumed run must choose as the
+            first one did. Nothing is kept where no gradient is needed.
 
     Returns:
         token_logps [T] float32 (float64 for float64 inputs), never above 0, and 0 where masked;

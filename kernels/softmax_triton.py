@@ -15,9 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redi.kernels.triton_common import FUSED, apply_coefficient, exp, log1p, round_to
+from redi.kernels.softmax import NEGLIGIBLE
+from redi.kernels.triton_common import FUSED, apply_coefficient, exp, load_target, log1p, round_to
 
 ROUNDED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+# A kernel may use a module's constants only if they are constexpr.
+_NEGLIGIBLE = tl.constexpr(NEGLIGIBLE)
 
 # Columns that a thread loads at once: four loads of 16 bytes. To keep memory busy, an SM needs
 # 4.3 TB/s / 132 x 1 us = 33 KB in flight; 1024 threads have 64 KiB, two such programs twice that.
@@ -135,9 +139,9 @@ def softmax_kernel(
         vocab = vocab // 16 * 16  # unchanged, and now seen to be a multiple
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 14,134 rows of V = 151,936
     token = tl.load(tokens + row)
-    target = tl.load(targets + token).to(tl.int32)
+    target, inside = load_target(targets + token, vocab)
     z = logits + row * logits_stride
-    z_target = tl.load(z + target)
+    z_target = tl.where(inside, tl.load(z + target), float("nan"))
 
     largest, rest, moment = _sum_exponentials(
         z, z_target, target, vocab, room, entropies is not None, BLOCK
@@ -152,6 +156,7 @@ def softmax_kernel(
         tl.store(entropies + token, log_total - moment / total)
 
     if dlogits is not None:
+        negligible = rest * _NEGLIGIBLE
         u, rest = apply_coefficient(tl.load(weights + token), logp, rest, e_target, COEFFICIENT)
         u /= total
         _write_gradient(
@@ -161,6 +166,7 @@ def softmax_kernel(
             largest,
             u,
             -u * rest,
+            negligible,
             vocab,
             room,
             dlogits_room,
@@ -220,6 +226,7 @@ def _write_gradient(
     largest,
     u,
     at_target,
+    negligible,
     vocab,
     room,
     out_room,
@@ -228,6 +235,8 @@ def _write_gradient(
     BLOCK: tl.constexpr,
 ):
     """Pass 2: out = u e, but `at_target` at the target; out may overwrite z.
+
+    In a half type it is 0 where e is below `negligible`; see `softmax.NEGLIGIBLE`.
 
     The hazard: halves of block b overwrite the words of z's block b // 2, which a slower warp of
     this program may not have loaded yet. Blocks ascend, so b // 2 <= b, and a barrier between the
@@ -243,7 +252,11 @@ def _write_gradient(
     for i in range(tl.cdiv(vocab, BLOCK)):
         columns = i * BLOCK + block_columns
         values = tl.load(z + columns, mask=columns < room, other=float("-inf"))
-        gradient = tl.where(columns == target, at_target, exp(values - largest) * u)
+        e = exp(values - largest)
+        gradient = e * u
+        if tl.float32 != ROUNDED:
+            gradient = tl.where(e < negligible, 0.0, gradient)  # NaN is not
+        gradient = tl.where(columns == target, at_target, gradient)
         if HALVES_IN_PLACE:  # known when compiling  # noqa: SIM102
             if i == fence:
                 tl.debug_barrier()

@@ -31,6 +31,18 @@ def exp(x):
 
 
 @triton.jit
+def load_target(place, vocab):
+    """A token's target, and whether it is in [0, vocab): a GPU does not check that beforehand.
+
+    A target outside is replaced by 0, so that nothing out of bounds is touched. Its token's logit
+    must be taken as NaN, which then reaches the loss.
+    """
+    target = tl.load(place)
+    inside = (target >= 0) & (target < vocab)
+    return tl.where(inside, target, 0).to(tl.int32), inside
+
+
+@triton.jit
 def apply_coefficient(u, logp, rest, e_target, COEFFICIENT: tl.constexpr):
     """`softmax.effective_weights`, and `rest` with the same floor."""
     if COEFFICIENT == "dft":

@@ -50,6 +50,10 @@ SHALLOW = 3
 """Blocks of the smaller model: the first, the last, and one that represents all others."""
 
 
+FILTER_COLUMNS = 256
+"""Vocabulary columns of a filter's tile in the launch table."""
+
+
 @dataclass(frozen=True)
 class Load:
     """Properties of a run's packing that determine its memory."""
@@ -218,12 +222,19 @@ def _loss_memory(
     card: Card,
 ) -> LossMemory:
     vocab, hidden_size = head
-    buffer_dtype = dtype if exp_gemm else accumulation_dtype(dtype)
+    tiles = -(-vocab // FILTER_COLUMNS) if filters and exp_gemm else 0
     in_place = exp_gemm or dtype == accumulation_dtype(dtype)  # as in `cross_entropy_chunks`
     worst = LossMemory(0, 0, 0, 0)
     for tokens in load.targets:
         workspace = gpu_workspace(
-            tokens, vocab, hidden_size, dtype, buffer_dtype, card.memory, card.processors
+            tokens,
+            vocab,
+            hidden_size,
+            dtype,
+            card.memory,
+            card.processors,
+            exponentials=exp_gemm,
+            tiles=tiles,
         )
         if filters:
             workspace += vocab * hidden_size * dtype.itemsize  # the reordered weight

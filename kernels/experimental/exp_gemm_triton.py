@@ -29,13 +29,13 @@ the same in plain PyTorch):
 
 The steps of a chunk, all on one stream; the host never waits:
 
-1. `target_logits_kernel`: the shift z_y and log2 m, one program a row.
-2. `exp_gemm_kernel`: persistent programs, one an SM, go through the tiles of X W^T; operands and E
-   move by tensor descriptors (TMA). The epilogue does only exp2, row sums, the store, and a mask
-   that only the last tile of columns needs: more (picking out the target, a maximum) would not fit
-   the registers next to 128 x 256 sums. For a filter (`filter.py`) it computes the first tiles,
-   the likeliest ones, and then the others, of which it does not write those that hold too little
-   compared with the first ones alone.
+1. `target_logits_kernel`: the shift z_y, by the products' own instruction, and log2 m.
+2. `exp_gemm_kernel`: persistent programs, as many as run at once, go through the tiles of X W^T;
+   operands and E move by tensor descriptors (TMA). The epilogue does only exp2, row sums, the
+   store, and a mask that only the last tile of columns needs: more (picking out the target, a
+   maximum) takes all registers that 128 x 256 sums leave. For a filter (`filter.py`) it computes
+   the first tiles, the likeliest ones, and then the others, of which it does not write those that
+   hold too little compared with the first ones alone.
 3. `finalise_kernel`, one program a row: log-prob, factor, the target's entry.
 4. Repair: 2 and 3 again on the blocks of rows in which a row's sum was out of bounds, first for
    the rows' maxima, then with these as shifts. The list of such blocks and its length stay on the
@@ -50,7 +50,12 @@ import triton.language as tl
 from torch import Tensor
 
 from redi.kernels.experimental.filter import TiledRows, TileSums
-from redi.kernels.experimental.launches import Launch, launch_for
+from redi.kernels.experimental.launches import (
+    Launch,
+    l2_cache_bytes,
+    launch_for,
+    most_in_group,
+)
 from redi.kernels.triton_common import (
     FUSED,
     LOG2_E,
@@ -58,6 +63,7 @@ from redi.kernels.triton_common import (
     apply_coefficient,
     descriptor,
     dot,
+    load_target,
     log1p,
     processors,
     round_to,
@@ -80,6 +86,9 @@ CONFIDENT = 2.0**-8
 _LARGEST_SUM = tl.constexpr(LARGEST_SUM)
 _SMALL_SHARE = tl.constexpr(SMALL_SHARE)
 _CONFIDENT = tl.constexpr(CONFIDENT)
+
+# Rows whose targets' logits one program computes: the fewest of Hopper's products.
+TARGET_ROWS = 64
 
 # A filter bounds a row's total from below by so many tiles of columns: in a trial on SmolLM2's
 # states they spared 91 % of the stores that could be spared, the target alone 4 %.
@@ -132,6 +141,7 @@ def exp_gemm(
     multiply = partial(_multiply, hidden, weight, out, log2_scale, sums, launch)
 
     where = tokens.contiguous(), targets.contiguous()
+    target_tiles = (targets[tokens] // launch.columns).int()
     weights = None if weights is None else weights.contiguous()
 
     def finalise(shifts: Tensor, redone: Tensor | None) -> None:
@@ -162,29 +172,36 @@ def exp_gemm(
         )
 
     with torch.cuda.device_of(hidden):
-        target_logits_kernel[(rows,)](
+        target_logits_kernel[(triton.cdiv(rows, TARGET_ROWS),)](
             hidden,
             hidden.stride(0),
             weight,
             weight.stride(0),
+            rows,
+            vocab,
             hidden.shape[1],
             *where,
             z_target,
             log2_scale,
             weights,
-            BLOCK=1024,
+            BLOCK_ROWS=TARGET_ROWS,
+            BLOCK_DEPTH=launch.depth,
             num_warps=4,
             **FUSED,
         )
-        if epsilon is None or weights is None:
+        if weights is None:
+            # Only the target's tile of a row is read again.
+            never = torch.full_like(z_target, float("inf")), target_tiles
+            multiply(z_target, skipping=never)
+        elif epsilon is None:
             multiply(z_target)
         else:
             multiply(z_target, last_tile=FIRST_TILES)
             # A row's total is at least its target's exponential, m, and the sum of the first tiles.
-            # A tenth less, so that every kept tile is certain to be written: the total has the
-            # target's logit from a separate dot, which differs a little from the product's.
+            # A tenth less, so that every kept tile is certain to be written: the total is summed in
+            # another order.
             at_least = torch.maximum(log2_scale.exp2(), sums[:, :FIRST_TILES].sum(1))
-            skipping = 0.9 * epsilon * at_least, (targets[tokens] // launch.columns).int()
+            skipping = 0.9 * epsilon * at_least, target_tiles
             multiply(z_target, first_tile=FIRST_TILES, skipping=skipping)
         finalise(z_target, None)
 
@@ -218,11 +235,11 @@ def _multiply(
     repair: tuple[Tensor, Tensor] | None = None,
     maxima: bool = False,
 ) -> None:
-    """Launch `exp_gemm_kernel`, one program per processor."""
-    exp_gemm_kernel[(processors(hidden.device),)](
+    """Launch `exp_gemm_kernel`: as many programs as run at once."""
+    exp_gemm_kernel[(launch.programs * processors(hidden.device),)](
         descriptor(hidden, launch.rows, launch.depth),
         descriptor(weight, launch.columns, launch.depth),
-        descriptor(out, launch.rows, launch.columns),
+        descriptor(out, launch.rows, launch.columns // launch.stores),
         shifts,
         log2_scale,
         sums,
@@ -231,13 +248,14 @@ def _multiply(
         *(repair or (None, None)),
         *out.shape,
         hidden.shape[1],
-        launch.group,
+        most_in_group(launch, hidden.shape[1], l2_cache_bytes(hidden.device)),
         first_tile,
         sums.shape[1] if last_tile is None else min(last_tile, sums.shape[1]),
         MAXIMA=maxima,
         BLOCK_ROWS=launch.rows,
         BLOCK_COLUMNS=launch.columns,
         BLOCK_DEPTH=launch.depth,
+        STORES=launch.stores,
         # A repair has nothing to hide: it seldom has a tile. A filter's would spill.
         FLATTEN=launch.flatten and repair is None and skipping is None,
         num_warps=launch.warps,
@@ -247,32 +265,48 @@ def _multiply(
 
 
 # Single entries are read of these: see `softmax_triton.softmax_kernel`.
-@triton.jit(do_not_specialize_on_alignment=["tokens", "targets", "weights"])
+@triton.jit(
+    do_not_specialize=["rows"], do_not_specialize_on_alignment=["tokens", "targets", "weights"]
+)
 def target_logits_kernel(
     hidden,  # [C, D]
     hidden_stride,
     weight,  # [V, D]
     weight_stride,
+    rows,  # C
+    vocab,  # V
     depth,  # D
     tokens,  # [C] int64
     targets,  # [T] int64
-    z_target,  # [C] float32, out
+    z_target,  # [C] float32, out; NaN where the target is not in [0, V)
     log2_scale,  # [C] float32, out: log2 of the weight's mantissa
     weights,  # [T] float32, or None
-    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
 ):
-    """The target's logit of each row, and what its exponentials are multiplied with."""
-    row = tl.program_id(0).to(tl.int64)
+    """The target's logit of each row, and what its exponentials are multiplied with.
+
+    The logits are the diagonal of a product of hidden states with the targets' rows of the lm_head,
+    by the instruction that computes all other logits, in the same order. Tensor cores truncate sums
+    where other units round, so that a logit summed otherwise is larger than its twin in the
+    product, and log-probs would be too large in the mean.
+    """
+    place = tl.arange(0, BLOCK_ROWS)
+    row = tl.program_id(0) * BLOCK_ROWS + place
+    row = tl.minimum(row, rows - 1).to(tl.int64)  # the last one again, instead of masks
     token = tl.load(tokens + row)
-    target = tl.load(targets + token)
-    products = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, depth, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = tl.load(hidden + row * hidden_stride + columns, mask=columns < depth, other=0.0)
-        w = tl.load(weight + target * weight_stride + columns, mask=columns < depth, other=0.0)
-        products += x.to(tl.float32) * w.to(tl.float32)
-    tl.store(z_target + row, tl.sum(products, 0))
-    log2_m = 0.0
+    target, inside = load_target(targets + token, vocab)
+    x_row = hidden + row[:, None] * hidden_stride
+    w_row = weight + target.to(tl.int64)[:, None] * weight_stride
+    z = tl.zeros([BLOCK_ROWS, BLOCK_ROWS], tl.float32)
+    for start in range(0, depth, BLOCK_DEPTH):
+        column = start + tl.arange(0, BLOCK_DEPTH)[None, :]
+        x = tl.load(x_row + column, mask=column < depth, other=0.0)
+        w = tl.load(w_row + column, mask=column < depth, other=0.0)
+        z = dot(x, w.T, z)
+    diagonal = tl.sum(tl.where(place[:, None] == place[None, :], z, 0.0), 1)
+    tl.store(z_target + row, tl.where(inside, diagonal, float("nan")))
+    log2_m = tl.zeros([BLOCK_ROWS], tl.float32)
     if weights is not None:
         bits = tl.load(weights + token).to(tl.uint32, bitcast=True)
         mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)  # in [1, 2)
@@ -284,7 +318,7 @@ def target_logits_kernel(
 def exp_gemm_kernel(
     hidden,  # descriptor of [C, D], blocks [BLOCK_ROWS, BLOCK_DEPTH]
     weight,  # descriptor of [V, D], blocks [BLOCK_COLUMNS, BLOCK_DEPTH]
-    e,  # descriptor of [C, V], blocks [BLOCK_ROWS, BLOCK_COLUMNS], out
+    e,  # descriptor of [C, V], blocks [BLOCK_ROWS, BLOCK_COLUMNS // STORES], out
     shifts,  # [C] float32
     log2_scale,  # [C] float32, log2 m
     sums,  # [C, tiles] float32, out: of E, or the largest logit of each tile
@@ -303,6 +337,7 @@ def exp_gemm_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    STORES: tl.constexpr,  # in how many parts, 1 or 2, a tile is stored
     FLATTEN: tl.constexpr,  # loads of the next tile under way during the epilogue
 ):
     """E = m exp(hidden weight^T - shift), rounded, and sums of its tiles' rows.
@@ -358,9 +393,23 @@ def exp_gemm_kernel(
                 too_little = tile_sums <= tl.load(skip_below + row, mask=row < rows, other=0.0)
                 written = (row < rows) & ((target_tile == tile) | ~too_little)  # NaN too
                 if tl.max(written.to(tl.int32), 0) > 0:
-                    e.store([first_row, first_column], round_to(values, tl.bfloat16))
+                    _store_tile(e, first_row, first_column, values, STORES)
             else:
-                e.store([first_row, first_column], round_to(values, tl.bfloat16))
+                _store_tile(e, first_row, first_column, values, STORES)
+
+
+@triton.jit
+def _store_tile(e, first_row, first_column, values, STORES: tl.constexpr):
+    """Round a tile and store it, as a whole or by halves: shared memory holds a part at a time."""
+    rounded = round_to(values, tl.bfloat16)
+    if STORES == 1:
+        e.store([first_row, first_column], rounded)
+    else:
+        ROWS: tl.constexpr = values.shape[0]
+        HALF: tl.constexpr = values.shape[1] // 2
+        left, right = rounded.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
+        e.store([first_row, first_column], left)
+        e.store([first_row, first_column + HALF], right)
 
 
 @triton.jit(do_not_specialize_on_alignment=["tokens", "targets", "logps", "weights"])
@@ -394,7 +443,7 @@ def finalise_kernel(
         if tl.load(redone + row // BLOCK_ROWS) == 0:
             return
     token = tl.load(tokens + row)
-    target = tl.load(targets + token).to(tl.int32)
+    target, _ = load_target(targets + token, vocab)
     e_row = e + row * e_stride
     z_y = tl.load(z_target + row)
     from_shift = z_y - tl.load(shifts + row)

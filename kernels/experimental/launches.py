@@ -17,6 +17,9 @@ from redi.kernels.reference import Backend
 
 TABLE = Path(__file__).with_name("launches.json")
 
+# Small, so that tests have several groups.
+INTERPRETER_L2_BYTES = 8 << 10
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -33,8 +36,13 @@ class Launch:
     warps: int
     stages: int
     """Steps whose operands are in shared memory or on the way there."""
-    group: int
-    """Blocks of rows, at most, that share a walk over the columns."""
+    stores: int
+    """In how many parts, 1 or 2, a tile is stored: shared memory holds one of them."""
+    programs: int
+    """That a processor runs at once. Two need half of its registers and shared memory each, and
+    one multiplies while the other takes exponentials."""
+    l2_share: float
+    """Of the L2 cache for hidden states: see `most_in_group`."""
     flatten: bool
     """Whether the next tile's operands are fetched during the epilogue. (Not with a filter: that
     needs more registers than there are.)"""
@@ -100,6 +108,23 @@ def launch_for(weight: torch.Tensor) -> Launch:
     entries = entries_for(architecture_of(weight.device))
     hidden = weight.shape[1]
     return min(entries, key=lambda entry: abs(math.log(entry.hidden / hidden))).launch
+
+
+def most_in_group(launch: Launch, hidden_size: int, l2_bytes: int) -> int:
+    """Blocks of rows of bfloat16 hidden states, at most, that share a walk over the columns.
+
+    So many that their hidden states stay in the L2 cache: each block of the lm_head is then fetched
+    from memory once a group. Decides the order of tiles and no result.
+    """
+    in_a_block = launch.rows * hidden_size * torch.bfloat16.itemsize
+    return max(1, int(launch.l2_share * l2_bytes) // in_a_block)
+
+
+def l2_cache_bytes(device: torch.device) -> int:
+    """Of a GPU, or what the interpreter pretends to have."""
+    if device.type != "cuda":
+        return INTERPRETER_L2_BYTES
+    return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def fastest_backend(architecture: str, dtype: torch.dtype, hidden: int) -> Backend:

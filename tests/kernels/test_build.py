@@ -179,6 +179,34 @@ def test_several_programs_of_a_shard_s_kernels_fit_an_sm(
     assert found.count("STG.E.128") == stores
 
 
+# Prints for each form of the product that tuning tries: the programs that it counts on, and its
+# build.
+CANDIDATES = """
+import dataclasses, json
+from unittest.mock import patch
+from redi.bench import build, tune
+from redi.kernels.experimental import exp_gemm_triton
+for launch in dict.fromkeys(dataclasses.replace(c, l2_share=0.5) for c in tune.candidates("sm_90")):
+    with (
+        patch.object(exp_gemm_triton, "launch_for", lambda weight: launch),
+        build.recorded_launches(build.TARGETS["sm_90"]) as found,
+    ):
+        build.calls()["redi_loss"]("triton-exp")
+    for kernel in found:
+        if kernel.name == "exp_gemm_kernel":
+            made = dataclasses.asdict(build.build(kernel, "sm_90"))
+            print(json.dumps([launch.programs, made]))
+"""
+
+
+def test_every_form_of_the_product_that_tuning_tries_fits_its_processor() -> None:
+    made = [json.loads(line) for line in run_without_interpreter(CANDIDATES).splitlines()]
+    assert {programs for programs, _ in made} == {1, 2}
+    for programs, one in made:
+        assert one["spills"] == one["stack_bytes"] == 0
+        assert one["programs"] >= programs
+
+
 # Prints the number of launches that are compiled for chunks whose tokens begin at 16 bytes or at 8,
 # and for vocabularies that are multiples of 16 and that are not.
 SPECIALISE = """

@@ -24,12 +24,15 @@ from kernel_cases import (
 
 from redi.kernels import (
     linear_logprobs,
+    loss_ops,
     redi_loss,
     redi_value_and_grad,
     reference,
     segment_sum,
     signed_cross_entropy,
 )
+from redi.kernels.backends import kernels_of
+from redi.kernels.softmax import NEGLIGIBLE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -70,6 +73,38 @@ def test_the_kinds_of_logits_are_what_they_are_called() -> None:
     assert logits_size(make_case(logits="beyond 80")) > 80
     assert -100 < logps("logp -80").median() < -70
     assert -560 < logps("logp -500").median() < -450
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_negligible_probability_is_zero_in_a_half_type_alone(
+    target: Target, dtype: torch.dtype
+) -> None:
+    """Negligible against the sum without the target, which may itself be next to nothing."""
+    torch.manual_seed(0)
+    logits = 5 * torch.randn(6, 600, device=target.device)
+    targets = torch.arange(6, device=target.device)
+    logits[:3].scatter_(1, targets[:3, None], 40.0)  # 1 - p near 1e-11
+    others = logits.double().scatter(1, targets[:, None], -torch.inf).softmax(1)
+    weights = torch.full((6,), 2.0**14, device=target.device)
+    dlogits = kernels_of(target.backend).softmax(
+        logits,
+        targets,
+        targets,
+        weights,
+        coefficient="weight",
+        dtype=dtype,
+        logps=logits.new_empty(6),
+    )
+    assert dlogits is not None
+    zero = (dlogits == 0).scatter(1, targets[:, None], False)
+    if dtype == torch.float32:
+        assert not zero.any()
+        return
+    share = others / NEGLIGIBLE
+    assert zero[(share < 0.999).scatter(1, targets[:, None], False)].all()
+    if dtype == torch.bfloat16:  # float16 cannot hold all others
+        assert not zero[share > 1.001].any()
+        assert 0.1 < zero.double().mean() < 0.6
 
 
 @pytest.mark.parametrize("vocab", [151936, pytest.param(152064, marks=pytest.mark.slow)])
@@ -380,6 +415,29 @@ def test_a_non_finite_hidden_state_reaches_the_loss(target: Target) -> None:
     case = make_case(device=target.device)
     case.hidden[case.valid_index[0]] = torch.nan
     assert redi_loss(*case.arguments, **case.options, backend=target.backend).loss.isnan()
+
+
+@pytest.mark.parametrize("wrong", [-1, 300, 10**6, 2**32 + 1])
+def test_a_target_out_of_range_that_nobody_checked_is_nan(
+    target: Target, wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU does not read the targets to check them: the guard sees NaN, and memory is safe."""
+    monkeypatch.setattr(loss_ops, "check_target_values", lambda *_: None)
+    case = make_case(torch.bfloat16, vocab=300, masked=0.0, device=target.device)
+    targets = case.targets.clone()
+    at = int(case.valid_index[3])
+    targets[at] = wrong
+    arguments = case.hidden.detach(), case.weight.detach(), targets, case.token_weights
+    if target.backend == "torch":  # PyTorch checks indices
+        with pytest.raises((IndexError, RuntimeError)):
+            signed_cross_entropy(*arguments, backend="torch")
+        return
+    loss, logps = signed_cross_entropy(*arguments, backend=target.backend)
+    exact = reference.linear_logprobs(case.hidden.double(), case.weight.double(), case.targets)
+    assert loss.isnan()
+    assert logps[at].isnan()
+    others = torch.arange(len(targets), device=target.device) != at
+    assert (logps - exact)[others].abs().max() <= 2e-4
 
 
 def test_an_impossible_token_of_weight_zero_leaves_the_loss_finite(target: Target) -> None:

@@ -4,14 +4,17 @@ Each test runs with the Triton kernels and with the same in plain PyTorch. The o
 loss ops run for this backend too, among the slow ones.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
 import exp_gemm_plain
+import numpy as np
 import torch
 import torch.nn.functional as F
 from kernel_cases import (
@@ -31,8 +34,9 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from redi.kernels import linear_logprobs, redi_loss, reference, signed_cross_entropy
+from redi.kernels import backends, linear_logprobs, redi_loss, reference, signed_cross_entropy
 from redi.kernels.experimental import exp_gemm_triton
+from redi.kernels.experimental.launches import launch_for
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -167,6 +171,118 @@ def test_traces_that_nearly_cancel_are_as_exact_as_from_logits(target: Target, l
     case = make_case(BF16, **CANCELLING, logits=logits, device=target.device)
     _, got = run(redi_loss, case, backend=target.backend)
     assert not violations(got, case, oracle(case)[1])
+
+
+def truncated(a: np.ndarray, b: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """sums + a b as by a model of a tensor core: each 16 products are added, then truncated."""
+    for start in range(0, a.shape[1], 16):
+        part = slice(start, start + 16)
+        exact = sums.astype(np.float64) + a[:, part].astype(np.float64) @ b[part]
+        nearest = exact.astype(np.float32)
+        sums = np.where(
+            np.abs(nearest) > np.abs(exact), np.nextafter(nearest, np.float32(0)), nearest
+        )
+    return sums
+
+
+@pytest.fixture
+def truncating(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter adds up products as a tensor core does."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if not backends.TRITON_INTERPRETS:
+        pytest.skip("a card truncates by itself, or not")
+
+    def create_dot(_: object, a: Any, b: Any, d: Any, *__: object) -> object:
+        return interpreter.TensorHandle(truncated(a.data, b.data, d.data), d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def with_logits_near(size: float) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [64, D], weight [32, D], targets: D 3584, all logits near `size`, p near 1 / 32."""
+    torch.manual_seed(0)
+    shared = torch.randn(3584)
+    hidden = shared + 0.05 * torch.randn(64, 3584)
+    weight = shared * size / 3584 + 0.005 * torch.randn(32, 3584)
+    return hidden.to(BF16), weight.to(BF16), torch.arange(64) % 32
+
+
+@pytest.mark.usefixtures("truncating")
+def test_sums_that_a_tensor_core_truncates_do_not_bias_log_probs() -> None:
+    hidden, weight, targets = with_logits_near(38.0)
+    exact = reference.linear_logprobs(hidden.double(), weight.double(), targets)
+    zero = np.zeros((64, 32), np.float32)
+    z = torch.from_numpy(truncated(hidden.float().numpy(), weight.float().T.numpy(), zero))
+    z_exact = (hidden.double() * weight[targets].double()).sum(1)
+    assert (z_exact.mean() - 38).abs() < 4
+
+    z_target = z[torch.arange(64), targets].double()
+    assert (z_exact - z_target).mean() > 1.2e-4  # truncation matters
+    others = z.double().scatter(1, targets[:, None], -torch.inf)
+    mixed = z_exact - torch.logaddexp(z_exact, others.logsumexp(1))
+    assert (mixed - exact).mean() > 1.2e-4  # the target's logit from elsewhere: a bias
+
+    got = linear_logprobs(hidden, weight, targets, backend="triton-exp")
+    assert (got - exact).mean().abs() < 1e-5
+    assert (got - exact).abs().max() < 5e-5
+
+
+@pytest.mark.usefixtures("truncating")
+def test_a_copy_of_the_targets_row_is_exactly_as_likely() -> None:
+    hidden, weight, _ = with_logits_near(38.0)
+    weight = torch.cat([weight[:1], weight[:1], torch.zeros_like(weight)])
+    targets = torch.arange(64) % 2
+    got = linear_logprobs(hidden, weight, targets, backend="triton-exp")
+    torch.testing.assert_close(got, torch.full_like(got, -math.log(2)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "form", [{"stores": 2}, {"programs": 2}, {"l2_share": 0.0}, {"l2_share": 1e3}], ids=str
+)
+def test_the_form_of_a_launch_changes_no_bit(form: dict[str, Any]) -> None:
+    case = make_case(BF16, vocab=300, lengths=(40, 20), signs=(1, -1))
+    case = moved(case, EXP_TARGETS[0].device)
+    valid = case.valid_index
+
+    def made(**changes: Any) -> list[Tensor]:
+        out = torch.full((len(valid), 320), 7.0, dtype=BF16, device=valid.device)[:, :300]
+        logps = torch.zeros(case.targets.shape, device=valid.device)
+        rows = exp_gemm_triton.exp_gemm(
+            case.hidden[valid],
+            case.weight,
+            valid,
+            case.targets,
+            case.token_weights.float(),
+            coefficient="weight",
+            logps=logps,
+            out=out,
+            launch=replace(launch_for(case.weight), **changes),
+        )
+        assert rows is not None
+        assert rows.factors is not None
+        assert rows.residues is not None
+        return [logps, rows.matrix, rows.factors, rows.residues]
+
+    for got, expected in zip(made(**form), made(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_log_probs_alone_write_the_targets_tiles_only() -> None:
+    case = make_case(BF16, vocab=600, lengths=(9,), signs=(1,), masked=0.0)
+    case = moved(case, EXP_TARGETS[0].device)
+    columns = launch_for(case.weight).columns
+    valid = case.valid_index
+    targets = torch.where(case.targets < 0, -100, case.targets % columns)  # all in the first tile
+    case = replace(case, targets=targets)
+    out = torch.full((len(valid), 640), 7.0, dtype=BF16, device=targets.device)[:, :600]
+    logps = torch.zeros(targets.shape, device=targets.device)
+    hidden = case.hidden[valid]
+    exp_gemm_triton.exp_gemm(
+        hidden, case.weight, valid, targets, None, coefficient="weight", logps=logps, out=out
+    )
+    assert (logps - exact_logps(case)).abs().max() <= 2e-4
+    assert (out[:, columns:] == 7).all()
+    assert not (out[:, :columns] == 7).all()
 
 
 @pytest.mark.parametrize("coefficient", ["dft", "unlikelihood"])

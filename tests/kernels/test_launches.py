@@ -15,7 +15,16 @@ from redi.kernels.experimental import exp_gemm_triton, launches
 from redi.kernels.experimental.launches import TABLE, Entry, Launch, read_table, write_entry
 
 LAUNCH = Launch(
-    rows=16, columns=64, depth=64, warps=4, stages=1, group=2, flatten=False, kept_width=64
+    rows=16,
+    columns=64,
+    depth=64,
+    warps=4,
+    stages=1,
+    stores=1,
+    programs=1,
+    l2_share=0.5,
+    flatten=False,
+    kept_width=64,
 )
 
 
@@ -77,7 +86,7 @@ def test_auto_chooses_what_was_measured_to_be_faster_at_this_very_size(
 def test_a_gpu_without_a_launch_is_refused_and_another_size_takes_the_nearest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    near, far = entry(1536), replace(entry(4096), launch=replace(LAUNCH, group=5))
+    near, far = entry(1536), replace(entry(4096), launch=replace(LAUNCH, stages=5))
     monkeypatch.setattr(launches, "_ENTRIES", [near, far])
     monkeypatch.setattr(launches, "architecture_of", lambda device: "sm_90")
     assert launches.launch_for(torch.empty(9, 2048)) == near.launch
@@ -87,11 +96,19 @@ def test_a_gpu_without_a_launch_is_refused_and_another_size_takes_the_nearest(
         backends.choose_backend("triton-exp", torch.device("cuda"), torch.bfloat16)
 
 
+@pytest.mark.parametrize(("hidden", "most"), [(1536, 66), (2048, 50), (3584, 28), (8192, 12)])
+def test_the_hidden_states_of_a_group_fit_half_of_the_l2_cache(hidden: int, most: int) -> None:
+    hopper = replace(LAUNCH, rows=128)
+    assert launches.most_in_group(hopper, hidden, 50 << 20) == most
+    assert launches.most_in_group(replace(hopper, rows=256), hidden, 50 << 20) == most // 2
+    assert launches.most_in_group(hopper, hidden, 1 << 20) == max(1, (1 << 19) // (256 * hidden))
+
+
 @pytest.mark.skipif(not backends.TRITON_INTERPRETS, reason="writes an entry of the interpreter")
 def test_tuning_writes_the_fastest_launch_that_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong, right = tune.candidates("interpreter", 24)
+    wrong, right = tune.candidates("interpreter")
     exp_gemm = exp_gemm_triton.exp_gemm
 
     def one_of_them_wrong(*args: object, launch: Launch, **options: object) -> object:

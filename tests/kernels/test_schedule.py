@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from kernel_cases import Case, Target, gradients, leaves, make_case, relative_error, run
 from torch import Tensor
 
+from redi.engine.plan.memory_tracker import LossMemory, MemoryTracker
 from redi.kernels import chunked, linear_logprobs, redi_loss, redi_value_and_grad
-from redi.kernels.chunk_sizes import fill_waves, split
-from redi.kernels.softmax import multiplies_halves
+from redi.kernels.chunk_sizes import fill_waves, gpu_workspace, split
+from redi.kernels.softmax import GradientRows, multiplies_halves
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -43,6 +44,34 @@ def test_chunks_of_a_gpu_fill_its_processors(hidden: int, processors: int, most:
     assert total <= 1.12 * ideal + 1
     assert fill_waves(1, hidden, processors, most) == 1
     assert fill_waves(0, hidden, processors, most) == 1
+
+
+@pytest.mark.parametrize("exponentials", [False, True])
+def test_the_workspace_counts_what_a_chunk_s_products_allocate(
+    monkeypatch: pytest.MonkeyPatch, exponentials: bool
+) -> None:
+    """Apart from the products, whose operands a CPU has to convert."""
+    monkeypatch.setattr(chunked, "matmul", lambda a, b, out, accumulate=False: out)
+    rows, vocab, width = 512, 1024, 256
+    tracker = MemoryTracker(LossMemory(0, 0, 0, 0))
+    with tracker:
+        weight = torch.zeros(vocab, width, dtype=torch.bfloat16)
+        states = torch.zeros(rows, width, dtype=torch.bfloat16)
+        matrix = torch.zeros(rows, vocab, dtype=torch.bfloat16)
+        parts = [torch.ones(rows), torch.ones(rows)] if exponentials else []
+        out = chunked.Outputs(dhidden=torch.zeros(rows, width), dweight=torch.zeros(vocab, width))
+        tokens = torch.arange(rows)
+        chunk = chunked.Chunk(slice(0, rows), tokens, states, True)
+        products = chunked.Products(weight, torch.zeros_like(tokens), out)
+        before = tracker.held.total()
+        tracker.enter(("products",))
+        products.add(GradientRows(matrix, *parts), chunk)
+    found = tracker.peaks["products",].total() - before
+    workspace = gpu_workspace(
+        rows, vocab, width, torch.bfloat16, 80 << 30, 132, exponentials=exponentials
+    )
+    in_buffer = rows * vocab * (2 if exponentials else 4)
+    assert found == workspace - in_buffer - states.nbytes
 
 
 @pytest.mark.parametrize(("capability", "hip", "whether"), [
