@@ -84,14 +84,22 @@ def title(record: dict[str, Any]) -> str:
     )
 
 
-HEADER = ("", "median", "fastest .. slowest", "x floor", "peak extra", "logp", "dX", "dW error")
+HEADER = (
+    *("", "median", "fastest .. slowest", "x floor", "peak extra"),
+    *("logp bias", "logp", "dX", "dW error"),
+)
+
+
+def label_of(row: dict[str, Any]) -> str:
+    """A row's name, marked if its result was wrong."""
+    return f"{row['name']} REJECTED" if row.get("rejected") else str(row["name"])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    errors = (row.get(key) for key in ERRORS)
+    errors = (row.get(key) for key in ("logp_bias", *ERRORS))
     peak = row["peak_extra_mib"]
     return (
-        row["name"],
+        label_of(row),
         f"{1e3 * row['median_s']:.1f} ms",
         " .. ".join(f"{1e3 * seconds:.1f}" for seconds in row["spread_s"]),
         f"{row['times_floor']:.3f}",
@@ -141,6 +149,46 @@ def write_record(record: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+class LiveRecord:
+    """A record that is on disk after each addition, so that a killed program keeps what it had.
+
+    Args:
+        benchmark: what was run.
+        device: "cpu" or "cuda".
+        folder: made if it does not exist.
+        name: of the file, without .json; None takes `benchmark`. An earlier one is replaced.
+        content: further keys.
+    """
+
+    def __init__(
+        self, benchmark: str, device: str, folder: Path, name: str | None = None, **content: Any
+    ) -> None:
+        self._record: dict[str, Any] = {
+            "benchmark": benchmark,
+            "date": date.today().isoformat(),
+            **environment(device),
+            **content,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{name or benchmark}.json"
+        self._write()
+
+    def set(self, **content: Any) -> None:
+        """Set keys of the record."""
+        self._record |= content
+        self._write()
+
+    def add(self, key: str, item: dict[str, Any]) -> None:
+        """Append to a list of the record."""
+        self._record.setdefault(key, []).append(item)
+        self._write()
+
+    def _write(self) -> None:
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+
 def draw(record: dict[str, Any], path: Path) -> bool:
     """Draw time relative to the floor, memory and errors as a PNG; False without matplotlib."""
     try:
@@ -169,7 +217,7 @@ def draw(record: dict[str, Any], path: Path) -> bool:
     times.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     times.set_xlim(0, 1.3 * max(ratios))
     times.set_xlabel("time relative to the floor (median)")
-    times.set_yticks(places, names)
+    times.set_yticks(places, [label_of(row) for row in rows])
     times.invert_yaxis()
 
     # The floor's memory is allocated beforehand: its figure in older records has no meaning.

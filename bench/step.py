@@ -8,7 +8,9 @@ memory is measured separately:
 - pairs: one pair a micro-step, unpadded, whole logits (as the paper's authors ran it);
 - padded: all pairs in one padded batch, whole logits (as preference trainers run it).
 
-All three must compute the same loss. The engine's dependencies are needed.
+All three must compute the same loss. Each also counts its model flops (MFU where the card's peak is
+known), and one more step is profiled: forward, backward and update, and where the device's time
+goes. The record is written anew after each way. The engine's dependencies are needed.
 """
 
 import argparse
@@ -25,7 +27,8 @@ import torch
 from torch import Tensor
 
 from redi.bench.measure import peak_resident_bytes, seconds_of
-from redi.bench.report import environment
+from redi.bench.parts import Parts, device_time
+from redi.bench.report import LiveRecord
 
 ALPHA = 0.8
 PROMPT_TOKENS = 64
@@ -43,56 +46,93 @@ def main() -> None:
     parser.add_argument("--row_tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--intermediate", type=int, help="of the MLP; default 4 hidden")
+    parser.add_argument("--heads", type=int, help="default hidden / 64")
+    parser.add_argument("--key_heads", type=int, help="default half of the heads")
     parser.add_argument("--vocabulary", type=int, default=32768)
+    parser.add_argument(
+        "--checkpointing",
+        choices=["none", "selective", "attention", "full"],
+        default="none",
+        help="of the packed way",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=_device())
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after one untimed")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda is not available: torch finds no GPU")
     if args.way:
         print(json.dumps(measure(args)))
         return
+    record = None
+    if args.out:
+        sizes = {k: v for k, v in vars(args).items() if k not in ("out", "way")}
+        record = LiveRecord("step", args.device, args.out.parent, args.out.stem, sizes=sizes)
     results = {}
-    for way in WAYS:
+    for way in args.ways:
         line = [sys.executable, "-m", "redi.bench.step", *sys.argv[1:], "--way", way]
         done = subprocess.run(line, stdout=subprocess.PIPE, text=True)
         if done.returncode:  # its stderr has the reason
             raise SystemExit(done.returncode)
         results[way] = json.loads(done.stdout.splitlines()[-1])
-    ours = results["packed"]
-    print(f"{'way':8} {'s/step':>8} {'x ours':>7} {'tokens/s':>9} {'peak GiB':>9}  loss")
+        if record:
+            record.set(results=results)
+    ours = results[args.ways[0]]
+    first = f"x {args.ways[0]}"
+    print(
+        f"{'way':8} {'s/step':>8} {first:>8} {'tokens/s':>9} {'TFLOP/s':>8} {'MFU':>6} "
+        f"{'peak GiB':>9}  loss"
+    )
     for way, result in results.items():
+        mfu = "" if result["mfu"] is None else f"{result['mfu']:.1%}"
         print(
-            f"{way:8} {result['seconds']:8.3f} {result['seconds'] / ours['seconds']:7.2f} "
-            f"{result['tokens'] / result['seconds']:9.0f} {result['peak_gib']:9.2f}  "
-            f"{result['loss']:.6f}"
+            f"{way:8} {result['seconds']:8.3f} {result['seconds'] / ours['seconds']:8.2f} "
+            f"{result['tokens'] / result['seconds']:9.0f} {result['model_tflops']:8.1f} {mfu:>6} "
+            f"{result['peak_gib']:9.2f}  {result['loss']:.6f}"
         )
         if abs(result["loss"] - ours["loss"]) > 1e-4:
             sys.exit(f"{way} computes another loss: the times cannot be compared")
-    if args.out:
-        sizes = {k: v for k, v in vars(args).items() if k not in ("out", "way")}
-        content = {**environment(_device()), "sizes": sizes, "results": results}
-        args.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for way, result in results.items():
+        for kind in ("parts", "device_time"):
+            shown = ", ".join(f"{name} {share:.1%}" for name, share in result[kind].items())
+            print(f"{way}, {kind.replace('_', ' ')}: {shown}")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Median and spread of one way's steps, its peak memory, and the loss before any update."""
+    """A way's steps: median and spread, flops, peak memory, parts, the loss before any update."""
     from redi.engine.distributed import join_world
+    from redi.engine.model.flops import model_size
+    from redi.engine.model.sharding import compute_dtype
+    from redi.engine.train.mfu import peak_flops
 
+    device, lengths = torch.device(args.device), np.array([len(one) for one in _traces(args)])
+    parts = Parts(args.device)
     with join_world():
-        step, tokens = WAYS[args.way](args)
+        step = WAYS[args.way](args, parts)
         loss = step()
-        seconds = [seconds_of(step, _device()) for _ in range(args.steps)]
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        peak = peak_resident_bytes() / 2**30
+        seconds = [seconds_of(step, args.device) for _ in range(args.steps)]
+        if args.device == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            peak = peak_resident_bytes() / 2**30
+        shares, kinds = parts.of(step), device_time(step, args.device)
+    targets = int(lengths.sum()) - len(lengths) * PROMPT_TOKENS
+    flops = model_size(_config(args)).step_flops(lengths, targets) / statistics.median(seconds)
+    most = peak_flops(device, compute_dtype("auto", device))
     return {
         "seconds": statistics.median(seconds),
         "fastest": min(seconds),
         "slowest": max(seconds),
-        "tokens": tokens,
+        "tokens": int(lengths.sum()),
+        "model_tflops": flops / 1e12,
+        "mfu": flops / most if most else None,
         "peak_gib": peak,
         "loss": loss,
+        "parts": shares,
+        "device_time": kinds,
     }
 
 
@@ -127,19 +167,27 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _model(args: argparse.Namespace, attention: str) -> Any:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def _config(args: argparse.Namespace) -> Any:
+    from transformers import Qwen2Config
 
-    torch.manual_seed(0)
-    config = Qwen2Config(
+    heads = args.heads or args.hidden // 64
+    return Qwen2Config(
         vocab_size=args.vocabulary,
         hidden_size=args.hidden,
-        intermediate_size=4 * args.hidden,
+        intermediate_size=args.intermediate or 4 * args.hidden,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=max(1, args.hidden // 128),
+        num_attention_heads=heads,
+        num_key_value_heads=args.key_heads or max(1, heads // 2),
+        max_position_embeddings=args.row_tokens,
     )
-    return Qwen2ForCausalLM._from_config(config, attn_implementation=attention)
+
+
+def _model(args: argparse.Namespace, attention: str) -> Any:
+    from transformers import Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        return Qwen2ForCausalLM._from_config(_config(args), attn_implementation=attention)
 
 
 def _update(model: torch.nn.Module) -> Callable[[], None]:
@@ -154,7 +202,7 @@ def _update(model: torch.nn.Module) -> Callable[[], None]:
     return update
 
 
-def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
+def _packed(args: argparse.Namespace, parts: Parts) -> Callable[[], float]:
     from torch.distributed.fsdp import FSDPModule
 
     from redi.engine.config.sections import ObjectiveConfig, ShardConfig
@@ -165,12 +213,15 @@ def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
     from redi.engine.model.sharding import compute_dtype, shard
     from redi.engine.model.student import Student
 
-    device = torch.device(_device())
+    device = torch.device(args.device)
     dtype = compute_dtype("auto", device)
     attention = register_attention(choose_attention("auto", device, dtype)[0])
     objective = PackedLoss(ObjectiveConfig(name="redi", alpha=ALPHA))
     student = Student(_model(args, attention), objective)
-    shard(student, ShardConfig(), dtype, device, args.row_tokens)
+    section = ShardConfig(checkpointing=args.checkpointing)
+    shard(student, section, dtype, device, args.row_tokens)
+    student.head.register_forward_pre_hook(lambda *_: parts.begin("loss, in forward"))
+    student.head.register_forward_hook(lambda *_: parts.end("loss, in forward"))
     update = _update(student)
     traces = _traces(args)
     lengths = np.array([len(trace) for trace in traces])
@@ -185,18 +236,21 @@ def _packed(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
         total = 0.0
         for index, row in enumerate(rows):
             student.set_requires_gradient_sync(index == len(rows) - 1)
-            loss = student(row, totals).loss
-            loss.backward()
+            with parts.part("forward"):
+                loss = student(row, totals).loss
+            with parts.part("backward"):
+                loss.backward()
             total += loss.item()
-        update()
+        with parts.part("update"):
+            update()
         return total
 
-    return step, int(lengths.sum())
+    return step
 
 
-def _whole_logits(args: argparse.Namespace, group_size: int) -> tuple[Callable[[], float], int]:
+def _whole_logits(args: argparse.Namespace, parts: Parts, group_size: int) -> Callable[[], float]:
     """Plain transformers with whole logits over groups of traces, padded to the longest."""
-    device = _device()
+    device = args.device
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = _model(args, "sdpa").to(device)
     update = _update(model)
@@ -212,27 +266,30 @@ def _whole_logits(args: argparse.Namespace, group_size: int) -> tuple[Callable[[
             group = traces[start : start + group_size]
             ids = torch.nn.utils.rnn.pad_sequence(group, batch_first=True)
             # Padding is on the right: with causal attention no trained token attends to it.
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                logits = model(input_ids=ids, use_cache=False).logits
-            loss = torch.zeros((), device=device)
-            for index, trace in enumerate(group):
-                coefficient = ALPHA if (start + index) % 2 else -1.0
-                loss = loss + coefficient / args.pairs * mean_logp(logits[index], trace)
-            loss.backward()
+            with parts.part("forward"):
+                with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                    logits = model(input_ids=ids, use_cache=False).logits
+                loss = torch.zeros((), device=device)
+                for index, trace in enumerate(group):
+                    coefficient = ALPHA if (start + index) % 2 else -1.0
+                    loss = loss + coefficient / args.pairs * mean_logp(logits[index], trace)
+            with parts.part("backward"):
+                loss.backward()
             total += loss.item()
-        update()
+        with parts.part("update"):
+            update()
         return total
 
-    return step, sum(map(len, traces))
+    return step
 
 
-def _pairs(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
+def _pairs(args: argparse.Namespace, parts: Parts) -> Callable[[], float]:
     # Each trace of the pair separately: unpadded.
-    return _whole_logits(args, group_size=1)
+    return _whole_logits(args, parts, group_size=1)
 
 
-def _padded(args: argparse.Namespace) -> tuple[Callable[[], float], int]:
-    return _whole_logits(args, group_size=2 * args.pairs)
+def _padded(args: argparse.Namespace, parts: Parts) -> Callable[[], float]:
+    return _whole_logits(args, parts, group_size=2 * args.pairs)
 
 
 WAYS = {"packed": _packed, "pairs": _pairs, "padded": _padded}

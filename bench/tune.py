@@ -10,8 +10,10 @@ more than the rounding of both is left out: the time of a wrong result is meanin
 """
 
 import argparse
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -98,11 +100,18 @@ def step_of(operands: Operands, launch: Launch | None) -> Callable[[], Gradients
     return step
 
 
-def right_launches(operands: Operands, launches: list[Launch]) -> dict[Launch, str]:
-    """The launches that run and agree with "triton"; prints why another is left out."""
+def right_launches(operands: Operands, launches: list[Launch], limit_s: float) -> dict[Launch, str]:
+    """The launches that run and agree with "triton"; prints why another is left out.
+
+    Each is compiled, which takes seconds: none is begun after `limit_s`.
+    """
+    began = time.perf_counter()
     expected = step_of(operands, None)()
     found: dict[Launch, str] = {}
-    for launch in launches:
+    for number, launch in enumerate(launches):
+        if time.perf_counter() - began > limit_s:
+            print(f"left out for lack of time: the last {len(launches) - number}")
+            break
         try:
             got = step_of(operands, launch)()
         except Exception as error:  # more registers or shared memory than there are
@@ -117,14 +126,22 @@ def right_launches(operands: Operands, launches: list[Launch]) -> dict[Launch, s
     return found
 
 
-def tune(sizes: LossSizes, launches: list[Launch], repeats: int, limit_s: float) -> Entry:
+def tune(
+    sizes: LossSizes, launches: list[Launch], repeats: int, limit_s: float, try_s: float = math.inf
+) -> Entry:
     """Measure; the entry for the table.
+
+    Args:
+        sizes: of the operands.
+        launches: candidates, the likeliest first.
+        repeats, limit_s: see `measure.time_in_turns`.
+        try_s: see `right_launches`.
 
     Raises:
         RuntimeError: nothing could be timed.
     """
     operands = make_operands(sizes)
-    names = right_launches(operands, launches)
+    names = right_launches(operands, launches, try_s)
     steps = {"triton": step_of(operands, None)}
     for launch, name in names.items():
         steps[name] = step_of(operands, launch)
@@ -172,6 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=60.0, help="of turns, a hidden size")
+    parser.add_argument(
+        "--try_seconds", type=float, default=math.inf, help="no candidate is begun after, likewise"
+    )
     parser.add_argument("--table", type=Path, default=TABLE, help="file to write the entries to")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -194,7 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
             threads=torch.get_num_threads(),
             inputs=options.inputs,
         )
-        entry = tune(sizes, candidates(architecture), options.repeats, options.seconds)
+        limits = options.repeats, options.seconds, options.try_seconds
+        entry = tune(sizes, candidates(architecture), *limits)
         write_entry(entry, options.table)
         print(f"D {hidden}: {entry.backend}, written to {options.table}")
     return 0

@@ -356,7 +356,7 @@ def logprobs(argv: Sequence[str]) -> None:
     _announce_hub("model", args.model)
     _find_data(*args.data)
 
-    from redi.engine.train.run_folder import trained_prompts
+    from redi.engine.train.run_folder import trained_prompts, trained_variables
 
     asked = (args.template, args.system_prompt)
     template, system_prompt, eos, warning = trained_prompts(args.model, *asked)
@@ -364,7 +364,11 @@ def logprobs(argv: Sequence[str]) -> None:
         recipe = Recipe(
             model=ModelConfig(path=args.model),
             data=DataConfig(
-                path=args.data, template=template, system_prompt=system_prompt, eos=eos
+                path=args.data,
+                template=template,
+                system_prompt=system_prompt,
+                template_variables=trained_variables(args.model) if template == "chat" else {},
+                eos=eos,
             ),
             train=TrainConfig(row_tokens=args.row_tokens),
         )

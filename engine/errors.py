@@ -14,6 +14,10 @@ class InputError(Exception):
     """
 
 
+class FaultyRow(InputError):
+    """One row of the data is faulty; `[data] faulty = "skip"` leaves it out."""
+
+
 class RunError(Exception):
     """The run failed although the input is valid: exit code 1."""
 
@@ -26,9 +30,15 @@ class Stopped(Exception):
     """
 
 
-def faulty_rows(faults: Sequence[str]) -> InputError:
-    """InputError that lists the first MOST_FAULTS faulty rows, a line each, and counts the rest."""
+def faulty_rows(faults: Sequence[str], total: int | None = None) -> InputError:
+    """InputError that lists the first MOST_FAULTS faulty rows, a line each, and counts the rest.
+
+    Args:
+        faults: a line for each faulty row, or for the first ones.
+        total: number of faulty rows; default: that of `faults`.
+    """
+    total = len(faults) if total is None else total
     shown = list(faults[:MOST_FAULTS])
-    if len(faults) > MOST_FAULTS:
-        shown.append(f"... and {len(faults) - MOST_FAULTS:,} more")
+    if total > len(shown):
+        shown.append(f"... and {total - len(shown):,} more")
     return InputError("\n".join(shown))

@@ -87,9 +87,10 @@ def settings(
     format: str = "auto",
     template: str = "chat",
     system_prompt: str | None = None,
+    **more: Any,
 ) -> TokenSettings:
     paths = (path,) if isinstance(path, str) else tuple(path)
-    return TokenSettings(paths, format, template, system_prompt, tokenizer)
+    return TokenSettings(paths, format, template, system_prompt, tokenizer, **more)
 
 
 def make_tokens(

@@ -146,6 +146,11 @@ def plain_type(annotation: object) -> str:
         "dict[str, float]",
         'a table of numbers such as { r1 = 2.0 } (on the command line {"r1": 2.0})',
     )
+    text = text.replace(
+        "dict[str, bool | int | float | str]",
+        'a table such as { enable_thinking = false } (on the command line {"enable_thinking": '
+        "false})",
+    )
     for python, plain in (("str", "text"), ("int", "a whole number"), ("float", "a number")):
         text = re.sub(rf"\b{python}\b", plain, text)
     text = text.replace("bool", "true or false").replace(" | ", " or ")

@@ -20,6 +20,7 @@ from redi.engine.config.ranges import (
     in_range,
     ranged,
 )
+from redi.engine.data.where import Where
 from redi.engine.errors import InputError
 
 
@@ -65,10 +66,27 @@ class DataConfig(Section, name="data"):
     mixing_weights: list[float] = field(default_factory=list, metadata=in_range(POSITIVE))
     """One number per path: how often an epoch draws each of its pairs (SFT: sequences). 2: twice;
     0.5: a different half each epoch; default: once."""
-    format: Literal["auto", "preference", "prompt-completion", "messages", "traces", "openr1"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto",
+        "preference",
+        "traces",
+        "openr1",
+        "prompt-completion",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "text",
+    ] = "auto"
     """Row format; auto: detected from the columns of each row."""
+    where: str | None = None
+    """Train only on traces for which this is true, such as "source == 'math' and tokens < 4000": an
+    expression of columns of the row, tokens, prompt_tokens, completion_tokens (docs/data.md)."""
+    faulty: Literal["error", "skip"] = "error"
+    """Rows that cannot be read. error: name the first 20 and stop; skip: leave them out, count them
+    and name the first 20."""
+    train_on: Literal["last", "all"] = "last"
+    """Assistant turns of a conversation that are trained. all: each is a trace, whose prompt is the
+    conversation before it; of a conversation labelled incorrect only the last."""
     teachers: list[str] = field(default_factory=list)
     """Train only on the traces of these teachers (column teacher); empty: all."""
     teacher_weights: dict[str, float] = field(default_factory=dict, metadata=in_range(POSITIVE))
@@ -77,6 +95,8 @@ class DataConfig(Section, name="data"):
     """chat: the tokenizer's chat template; none: prompt, completion and end token, unchanged."""
     system_prompt: str | None = None
     """System message added to conversations that have none."""
+    template_variables: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables of the chat template, such as { enable_thinking = false }."""
     pairing: Literal["zip", "first", "all"] = "zip"
     """How a problem with several traces forms pairs. zip: i-th correct with i-th incorrect; first:
     the first of each (the paper); all: every correct with every incorrect."""
@@ -84,7 +104,9 @@ class DataConfig(Section, name="data"):
     """drop: use equal traces of a problem with the same verdict once, and equal pairs (SFT: traces)
     of different problems once. Equal means token for token; the first is kept."""
     max_tokens: int = ranged(19800, Range(2))
-    """Longest sequence (prompt and completion), in tokens."""
+    """Longest sequence (prompt and completion), in tokens; a text is cut into pieces of it."""
+    min_tokens: int = ranged(1, AT_LEAST_1)
+    """Shortest sequence, in tokens: shorter ones are left out, and counted."""
     max_prompt_tokens: int | None = ranged(None, AT_LEAST_1)
     """Longest prompt, in tokens; default: limited by max_tokens alone."""
     max_completion_tokens: int | None = ranged(None, AT_LEAST_1)
@@ -113,6 +135,13 @@ class DataConfig(Section, name="data"):
                 "data.mixing_weights must have one number per path, got "
                 f"{len(self.mixing_weights)} for {len(self.paths)}"
             )
+        if self.where is not None:
+            try:
+                Where(self.where)
+            except ValueError as error:
+                raise ValueError(f"data.where: {error}") from None
+        if self.template_variables and self.template == "none":
+            raise ValueError('data.template_variables needs data.template = "chat"')
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -65,6 +65,10 @@ class Meta:
     """Number of traces that were already cut off in the data: their end is not trained."""
     document_start: str = ""
     """The tokens at the start of each document that are not from the row; "" if there are none."""
+    faulty: int = 0
+    """Number of faulty rows that were left out."""
+    faults: tuple[str, ...] = ()
+    """Messages about the first of them."""
     parts: dict[str, Any] = field(default_factory=dict)
     """The parts that `key` is a hash of; `files` has one hash per source. Empty in old caches."""
 
@@ -86,6 +90,8 @@ class TokenizedTraces:
         control_tokens: number of traces with such a token, by token.
         dropped: number of rows and traces that `normalise` left out, by reason.
         unread: columns with meaningful content that are not read, by name of the source.
+        faulty: number of faulty rows that were left out.
+        faults: messages about the first of them.
         unfinished: number of traces of the whole set that have no end to train.
         document_start: the tokens at the start of each document that are not from the row.
         sources: names of the input files.
@@ -100,12 +106,15 @@ class TokenizedTraces:
         sources: Sequence[str],
         teachers: Sequence[str] = (),
         teacher_weights: Mapping[str, float] | None = None,
+        piece_tokens: int | None = None,
     ) -> None:
-        """Open the files. For the last two arguments see `of_teachers`."""
+        """Open the files. For the last three arguments see `of_teachers` and `in_pieces`."""
         self.folder = folder
         self.key = meta.key
         self.dropped = meta.dropped
         self.control_tokens = meta.control_tokens
+        self.faulty = meta.faulty
+        self.faults = tuple(meta.faults)
         self.unfinished = meta.unfinished
         self.document_start = meta.document_start
         self.sources = tuple(sources)
@@ -116,6 +125,7 @@ class TokenizedTraces:
         self._meta = meta
         self._teachers = tuple(teachers)
         self._teacher_weights = dict(teacher_weights or {})
+        self._piece_tokens = piece_tokens
         reader = pa.ipc.open_file(pa.memory_map(str(folder / _DATA)))
         self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches])
@@ -144,6 +154,29 @@ class TokenizedTraces:
             self.key = xxhash.xxh3_128_hexdigest(chosen.encode())
             others = len(factors) - len(self)
             self.dropped = {**meta.dropped, "of other teachers": others} if others else meta.dropped
+        self._begins: np.ndarray | None = None  # first token of each piece; None: 0 for all
+        if piece_tokens is not None and not self.prompt_lengths.all():
+            self._cut(piece_tokens)
+
+    def _cut(self, piece_tokens: int) -> None:
+        """Replace each document by its pieces; see `in_pieces`."""
+        whole, self._begins, self.lengths = _pieces(
+            self.lengths, self.prompt_lengths == 0, piece_tokens
+        )
+        places = np.arange(len(self._column("row"))) if self._places is None else self._places
+        self._places = places[whole]
+        documents = self.prompt_lengths[whole] == 0
+        for name in ("signs", "weights", "unknown", "control", "source_numbers", "_row_numbers"):
+            setattr(self, name, getattr(self, name)[whole])
+        self.prompt_lengths = np.where(documents, 1, self.prompt_lengths[whole])
+        # Equal documents have equal pieces. An odd factor keeps the pieces of one apart.
+        apart = self._begins.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        self.digests = self.digests[whole] ^ apart
+        self.prompt_digests = np.where(documents, self.digests, self.prompt_digests[whole])
+        own = int(self.groups.max()) + 1 + np.arange(len(whole))
+        self.groups = np.where(documents, own, self.groups[whole])
+        cut = f"{self.key}\npieces of {piece_tokens}"
+        self.key = xxhash.xxh3_128_hexdigest(cut.encode())
 
     def _column(self, name: str) -> np.ndarray:
         return self._chosen([batch[name].to_numpy() for batch in self._batches])
@@ -166,7 +199,24 @@ class TokenizedTraces:
         """
         if not (teachers or weights):
             return self
-        return TokenizedTraces(self.folder, self._meta, self.sources, teachers, weights)
+        return TokenizedTraces(
+            self.folder, self._meta, self.sources, teachers, weights, self._piece_tokens
+        )
+
+    def in_pieces(self, tokens: int) -> "TokenizedTraces":
+        """Cut each document (a text without a prompt) into pieces of at most this many tokens.
+
+        Each piece is a trace. Every token is in one piece; the first of a piece is its prompt.
+
+        Raises:
+            InputError: fewer than 3 tokens: a piece could have none to train.
+        """
+        if self.prompt_lengths.all():
+            return self
+        if tokens < 3:
+            raise InputError(f"[data] max_tokens = {tokens}: pieces of a text need at least 3")
+        chosen = self._teachers, self._teacher_weights
+        return TokenizedTraces(self.folder, self._meta, self.sources, *chosen, tokens)
 
     def _teacher_factors(self) -> np.ndarray:
         """Factor on the weight of each trace, float32; 0 removes the trace."""
@@ -189,8 +239,8 @@ class TokenizedTraces:
 
     def __reduce__(self) -> tuple[object, ...]:
         # A memory map cannot be sent to a worker process; the worker opens its own.
-        values = (self.folder, self._meta, self.sources, self._teachers, self._teacher_weights)
-        return TokenizedTraces, values
+        chosen = self._teachers, self._teacher_weights, self._piece_tokens
+        return TokenizedTraces, (self.folder, self._meta, self.sources, *chosen)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -200,8 +250,9 @@ class TokenizedTraces:
     def ids(self, index: int) -> np.ndarray:
         """Token ids of a trace, int32 [lengths[index]], as a read-only view of the file."""
         batch, position = self._locate(index)
-        start, end = self._offsets[batch][position : position + 2]
-        return self._values[batch][start:end]
+        start = self._offsets[batch][position]
+        start += 0 if self._begins is None else self._begins[index]
+        return self._values[batch][start : start + self.lengths[index]]
 
     def where(self, index: int) -> str:
         """The row of a trace, for messages: "file.jsonl:12"."""
@@ -225,6 +276,29 @@ class TokenizedTraces:
         place = index if self._places is None else int(self._places[index])
         batch = int(np.searchsorted(self._starts, place, side="right")) - 1
         return batch, int(place - self._starts[batch])
+
+
+def _pieces(
+    lengths: np.ndarray, cut: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(trace, first token, length) of each piece, int64 [pieces].
+
+    No piece has a single token: the one before it then ends a token earlier.
+
+    Args:
+        lengths: int64 [n], tokens of each trace.
+        cut: bool [n], the traces to cut; the others are one piece each.
+        most: longest piece.
+    """
+    counts = np.where(cut, -(-lengths // most), 1)
+    whole = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(whole)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begins = number * most
+    last = number == counts[whole] - 1
+    begins -= last & (number > 0) & (lengths[whole] - begins == 1)
+    ends = np.append(begins[1:], 0)
+    ends[last] = lengths[whole[last]]
+    return whole, begins, ends - begins
 
 
 def open_cache(folder: Path, sources: Sequence[str] | None = None) -> TokenizedTraces | None:

@@ -4,15 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from redi.engine.data.final_answer import final_answer
-from redi.engine.data.rows import (
-    ANSWER_COLUMNS,
-    ID_COLUMNS,
-    PROMPT_COLUMNS,
-    Row,
-    read_source,
-)
+from redi.engine.data.messages import Message, as_messages, read_prompt
+from redi.engine.data.row import Row
+from redi.engine.data.rows import read_source
 from redi.engine.data.sources import find_sources
-from redi.engine.data.traces import Message, as_messages, read_prompt
+from redi.engine.data.traces import ANSWER_COLUMNS, ID_COLUMNS, PROMPT_COLUMNS, with_system
 from redi.engine.errors import InputError
 
 
@@ -65,7 +61,7 @@ def read_problems(paths: Sequence[str], limit: int | None = None) -> list[Proble
 
 
 def _problem(row: Row) -> Problem:
-    prompt = read_prompt(row, _column(row, PROMPT_COLUMNS, "prompt"))
+    prompt = with_system(row, read_prompt(row, _column(row, PROMPT_COLUMNS, "prompt")))
     column = _column(row, ANSWER_COLUMNS, "answer")
     value = row.value[column]
     if isinstance(value, bool) or not isinstance(value, str | int | float):

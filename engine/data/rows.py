@@ -10,58 +10,25 @@ import gzip
 import json
 import zlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from redi.engine.data.messages import THOUGHT_KEYS, TOOL_KEYS
+from redi.engine.data.row import Row
 from redi.engine.data.sources import Source, find_sources, hub_dataset, saved_dataset
-from redi.engine.errors import InputError
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """The columns of one row format. A row may have others, which are ignored."""
-
-    required: tuple[str, ...]
-    """The columns by which the format is detected; empty: it is never detected."""
-    optional: tuple[str, ...]
-
-
-_COMMON = ("id", "teacher", "weight", "source", "finished")
-
-# Columns of a problem to evaluate on. Benchmarks use several names; the first one found counts.
-PROMPT_COLUMNS = ("prompt", "problem", "question")
-ANSWER_COLUMNS = ("answer", "solution")
-ID_COLUMNS = ("id", "unique_id", "uuid")
-
-# In the order of detection, the more specific columns first: a preference set often has a
-# `messages` column as well.
-FORMATS: dict[str, Format] = {
-    "preference": Format(("chosen", "rejected"), ("prompt", *_COMMON)),
-    "traces": Format(("prompt", "traces"), _COMMON),
-    "openr1": Format(
-        ("problem", "generations", "correctness", "problem_is_valid", "source"),
-        ("uuid", *_COMMON),
-    ),
-    "prompt-completion": Format(("prompt", "completion"), ("label", *_COMMON)),
-    "messages": Format(("messages",), ("label", *_COMMON)),
-    "problem": Format((), (*PROMPT_COLUMNS, *ANSWER_COLUMNS, *ID_COLUMNS)),
-}
-
-VERDICT_COLUMNS = ("correct", "is_correct", "correctness", "verdict", "passed", "is_passed")
-"""Names that other programs use for the verdict on a row; here it is `label`."""
-SCORE_COLUMNS = ("score", "reward", "accuracy", "acc", "success", "grade")
-"""Names of a grade. It is a verdict if it is a boolean, or only 0 and 1 in the whole file."""
+from redi.engine.data.traces import COLUMNS, COMMON_COLUMNS, FORMATS, is_empty, resolve_format
+from redi.engine.data.verdicts import SCORE_COLUMNS, VERDICT_COLUMNS, Grades
+from redi.engine.errors import FaultyRow, InputError
 
 # They affect what a model should learn from a row, but no format reads them yet.
 UNREAD_COLUMNS = frozenset(
     {
         *("tools", "functions", "tool_calls", "documents", "images", "image", "videos", "audio"),
         *("system", "system_prompt", "chat_template", "chat_template_kwargs"),
-        *("reasoning", "reasoning_content", "thinking", "thoughts"),
+        *("thoughts", *THOUGHT_KEYS),
         *("mask", "loss_mask", "completion_mask", "assistant_masks", "token_weights"),
         *("loss_weights", "sample_weight", "weights", "label", "labels", "margin"),
         *("step_rewards", "step_labels", "step_scores", "process_rewards", "rewards", "scores"),
@@ -75,74 +42,15 @@ UNREAD_COLUMNS = frozenset(
 UNREAD_MESSAGE_KEYS = frozenset(
     {
         *("weight", "mask", "loss", "loss_mask", "train", "trainable", "token_weights"),
-        *("logprobs", "name", "tool_call_id", "tools", "refusal", "images", "audio", "prefix"),
+        *("logprobs", "tools", "refusal", "images", "audio", "prefix", *TOOL_KEYS),
     }
 )
 
-COLUMNS = frozenset(name for shape in FORMATS.values() for name in shape.required + shape.optional)
-"""Every column that some format reads."""
-
 # A CSV cell is text; in these columns the text is JSON.
-_CSV_JSON_COLUMNS = ("messages", "traces", "generations", "correctness")
+_CSV_JSON_COLUMNS = ("messages", "conversations", "traces", "generations", "correctness")
 _PARQUET_ROWS = 64
 _CR_ALONE = "lines end in CR alone, as on old Macs; save it with LF line ends"
 _ZERO_BYTES = "holds zero bytes; it looks like UTF-16; save it as UTF-8"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One raw row."""
-
-    value: dict[str, Any]
-    """The row's columns, as parsed."""
-    source: str
-    """The file or hub name of the row."""
-    number: int
-    """Line number in a JSON Lines or CSV file, otherwise row number; both count from 1."""
-    format: str
-    """The row's format, a key of `FORMATS`."""
-
-    @property
-    def where(self) -> str:
-        """The row's place for a message: "file.jsonl:12"."""
-        return f"{self.source}:{self.number}"
-
-
-def resolve_format(format: str, columns: Collection[str], where: str) -> str:
-    """The format of a row: `format` itself, or with "auto" the one detected from its columns.
-
-    Args:
-        format: a key of `FORMATS`, or "auto".
-        columns: the columns of the row.
-        where: the row's place, for messages.
-
-    Raises:
-        InputError: the name of the format is unknown, or the columns match no format.
-    """
-    if format in FORMATS:
-        return format
-    detected = {name: shape for name, shape in FORMATS.items() if shape.required}
-    if format != "auto":
-        available = ", ".join(detected)
-        raise InputError(f"[data] format {format!r} is unknown; available: auto, {available}")
-    for name, shape in detected.items():
-        if all(column in columns for column in shape.required):
-            return name
-    small = {column.lower() for column in columns}
-    found = ", ".join(columns) or "none"
-    for shape in detected.values():
-        if all(column in small for column in shape.required):
-            raise InputError(
-                f"{where}: the columns ({found}) must be written in lower case: "
-                f"{', '.join(shape.required)}"
-            )
-    known = "; ".join(f"{name} ({', '.join(_usual(shape))})" for name, shape in detected.items())
-    raise InputError(f"{where}: the columns ({found}) match no row format; available: {known}")
-
-
-def _usual(shape: Format) -> list[str]:
-    """Columns that most rows of a format have. `prompt` is optional for conversations."""
-    return ["prompt"] * ("prompt" in shape.optional) + list(shape.required)
 
 
 def read_rows(paths: Sequence[str], format: str) -> Iterator[Row]:
@@ -168,32 +76,36 @@ def read_source(source: Source, format: str) -> Iterator[Row]:
 
 
 def scan_source(
-    source: Source, format: str, unread: set[str] | None = None
+    source: Source,
+    format: str,
+    unread: set[str] | None = None,
+    columns: Collection[str] = (),
 ) -> Iterator[Row | InputError]:
-    """Yield the rows of one source, and an InputError instead of each faulty row.
+    """Yield the rows of one source, and a FaultyRow instead of each faulty row.
 
-    Nothing is raised. If the rest of a file cannot be read, its error is the last item.
+    Nothing is raised. If the rest of a file cannot be read, its InputError is the last item.
 
     Args:
         source: the file or data set.
         format: as for `read_rows`.
         unread: collects the names of columns and keys with meaningful content that the format
-            does not read ("tools", "traces[].mask", "messages[].weight").
+            does not read ("images", "traces[].mask", "messages[].weight").
+        columns: further columns to read, which the format does not need.
     """
     number = 0
     shape = ""
     labelled = False
     unread = set() if unread is None else unread
-    grades = _Grades()
+    grades = Grades()
     try:
-        for number, value in _numbered_values(source, format, unread):
+        for number, value in _numbered_values(source, format, unread, columns):
             where = f"{source.name}:{number}"
             if isinstance(value, InputError):
                 yield value
                 continue
             if not isinstance(value, dict):
                 kind = _kind_name(value)
-                yield InputError(f"{where}: a row must be a JSON object, not {kind}")
+                yield FaultyRow(f"{where}: a row must be a JSON object, not {kind}")
                 continue
             if not shape:
                 place = _header_place(source.name, value) if source.kind == "csv" else where
@@ -201,7 +113,7 @@ def scan_source(
                 labelled = "label" in value
             # A row whose label is missing must not count as a positive.
             if "label" in FORMATS[shape].optional and ("label" in value) != labelled:
-                yield InputError(
+                yield FaultyRow(
                     f"{where}: column 'label' must be in every row of a file or in none; "
                     f"the first row has {'it' if labelled else 'none'}"
                 )
@@ -227,64 +139,36 @@ def scan_source(
             )
 
 
-class _Grades:
-    """Distinguishes columns of verdicts, written as 0 and 1 (or -1 and 1), from scores."""
-
-    def __init__(self) -> None:
-        self._low: dict[str, int] = {}
-        self._scores: set[str] = set()
-
-    def add(self, number: int, value: dict[str, Any]) -> None:
-        """Count the grades of one row."""
-        for column in SCORE_COLUMNS:
-            grade = value.get(column)
-            # A missing value, as in a CSV file or as pandas writes it.
-            if grade is None or grade in ("", "nan") or grade != grade or column in self._scores:
-                continue
-            try:
-                figure = float(grade)
-            except (TypeError, ValueError, OverflowError):
-                figure = 0.5
-            if figure not in (-1, 0, 1):
-                self._scores.add(column)
-            elif figure < 1:
-                self._low.setdefault(column, number)
-
-    def verdicts(self) -> dict[str, int]:
-        """The columns of verdicts, and for each the first row that is graded incorrect."""
-        return {column: row for column, row in self._low.items() if column not in self._scores}
-
-
 def _unread_names(value: dict[str, Any], shape: str) -> set[str]:
     """Names of columns and keys of a row with meaningful content that are not read."""
     form = FORMATS[shape]
     found = {
         name
         for name in UNREAD_COLUMNS & value.keys()
-        if _is_filled(value[name]) and name not in form.required and name not in form.optional
+        if not is_empty(value[name]) and name not in form.required and name not in form.optional
     }
     for column in form.required + form.optional:
         entries = value.get(column)
         if not isinstance(entries, list):
             continue
         # In entries of `traces` the verdict is read from `correct`.
-        names = UNREAD_COLUMNS - {"correct"} if column == "traces" else UNREAD_MESSAGE_KEYS
+        read = {"correct", *THOUGHT_KEYS}
+        names = UNREAD_COLUMNS - read if column == "traces" else UNREAD_MESSAGE_KEYS
         for entry in entries:
             if isinstance(entry, dict):
-                filled = (name for name in names & entry.keys() if _is_filled(entry[name]))
-                found.update(f"{column}[].{name}" for name in filled)
+                own = TOOL_KEYS if entry.get("role") == "tool" else ()
+                filled = (name for name in names & entry.keys() if not is_empty(entry[name]))
+                found.update(f"{column}[].{name}" for name in filled if name not in own)
     return found
 
 
-def _is_filled(value: object) -> bool:
-    return value is not None and value not in ("", [], {})
-
-
-def _numbered_values(source: Source, format: str, unread: set[str]) -> Iterator[tuple[int, Any]]:
+def _numbered_values(
+    source: Source, format: str, unread: set[str], more: Collection[str]
+) -> Iterator[tuple[int, Any]]:
     """Parsed rows with their numbers, from 1; an InputError for a row that cannot be parsed."""
     if source.kind in ("hub", "saved"):
         dataset = (hub_dataset if source.kind == "hub" else saved_dataset)(source.name)
-        columns = _wanted_columns(dataset.column_names, format, source.name)
+        columns = _wanted_columns(dataset.column_names, format, source.name, more)
         for name in _unread_columns(dataset.column_names, columns):
             if dataset.data.column(name).null_count < len(dataset.data):
                 unread.add(name)
@@ -292,11 +176,12 @@ def _numbered_values(source: Source, format: str, unread: set[str]) -> Iterator[
         return
     with _open(source.name) as file:
         if source.kind == "parquet":
-            yield from _parquet_values(file, source.name, format, unread)
+            yield from _parquet_values(file, source.name, format, unread, more)
         elif source.kind == "csv":
             yield from _csv_values(file, source.name)
-        elif source.kind == "json" and _first_byte(file) == b"[":
-            yield from enumerate(_parse_json(file.read(), source.name, line=None), start=1)
+        elif _is_document(file, source):
+            document = _parse_json(file.read(), source.name, line=None)
+            yield from enumerate(_rows_of(document, format, source.name), start=1)
         else:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -308,11 +193,11 @@ def _open(name: str) -> IO[bytes]:
 
 
 def _parquet_values(
-    file: IO[bytes], name: str, format: str, unread: set[str]
+    file: IO[bytes], name: str, format: str, unread: set[str], more: Collection[str]
 ) -> Iterator[tuple[int, Any]]:
     number = 0
     parquet = pq.ParquetFile(file)
-    columns = _wanted_columns(parquet.schema_arrow.names, format, name)
+    columns = _wanted_columns(parquet.schema_arrow.names, format, name, more)
     others = _unread_columns(parquet.schema_arrow.names, columns)
     for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=[*columns, *others]):
         # Columns that are not read are not converted to Python objects.
@@ -322,10 +207,12 @@ def _parquet_values(
             yield number, value
 
 
-def _wanted_columns(columns: list[str], format: str, where: str) -> list[str]:
-    """The columns that the format reads; a columnar file need not load the others."""
+def _wanted_columns(
+    columns: list[str], format: str, where: str, more: Collection[str]
+) -> list[str]:
+    """The columns that the format reads, and `more`; a columnar file need not load the others."""
     shape = FORMATS[resolve_format(format, columns, where)]
-    wanted = {*shape.required, *shape.optional}
+    wanted = {*shape.required, *shape.optional, *more}
     if "label" in shape.optional:
         wanted.update(VERDICT_COLUMNS, SCORE_COLUMNS)
     return [name for name in columns if name in wanted]
@@ -358,7 +245,7 @@ def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
             else:
                 yield (
                     number,
-                    InputError(
+                    FaultyRow(
                         f"{name}:{number}: {len(cells)} cells, but the header has {len(header)} "
                         f"(separator {delimiter!r}; is a quotation mark not closed?)"
                     ),
@@ -375,7 +262,7 @@ def _csv_row(
     header: list[str], cells: list[str], name: str, number: int
 ) -> dict[str, Any] | InputError:
     value: dict[str, Any] = dict(zip(header, cells, strict=True))
-    for column in _COMMON:
+    for column in COMMON_COLUMNS:
         if value.get(column) == "":
             del value[column]
     for column in _CSV_JSON_COLUMNS:
@@ -405,7 +292,7 @@ def _parsed_or_error(text: bytes, name: str, line: int) -> Any:
     try:
         return _parse_json(text, name, line)
     except InputError as error:
-        return error
+        return FaultyRow(str(error))
 
 
 def _parse_json(text: bytes, name: str, line: int | None) -> Any:
@@ -438,11 +325,64 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _first_byte(file: IO[bytes]) -> bytes:
-    """The first byte after white space and a byte-order mark; the file is rewound."""
-    start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+def _is_document(file: IO[bytes], source: Source) -> bool:
+    """True if a file is one JSON document, not one in each line; the file is rewound."""
+    first = b""
+    while not first and (line := file.readline()):
+        first = line.removeprefix(b"\xef\xbb\xbf").strip()
     file.seek(0)
-    return start
+    if first in (b"[", b"{"):  # written over several lines
+        return True
+    if source.kind != "json" or first[:1] not in (b"[", b"{"):
+        return False
+    if first[:1] == b"[":
+        return True
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return _is_by_column(value) or bool(_lists_of_rows(value))
+
+
+def _is_by_column(value: dict[str, Any]) -> bool:
+    """True for a table as pandas' `to_json` writes it: columns of numbered values."""
+    return bool(value) and all(
+        isinstance(column, dict) and column and all(number.isdecimal() for number in column)
+        for column in value.values()
+    )
+
+
+def _lists_of_rows(document: dict[str, Any]) -> list[str]:
+    """The keys under which a JSON object has a list of objects, unless it is itself a row."""
+    if any(set(shape.required) <= document.keys() for shape in FORMATS.values() if shape.required):
+        return []
+    return [
+        key
+        for key, value in document.items()
+        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value)
+    ]
+
+
+def _rows_of(document: Any, format: str, name: str) -> list[Any]:
+    """The rows of a file that is one JSON document: a list, or an object with one list."""
+    if isinstance(document, list):
+        return document
+    if not isinstance(document, dict):
+        raise InputError(f"{name}: is one JSON value, not a list of rows")
+    if _is_by_column(document):
+        raise InputError(
+            f"{name}: is a table written column by column ({', '.join(document)}); write it row by "
+            'row: in pandas, to_json(path, orient="records", lines=True)'
+        )
+    lists = _lists_of_rows(document)
+    if not lists:
+        return [document]  # one row, written over several lines
+    if len(lists) > 1:
+        raise InputError(
+            f"{name}: is one JSON object with several lists of rows ({', '.join(lists)}); save the "
+            "list to train on as a file"
+        )
+    return document[lists[0]]
 
 
 def _kind_name(value: object) -> str:

@@ -40,6 +40,7 @@ def select(
     pairing: Pairing = "zip",
     duplicates: Duplicates = "keep",
     max_tokens: int,
+    min_tokens: int = 1,
     max_prompt_tokens: int | None = None,
     max_completion_tokens: int | None = None,
     overlong: Overlong,
@@ -58,6 +59,7 @@ def select(
         duplicates: "drop" leaves out repetitions, token for token: traces of one problem and sign
             (before pairing), and units of all problems.
         max_tokens: longest sequence, prompt and completion with its end.
+        min_tokens: shortest sequence; shorter ones are left out before pairing.
         max_prompt_tokens, max_completion_tokens: limits on its parts; None: no further limit.
         overlong: what happens to a longer sequence. "error" raises; "drop" leaves it out (before
             pairing); "truncate" cuts its end off, or leaves it out if its prompt is too long or no
@@ -85,6 +87,9 @@ def select(
     limits = np.full(len(tokens), max_tokens)
     if max_completion_tokens is not None:
         limits = np.minimum(limits, prompts + max_completion_tokens)
+    short = usable & (lengths < min_tokens)
+    left_out["shorter than min_tokens"] = int(short.sum())
+    usable = usable & ~short
     over = lengths > limits
     if overlong != "error":
         # A prompt is never cut: without its end it would be a different problem.

@@ -15,6 +15,10 @@ from redi.engine.hub import NO_HUB_NAME, is_hub_name, quiet_hub_client
 
 FILE_KINDS = ("jsonl", "json", "parquet", "csv")
 _SPLIT = re.compile(r":[\w.\[\]%-]+$")
+# "owner/name", "owner/name:split" or "owner/name:config:split"; a split may be "train[:10%]".
+_HUB = re.compile(
+    r"(?P<repository>[^:]+?)(?::(?P<config>[\w.+-]+))??(?::(?P<split>[\w.-]+(?:\[[^\]]*\])?))?"
+)
 
 # Metadata that `datasets` writes: `save_to_disk`, and older data cards of the hub.
 _STATE, _INFO, _DICT = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -49,7 +53,7 @@ class Source:
     """One file, one saved data set, or one split of a hub data set."""
 
     name: str
-    """The path, or "owner/name:split"."""
+    """The path, or "owner/name:split" or "owner/name:config:split"."""
     kind: str
     """One of FILE_KINDS, "saved" (a folder written by `save_to_disk`), or "hub"."""
 
@@ -71,7 +75,8 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
     Args:
         paths: files; folders, with all data files in them and in their sub-folders, sorted by
             path; folders written by `save_to_disk` of `datasets`; and hub names ("owner/name").
-            "folder:split" and "owner/name:split" select a split; default: "train".
+            "folder:split" and "owner/name:split" select a split; default: "train";
+            "owner/name:config:split" selects a configuration too.
 
     Raises:
         InputError: a path is missing, has no data, or occurs twice (also as a folder and a file
@@ -87,8 +92,8 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
             if not kind:
                 raise InputError(f"{name}: not a supported kind of file ({_kinds_text()})")
             sources.append(Source(str(path), kind))
-        elif is_hub_name(_SPLIT.sub("", name)) and not file_kind(path):
-            sources.append(Source(name if ":" in name else f"{name}:train", "hub"))
+        elif not file_kind(path) and (found := _HUB.fullmatch(name)) and is_hub_name(found[1]):
+            sources.append(Source(name if found["split"] else f"{name}:train", "hub"))
         else:
             raise InputError(f"{name}: no such file or folder, {NO_HUB_NAME}")
     if not sources:
@@ -130,15 +135,19 @@ def file_kind(path: Path) -> str:
 
 @lru_cache(maxsize=8)
 def hub_dataset(name: str) -> Any:
-    """The `datasets.Dataset` of "owner/name:split"."""
+    """The `datasets.Dataset` of "owner/name:split" or "owner/name:config:split"."""
     import datasets  # imported late: slow, and local files do not need it
 
-    repository, _, split = name.partition(":")
+    found = _HUB.fullmatch(name)
+    assert found is not None, "`find_sources` has matched it"
+    config = [found["config"]] if found["config"] else []
     try:
         with quiet_hub_client():
-            return datasets.load_dataset(repository, split=split)
+            return datasets.load_dataset(found["repository"], *config, split=found["split"])
     except Exception as error:  # the hub client raises many types
         problem = " ".join(str(error).split())[:300]
+        if "config name is missing" in problem.lower():
+            problem = f'name a configuration as "{found["repository"]}:CONFIG:train" ({problem})'
         raise InputError(
             f"{name}: neither a local file nor an available data set on the hub: {problem}"
         ) from error

@@ -7,34 +7,26 @@ prompt could merge with the first of the completion, which never happens in gene
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from redi.engine.data.traces import Message, Trace, as_messages
-from redi.engine.errors import InputError
+from redi.engine.data.chat import ChatTemplate, is_finished
+from redi.engine.data.messages import Message, as_messages
+from redi.engine.data.traces import Trace
+from redi.engine.errors import FaultyRow, InputError
 from redi.engine.hub import NO_HUB_NAME, is_hub_name, quiet_hub_client
 
 TEMPLATES = ("chat", "none")
-_PROBE = "redi probe message"
 # Text that a byte-level vocabulary represents, but one of a few characters or words does not.
 _ANY_TEXT = "aZ09 +-=*/(){}<>\\$%é≠中☃\U0001f600"
-_OPENED_TAG = re.compile(r"<[^<>/|｜\s]+>\s*$")
-_EMPTY_BLOCK = re.compile(r"<([^<>/|｜\s]+)>\s*</\1>\s*$")
-_THOUGHT = re.compile(r"\s*<(think|thinking|thought|reasoning)>")
 # Templates with a date or random words render differently from one call to the next.
 _VOLATILE = re.compile(r"\b(?:strftime_now|random|lipsum)\b")
 _VOLATILE_MARK = "-volatile"
-_PROBE_TURNS = (
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "What is 2 + 2?"},
-    {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\n4"},
-    {"role": "user", "content": "And 3 + 3?"},
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +43,17 @@ class TokenSettings:
     """Added to messages that have no system message; needs the chat template."""
     tokenizer_path: str
     """Folder or hub name of a tokenizer."""
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as enable_thinking."""
+    train_on: str = "last"
+    """The assistant turns of a conversation that become traces: "last" or "all"."""
+    where: str | None = None
+    """Expression that selects traces; see `Where`."""
     control_tokens: str = "allow"
     """"error": refuse traces whose text contains a control token of the tokenizer. Does not change
     the ids."""
+    faulty: str = "error"
+    """"skip": leave faulty rows out. Does not change the ids of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class Encoded:
     ids: np.ndarray
     """int32 [length]: the prompt, then the completion with its end."""
     prompt_length: int
+    """0: a document, which has no prompt."""
     unknown: int
     """Number of unknown tokens, and of characters that the tokenizer drops."""
 
@@ -101,9 +102,13 @@ class Encoder:
         self._spells_all = not self._lost(_ANY_TEXT, self._ids([_ANY_TEXT])[0])
         control = "|".join(map(re.escape, _control_tokens(self.tokenizer)))
         self._control = re.compile(control or "(?!)")  # without control tokens: matches nothing
-        self._template = settings.template
-        self._system_prompt = settings.system_prompt
-        self._start = [] if settings.template == "chat" else _document_start(self.tokenizer)
+        self._chat = None
+        if settings.template == "chat":
+            self._chat = ChatTemplate(
+                self.tokenizer, settings.system_prompt, settings.template_variables
+            )
+        self._document_start = _document_start(self.tokenizer)
+        self._start = [] if self._chat else self._document_start
 
     def fingerprint(self) -> str:
         """Hash of the tokenizer and its template; `is_volatile` reads a mark at its end."""
@@ -122,27 +127,22 @@ class Encoder:
         This depends on more than the text of the template: on the date that it prints, and on the
         version of the renderer.
         """
-        if self._template == "none":
-            return ""
-        rendered = []
-        for turns in (_PROBE_TURNS[1:2], _PROBE_TURNS):
-            try:
-                rendered.append(self._render(list(turns), "", add_generation_prompt=True))
-            except InputError as error:  # some templates refuse system messages
-                rendered.append(str(error))
-        return "\n".join(rendered)
+        return "\n".join(self._chat.samples()) if self._chat else ""
 
-    def document_start(self) -> str:
+    def document_start(self, texts_alone: bool = False) -> str:
         """The tokens at the start of each document that are not from the row, as text; "" if none.
 
         Without a template these are the tokens that the tokenizer puts before any text. A chat
         template adds its own.
+
+        Args:
+            texts_alone: whether all rows are texts without a prompt, which need no template.
         """
-        if self._template == "none":
-            return "".join(self.tokenizer.convert_ids_to_tokens(self._start))
-        start = _document_start(self.tokenizer)
+        if self._chat is None or texts_alone:
+            return "".join(self.tokenizer.convert_ids_to_tokens(self._document_start))
+        start = self._document_start
         try:
-            first = self._render(list(_PROBE_TURNS[1:2]), "", add_generation_prompt=True)
+            first = self._chat.question()
         except InputError:  # if it refuses the rows too, their errors are reported
             return ""
         bos = self.tokenizer.bos_token_id
@@ -158,9 +158,7 @@ class Encoder:
 
         With a chat template the ids are unchanged: the template contains the start itself.
         """
-        if tuple(ids[: len(self._start)]) == tuple(self._start):
-            return tuple(ids)
-        return (*self._start, *ids)
+        return tuple(_started(self._start, ids))
 
     def encode(self, traces: Sequence[Trace], texts: Sequence[tuple[str, str]]) -> list[Encoded]:
         """Token ids of each trace.
@@ -170,7 +168,7 @@ class Encoder:
             texts: their prompts and completions, as `texts` returns them.
 
         Raises:
-            InputError: one line for each trace whose prompt or completion has no token in this
+            FaultyRow: one line for each trace whose prompt or completion has no token in this
                 vocabulary.
         """
         # Traces of one problem share the prompt, which is tokenized once.
@@ -181,7 +179,7 @@ class Encoder:
         faults = []
         for trace, (prompt, completion), end in zip(traces, texts, completion_ids, strict=True):
             start = prompt_ids[prompts[prompt]]
-            if not start or not end:
+            if not end or not (start or trace.document):
                 what = "completion" if start else "prompt"
                 faults.append(f"{trace.where}: the {what} has no token in this vocabulary")
                 continue
@@ -190,11 +188,15 @@ class Encoder:
             unknown = 0 if self._unknown_id is None else [*start, *end].count(self._unknown_id)
             if not self._spells_all:
                 unknown += self._lost(prompt + completion, [*start, *end])
-            whole = self.with_start(start)
+            whole: tuple[int, ...] = ()
+            if trace.document:
+                end = _started(self._document_start, end)
+            else:
+                whole = self.with_start(start)
             ids = np.array([*whole, *end], dtype=np.int32)
             encoded.append(Encoded(ids, len(whole), unknown))
         if faults:
-            raise InputError("\n".join(dict.fromkeys(faults)))
+            raise FaultyRow("\n".join(dict.fromkeys(faults)))
         return encoded
 
     def _lost(self, text: str, ids: Sequence[int] | np.ndarray) -> int:
@@ -219,20 +221,17 @@ class Encoder:
             traces: traces of one row; a shared prompt is rendered once.
 
         Raises:
-            InputError: the row cannot be rendered. Names the row.
+            FaultyRow: the row cannot be rendered.
         """
-        prompts = {trace.prompt: trace.where for trace in traces}
-        rendered = {prompt: self.prompt_text(prompt, where) for prompt, where in prompts.items()}
-        if self._template == "none":
-            return [(rendered[trace.prompt], trace.completion) for trace in traces]
-        frames = {
-            prompt: self._frame(prompt, rendered[prompt], where)
-            for prompt, where in prompts.items()
-        }
-        return [
-            self._chat_texts(rendered[trace.prompt], frames[trace.prompt], trace)
-            for trace in traces
-        ]
+        if any(trace.document for trace in traces):
+            return [("", trace.completion) for trace in traces]
+        if self._chat is not None:
+            return self._chat.texts(traces)
+        for trace in traces:
+            if trace.tools or trace.calls:
+                what = "tools and tool calls need a chat template"
+                raise FaultyRow(f'{trace.where}: {what}: choose template "chat"')
+        return [(_plain_prompt(t.prompt, t.where), t.completion) for t in traces]
 
     def prompt_text(self, prompt: tuple[Message, ...] | str, where: str) -> str:
         """The input of generation: the prompt with the template's generation prompt.
@@ -241,56 +240,9 @@ class Encoder:
             prompt: messages or plain text.
             where: the row of the prompt, for messages.
         """
-        if self._template == "none":
+        if self._chat is None:
             return _plain_prompt(prompt, where)
-        return self._render(self._messages(prompt), where, add_generation_prompt=True)
-
-    def _frame(
-        self, prompt: tuple[Message, ...] | str, rendered: str, where: str
-    ) -> tuple[str, str]:
-        """The text that the template puts around an answer: after the generation prompt, and last.
-
-        An opened or empty thought that the template puts before the answer is removed, as it is not
-        part of the trace.
-        """
-        probe = self._render(_answered(self._messages(prompt), _PROBE), where)
-        before, found, end_of_turn = probe.rpartition(_PROBE)
-        if not found:
-            raise InputError(f"{where}: the chat template does not show the assistant's message")
-        # Some generation prompts contain text that the full conversation lacks.
-        header = before.removeprefix(rendered) if before.startswith(rendered) else ""
-        return _OPENED_TAG.sub("", _EMPTY_BLOCK.sub("", header)), end_of_turn
-
-    def _chat_texts(self, prompt: str, frame: tuple[str, str], trace: Trace) -> tuple[str, str]:
-        """The generation prompt, and the unchanged trace between the two texts of `_frame`.
-
-        The trace must be learned exactly, so it is not rendered by the template: templates rewrite
-        answers (remove reasoning, add an empty thought, strip white space).
-        """
-        header, end_of_turn = frame
-        closed = _EMPTY_BLOCK.search(prompt)
-        if closed and trace.completion.lstrip().startswith(f"<{closed[1]}>"):
-            raise InputError(
-                f"{trace.where}: the trace begins with <{closed[1]}>, but the chat template's "
-                f"generation prompt has already closed it ({closed[0].strip()!r}): use a template "
-                "whose generation prompt has no thought, or remove the thought from the trace"
-            )
-        completion = _without_opened_tag(prompt, trace.completion)
-        return prompt, header + completion + (end_of_turn if is_finished(trace) else "")
-
-    def _render(self, messages: list[dict[str, str]], where: str, **options: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except Exception as error:  # a template may raise any error
-            problem = " ".join(str(error).split())
-            raise InputError(f"{where}: the chat template refuses the row: {problem}") from error
-
-    def _messages(self, prompt: tuple[Message, ...] | str) -> list[dict[str, str]]:
-        """The prompt as input of a template, with the system prompt unless it has one."""
-        messages = as_messages(prompt)
-        if self._system_prompt is not None and not any(m.role == "system" for m in messages):
-            messages = (Message("system", self._system_prompt), *messages)
-        return [{"role": m.role, "content": m.content} for m in messages]
+        return self._chat.prompt(prompt, where)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:  # transformers cannot tokenize an empty batch
@@ -331,16 +283,8 @@ def is_volatile(fingerprint: str) -> bool:
     return fingerprint.endswith(_VOLATILE_MARK)
 
 
-def is_finished(trace: Trace) -> bool:
-    """True if the trace has an end to be trained.
-
-    The column `finished` decides. Without it, a trace is unfinished if it begins with a thought
-    that is never closed.
-    """
-    if trace.finished is not None:
-        return trace.finished
-    thought = _THOUGHT.match(trace.completion)
-    return thought is None or f"</{thought[1]}>" in trace.completion
+def _started(start: list[int], ids: Sequence[int]) -> list[int]:
+    return list(ids) if list(ids[: len(start)]) == start else [*start, *ids]
 
 
 def _document_start(tokenizer: Any) -> list[int]:
@@ -360,28 +304,10 @@ def _control_tokens(tokenizer: Any) -> list[str]:
     return sorted((token.content for token in added if token.special), key=len, reverse=True)
 
 
-def _answered(messages: list[dict[str, str]], answer: str) -> list[dict[str, str]]:
-    return [*messages, {"role": "assistant", "content": answer}]
-
-
-def _without_opened_tag(prompt: str, completion: str) -> str:
-    """Remove the completion's opening tag if the generation prompt already contains it.
-
-    The generation prompts of reasoning models end with "<think>" and a newline, with which the
-    traces of teachers begin.
-    """
-    opened = _OPENED_TAG.search(prompt)
-    tag = opened.group() if opened else ""
-    written = completion.lstrip()
-    if not opened or not written.startswith(tag.rstrip()):
-        return completion
-    return written.removeprefix(tag if written.startswith(tag) else tag.rstrip())
-
-
 def _plain_prompt(prompt: tuple[Message, ...] | str, where: str) -> str:
     messages = as_messages(prompt)
     if len(messages) != 1 or messages[0].role != "user":
-        raise InputError(
+        raise FaultyRow(
             f'{where}: a prompt of several messages needs a chat template: choose template "chat"'
         )
     return messages[0].content

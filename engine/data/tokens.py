@@ -6,11 +6,11 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,19 @@ from tqdm import tqdm
 
 from redi.engine.console import Console
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
+from redi.engine.data.chat import is_finished
 from redi.engine.data.fingerprints import source_fingerprint, tokenizer_fingerprint
-from redi.engine.data.rows import Row, scan_source
+from redi.engine.data.row import Row
+from redi.engine.data.rows import scan_source
 from redi.engine.data.sources import find_sources, unread_splits
-from redi.engine.data.text import (
-    Encoded,
-    Encoder,
-    TokenSettings,
-    is_finished,
-    is_volatile,
-)
+from redi.engine.data.text import Encoded, Encoder, TokenSettings, is_volatile
 from redi.engine.data.traces import Trace, normalise
-from redi.engine.errors import InputError, faulty_rows
+from redi.engine.data.where import TRACE_NAMES, Where
+from redi.engine.errors import MOST_FAULTS, FaultyRow, InputError, faulty_rows
 
 __all__ = ["TokenSettings", "TokenizedTraces", "tokenize"]
 
-CACHE_VERSION = 7
+CACHE_VERSION = 8
 """Increase it whenever the same input would give other tokens or another file layout."""
 _CHUNK_ROWS = 128
 # Starting worker processes takes seconds; fewer chunks than this are done sooner without them.
@@ -45,6 +42,33 @@ _CHUNKS_WORTH_WORKERS = 16
 
 # The other columns depend on the order of the whole set and are added last.
 _CHUNK_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in ("source", "group")])
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What is counted while rows are read."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Rows and traces that are left out, by reason."""
+    control_tokens: Counter[str] = field(default_factory=Counter)
+    """Traces whose text contains a control token, by token."""
+    unfinished: int = 0
+    """Traces without an end to train."""
+    texts: int = 0
+    """Texts without a prompt."""
+    skipped: list[str] = field(default_factory=list)
+    """Messages about faulty rows that are left out."""
+    columns: set[str] = field(default_factory=set)
+    """Columns of the rows that an expression `where` reads."""
+
+    def add(self, other: "_Counts") -> None:
+        """Add the counts of a part."""
+        self.dropped.update(other.dropped)
+        self.control_tokens.update(other.control_tokens)
+        self.unfinished += other.unfinished
+        self.texts += other.texts
+        self.skipped += other.skipped
+        self.columns |= other.columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +81,9 @@ class _Chunk:
     """Name of each trace's source."""
     groups: list[str]
     """Problem of each trace."""
-    dropped: Counter[str]
-    control_tokens: Counter[str]
-    """Number of traces whose text contains a control token, by token."""
-    unfinished: int
-    """Number of traces without an end to train."""
+    counts: _Counts
     faults: list[str]
-    """Messages about faulty rows; if there are any, the chunk has no traces."""
+    """Messages about faults that end the command; if there are any, the chunk has no traces."""
 
 
 def tokenize(
@@ -100,6 +120,9 @@ def tokenize(
         "format": settings.format,
         "template": settings.template,
         "system_prompt": settings.system_prompt,
+        "template_variables": dict(sorted(settings.template_variables.items())),
+        "train_on": settings.train_on,
+        "where": settings.where,
         "tokenizer": tokenizer,
         "rendering": encoder().rendering() if volatile else "",
         "files": [source_fingerprint(source, cache_dir) for source in sources],
@@ -108,44 +131,57 @@ def tokenize(
     folder = cache_dir / key
     cached = open_cache(folder, names)
     if cached is not None:
-        return _checked(cached, settings)
+        return _checked(cached, settings, console)
 
-    dropped: Counter[str] = Counter()
-    control_tokens: Counter[str] = Counter()
+    counts = _Counts()
     unread: list[set[str]] = [set() for _ in sources]
-    unfinished: Counter[str] = Counter()
+    where = Where(settings.where) if settings.where else None
     rows = chain.from_iterable(
-        scan_source(source, settings.format, columns)
+        scan_source(source, settings.format, columns, where.columns if where else ())
         for source, columns in zip(sources, unread, strict=True)
     )
     chunks = _tokenized_chunks(rows, settings, encoder(), processes)
 
     def describe(size: int, count: int) -> Meta:
+        if where and (missing := sorted(where.columns - counts.columns)):
+            raise InputError(
+                f"[data] where = {where.text!r}: no row of {', '.join(names)} has a column "
+                f"{missing[0]!r}"
+            )
         if count == 0:
-            reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+            reasons = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items())
             raise InputError(f"{', '.join(names)}: no trace is left; dropped: {reasons}")
         return Meta(
             key,
             size,
             count,
             tuple(names),
-            dict(dropped),
-            dict(control_tokens),
+            dict(counts.dropped),
+            dict(counts.control_tokens),
             unread=tuple(tuple(sorted(found)) for found in unread),
-            unfinished=unfinished.total(),
-            document_start=encoder().document_start(),
+            unfinished=counts.unfinished,
+            document_start=encoder().document_start(texts_alone=counts.texts == count),
+            faulty=counts.dropped["faulty rows"],
+            faults=tuple(counts.skipped[:MOST_FAULTS]),
             parts=parts,
         )
 
     with console.bar("tokenizing", "traces") as bar:
-        batches = _numbered_batches(chunks, names, dropped, control_tokens, unfinished, bar)
+        batches = _numbered_batches(chunks, names, counts, bar)
         write_cache(folder, batches, describe)
     made = open_cache(folder, names)
     assert made is not None, f"the cache just written to {folder} is incomplete"
-    return _checked(made, settings)
+    return _checked(made, settings, console)
 
 
-def _checked(tokens: TokenizedTraces, settings: TokenSettings) -> TokenizedTraces:
+def _checked(tokens: TokenizedTraces, settings: TokenSettings, console: Console) -> TokenizedTraces:
+    """Raise, or warn, about traces and rows that the cache has but the settings may refuse."""
+    if tokens.faulty:
+        found = faulty_rows(tokens.faults, tokens.faulty)
+        if settings.faulty == "error":
+            raise found
+        rows = "row is" if tokens.faulty == 1 else "rows are"
+        console.warn(f"{tokens.faulty:,} faulty {rows} left out:\n{found}")
     if settings.control_tokens == "error" and tokens.control.any():
         names = ", ".join(tokens.control_tokens)
         raise faulty_rows(
@@ -172,7 +208,8 @@ def file_fingerprints(paths: tuple[str, ...], cache_dir: Path) -> list[list[str]
 
 def _cache_key(parts: dict[str, Any]) -> str:
     """Hash of everything that determines the tokens; file names do not."""
-    applied = json.dumps([parts["format"], parts["template"], parts["system_prompt"]])
+    names = ("format", "template", "system_prompt", "template_variables", "train_on", "where")
+    applied = json.dumps([parts[name] for name in names])
     tokenizer = parts["tokenizer"] + parts["rendering"]
     lines = [str(parts["version"]), applied, tokenizer, *parts["files"]]
     return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
@@ -187,10 +224,11 @@ def _tokenized_chunks(
     """
     chunks = iter(lambda: list(islice(rows, _CHUNK_ROWS)), [])
     first = list(islice(chunks, _CHUNKS_WORTH_WORKERS))
+    tokenizer = _Tokenizer(encoder, settings)
     faulty = False
     if processes <= 1 or len(first) < _CHUNKS_WORTH_WORKERS:
         for chunk in chain(first, chunks):
-            tokenized = _tokenize_chunk(chunk, encoder, check_only=faulty)
+            tokenized = tokenizer.chunk(chunk, check_only=faulty)
             faulty = faulty or bool(tokenized.faults)
             yield tokenized
         return
@@ -211,61 +249,168 @@ def _tokenized_chunks(
         while pending:
             yield pending.popleft().result()
         for chunk in chunks:
-            yield _tokenize_chunk(chunk, encoder, check_only=True)
+            yield tokenizer.chunk(chunk, check_only=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _tokenize_chunk(rows: list[Row | InputError], encoder: Encoder, check_only: bool) -> _Chunk:
-    """Tokenize rows; if any is faulty, or with `check_only`, only check them."""
-    dropped: Counter[str] = Counter()
-    found: list[tuple[Row, Trace, tuple[str, str]]] = []
-    faults = []
-    for row in rows:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A trace of a chunk."""
+
+    place: int
+    """Position of its row in the chunk."""
+    row: Row
+    trace: Trace
+    texts: tuple[str, str] = ("", "")
+    """Prompt and completion, once they are rendered."""
+
+
+class _Tokenizer:
+    """Tokenizes rows, a chunk at a time. Faults are kept by the position of their row."""
+
+    def __init__(self, encoder: Encoder, settings: TokenSettings) -> None:
+        self._encoder = encoder
+        self._settings = settings
+        self._where = Where(settings.where) if settings.where else None
+
+    def chunk(self, rows: list[Row | InputError], check_only: bool) -> _Chunk:
+        """Tokenize rows; if a fault ends the command, or with `check_only`, only check them."""
+        counts = _Counts()
+        faults: dict[int, InputError] = {}
+        found = self._rendered(self._read(rows, counts, faults), faults)
+        encoded: list[tuple[_Found, Encoded]] = []
+        if not check_only and not self._fatal(faults):
+            encoded = self._encoded(found, faults)
+            if self._where and self._where.needs_tokens:
+                lengths = [(len(one.ids), one.prompt_length) for _, one in encoded]
+                kept = self._selected([one for one, _ in encoded], counts, faults, lengths)
+                encoded = [one for one, keep in zip(encoded, kept, strict=True) if keep]
+        fatal = self._fatal(faults)
+        if check_only or fatal:
+            nothing = _record_batch([[]] * len(_CHUNK_SCHEMA), _CHUNK_SCHEMA)
+            return _Chunk(nothing, [], [], _Counts(), fatal)
+        if faults:
+            counts.skipped = _lines(faults)
+            counts.dropped["faulty rows"] += len(faults)
+        return self._packed(encoded, counts)
+
+    def _fatal(self, faults: dict[int, InputError]) -> list[str]:
+        """Messages of the faults that end the command."""
+        if self._settings.faulty == "error":
+            return _lines(faults)
+        return _lines({n: one for n, one in faults.items() if not isinstance(one, FaultyRow)})
+
+    def _read(
+        self, rows: list[Row | InputError], counts: _Counts, faults: dict[int, InputError]
+    ) -> list[_Found]:
+        """The traces of the rows that `where` selects, if it does not need their tokens."""
+        found: list[_Found] = []
+        for place, row in enumerate(rows):
+            try:
+                if isinstance(row, InputError):
+                    raise row
+                if self._where:
+                    counts.columns |= self._where.columns & row.value.keys()
+                traces = normalise(row, row.format, counts.dropped, self._settings.train_on)
+                found += [_Found(place, row, trace) for trace in traces]
+            except InputError as error:
+                faults[place] = error
+        if self._where and not self._where.needs_tokens:
+            kept = self._selected(found, counts, faults)
+            found = [one for one, keep in zip(found, kept, strict=True) if keep]
+        return found
+
+    def _rendered(self, found: list[_Found], faults: dict[int, InputError]) -> list[_Found]:
+        """The traces with their texts."""
+        rendered: list[_Found] = []
+        for place, group in groupby(found, key=lambda one: one.place):
+            of_row = list(group)
+            try:
+                texts = self._encoder.texts([one.trace for one in of_row])
+                pairs = zip(of_row, texts, strict=True)
+                rendered += [replace(one, texts=both) for one, both in pairs]
+            except InputError as error:
+                faults[place] = error
+        return rendered
+
+    def _encoded(
+        self, found: list[_Found], faults: dict[int, InputError]
+    ) -> list[tuple[_Found, Encoded]]:
+        """The traces with their tokens; all traces of a faulty row are left out."""
         try:
-            if isinstance(row, InputError):
-                raise row
-            traces = normalise(row, row.format, dropped)
-            texts = encoder.texts(traces)
-            found += [(row, *one) for one in zip(traces, texts, strict=True)]
-        except InputError as error:
-            faults.append(str(error))
-    rows_of = [row for row, _, _ in found]
-    traces = [trace for _, trace, _ in found]
-    encoded: list[Encoded] = []
-    if not (check_only or faults):
-        try:
-            encoded = encoder.encode(traces, [texts for _, _, texts in found])
-        except InputError as error:
-            faults += str(error).splitlines()
-    if check_only or faults:
-        nothing = _record_batch([[]] * len(_CHUNK_SCHEMA), _CHUNK_SCHEMA)
-        return _Chunk(nothing, [], [], Counter(), Counter(), 0, faults)
-    control_tokens = [encoder.control_tokens(trace) for trace in traces]
-    offsets = np.cumsum([0, *(len(one.ids) for one in encoded)], dtype=np.int32)
-    values = np.concatenate([np.zeros(0, np.int32), *(one.ids for one in encoded)])
-    columns = [
-        pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)),
-        [one.prompt_length for one in encoded],
-        [trace.sign for trace in traces],
-        [trace.weight for trace in traces],
-        [trace.teacher for trace in traces],
-        [trace.origin for trace in traces],
-        [row.number for row in rows_of],
-        [_digest(one) for one in encoded],
-        [xxhash.xxh3_64_intdigest(one.ids[: one.prompt_length].tobytes()) for one in encoded],
-        [one.unknown for one in encoded],
-        [spelled.total() for spelled in control_tokens],
-    ]
-    return _Chunk(
-        _record_batch(columns, _CHUNK_SCHEMA),
-        [row.source for row in rows_of],
-        [trace.group for trace in traces],
-        dropped,
-        Counter(token for spelled in control_tokens for token in spelled),
-        sum(not is_finished(trace) for trace in traces),
-        [],
-    )
+            texts = [one.texts for one in found]
+            ids = self._encoder.encode([one.trace for one in found], texts)
+            return list(zip(found, ids, strict=True))
+        except FaultyRow as error:
+            rows = [list(group) for _, group in groupby(found, key=lambda one: one.place)]
+            if len(rows) == 1:
+                faults[found[0].place] = error
+                return []
+        return [one for of_row in rows for one in self._encoded(of_row, faults)]
+
+    def _selected(
+        self,
+        found: list[_Found],
+        counts: _Counts,
+        faults: dict[int, InputError],
+        lengths: Sequence[tuple[int, int]] = (),
+    ) -> list[bool]:
+        """Whether `where` selects each trace; `lengths` are those of the trace and its prompt."""
+        assert self._where is not None, "called only with an expression"
+        values: list[dict[str, Any]] = [
+            one.row.value | ({"teacher": one.trace.teacher} if one.trace.teacher else {})
+            for one in found
+        ]
+        for value, (whole, prompt) in zip(values, lengths, strict=False):
+            value |= dict(zip(TRACE_NAMES, (whole, prompt, whole - prompt), strict=True))
+        kept = []
+        results = self._where.keep(values, [one.row.where for one in found])
+        for one, result in zip(found, results, strict=True):
+            if isinstance(result, FaultyRow):
+                faults[one.place] = result
+            elif not result:
+                counts.dropped["not selected by where"] += 1
+            kept.append(result is True)
+        return kept
+
+    def _packed(self, encoded: list[tuple[_Found, Encoded]], counts: _Counts) -> _Chunk:
+        """The chunk as columns."""
+        rows = [one.row for one, _ in encoded]
+        traces = [one.trace for one, _ in encoded]
+        ids = [one for _, one in encoded]
+        control_tokens = [self._encoder.control_tokens(trace) for trace in traces]
+        offsets = np.cumsum([0, *(len(one.ids) for one in ids)], dtype=np.int32)
+        values = np.concatenate([np.zeros(0, np.int32), *(one.ids for one in ids)])
+        columns = [
+            pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)),
+            [one.prompt_length for one in ids],
+            [trace.sign for trace in traces],
+            [trace.weight for trace in traces],
+            [trace.teacher for trace in traces],
+            [trace.origin for trace in traces],
+            [row.number for row in rows],
+            [_digest(one) for one in ids],
+            [xxhash.xxh3_64_intdigest(one.ids[: one.prompt_length].tobytes()) for one in ids],
+            [one.unknown for one in ids],
+            [spelled.total() for spelled in control_tokens],
+        ]
+        counts.control_tokens.update(token for spelled in control_tokens for token in spelled)
+        counts.unfinished += sum(not is_finished(trace) for trace in traces)
+        counts.texts += sum(trace.document for trace in traces)
+        return _Chunk(
+            _record_batch(columns, _CHUNK_SCHEMA),
+            [row.source for row in rows],
+            [trace.group for trace in traces],
+            counts,
+            [],
+        )
+
+
+def _lines(faults: dict[int, InputError]) -> list[str]:
+    """Messages in the order of the rows, a line each."""
+    ordered = [str(faults[place]) for place in sorted(faults)]
+    return [line for message in ordered for line in message.splitlines()]
 
 
 def _digest(one: Encoded) -> int:
@@ -276,20 +421,16 @@ def _digest(one: Encoded) -> int:
 def _numbered_batches(
     chunks: Iterable[_Chunk],
     names: list[str],
-    dropped: Counter[str],
-    control_tokens: Counter[str],
-    unfinished: Counter[str],
+    counts: _Counts,
     bar: tqdm,
 ) -> Iterator[pa.RecordBatch]:
-    """Yield batches with numbered sources and problems, and update the counters."""
+    """Yield batches with numbered sources and problems, and update the counts."""
     faults: list[str] = []
     source_numbers = {name: number for number, name in enumerate(names)}
     group_numbers: dict[str, int] = {}
     tokens = 0
     for chunk in chunks:
-        dropped.update(chunk.dropped)
-        control_tokens.update(chunk.control_tokens)
-        unfinished["traces"] += chunk.unfinished
+        counts.add(chunk.counts)
         faults += chunk.faults
         if chunk.batch.num_rows == 0:
             continue
@@ -309,18 +450,18 @@ def _record_batch(columns: list[Any], schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-_worker_encoder: Encoder | None = None
+_worker_tokenizer: _Tokenizer | None = None
 
 
 def _start_worker(settings: TokenSettings) -> None:
-    global _worker_encoder
+    global _worker_tokenizer
     # Ctrl-C reaches all processes, but only the training process handles it and ends the pool.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Threads in addition to the processes would only compete for cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_encoder = Encoder(settings)
+    _worker_tokenizer = _Tokenizer(Encoder(settings), settings)
 
 
 def _end_with_parent() -> None:
@@ -332,5 +473,5 @@ def _end_with_parent() -> None:
 
 
 def _tokenize_in_worker(rows: list[Row | InputError]) -> _Chunk:
-    assert _worker_encoder is not None, "the pool's initializer makes it"
-    return _tokenize_chunk(rows, _worker_encoder, check_only=False)
+    assert _worker_tokenizer is not None, "the pool's initializer makes it"
+    return _worker_tokenizer.chunk(rows, check_only=False)

@@ -1,30 +1,38 @@
-"""Converts a raw row of any format to traces: prompt, completion and sign."""
+"""Converts a raw row of any format to traces: prompt, completion and sign.
 
-import math
-import unicodedata
+`FORMATS` is the table of row formats: the columns of each, and the function that reads it.
+"""
+
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import xxhash
 
-from redi.engine.data.rows import FORMATS, SCORE_COLUMNS, VERDICT_COLUMNS, Row, resolve_format
+from redi.engine.data.messages import (
+    THOUGHT_KEYS,
+    Message,
+    as_messages,
+    check_prompt,
+    read_messages,
+    read_prompt,
+    read_thought,
+    read_tools,
+    with_thought,
+)
+from redi.engine.data.row import (
+    Row,
+    is_blank,
+    read_id,
+    read_sign,
+    read_text,
+    read_weight,
+    row_error,
+    type_name,
+)
+from redi.engine.data.verdicts import read_label
 from redi.engine.errors import InputError
-
-# Keys of a chat message whose meaning would be lost by reading only role and content.
-_UNREAD_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-
-# Weights are float32: outside these bounds a weight would lose digits, or become 0 or infinite.
-_SMALLEST_WEIGHT, _LARGEST_WEIGHT = 2.0**-126, 3.4e38
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One chat message."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,7 @@ class Trace:
     prompt: tuple[Message, ...] | str
     """The messages before the answer, or plain text."""
     completion: str
+    """The answer; a thought that the row has separately is written before it (`with_thought`)."""
     sign: int
     """+1 for a correct (chosen) trace, -1 for an incorrect (rejected) one."""
     group: str
@@ -46,9 +55,73 @@ class Trace:
     """The place of the row, for messages: "file.jsonl:12"."""
     finished: bool | None = None
     """False: the trace was cut off, so its end is not trained. None: not specified."""
+    thought: str = ""
+    """The thought with which the completion begins, if the row has it separately."""
+    calls: str = ""
+    """Tool calls that follow the completion, as the JSON text of a list."""
+    tools: str = ""
+    """The tools that the prompt offers, as the JSON text of a list."""
+    document: bool = False
+    """A text without a prompt: all of it is trained, in pieces."""
 
 
-def normalise(row: Row, format: str = "auto", dropped: Counter[str] | None = None) -> list[Trace]:
+_Reader = Callable[[Row, Counter[str], str], list[Trace]]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """The columns of one row format, and how it is read. A row may have others: ignored."""
+
+    required: tuple[str, ...]
+    """The columns by which the format is detected; empty: it is never detected."""
+    optional: tuple[str, ...]
+    read: _Reader
+    """Reads a row: (row, counter of what is left out, `[data] train_on`) -> its traces."""
+
+
+def resolve_format(format: str, columns: Collection[str], where: str) -> str:
+    """The format of a row: `format` itself, or with "auto" the one detected from its columns.
+
+    Args:
+        format: a key of `FORMATS`, or "auto".
+        columns: the columns of the row.
+        where: the row's place, for messages.
+
+    Raises:
+        InputError: the name of the format is unknown, or the columns match no format.
+    """
+    if format in FORMATS:
+        return format
+    detected = {name: shape for name, shape in FORMATS.items() if shape.required}
+    if format != "auto":
+        available = ", ".join(detected)
+        raise InputError(f"[data] format {format!r} is unknown; available: auto, {available}")
+    for name, shape in detected.items():
+        if all(column in columns for column in shape.required):
+            return name
+    small = {column.lower() for column in columns}
+    found = ", ".join(columns) or "none"
+    for shape in detected.values():
+        if all(column in small for column in shape.required):
+            raise InputError(
+                f"{where}: the columns ({found}) must be written in lower case: "
+                f"{', '.join(shape.required)}"
+            )
+    known = "; ".join(f"{name} ({', '.join(_usual(shape))})" for name, shape in detected.items())
+    raise InputError(f"{where}: the columns ({found}) match no row format; available: {known}")
+
+
+def _usual(shape: Format) -> list[str]:
+    """Columns that most rows of a format have. `prompt` is optional for conversations."""
+    return ["prompt"] * ("prompt" in shape.optional) + list(shape.required)
+
+
+def normalise(
+    row: Row,
+    format: str = "auto",
+    dropped: Counter[str] | None = None,
+    train_on: str = "last",
+) -> list[Trace]:
     """The traces of one row, in the row's order.
 
     Args:
@@ -56,72 +129,91 @@ def normalise(row: Row, format: str = "auto", dropped: Counter[str] | None = Non
         format: a key of `FORMATS`, or "auto": detected from this row's columns.
         dropped: updated with the number of rows and generations that are left out (mostly by the
             paper's filter of OpenR1 rows), by reason.
+        train_on: "last" or "all": the assistant turns of a conversation that become traces.
 
     Raises:
         InputError: a column is missing or has a wrong type, or a prompt or completion is empty.
             Names row and column.
     """
     format = resolve_format(format, row.value.keys(), row.where)
+    row = replace(row, format=format)
     for column in FORMATS[format].required:
         if column not in row.value:
             found = ", ".join(row.value) or "none"
-            raise _error(row, column, f"is missing; the row has: {found}")
-    return _READERS[format](row, Counter() if dropped is None else dropped)
+            raise row_error(row, column, f"is missing; the row has: {found}")
+    return FORMATS[format].read(row, Counter() if dropped is None else dropped, train_on)
 
 
-def as_messages(prompt: tuple[Message, ...] | str) -> tuple[Message, ...]:
-    """The prompt as messages: plain text is one user message."""
-    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
-
-
-def _preference(row: Row, _: Counter[str]) -> list[Trace]:
+def _preference(row: Row, *_: object) -> list[Trace]:
     chosen, rejected = row.value["chosen"], row.value["rejected"]
     for column in ("chosen", "rejected"):
-        if not isinstance(row.value[column], str | list):
-            kind = _type_name(row.value[column])
-            raise _error(row, column, f"must be text or a list of messages, not {kind}")
-    if type(chosen) is not type(rejected):
-        raise _error(row, "rejected", "must have the type of chosen: text, or a list of messages")
+        if not isinstance(row.value[column], str | list | dict):
+            kind = type_name(row.value[column])
+            raise row_error(row, column, f"must be text or a list of messages, not {kind}")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise row_error(row, "rejected", "must have the type of chosen: text, or messages")
     if isinstance(chosen, str):
-        if "prompt" not in row.value:
-            raise _error(row, "prompt", "is missing; plain chosen and rejected need it")
-        prompt = read_prompt(row, "prompt")
-        completions = (read_text(row, "chosen", chosen), read_text(row, "rejected", rejected))
+        prompt = _prompt_of_pair(row)
+        if prompt is None:
+            if "\n\nHuman:" in chosen and "\n\nAssistant:" in chosen:
+                raise row_error(
+                    row,
+                    "chosen",
+                    "has the whole dialogue as text: cut it and rejected at the last "
+                    '"\\n\\nAssistant:" and put the part before into a column prompt',
+                )
+            raise row_error(row, "prompt", "is missing; plain chosen and rejected need it")
+        answers = [
+            Message("assistant", read_text(row, column, row.value[column]))
+            for column in ("chosen", "rejected")
+        ]
     else:
-        prompt, completions = _conversational_pair(row)
+        prompt, answers = _conversational_pair(row)
+    prompt = with_system(row, prompt)
     # Without an id each row is a problem, so that its pair stays as the user made it.
     group = _group(row, "id", prompt, default=row.where)
     return [
-        _trace(row, prompt, text, sign, group)
-        for text, sign in zip(completions, (1, -1), strict=True)
+        _trace(row, prompt, answer, sign, group)
+        for answer, sign in zip(answers, (1, -1), strict=True)
     ]
 
 
-def _conversational_pair(row: Row) -> tuple[tuple[Message, ...] | str, tuple[str, str]]:
+def _prompt_of_pair(row: Row) -> tuple[Message, ...] | str | None:
+    """The prompt of a preference row in its own column, which has one of several names."""
+    if row.value.get("prompt") is not None:
+        return read_prompt(row, "prompt")
+    if row.value.get("conversations") is not None:
+        prompt = read_messages(row, "conversations", row.value["conversations"])
+        check_prompt(row, "conversations", prompt)
+        return prompt
+    return None if row.value.get("instruction") is None else _instruction(row)
+
+
+def _conversational_pair(row: Row) -> tuple[tuple[Message, ...] | str, list[Message]]:
     """The prompt and the two answers of a row whose chosen and rejected are messages.
 
     Both contain only the answer (the prompt is in a separate column) or the whole conversation.
     """
     pair = []
     for column in ("chosen", "rejected"):
-        messages = _messages(row, column, row.value[column])
+        messages = read_messages(row, column, row.value[column])
         if messages[-1].role != "assistant":
-            raise _error(row, column, "must end with an assistant message")
+            raise row_error(row, column, "must end with an assistant message")
         pair.append(messages)
     chosen, rejected = pair
     if chosen[:-1] != rejected[:-1]:
-        raise _error(row, "rejected", "must differ from chosen in the last message only")
-    prompt: tuple[Message, ...] | str = chosen[:-1]
+        raise row_error(row, "rejected", "must differ from chosen in the last message only")
+    if len(chosen) == 1:
+        prompt = _prompt_of_pair(row)
+        if prompt is None:
+            raise row_error(row, "prompt", "is missing, and chosen contains only the answer")
+        return prompt, [chosen[-1], rejected[-1]]
     own_prompt = read_prompt(row, "prompt") if row.value.get("prompt") is not None else None
-    if not prompt:
-        if own_prompt is None:
-            raise _error(row, "prompt", "is missing, and chosen contains only the answer")
-        prompt = own_prompt
-    elif own_prompt is not None and not _repeats(own_prompt, chosen[:-1]):
-        raise _error(row, "prompt", "differs from the prompt that chosen and rejected begin with")
-    else:
-        _check_prompt(row, "chosen", chosen[:-1])
-    return prompt, (chosen[-1].content, rejected[-1].content)
+    if own_prompt is not None and not _repeats(own_prompt, chosen[:-1]):
+        differs = "differs from the prompt that chosen and rejected begin with"
+        raise row_error(row, "prompt", differs)
+    check_prompt(row, "chosen", chosen[:-1])
+    return chosen[:-1], [chosen[-1], rejected[-1]]
 
 
 def _repeats(prompt: tuple[Message, ...] | str, messages: tuple[Message, ...]) -> bool:
@@ -131,48 +223,98 @@ def _repeats(prompt: tuple[Message, ...] | str, messages: tuple[Message, ...]) -
     return prompt == messages
 
 
-def _prompt_completion(row: Row, _: Counter[str]) -> list[Trace]:
-    prompt = read_prompt(row, "prompt")
+def _prompt_completion(row: Row, *_: object) -> list[Trace]:
+    prompt = with_system(row, read_prompt(row, "prompt"))
     completion = row.value["completion"]
-    if isinstance(completion, list):
-        messages = _messages(row, "completion", completion)
+    if isinstance(completion, list | dict):
+        messages = read_messages(row, "completion", completion)
         if len(messages) != 1 or messages[0].role != "assistant":
-            raise _error(row, "completion", "must be text or a list of one assistant message")
-        completion = messages[0].content
-    text = read_text(row, "completion", completion)
-    return [_trace(row, prompt, text, _label(row), _group(row, "id", prompt))]
+            raise row_error(row, "completion", "must be text or a list of one assistant message")
+        answer = messages[0]
+    else:
+        answer = Message("assistant", read_text(row, "completion", completion))
+    return [_trace(row, prompt, answer, read_label(row), _group(row, "id", prompt))]
 
 
-def _conversation(row: Row, _: Counter[str]) -> list[Trace]:
-    """The last assistant message is the completion; messages after it are ignored."""
-    messages = _messages(row, "messages", row.value["messages"])
+def _conversation(row: Row, dropped: Counter[str], train_on: str) -> list[Trace]:
+    """Assistant messages are completions; messages after the last one are ignored.
+
+    With `train_on` "all" each turn of a correct conversation is a trace, whose prompt is what comes
+    before it; of an incorrect one only the last, as the verdict says nothing of earlier ones.
+    """
+    column = FORMATS[row.format].required[0]
+    messages = read_messages(row, column, row.value[column])
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     if not answers:
-        raise _error(row, "messages", "has no assistant message: the row has no completion")
-    prompt = messages[: answers[-1]]
-    _check_prompt(row, "messages", prompt)
-    text = messages[answers[-1]].content
-    return [_trace(row, prompt, text, _label(row), _group(row, "id", prompt))]
+        raise row_error(row, column, "has no assistant message: the row has no completion")
+    sign = read_label(row)
+    if train_on == "all" and sign > 0:
+        asked = next((n for n, message in enumerate(messages) if message.role == "user"), 0)
+        if greetings := sum(index < asked for index in answers[:-1]):
+            dropped["assistant turn before any user message"] += greetings
+        answers = [index for index in answers[:-1] if index > asked] + answers[-1:]
+    else:
+        answers = answers[-1:]
+    traces = []
+    for index in answers:
+        check_prompt(row, column, messages[:index])
+        prompt = with_system(row, messages[:index])
+        answer = messages[index]
+        entry = row.value if index == answers[-1] else {}  # a row's thought is that of its answer
+        traces.append(_trace(row, prompt, answer, sign, _group(row, "id", prompt), thought=entry))
+    return traces
 
 
-def _graded_traces(row: Row, dropped: Counter[str]) -> list[Trace]:
-    prompt = read_prompt(row, "prompt")
+def _alpaca(row: Row, *_: object) -> list[Trace]:
+    prompt = with_system(row, _instruction(row))
+    answer = Message("assistant", read_text(row, "output", row.value["output"]))
+    return [_trace(row, prompt, answer, read_label(row), _group(row, "id", prompt))]
+
+
+def _instruction(row: Row) -> tuple[Message, ...] | str:
+    """The prompt of an Alpaca row: instruction and input, after the turns of `history`."""
+    given = row.value.get("input")
+    texts = [
+        read_text(row, "instruction", row.value["instruction"], empty=not is_empty(given)),
+        "" if given is None else read_text(row, "input", given, empty=True),
+    ]
+    prompt = "\n".join(text for text in texts if not is_blank(text))
+    history = row.value.get("history")
+    if is_empty(history):
+        return prompt
+    turns = []
+    for number, turn in enumerate(history if isinstance(history, list) else [None]):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise row_error(row, "history", "must be a list of pairs: a question and its answer")
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            turns.append(Message(role, read_text(row, f"history[{number}]", text)))
+    return (*turns, Message("user", prompt))
+
+
+def _document(row: Row, *_: object) -> list[Trace]:
+    """A text to continue pre-training on."""
+    text = Message("assistant", read_text(row, "text", row.value["text"]))
+    return [_trace(row, "", text, 1, row.where, document=True)]
+
+
+def _graded_traces(row: Row, dropped: Counter[str], _: str) -> list[Trace]:
+    prompt = with_system(row, read_prompt(row, "prompt"))
     group = _group(row, "id", prompt)
     entries = row.value["traces"]
     if not isinstance(entries, list) or not entries:
-        raise _error(row, "traces", "must be a list of at least one trace")
+        raise row_error(row, "traces", "must be a list of at least one trace")
     traces = []
     for index, entry in enumerate(entries):
         column = f"traces[{index}]"
         if not isinstance(entry, dict) or not {"text", "correct"} <= entry.keys():
-            raise _error(row, column, "must be an object with text and correct")
-        sign = _sign(row, f"{column}.correct", entry["correct"])
+            raise row_error(row, column, "must be an object with text and correct")
+        sign = read_sign(row, f"{column}.correct", entry["correct"])
         # A model that stops at once has answered incorrectly and leaves nothing to train.
-        if sign < 0 and isinstance(entry["text"], str) and _is_blank(entry["text"]):
+        if sign < 0 and isinstance(entry["text"], str) and is_blank(entry["text"]):
             dropped["empty incorrect trace"] += 1
             continue
-        text = read_text(row, f"{column}.text", entry["text"])
-        traces.append(_trace(row, prompt, text, sign, group, entry))
+        answer = Message("assistant", read_text(row, f"{column}.text", entry["text"]))
+        traces.append(_trace(row, prompt, answer, sign, group, entry, thought=entry))
     return traces
 
 
@@ -200,17 +342,17 @@ def read_openr1(
     valid, source = row.value["problem_is_valid"], row.value["source"]
     for column, value in (("problem_is_valid", valid), ("source", source)):
         if value is not None and not isinstance(value, str):
-            raise _error(row, column, f"must be text, not {type(value).__name__}")
+            raise row_error(row, column, f"must be text, not {type(value).__name__}")
     texts, correctness = row.value["generations"], row.value["correctness"]
     if not isinstance(texts, list):
-        raise _error(row, "generations", "must be a list of texts")
+        raise row_error(row, "generations", "must be a list of texts")
     if not isinstance(correctness, dict):
-        raise _error(row, "correctness", "must be an object with the two verifiers' lists")
+        raise row_error(row, "correctness", "must be an object with the two verifiers' lists")
     verdicts = [
         correctness.get(key) or [] for key in ("llama_verification", "math_verify_reparsed_answer")
     ]
     if not all(isinstance(verdict, list) for verdict in verdicts):
-        raise _error(row, "correctness", "must have a list for each verifier")
+        raise row_error(row, "correctness", "must have a list for each verifier")
     if (valid or "").lower() != "yes":
         dropped["problem not valid"] += 1
         return []
@@ -222,7 +364,7 @@ def read_openr1(
         return []
     generations = []
     for index, (text, llama, math_verify) in enumerate(zip(texts, *verdicts, strict=True)):
-        if text is None or (isinstance(text, str) and _is_blank(text)):
+        if text is None or (isinstance(text, str) and is_blank(text)):
             dropped["empty generation"] += 1
             continue
         text = read_text(row, f"generations[{index}]", text)
@@ -230,7 +372,7 @@ def read_openr1(
     return generations
 
 
-def _openr1(row: Row, dropped: Counter[str]) -> list[Trace]:
+def _openr1(row: Row, dropped: Counter[str], _: str) -> list[Trace]:
     """A generation is correct if both verifiers accept it."""
     generations = read_openr1(row, dropped)
     if not generations:
@@ -238,165 +380,143 @@ def _openr1(row: Row, dropped: Counter[str]) -> list[Trace]:
     prompt = read_prompt(row, "problem")
     group = _group(row, "uuid" if row.value.get("uuid") is not None else "id", prompt)
     return [
-        _trace(row, prompt, one.text, 1 if one.llama and one.math_verify else -1, group)
+        _trace(
+            row,
+            prompt,
+            Message("assistant", one.text),
+            1 if one.llama and one.math_verify else -1,
+            group,
+        )
         for one in generations
     ]
 
 
-_READERS: dict[str, Callable[[Row, Counter[str]], list[Trace]]] = {
-    "preference": _preference,
-    "prompt-completion": _prompt_completion,
-    "messages": _conversation,
-    "traces": _graded_traces,
-    "openr1": _openr1,
+COMMON_COLUMNS = ("id", "teacher", "weight", "source", "finished")
+"""Columns that every format for training may have."""
+_CHAT = ("system", "tools", *COMMON_COLUMNS)
+
+# Columns of a problem to evaluate on. Benchmarks use several names; the first one found counts.
+PROMPT_COLUMNS = ("prompt", "problem", "question")
+ANSWER_COLUMNS = ("answer", "solution")
+ID_COLUMNS = ("id", "unique_id", "uuid")
+
+
+def _unread(*_: object) -> list[Trace]:
+    raise AssertionError("read by `read_problems`")
+
+
+# In the order of detection, the more specific columns first: a preference set often has a
+# `messages` column as well.
+FORMATS: dict[str, Format] = {
+    "preference": Format(
+        ("chosen", "rejected"),
+        ("prompt", "conversations", "instruction", "input", "history", *_CHAT),
+        _preference,
+    ),
+    "traces": Format(("prompt", "traces"), _CHAT, _graded_traces),
+    "openr1": Format(
+        ("problem", "generations", "correctness", "problem_is_valid", "source"),
+        ("uuid", *COMMON_COLUMNS),
+        _openr1,
+    ),
+    "prompt-completion": Format(
+        ("prompt", "completion"), ("label", *THOUGHT_KEYS, *_CHAT), _prompt_completion
+    ),
+    "messages": Format(("messages",), ("label", *THOUGHT_KEYS, *_CHAT), _conversation),
+    "sharegpt": Format(("conversations",), ("label", *THOUGHT_KEYS, *_CHAT), _conversation),
+    "alpaca": Format(
+        ("instruction", "output"),
+        ("input", "history", "label", *THOUGHT_KEYS, *_CHAT),
+        _alpaca,
+    ),
+    "text": Format(("text",), COMMON_COLUMNS, _document),
+    "problem": Format((), ("system", *PROMPT_COLUMNS, *ANSWER_COLUMNS, *ID_COLUMNS), _unread),
 }
+
+COLUMNS = frozenset(name for shape in FORMATS.values() for name in shape.required + shape.optional)
+"""Every column that some format reads."""
 
 
 def _trace(
     row: Row,
     prompt: tuple[Message, ...] | str,
-    completion: str,
+    answer: Message,
     sign: int,
     group: str,
     entry: dict[str, Any] | None = None,
+    *,
+    thought: dict[str, Any] | None = None,
+    document: bool = False,
 ) -> Trace:
-    """Build a trace; teacher, weight and finished of `entry` override those of the row."""
+    """Build a trace.
+
+    Args:
+        row: the row.
+        prompt: see `Trace`.
+        answer: the assistant's message.
+        sign: +1 or -1.
+        group: see `Trace`.
+        entry: its teacher, weight and finished override those of the row.
+        thought: where the thought may be, if the answer has none; None: in the row, if the format
+            reads it there.
+        document: see `Trace`.
+    """
     entry = entry or {}
     teacher = entry.get("teacher", row.value.get("teacher"))
     if teacher is not None:
         teacher = read_text(row, "teacher", teacher, empty=True)
-    weight = _weight(row, entry.get("weight", row.value.get("weight")))
+    weight = read_weight(row, entry.get("weight", row.value.get("weight")))
     origin = row.value.get("source")
     # In other data sets this column may have any type.
     origin = read_text(row, "source", origin, empty=True) if isinstance(origin, str) else None
     finished = entry.get("finished", row.value.get("finished"))
     if finished is not None:
-        finished = _sign(row, "finished", finished) > 0
-    return Trace(prompt, completion, sign, group, weight, teacher, origin, row.where, finished)
+        finished = read_sign(row, "finished", finished) > 0
+    if thought is None:
+        reads_it = THOUGHT_KEYS[0] in FORMATS[row.format].optional
+        thought = row.value if reads_it else {}
+    considered = answer.thought or read_thought(row, thought)
+    if considered and answer.content.lstrip().startswith("<think>"):
+        if considered.strip() not in answer.content:
+            raise row_error(row, "reasoning", "differs from the thought of the answer: remove one")
+        considered = ""
+    return Trace(
+        prompt,
+        with_thought(considered, answer.content),
+        sign,
+        group,
+        weight,
+        teacher,
+        origin,
+        row.where,
+        finished,
+        thought=considered,
+        calls=answer.calls,
+        tools=read_tools(row) if "tools" in FORMATS[row.format].optional else "",
+        document=document,
+    )
 
 
-def read_prompt(row: Row, column: str) -> tuple[Message, ...] | str:
-    """The prompt in a column: plain text, or messages that do not end with the assistant's.
-
-    Raises:
-        InputError: it is not a prompt. Names row and column.
-    """
-    value = row.value[column]
-    if isinstance(value, str):
-        return read_text(row, column, value)
-    if not isinstance(value, list):
-        raise _error(row, column, f"must be text or a list of messages, not {_type_name(value)}")
-    prompt = _messages(row, column, value)
-    _check_prompt(row, column, prompt)
-    return prompt
-
-
-def _check_prompt(row: Row, column: str, prompt: tuple[Message, ...]) -> None:
-    if not any(message.role == "user" for message in prompt):
-        raise _error(row, column, "has an empty prompt: no user message before the completion")
-    if prompt[-1].role == "assistant":
-        raise _error(row, column, "has a prompt that ends with an assistant message")
-
-
-def _messages(row: Row, column: str, value: object) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise _error(row, column, "must be a list of at least one message")
-    messages = []
-    for index, message in enumerate(value):
-        name = f"{column}[{index}]"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise _error(row, name, "must be an object with role and content")
-        for key in _UNREAD_MESSAGE_KEYS:
-            if message.get(key):
-                raise _error(row, f"{name}.{key}", "is not read: put its text into content")
-        role = read_text(row, f"{name}.role", message["role"])
-        # An empty system message is allowed: it turns off a template's default one.
-        content = read_text(row, f"{name}.content", message["content"], empty=role == "system")
-        messages.append(Message(role, content))
-    return tuple(messages)
-
-
-def read_text(row: Row, column: str, value: object, *, empty: bool = False) -> str:
-    """The text in a column. It must be valid Unicode, and not blank unless `empty`.
+def with_system(row: Row, prompt: tuple[Message, ...] | str) -> tuple[Message, ...] | str:
+    """The prompt after the system message that the row has in a column.
 
     Raises:
-        InputError: it is not such a text. Names row and column.
+        FaultyRow: it is no text, or the prompt has another one.
     """
-    if not isinstance(value, str):
-        raise _error(row, column, f"must be text, not {_type_name(value)}")
-    if not empty and _is_blank(value):
-        raise _error(row, column, "is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise _error(row, column, f"is not valid Unicode text: {error.reason}") from error
-    return value
+    system = row.value.get("system")
+    if is_empty(system):
+        return prompt
+    text = read_text(row, "system", system)
+    messages = as_messages(prompt)
+    own = [message.content for message in messages if message.role == "system"]
+    if own and own != [text]:
+        raise row_error(row, "system", "differs from the system message of the conversation")
+    return messages if own else (Message("system", text), *messages)
 
 
-def _is_blank(text: str) -> bool:
-    """True if it has only white space, control and zero-width characters."""
-    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
-
-
-def _label(row: Row) -> int:
-    """The row's verdict, +1 or -1; a row without a verdict is correct."""
-    label = _sign(row, "label", row.value["label"]) if "label" in row.value else None
-    for column in (*VERDICT_COLUMNS, *SCORE_COLUMNS):
-        value = row.value.get(column)
-        verdict = _WORDS.get(str(value).strip().lower())
-        if value is None or value == "" or (column in SCORE_COLUMNS and _is_number(value)):
-            continue
-        if label is not None:
-            if verdict is not None and verdict != label:
-                raise _error(row, column, f"is {value!r} and contradicts label: remove one of them")
-        elif column in VERDICT_COLUMNS or verdict is not None:
-            raise _error(
-                row,
-                column,
-                "has a verdict, but verdicts are read from 'label': rename it to label "
-                "(true: correct), or remove it",
-            )
-    return 1 if label is None else label
-
-
-_WORDS = {
-    **dict.fromkeys(("true", "correct", "yes", "right", "pass", "passed", "1", "1.0"), 1),
-    **dict.fromkeys(("false", "incorrect", "no", "wrong", "fail", "failed", "0", "0.0"), -1),
-}
-
-
-def _is_number(value: object) -> bool:
-    """True if it may be a score; `scan_source` detects verdicts written as numbers."""
-    try:
-        float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return False
-    return not isinstance(value, bool)
-
-
-def _sign(row: Row, column: str, value: object) -> int:
-    if isinstance(value, str) and value.lower() in ("true", "1", "false", "0"):
-        return 1 if value.lower() in ("true", "1") else -1
-    if isinstance(value, bool | int | float) and value in (0, 1):
-        return 1 if value else -1
-    raise _error(row, column, f"must be true or false (or 1 or 0), not {value!r}")
-
-
-def _weight(row: Row, value: object) -> float:
-    if value is None:
-        return 1.0
-    try:
-        weight = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        weight = math.nan
-    if not _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
-        raise _error(
-            row,
-            "weight",
-            "must be a positive number within float32's range (2^-126 to 3.4e38), "
-            f"not {repr(value)[:40]}",
-        )
-    return weight
+def is_empty(value: object) -> bool:
+    """True for a missing or empty value."""
+    return value is None or value in ("", [], {})
 
 
 def _group(
@@ -406,20 +526,8 @@ def _group(
 
     An id is combined with the hash of the prompt, as two files may both number problems from 0.
     """
-    value = row.value.get(column)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
-        raise _error(row, column, f"must be text or a whole number, not {_type_name(value)}")
-    if isinstance(value, str):
-        read_text(row, column, value, empty=True)
+    value = read_id(row, column)
     if value is None and default is not None:
         return default
     digest = xxhash.xxh3_128_hexdigest(repr(as_messages(prompt)).encode())
     return digest if value is None else f"{value}|{digest}"
-
-
-def _type_name(value: object) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def _error(row: Row, column: str, problem: str) -> InputError:
-    return InputError(f"{row.where}: column {column!r} {problem}")

@@ -30,7 +30,7 @@ from redi.engine.generation.checkers import Checker, open_checker
 from redi.engine.generation.generate import Completion, generate_batches, vllm_batches
 from redi.engine.generation.scoring import score
 from redi.engine.model.load import load_weights
-from redi.engine.train.run_folder import manifest, trained_prompts
+from redi.engine.train.run_folder import manifest, trained_prompts, trained_variables
 
 
 def run(options: EvaluateOptions) -> dict[str, Any]:
@@ -58,7 +58,13 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
             f'{options.model}: trained with data.eos = "left_out", without the ends of traces; '
             "a completion ends as with the model before training, else at max_new_tokens"
         )
-    task = prepare_evaluation(replace(options, template=template, system_prompt=system_prompt))
+    variables = options.template_variables
+    if variables is None and template == "chat":
+        variables = trained_variables(options.model)
+    options = replace(
+        options, template=template, system_prompt=system_prompt, template_variables=variables
+    )
+    task = prepare_evaluation(options)
     for line in unread_splits(options.data):
         console.warn(line)
     folder = task.folder

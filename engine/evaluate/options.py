@@ -52,6 +52,8 @@ class EvaluateOptions:
     chat."""
     system_prompt: str | None = None
     """System message of conversations without one. If omitted: the run's, if MODEL is a run."""
+    template_variables: dict[str, bool | int | float | str] | None = None
+    """Variables of the chat template. If omitted: the run's, if MODEL is a run."""
     limit: int | None = ranged(None, AT_LEAST_1)
     """Maximum problems per file."""
     seed: int = ranged(0, NOT_NEGATIVE)

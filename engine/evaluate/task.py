@@ -64,7 +64,8 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     path = model_path(options.model, "MODEL")
     config = find_config(path, "MODEL")
     template = options.template or "chat"
-    encoder = Encoder(TokenSettings((), "auto", template, options.system_prompt, path))
+    variables = options.template_variables or {}
+    encoder = Encoder(TokenSettings((), "auto", template, options.system_prompt, path, variables))
     prompts = [encoder.prompt_text(problem.prompt, problem.where) for problem in problems]
     try:
         ids = [encoder.with_start(one) for one in encode_prompts(encoder.tokenizer, prompts)]
@@ -76,7 +77,8 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     device = _device(options.device)
     dtype = compute_dtype(options.dtype, device)
     engine = _engine(options.engine, device)
-    free = {*MAY_CHANGE_ON_RESUME, "model", "data"}
+    # Without variables the settings are those of evaluations from before there were any.
+    free = {*MAY_CHANGE_ON_RESUME, "model", "data", *([] if variables else ["template_variables"])}
     settings = {
         **{name: value for name, value in asdict(options).items() if name not in free},
         "max_new_tokens": max_new_tokens,

@@ -76,6 +76,7 @@ def held_out_problems(recipe: Recipe) -> HeldOutProblems | None:
             template=recipe.data.template,
             system_prompt=recipe.data.system_prompt,
             tokenizer_path=recipe.model.tokenizer or recipe.model.path or "",
+            template_variables=recipe.data.template_variables,
         )
     )
     prompts = [encoder.prompt_text(problem.prompt, problem.where) for problem in problems]

@@ -72,7 +72,7 @@ class PreparedData:
 
 def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData:
     """Tokenize or open the cache, select the examples to train on, and schedule the steps."""
-    tokens = tokenized(recipe, recipe.data.paths, world, console)
+    tokens = tokenized(recipe, recipe.data.paths, world, console, recipe.data.where)
     tokens = tokens.of_teachers(recipe.data.teachers, recipe.data.teacher_weights)
     examples = _examples(recipe, tokens, recipe.objective.kind.units)
     schedule = Schedule(
@@ -105,6 +105,7 @@ def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: UnitKind
         pairing=recipe.data.pairing,
         duplicates=recipe.data.duplicates,
         max_tokens=recipe.data.max_tokens,
+        min_tokens=recipe.data.min_tokens,
         max_prompt_tokens=recipe.data.max_prompt_tokens,
         max_completion_tokens=recipe.data.max_completion_tokens,
         overlong=recipe.data.overlong,
@@ -114,11 +115,22 @@ def _examples(recipe: Recipe, tokens: TokenizedTraces, objective_needs: UnitKind
 
 
 def tokenized(
-    recipe: Recipe, paths: tuple[str, ...], world: World, console: Console
+    recipe: Recipe,
+    paths: tuple[str, ...],
+    world: World,
+    console: Console,
+    where: str | None = None,
 ) -> TokenizedTraces:
-    """The traces of files, tokenized by the settings of `[data]`.
+    """The traces of files, tokenized by the settings of `[data]`; texts are cut into pieces.
 
     Rank 0 hashes the files and fills the cache; the other ranks open what it found.
+
+    Args:
+        recipe: its `[data]` and `[model]` sections are used.
+        paths: the files.
+        world: this process.
+        console: where progress and warnings are shown.
+        where: selects traces; None: all, as for held-out ones.
     """
     settings = TokenSettings(
         paths=paths,
@@ -126,14 +138,19 @@ def tokenized(
         template=recipe.data.template,
         system_prompt=recipe.data.system_prompt,
         tokenizer_path=recipe.model.tokenizer or recipe.model.path or "",
+        template_variables=recipe.data.template_variables,
+        train_on=recipe.data.train_on,
+        where=where,
         control_tokens=recipe.data.control_tokens,
+        faulty=recipe.data.faulty,
     )
     cache = recipe.data.cache_dir
     processes = recipe.data.processes or min(8, os.cpu_count() or 1)
-    return world.from_rank0(
+    tokens = world.from_rank0(
         lambda: tokenize(settings, cache, processes=processes, console=console),
         lambda tokens: tokens.files,
     )
+    return tokens.in_pieces(recipe.data.max_tokens)
 
 
 def check_positions(

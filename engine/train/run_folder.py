@@ -81,12 +81,7 @@ def trained_prompts(
     Returns:
         The three, and a warning if the user gave others than those of the run.
     """
-    data: dict[str, Any] = {}
-    for folder in (Path(path), Path(path).parent):
-        if (folder / RECIPE).is_file():
-            text = (folder / RECIPE).read_text(encoding="utf-8")
-            data = tomllib.loads(text).get("data", {})
-            break
+    data = _data_section(path)
     given = {"template": template, "system_prompt": system_prompt}
     given = {name: value for name, value in given.items() if value is not None}
     other = [
@@ -100,6 +95,20 @@ def trained_prompts(
     if found.get("template") == "none":
         return "none", system_prompt, eos, warning  # the run's is not used without a template
     return "chat", found.get("system_prompt"), eos, warning
+
+
+def trained_variables(path: str) -> dict[str, Any]:
+    """The variables of the chat template of the run that trained a model; see `trained_prompts`."""
+    return _data_section(path).get("template_variables", {})
+
+
+def _data_section(path: str) -> dict[str, Any]:
+    """The section `[data]` of the run that trained a model; empty for other models."""
+    for folder in (Path(path), Path(path).parent):
+        if (folder / RECIPE).is_file():
+            text = (folder / RECIPE).read_text(encoding="utf-8")
+            return tomllib.loads(text).get("data", {})
+    return {}
 
 
 @dataclass(frozen=True)

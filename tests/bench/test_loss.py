@@ -1,4 +1,4 @@
-"""`redi.bench.loss` measures, records, lists what failed, and refuses to time a wrong result."""
+"""`redi.bench.loss` measures, records, lists what failed, and rejects a wrong result."""
 
 import json
 import math
@@ -133,8 +133,19 @@ def test_a_wrong_result_has_no_speed(
     logps: float,
 ) -> None:
     monkeypatch.setitem(bench.METHODS, "redi-torch", _altered(gradient, logps))
-    assert run(tmp_path, "redi-torch") == (1, [])
-    assert "nothing is recorded" in capsys.readouterr().err
+    code, (record,) = run(tmp_path, "redi-torch", "redi-triton")
+    assert code == 1
+    rows = {row["name"]: row for row in record["rows"]}
+    wrong = rows.pop("redi-torch")
+    assert ("logp_error" in wrong["rejected"]) == (logps > 0)
+    assert ("dhidden_error" in wrong["rejected"]) == (gradient > 1)
+    assert "dweight_error" not in wrong["rejected"]
+    assert wrong["logp_bias"] == pytest.approx(logps, abs=1e-5)
+    assert all(row["rejected"] is None for row in rows.values())
+    printed = capsys.readouterr()
+    assert f"redi-torch: its time is meaningless, it is wrong: {wrong['rejected']}" in printed.err
+    assert "redi-torch REJECTED" in printed.out
+    assert "redi-triton REJECTED" not in printed.out
 
 
 @pytest.mark.parametrize(("name", "status"), [("torch-plain", 0), ("redi-torch", 1)])

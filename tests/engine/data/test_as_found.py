@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def test_scores_that_are_no_verdicts_are_warned_of(
 def test_columns_that_mean_something_are_named_once_a_file_from_the_cache_too(
     suffix: str, recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{**row, "tools": ["add"], "reasoning": "2x", "notes": "n"} for row in pairs(20)]
+    rows = [{**row, "videos": ["add"], "reasoning": "2x", "notes": "n"} for row in pairs(20)]
     rows = [{**row, "thinking": None, "step_rewards": [0.5]} for row in rows]
     data = write(tmp_path / f"data.{suffix}", rows)
     changes = {"data.path": data, "data.cache": str(tmp_path / "cache"), "train.max_steps": 1}
@@ -152,7 +153,7 @@ def test_columns_that_mean_something_are_named_once_a_file_from_the_cache_too(
         assert main([command, path]) == 0
         lines = [line for line in warned(capsys.readouterr().err) if "not read" in line]
         assert lines == [
-            f"warning: {data}: reasoning, step_rewards, tools are not read, and the traces are "
+            f"warning: {data}: reasoning, step_rewards, videos are not read, and the traces are "
             "used without them; see docs/data.md for the columns that are read"
         ]
 
@@ -165,7 +166,7 @@ def test_keys_of_traces_and_messages_that_mean_something_are_named(
             "prompt": [{"role": "user", "content": f"{n}=", "name": "ann"}],
             "traces": [
                 {"text": "12", "correct": True, "token_weights": [1.0, 0.5]},
-                {"text": "13", "correct": False, "reasoning_content": "1"},
+                {"text": "13", "correct": False, "logprobs": [-1.0]},
             ],
         }
         for n in range(20)
@@ -173,5 +174,40 @@ def test_keys_of_traces_and_messages_that_mean_something_are_named(
     data = write(tmp_path / "data.jsonl", rows)
     path = recipe("r", {"data.path": data, "data.cache": str(tmp_path / "cache")})
     assert main(["prepare", str(path)]) == 0
-    expected = "prompt[].name, traces[].reasoning_content, traces[].token_weights are not read"
+    expected = "prompt[].name, traces[].logprobs, traces[].token_weights are not read"
     assert f"warning: {data}: {expected}" in capsys.readouterr().err
+
+
+def test_training_takes_the_shapes_that_users_have_and_each_token_of_a_text(
+    recipe: WriteRecipe,
+    redi: Callable[..., subprocess.CompletedProcess[str]],
+    steps: Callable[[Path], list[dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    def said(n: int) -> list[dict[str, str]]:
+        return [{"from": "human", "value": f"{n}="}, {"from": "gpt", "value": str(2 * n)}]
+
+    numbers = range(10, 14)
+    shapes: dict[str, list[dict[str, Any]]] = {
+        "sharegpt": [{"conversations": said(n)} for n in numbers],
+        "alpaca": [{"instruction": f"{n}=", "input": "", "output": str(2 * n)} for n in numbers],
+        "as_text": [{"messages": json.dumps(said(n))} for n in numbers],
+        "text": [{"text": "0123456789" * n} for n in (1, 2)],
+    }
+    paths = []
+    for name, rows in shapes.items():
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps({"data": rows}, indent=1))
+    changes = {
+        "data.path": [str(path) for path in paths],
+        "data.cache": str(tmp_path / "cache"),
+        "data.max_tokens": 8,
+        "objective.name": "sft",
+        "train.batch": 17,
+        "train.epochs": 1,
+    }
+    done = redi("train", recipe("r", changes))
+    assert done.returncode == 0, done.stderr
+    # 12 answers of 2 digits; texts of 10 and 20 tokens, each with one EOS: 2 and 3 pieces.
+    (step,) = steps(tmp_path / "r")
+    assert step["tokens"] == 12 * (3 + 2 + 1) + (10 + 1) + (20 + 1)

@@ -452,7 +452,7 @@ def test_a_generation_is_correct_when_both_verifiers_say_true(tmp_path):
         ({"prompt": "p", "completion": ""}, ["'completion'", "empty"]),
         ({"prompt": "p", "completion": None}, ["'completion'", "null"]),
         ({"prompt": "p", "completion": [USER]}, ["'completion'", "assistant"]),
-        ({"prompt": "p", "completion": "c", "label": None}, ["'label'", "None"]),
+        ({"prompt": "p", "completion": "c", "label": None}, ["'label'", "null"]),
         ({"prompt": "p", "completion": "c", "label": -1}, ["'label'", "-1"]),
         ({"prompt": "p", "completion": "c", "label": "yes"}, ["'label'", "'yes'"]),
         ({"messages": [USER]}, ["'messages'", "no completion"]),

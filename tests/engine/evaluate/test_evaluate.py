@@ -390,10 +390,20 @@ def test_a_directory_without_an_evaluation_is_not_touched(
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_run_is_evaluated_with_the_system_prompt_of_its_training(
-    recipe: Callable[..., Path], problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_is_evaluated_with_the_system_prompt_and_variables_of_its_training(
+    recipe: Callable[..., Path],
+    world: Path,
+    problems: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    changes = {"data.system_prompt": "12", "train.max_steps": 1}
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    template = model / "chat_template.jinja"
+    template.write_text(
+        template.read_text() + "{% if add_generation_prompt %}{{ mark }}{% endif %}"
+    )
+    changes: dict[str, Any] = {"data.system_prompt": "12", "train.max_steps": 1}
+    changes |= {"model.path": str(model), "data.template_variables": {"mark": "77"}}
     assert main(["train", str(recipe("run", changes))]) == 0
     run = tmp_path / "run"
     options = ["--samples", "1", "--max_new_tokens", "2", "--checker", "exact", "--limit", "2"]
@@ -411,7 +421,9 @@ def test_a_run_is_evaluated_with_the_system_prompt_of_its_training(
     other = prompts(run, "other", "--system_prompt", "34")
     assert "system_prompt '34' is not that of the run, '12'" in capsys.readouterr().err
     assert [prompt.replace("34", "12", 1) for prompt in other] == trained
-    assert all("12" in prompt for prompt in trained)
+    assert all("12" in prompt and prompt.endswith("=77") for prompt in trained)
+    marked = prompts(run, "marked", "--template_variables", '{"mark": "8"}')
+    assert [prompt.removesuffix("8") + "77" for prompt in marked] == trained
 
 
 def test_the_math_checker_reads_other_spellings_of_a_number(
