@@ -174,7 +174,7 @@ def cross_entropy_chunks(
         targets: [T] int64, -100 masks.
         token_weights: [T] accumulation dtype; None if neither dhidden nor dweight is wanted.
         kernels: of the backend. Entropies are always computed from logits, as are all `terms` but
-            none.
+            a scale.
         coefficient: see `softmax.effective_weights`.
         terms: what else the loss has, and the logits' scale and softcap. `kept` is without
             the factor logit_scale.
@@ -231,7 +231,13 @@ def cross_entropy_chunks(
         where = chunk.tokens, targets, token_weights if chunk.has_grad else None
         if kernels.exp_gemm is not None:
             return kernels.exp_gemm(
-                chunk.hidden, weight, *where, coefficient=coefficient, logps=logps, out=room
+                chunk.hidden,
+                weight,
+                *where,
+                coefficient=coefficient,
+                logps=logps,
+                out=room,
+                logit_scale=terms.logit_scale,
             )
         dlogits = kernels.softmax(
             matmul(chunk.hidden, operand.T, room),

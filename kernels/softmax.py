@@ -73,10 +73,10 @@ class Terms:
 
     @property
     def are_plain(self) -> bool:
-        """Whether there is nothing but - sum_t w_t logp_t, as `exp_gemm` computes it."""
+        """Whether there is at most a scale, which `exp_gemm` computes too."""
         weights = self.entropy_weights, self.lse_weights, self.z_weights
-        numbers = self.logit_scale, self.softcap, self.label_smoothing
-        return numbers == (1.0, None, 0.0) and all(values is None for values in weights)
+        numbers = self.softcap, self.label_smoothing
+        return numbers == (None, 0.0) and all(values is None for values in weights)
 
     def scaled(self, factor: float | Tensor) -> "Terms":
         """The terms with all weights multiplied."""

@@ -22,11 +22,12 @@ def exp_gemm(
     coefficient: str,
     logps: Tensor,
     out: Tensor,
+    logit_scale: float = 1.0,
 ) -> GradientRows | None:
     """Arguments and result are those of the Triton version."""
     target = targets[tokens, None]
-    z = hidden.float() @ weight.float().T
-    z_target = (hidden.float() * weight[target[:, 0]].float()).sum(-1, keepdim=True)
+    z = logit_scale * (hidden.float() @ weight.float().T)
+    z_target = (hidden.float() * weight[target[:, 0]].float()).sum(-1, keepdim=True) * logit_scale
 
     w = None if weights is None else weights[tokens, None]
     m = torch.ones_like(z_target) if w is None else _mantissa(w)

@@ -105,6 +105,7 @@ def exp_gemm(
     coefficient: str,
     logps: Tensor,
     out: Tensor,
+    logit_scale: float = 1.0,
     epsilon: float | None = None,
     launch: Launch | None = None,
 ) -> TiledRows | None:
@@ -121,6 +122,7 @@ def exp_gemm(
         logps: [T] float32, written at `tokens`; never above 0.
         out: [C, V] bfloat16, unit stride along V, rows at multiples of 16 bytes, overwritten: the
             gradient's matrix.
+        logit_scale: multiplies the logits. The gradient is by the scaled ones.
         epsilon: of a filter: the gradient comes with its `tiles`, and a tile that is certain to be
             left out need not be written. None: every tile is.
         launch: None takes that of the table.
@@ -138,7 +140,7 @@ def exp_gemm(
     sums = new(rows, triton.cdiv(tiles, 16) * 16)[:, :tiles]
     outside = torch.empty(rows, dtype=torch.int32, device=hidden.device)
     totals = None if epsilon is None or weights is None else new(rows)
-    multiply = partial(_multiply, hidden, weight, out, log2_scale, sums, launch)
+    multiply = partial(_multiply, hidden, weight, out, log2_scale, logit_scale, sums, launch)
 
     where = tokens.contiguous(), targets.contiguous()
     target_tiles = (targets[tokens] // launch.columns).int()
@@ -156,6 +158,7 @@ def exp_gemm(
             z_target,
             shifts,
             log2_scale,
+            logit_scale,
             logps,
             outside if redone is None else None,
             redone,
@@ -225,6 +228,7 @@ def _multiply(
     weight: Tensor,
     out: Tensor,
     log2_scale: Tensor,
+    logit_scale: float,
     sums: Tensor,
     launch: Launch,
     shifts: Tensor,
@@ -242,6 +246,7 @@ def _multiply(
         descriptor(out, launch.rows, launch.columns // launch.stores),
         shifts,
         log2_scale,
+        logit_scale * LOG2_E.value,
         sums,
         sums.stride(0),
         *(skipping or (None, None)),
@@ -321,6 +326,7 @@ def exp_gemm_kernel(
     e,  # descriptor of [C, V], blocks [BLOCK_ROWS, BLOCK_COLUMNS // STORES], out
     shifts,  # [C] float32
     log2_scale,  # [C] float32, log2 m
+    steepness,  # logit_scale log2 e
     sums,  # [C, tiles] float32, out: of E, or the largest logit of each tile
     sums_stride,
     skip_below,  # [C] float32: a tile whose rows hold no more is not written; or None
@@ -340,7 +346,7 @@ def exp_gemm_kernel(
     STORES: tl.constexpr,  # in how many parts, 1 or 2, a tile is stored
     FLATTEN: tl.constexpr,  # loads of the next tile under way during the epilogue
 ):
-    """E = m exp(hidden weight^T - shift), rounded, and sums of its tiles' rows.
+    """E = m exp(logit_scale (hidden weight^T - shift)), rounded, and sums of its tiles' rows.
 
     Programs that run at the same time work on neighbouring tiles: rows of a group first, so that
     each block of the lm_head is fetched from memory once a group and the group's hidden states
@@ -382,7 +388,7 @@ def exp_gemm_kernel(
             log2_m = tl.load(log2_scale + row, mask=row < rows, other=0.0)
             # First the difference, which is exact where z is near the shift: equal probabilities
             # are then rounded alike in all rows of one weight.
-            values = tl.exp2((z - shift[:, None]) * LOG2_E + log2_m[:, None])
+            values = tl.exp2((z - shift[:, None]) * steepness + log2_m[:, None])
             # Beyond V logits are 0, and exp(0 - shift) may be anything.
             if first_column + BLOCK_COLUMNS > vocab:
                 values = tl.where(column[None, :] < vocab, values, 0.0)
@@ -425,6 +431,7 @@ def finalise_kernel(
     z_target,  # [C] float32
     shifts,  # [C] float32
     log2_scale,  # [C] float32
+    logit_scale,
     logps,  # [T] float32, out
     outside,  # [C] int32, out: whether the row's sum is out of bounds; or None
     redone,  # [blocks of rows]: not 0 where to do anything at all; or None for everywhere
@@ -446,7 +453,7 @@ def finalise_kernel(
     target, _ = load_target(targets + token, vocab)
     e_row = e + row * e_stride
     z_y = tl.load(z_target + row)
-    from_shift = z_y - tl.load(shifts + row)
+    from_shift = (z_y - tl.load(shifts + row)) * logit_scale
     log2_m = tl.load(log2_scale + row)
     e_target = tl.exp2(from_shift * LOG2_E + log2_m)
 

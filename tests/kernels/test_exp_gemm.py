@@ -104,6 +104,29 @@ def test_log_probs_and_gradients_are_exact_for_every_kind_of_logits(
         torch.testing.assert_close(logps[valid].double(), exact[valid], rtol=2.0**-8, atol=0)
 
 
+@pytest.mark.parametrize("scale", some_slow([2.5], [0.4]))
+def test_a_logit_scale_is_exact_and_needs_no_pass_over_logits(target: Target, scale: float) -> None:
+    """Also in rows whose sums are out of bounds, and in what log-probs keep."""
+    for logits in ("random", "logp -80"):
+        case = make_case(BF16, lengths=(3, 2), signs=(1, -1), logits=logits, device=target.device)
+        out, got = run(redi_loss, case, backend=target.backend, logit_scale=scale)
+        exact_out, exact = run(reference.redi_loss, case.to(torch.float64), logit_scale=scale)
+        size = scale * float((case.hidden.double() @ case.weight.double().T).abs().max())
+        errors = (out.sequence_logps - exact_out.sequence_logps) / out.sequence_lengths
+        assert errors.abs().max() <= 2e-4 * max(1.0, size / 50)
+        moved = leaves(case)
+        logps = linear_logprobs(
+            *moved.arguments[:3], keep=True, logit_scale=scale, backend=target.backend
+        )
+        loss = -(case.token_weights * logps).sum()
+        kept = gradients(loss, moved.hidden, moved.weight)
+        for made in (got, kept):
+            assert relative_error(made.dhidden, exact.dhidden) < 4e-3
+            assert relative_error(made.dweight, exact.dweight) < 4e-3
+        by_logits = run(redi_loss, case, backend="triton", logit_scale=scale)[1]
+        assert not torch.equal(got.dweight, by_logits.dweight)
+
+
 @pytest.mark.parametrize("vocab", some_slow([129, 256], [1, 5, 128, 300, 512]))
 @pytest.mark.parametrize("column", some_slow(["last"], ["first"]))
 def test_the_target_may_lie_in_any_tile_and_tiles_need_not_divide_the_vocabulary(
