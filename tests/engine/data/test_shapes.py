@@ -154,7 +154,7 @@ WRONG_ROWS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "not JSON": ({"messages": "[{'role': 'user'}]"}, ["'messages'", "not valid JSON"]),
     "two thoughts": (
         {"messages": [USER, {**ANSWER, "content": "<think>a</think>6", "thinking": "b"}]},
-        ["messages[1]", "two thoughts"],
+        ["messages[1].thinking", "differs from the thought in the content"],
     ),
     "two system messages": (
         {"system": "A", "messages": [{"role": "system", "content": "B"}, USER, ANSWER]},
