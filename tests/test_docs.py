@@ -35,6 +35,9 @@ ELSEWHERE = {
     "make train": "tests/engine/quickstart/test_quickstart.py trains the quickstart in full",
     "make test": "this is part of it",
     "redi train redi.toml                        # train:": "README runs it after its recipe",
+    "redi prepare openr1 open-r1/OpenR1-Math-Raw": (
+        "tests/engine/commands/test_prepare.py runs it on rows of its own"
+    ),
     "torchrun --nproc-per-node 8 -m redi.engine.cli train engine/recipes/paper-": (
         "tests/engine/config/test_paper_recipes.py runs two steps of each"
     ),

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
 from redi.engine.data.openr1 import PrepareOptions, select_traces
+from redi.engine.data.row import Row
 from redi.engine.data.rows import scan_source
 from redi.engine.data.sources import find_sources, unread_splits
 from redi.engine.data.summary import show, warnings
@@ -31,7 +32,8 @@ from redi.engine.data.summary_by_source import (
     share_rows,
     summarize_by_source,
 )
-from redi.engine.data.text import load_tokenizer
+from redi.engine.data.text import Encoder, TokenSettings
+from redi.engine.data.traces import normalise
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError, faulty_rows
 from redi.engine.model.build import check_vocabulary, model_config
@@ -69,7 +71,7 @@ def select_openr1(options: PrepareOptions, console: Console) -> dict[str, int]:
         with tempfile.TemporaryDirectory(dir=out) as folder, console.bar("reading", "rows") as bar:
             sft = _Spool(Path(folder) / "sft.jsonl")
             pref = _Spool(Path(folder) / "pref.jsonl")
-            waiting: list[tuple[int, dict[str, Any]]] = []
+            waiting: list[tuple[int, Row]] = []
             rows = chain.from_iterable(scan_source(source, "openr1") for source in sources)
             for index, row in enumerate(rows):
                 bar.update()
@@ -84,7 +86,7 @@ def select_openr1(options: PrepareOptions, console: Console) -> dict[str, int]:
                 for line in found.sft:
                     sft.add(index, line)
                 counts["pairs before the limits"] += len(found.pref)
-                waiting += [(index, line) for line in found.pref]
+                waiting += [(index, replace(row, value=line)) for line in found.pref]
                 if len(waiting) >= _PAIRS_TOGETHER:
                     pref.add_all(limits.kept(waiting, counts))
                     waiting.clear()
@@ -123,36 +125,44 @@ def _shuffled_places(count: int, seed: int) -> np.ndarray:
 
 
 class _Limits:
-    """Length limits, which need a tokenizer."""
+    """Limits on length. They count what training counts, so that it leaves out no further pair."""
 
     def __init__(self, options: PrepareOptions) -> None:
-        self._tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
         self._prompt = options.max_prompt_tokens or None
         self._trace = options.max_trace_tokens or None
+        self._encoder: Encoder | None = None
+        if options.tokenizer and (self._prompt or self._trace):
+            system_prompt = options.system_prompt if options.template == "chat" else None
+            settings = TokenSettings(
+                (), "preference", options.template, system_prompt, options.tokenizer
+            )
+            self._encoder = Encoder(settings)
 
     def kept(
-        self, pairs: Sequence[tuple[int, dict[str, Any]]], counts: Counter[str]
+        self, pairs: Sequence[tuple[int, Row]], counts: Counter[str]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the pairs within the limits; add the others to `counts`."""
-        texts = {pair[key] for _, pair in pairs for key in ("prompt", "chosen", "rejected")}
-        tokens = self._count(list(texts))
-        for index, pair in pairs:
-            if self._prompt and tokens[pair["prompt"]] > self._prompt:
+        """Yield the pairs within the limits; add the others to `counts`.
+
+        Args:
+            pairs: the input row of each pair, and the pair as a row of the format "preference".
+            counts: numbers of pairs left out, by reason.
+        """
+        if self._encoder is None:
+            yield from ((index, pair.value) for index, pair in pairs)
+            return
+        traces = [normalise(pair) for _, pair in pairs]
+        texts = [self._encoder.texts(one) for one in traces]
+        encoded = self._encoder.encode(list(chain(*traces)), list(chain(*texts)))
+        both = zip(encoded[::2], encoded[1::2], strict=True)
+        for (index, pair), (chosen, rejected) in zip(pairs, both, strict=True):
+            if self._prompt and chosen.prompt_length > self._prompt:
                 counts[f"pairs: prompt over {self._prompt:,} tokens"] += 1
-            elif self._trace and max(tokens[pair[key]] for key in ("chosen", "rejected")) > (
-                self._trace
+            elif self._trace and self._trace < max(
+                len(one.ids) - one.prompt_length for one in (chosen, rejected)
             ):
                 counts[f"pairs: a trace over {self._trace:,} tokens"] += 1
             else:
-                yield index, pair
-
-    def _count(self, texts: list[str]) -> dict[str, int]:
-        if not (texts and self._tokenizer and (self._prompt or self._trace)):
-            return dict.fromkeys(texts, 0)
-        ids = self._tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        return dict(zip(texts, map(len, ids), strict=True))
+                yield index, pair.value
 
 
 class _Spool:

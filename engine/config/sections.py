@@ -99,7 +99,8 @@ class DataConfig(Section, name="data"):
     """Variables of the chat template, such as { enable_thinking = false }."""
     pairing: Literal["zip", "first", "all"] = "zip"
     """How a problem with several traces forms pairs. zip: i-th correct with i-th incorrect; first:
-    the first of each (the paper); all: every correct with every incorrect."""
+    the first of each, before the limits on length (the paper); all: every correct with every
+    incorrect."""
     duplicates: Literal["keep", "drop"] = "keep"
     """drop: use equal traces of a problem with the same verdict once, and equal pairs (SFT: traces)
     of different problems once. Equal means token for token; the first is kept."""

@@ -5,7 +5,7 @@ a list of text parts. An assistant message may have its thought in a key of its 
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from redi.engine.data.row import Row, is_blank, read_json, read_text, row_error, type_name
@@ -101,7 +101,6 @@ def _message(row: Row, name: str, message: Any) -> Message:
     role = read_text(row, f"{name}.{keys[0]}", message[keys[0]])
     if keys[0] == "from":
         role = _ROLES.get(role.lower(), role.lower())
-    thought = read_thought(row, message, f"{name}.")
     calls = message.get("tool_calls") or ()
     if message.get("function_call"):  # OpenAI's older form
         calls = [message["function_call"]]
@@ -113,39 +112,44 @@ def _message(row: Row, name: str, message: Any) -> Message:
         # An empty system message turns off a template's default one; a tool may return nothing.
         empty = bool(calls) or role in ("system", "tool")
         content = _content(row, f"{name}.{keys[1]}", message.get(keys[1]), empty)
-    if thought and role != "assistant":
-        raise row_error(row, name, f"has a thought, but is a message of the role {role}")
-    if thought and content.lstrip().startswith("<think>"):
-        if thought.strip() not in content:
-            raise row_error(row, name, "has two thoughts, one of them in its content: remove one")
-        thought = ""  # the content repeats it
     named = TOOL_KEYS if role == "tool" else ()
     extra = {key: message[key] for key in named if message.get(key)}
-    return Message(
+    found = Message(
         role,
         content,
-        thought,
-        _calls(row, f"{name}.tool_calls", calls) if calls else "",
-        json.dumps(extra) if extra else "",
+        calls=_calls(row, f"{name}.tool_calls", calls) if calls else "",
+        extra=json.dumps(extra) if extra else "",
     )
+    return add_thought(row, found, message, f"{name}.")
 
 
-def read_thought(row: Row, keys: dict[str, Any], place: str = "") -> str:
-    """The thought under one of THOUGHT_KEYS; empty if there is none.
+def add_thought(row: Row, message: Message, keys: dict[str, Any], place: str = "") -> Message:
+    """The message with the thought that is under one of THOUGHT_KEYS, unless it has one.
 
     Args:
         row: the row, for messages.
-        keys: a message, an entry of `traces` or the row itself.
-        place: prefix of the key in messages, such as "messages[1].".
+        message: an assistant message. Its content may begin with the same thought.
+        keys: the message as it was read, its entry of `traces`, or its row.
+        place: prefix of a key, for messages, such as "messages[1].".
+
+    Raises:
+        FaultyRow: it is no text, there are two different ones, or the role has none.
     """
     found = {key: keys[key] for key in THOUGHT_KEYS if keys.get(key) not in (None, "")}
-    texts = {
-        key: read_text(row, f"{place}{key}", value, empty=True) for key, value in found.items()
-    }
-    different = list(dict.fromkeys(texts.values()))
-    if len(different) > 1:
-        raise row_error(row, f"{place}{list(texts)[1]}", f"differs from {next(iter(texts))}")
-    return "" if not different or is_blank(different[0]) else different[0].strip("\n")
+    if message.thought or not found:
+        return message
+    texts = [read_text(row, f"{place}{key}", value, empty=True) for key, value in found.items()]
+    name = f"{place}{next(iter(found))}"
+    if len(set(texts)) > 1:
+        raise row_error(row, name, f"differs from {list(found)[1]}; remove one of them")
+    thought = "" if is_blank(texts[0]) else texts[0].strip("\n")
+    if thought and message.role != "assistant":
+        raise row_error(row, name, f"is the thought of a message of the role {message.role}")
+    if thought and message.content.lstrip().startswith("<think>"):
+        if thought.strip() not in message.content:
+            raise row_error(row, name, "differs from the thought in the content: remove one")
+        return message
+    return replace(message, thought=thought)
 
 
 def _content(row: Row, name: str, value: object, empty: bool) -> str:

@@ -21,6 +21,10 @@ _START_OF_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
 _THINK_ANSWER = re.compile(r"think\n(.*)\nanswer\n(.*)", re.DOTALL)
 
 
+PAPER_SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
+"""The system prompt of arXiv 2505.24850."""
+
+
 @dataclass(frozen=True)
 class PrepareOptions:
     """How the rows of OpenR1-Math-Raw are selected."""
@@ -31,6 +35,11 @@ class PrepareOptions:
     """Output folder for the two sets and the report."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer by which the two limits count."""
+    template: Literal["chat", "none"] = "chat"
+    """What the two limits count, as in training (data.template). chat: prompt and trace with the
+    tokenizer's chat template; none: without it."""
+    system_prompt: str | None = PAPER_SYSTEM_PROMPT
+    """System message of the prompts that are counted (data.system_prompt); default: the paper's."""
     take: Literal["first", "shortest", "longest", "all"] = "first"
     """Which correct and which incorrect generation of a problem to take. all: every correct one,
     and every pair of a correct and an incorrect one. Lengths are in characters."""
@@ -39,9 +48,9 @@ class PrepareOptions:
     both, but generations on which the verifiers differ are left out; either: at least one accepts
     it; llama, math: this verifier accepts it."""
     max_prompt_tokens: int = ranged(800, NOT_NEGATIVE)
-    """Leave out pairs with a longer prompt; 0: no limit."""
+    """Leave out pairs with a longer prompt, in tokens as trained; 0: no limit."""
     max_trace_tokens: int = ranged(19000, NOT_NEGATIVE)
-    """Leave out pairs with a longer trace; 0: no limit."""
+    """Leave out pairs with a longer trace, with its end, in tokens as trained; 0: no limit."""
     exclude_sources: list[str] = field(default_factory=lambda: ["cn_k12"])
     """Leave out rows with these values in the column source."""
     finished: bool = False

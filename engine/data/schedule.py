@@ -55,7 +55,8 @@ def select(
         pairing: within each problem, "zip" pairs the first positive with the first negative, the
             second with the second, ...; "first" takes only the first of each; "all" takes every
             combination. For positives, "first" takes one per problem, the others take all; for
-            traces, "first" takes one of each sign.
+            traces, "first" takes one of each sign. "first" is applied before the limits on length,
+            as in the paper: a problem whose first pair is too long gives none.
         duplicates: "drop" leaves out repetitions, token for token: traces of one problem and sign
             (before pairing), and units of all problems.
         max_tokens: longest sequence, prompt and completion with its end.
@@ -83,6 +84,12 @@ def select(
         again = usable & repeats(tokens.groups, tokens.signs, tokens.digests)
         left_out["duplicates dropped"] = int(again.sum())
         usable = usable & ~again
+    others = np.zeros(len(tokens), dtype=bool)
+    if pairing == "first":
+        candidates = np.flatnonzero(usable)
+        again = repeats(tokens.groups[candidates], tokens.signs[candidates])
+        others[candidates[again]] = True
+        usable = usable & ~others
     prompts = tokens.prompt_lengths
     limits = np.full(len(tokens), max_tokens)
     if max_completion_tokens is not None:
@@ -119,6 +126,7 @@ def select(
         usable[gone] = False
     used = np.zeros(len(tokens), dtype=bool)
     used[units] = True
+    usable = usable | others
     if objective_needs == "positives":
         left_out["negatives unused"] = int(np.sum(tokens.signs < 0))
         left_out["positives unused"] = int(np.sum(usable & ~used))

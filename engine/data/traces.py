@@ -13,11 +13,11 @@ import xxhash
 from redi.engine.data.messages import (
     THOUGHT_KEYS,
     Message,
+    add_thought,
     as_messages,
     check_prompt,
     read_messages,
     read_prompt,
-    read_thought,
     read_tools,
     with_thought,
 )
@@ -233,42 +233,60 @@ def _prompt_completion(row: Row, *_: object) -> list[Trace]:
         answer = messages[0]
     else:
         answer = Message("assistant", read_text(row, "completion", completion))
+    answer = add_thought(row, answer, row.value)
     return [_trace(row, prompt, answer, read_label(row), _group(row, "id", prompt))]
 
 
 def _conversation(row: Row, dropped: Counter[str], train_on: str) -> list[Trace]:
-    """Assistant messages are completions; messages after the last one are ignored.
-
-    With `train_on` "all" each turn of a correct conversation is a trace, whose prompt is what comes
-    before it; of an incorrect one only the last, as the verdict says nothing of earlier ones.
-    """
+    """Messages after the last one of the assistant are ignored."""
     column = FORMATS[row.format].required[0]
     messages = read_messages(row, column, row.value[column])
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     if not answers:
         raise row_error(row, column, "has no assistant message: the row has no completion")
+    return _turns(row, column, messages[: answers[-1] + 1], dropped, train_on)
+
+
+def _alpaca(row: Row, dropped: Counter[str], train_on: str) -> list[Trace]:
+    output = Message("assistant", read_text(row, "output", row.value["output"]))
+    prompt = _instruction(row)
+    if isinstance(prompt, str) or train_on == "last":
+        prompt = with_system(row, prompt)
+        answer = add_thought(row, output, row.value)
+        return [_trace(row, prompt, answer, read_label(row), _group(row, "id", prompt))]
+    return _turns(row, "history", (*prompt, output), dropped, train_on)
+
+
+def _turns(
+    row: Row,
+    column: str,
+    messages: tuple[Message, ...],
+    dropped: Counter[str],
+    train_on: str,
+) -> list[Trace]:
+    """The traces of a conversation that ends with an assistant message.
+
+    With `train_on` "all" each turn of a correct conversation is a trace, whose prompt is what comes
+    before it; of an incorrect one only the last, as the verdict is not about earlier ones.
+    """
     sign = read_label(row)
+    last = len(messages) - 1
+    answers = [last]
     if train_on == "all" and sign > 0:
+        answers = [n for n, message in enumerate(messages) if message.role == "assistant"]
         asked = next((n for n, message in enumerate(messages) if message.role == "user"), 0)
-        if greetings := sum(index < asked for index in answers[:-1]):
+        if greetings := sum(n < asked for n in answers):
             dropped["assistant turn before any user message"] += greetings
-        answers = [index for index in answers[:-1] if index > asked] + answers[-1:]
-    else:
-        answers = answers[-1:]
+        answers = [n for n in answers if n > asked or n == last]
     traces = []
     for index in answers:
         check_prompt(row, column, messages[:index])
         prompt = with_system(row, messages[:index])
-        answer = messages[index]
-        entry = row.value if index == answers[-1] else {}  # a row's thought is that of its answer
-        traces.append(_trace(row, prompt, answer, sign, _group(row, "id", prompt), thought=entry))
+        # What the row has in columns besides is about its last answer.
+        answer = add_thought(row, messages[index], row.value if index == last else {})
+        entry = {} if index == last else {"finished": None}
+        traces.append(_trace(row, prompt, answer, sign, _group(row, "id", prompt), entry))
     return traces
-
-
-def _alpaca(row: Row, *_: object) -> list[Trace]:
-    prompt = with_system(row, _instruction(row))
-    answer = Message("assistant", read_text(row, "output", row.value["output"]))
-    return [_trace(row, prompt, answer, read_label(row), _group(row, "id", prompt))]
 
 
 def _instruction(row: Row) -> tuple[Message, ...] | str:
@@ -314,7 +332,8 @@ def _graded_traces(row: Row, dropped: Counter[str], _: str) -> list[Trace]:
             dropped["empty incorrect trace"] += 1
             continue
         answer = Message("assistant", read_text(row, f"{column}.text", entry["text"]))
-        traces.append(_trace(row, prompt, answer, sign, group, entry, thought=entry))
+        answer = add_thought(row, answer, entry)
+        traces.append(_trace(row, prompt, answer, sign, group, entry))
     return traces
 
 
@@ -445,7 +464,6 @@ def _trace(
     group: str,
     entry: dict[str, Any] | None = None,
     *,
-    thought: dict[str, Any] | None = None,
     document: bool = False,
 ) -> Trace:
     """Build a trace.
@@ -457,8 +475,6 @@ def _trace(
         sign: +1 or -1.
         group: see `Trace`.
         entry: its teacher, weight and finished override those of the row.
-        thought: where the thought may be, if the answer has none; None: in the row, if the format
-            reads it there.
         document: see `Trace`.
     """
     entry = entry or {}
@@ -472,17 +488,9 @@ def _trace(
     finished = entry.get("finished", row.value.get("finished"))
     if finished is not None:
         finished = read_sign(row, "finished", finished) > 0
-    if thought is None:
-        reads_it = THOUGHT_KEYS[0] in FORMATS[row.format].optional
-        thought = row.value if reads_it else {}
-    considered = answer.thought or read_thought(row, thought)
-    if considered and answer.content.lstrip().startswith("<think>"):
-        if considered.strip() not in answer.content:
-            raise row_error(row, "reasoning", "differs from the thought of the answer: remove one")
-        considered = ""
     return Trace(
         prompt,
-        with_thought(considered, answer.content),
+        with_thought(answer.thought, answer.content),
         sign,
         group,
         weight,
@@ -490,7 +498,7 @@ def _trace(
         origin,
         row.where,
         finished,
-        thought=considered,
+        thought=answer.thought,
         calls=answer.calls,
         tools=read_tools(row) if "tools" in FORMATS[row.format].optional else "",
         document=document,

@@ -10,6 +10,7 @@ import datasets
 import pytest
 
 from redi.engine.cli import main
+from redi.engine.config import sections
 
 THOUGHT = "I add.</think>So it is \\boxed{{{}}}."
 
@@ -247,3 +248,42 @@ def test_a_recipe_that_trains_anothers_export_is_prepared_with_its_model(
     assert "pairs to train on" in capfd.readouterr().err
     assert main(["prepare", str(redi)]) == 2
     assert "no such directory" in capfd.readouterr().err
+
+
+def test_recipes_and_prepare_take_the_same_pairs(
+    world: Path, tmp_path: Path, prepare: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = Path(sections.__file__).parents[1] / "recipes" / "paper-redi.toml"
+    overrides = {
+        "model.path": world / "model",
+        "model.max_position_embeddings": 20_000,
+        "data.cache": tmp_path / "cache",
+        "data.processes": 1,
+        "data.system_prompt": "7" * 30,
+        "train.batch": 1,
+    }
+
+    def pairs(name: str, *more: str) -> dict[str, Any]:
+        options = [f"--{key}={value}" for key, value in overrides.items()]
+        line = ["prepare", str(recipe), f"--data.path={tmp_path / name}", *options]
+        assert main([*line, "--report", str(tmp_path / "report"), *more]) == 0
+        return json.loads((tmp_path / "report" / "report.json").read_text())["overview"]
+
+    # Without the system prompt these prompts would fit.
+    near = [raw(n, [GOOD, BAD], problem=f"{n:0780}") for n in range(20, 28)]
+    long_first = [
+        raw(n, [GOOD, BAD, BAD], generations=["1", "2" * 19_000, "3"]) for n in range(30, 38)
+    ]
+    fits = [raw(n, [GOOD, BAD], generations=["1", "2" * 18_999]) for n in range(40, 43)]
+    found = prepare([*ROWS, *near, *long_first, *fits], "--system_prompt", "7" * 30)
+    assert found["counts"]["pairs: prompt over 800 tokens"] == 1 + len(near)
+    assert found["counts"]["pairs: a trace over 19,000 tokens"] == 1 + len(long_first)
+    from_raw, from_pref = pairs("raw.jsonl"), pairs("out/pref.jsonl")
+    assert from_raw["units"] == from_pref["units"] == len(found["pref"]) == 3 + len(fits)
+    assert from_raw["lengths"] == from_pref["lengths"]
+    assert from_pref["left_out"] == {}
+    # Eight problems whose first incorrect trace is too long, and whose second is not: no pair.
+    assert prepare(long_first)["pref"] == []
+    line = [f"--{key}={value}" for key, value in overrides.items()]
+    assert main(["prepare", str(recipe), f"--data.path={tmp_path / 'raw.jsonl'}", *line]) == 2
+    assert "overlong dropped" in capsys.readouterr().err

@@ -220,8 +220,8 @@ def test_a_run_trains_what_its_recipe_selects(
     recipe: Callable[..., Path],
     redi: Callable[..., subprocess.CompletedProcess[str]],
     steps: Callable[[Path], list[dict[str, Any]]],
-    world: Path,
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join([json.dumps(row) for row in pairs(16)] + FAULTS))
@@ -247,5 +247,6 @@ def test_a_run_trains_what_its_recipe_selects(
     assert "- shorter than min_tokens 1 " in shown
     assert "- faulty rows 3 " in shown
     assert step["tokens"] in (7 + 9 + 11, 7 + 9 + 13, 7 + 11 + 13, 9 + 11 + 13)
-    # The error of the last command, for a template without the variable, names the key.
     assert main(["prepare", str(path), "--data.template_variables.enable_thinking", "false"]) == 2
+    expected = "[data] template_variables: the chat template has no variable 'enable_thinking'"
+    assert expected in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Rows in the shapes that users have: each gives the traces of the plain row that it means."""
 
 import json
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from itertools import chain, pairwise
@@ -154,7 +155,7 @@ WRONG_ROWS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "not JSON": ({"messages": "[{'role': 'user'}]"}, ["'messages'", "not valid JSON"]),
     "two thoughts": (
         {"messages": [USER, {**ANSWER, "content": "<think>a</think>6", "thinking": "b"}]},
-        ["messages[1]", "two thoughts"],
+        ["messages[1].thinking", "differs from the thought in the content"],
     ),
     "two system messages": (
         {"system": "A", "messages": [{"role": "system", "content": "B"}, USER, ANSWER]},
@@ -424,3 +425,68 @@ def test_a_piece_of_one_token_does_not_arise() -> None:
         ):
             assert second[0] == (0 if a != b else sum(first))
         assert np.bincount(whole, sizes).tolist() == lengths.tolist()
+
+
+def test_pieces_are_the_same_in_another_process(
+    make: Callable[..., TokenizedTraces], tmp_path: Path
+) -> None:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    rows = [{"text": "It is 4. " * n, "teacher": "ab"[n % 2]} for n in range(1, 6)]
+    tokens = make(rows, tokenizer).in_pieces(7).of_teachers(["a"], {"a": 2.0})
+    again = pickle.loads(pickle.dumps(tokens))
+    assert again.key == tokens.key
+    assert again.lengths.tolist() == tokens.lengths.tolist()
+    assert [again.ids(n).tolist() for n in range(len(again))] == [
+        tokens.ids(n).tolist() for n in range(len(tokens))
+    ]
+    assert {tokens.teacher(n) for n in range(len(tokens))} == {"a"}
+    assert set(tokens.weights.tolist()) == {2.0}
+
+
+# Files in the manner of public bug reports: their numbers of traces, or words of the error.
+CASES: dict[str, int | str] = {
+    "rows/sharegpt-conversations/sharegpt.jsonl": 4,
+    "rows/sharegpt-conversations/alpaca.jsonl": 4,
+    "rows/sharegpt-conversations/parts.jsonl": 4,
+    "rows/sharegpt-conversations/messages_as_text.jsonl": 4,
+    "rows/sharegpt-conversations/openai_under_conversations.jsonl": 4,
+    "rows/sharegpt-conversations/chosen_is_a_message.jsonl": 2,
+    "rows/sharegpt-conversations/hh_like.jsonl": "jsonl:1: column 'chosen' has the whole dialogue",
+    "rows/sharegpt-conversations/kto_names.jsonl": "jsonl:2: column 'label'",
+    "rows/reasoning_content/messages.jsonl": 2,
+    "rows/reasoning_content/thinking_column.jsonl": 2,
+    "rows/think-templates/pairs.jsonl": 8,
+    "rows/tools-and-tool-calls/final_is_a_call.jsonl": 1,
+    "rows/tools-and-tool-calls/hermes.jsonl": 2,
+    "rows/tools-and-tool-calls/openai.jsonl": 2,
+    "rows/jsonl-oddities/crlf.jsonl": 2,
+    "rows/jsonl-oddities/u2028.jsonl": 2,
+    "rows/jsonl-oddities/mixed_extra.jsonl": 10,
+    "rows/jsonl-oddities/string_then_null.jsonl": 6,
+    "rows/jsonl-oddities/views.parquet": 4,
+    "rows/jsonl-oddities/float_ids.parquet": 4,
+    "rows/jsonl-oddities/pretty.json": 4,
+    "rows/jsonl-oddities/wrapped.json": 4,
+    "rows/jsonl-oddities/columns.json": "columns.json: is a table written column by column",
+    "rows/jsonl-oddities/surrogate.jsonl": "jsonl:1: column 'chosen' is not valid Unicode",
+    "folders/saved": 16,
+    "folders/saved_dict": 16,
+    "folders/saved_dict:test": 4,
+    "folders/snapshot": 16,
+    "folders/snapshot_tests": 12,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_as_users_have_them_are_read_or_refused_in_one_line(name: str) -> None:
+    folder = shared_data().parent / "cases"
+    if not folder.is_dir():
+        pytest.skip(f"no such files in {folder}")
+    expected = CASES[name]
+    if isinstance(expected, int):
+        assert len(traces_of(str(folder / name))) == expected
+        return
+    with pytest.raises(InputError) as caught:
+        traces_of(str(folder / name))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
