@@ -74,15 +74,15 @@ def vocab_parallel_cross_entropy(
 ) -> tuple[Tensor, ...]:
     """`signed_cross_entropy` over the rows of the lm_head that the ranks of a group hold.
 
-    A collective: all ranks of the group call it, and call backward where one of them does. It makes
-    1 + 2 collectives a chunk (without a gradient 1 + 1): the sizes of shards, [3, C] or [4, C]
-    sums, and the chunk's rows of dhidden.
+    All ranks of the group must call it. It exchanges the sizes of shards once, gathers 3 to 5
+    numbers per token of a chunk, and all-reduces the chunk's rows of the gradient by `hidden` where
+    that is needed.
 
     Args:
         hidden: [T, D], the same on all ranks.
         weight: [V_i, D] this rank's rows of the lm_head; V_i may differ between ranks and be 0. The
             vocabulary is that of rank 0 of the group, then that of rank 1, and so on. Leave padding
-            out: `weight[:rows]`.
+            out: `weight[:rows]`. Of a DTensor sharded by rows: `weight.to_local()`.
         targets: [T] int64 in [0, sum of all V_i), or -100; the same on all ranks.
         token_weights: [T], the same on all ranks.
         group: of torch.distributed. Of a DeviceMesh: `mesh.get_group("tp")`.
@@ -226,6 +226,11 @@ def _check(
         raise TypeError(
             f"group must be a process group that this rank belongs to, got {type(group).__name__}: "
             'pass torch.distributed.group.WORLD, a new_group(...) or mesh.get_group("tp")'
+        )
+    if hasattr(weight, "full_tensor"):  # a DTensor, recognised without importing its module
+        raise TypeError(
+            "weight must be this rank's rows of the lm_head as a plain tensor, got a DTensor: pass "
+            "weight.to_local() of one that is sharded by rows, Shard(0), over the group"
         )
     operands = check_operands(hidden, weight, targets, ignore_index, least_vocab=0)
     valid_index, num_with_grad, chunk_tokens = schedule

@@ -58,7 +58,7 @@ COEFFICIENTS = ("weight", "dft", "unlikelihood")
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the ranks have told each other before the first chunk."""
+    """What the ranks exchange before the first chunk."""
 
     start: int
     """The first row of the lm_head that this rank holds."""

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from kernel_cases import Case
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from redi.kernels import (
     linear_logprobs,
@@ -162,6 +164,28 @@ def pairs_of_ranks(cases: list[Case], weights: Tensor) -> tuple[Tensor, Tensor, 
     hidden, shard = (t.clone().requires_grad_() for t in (case.hidden, shard))
     loss, _ = vocab_parallel_cross_entropy(hidden, shard, case.targets, weights, group=group)
     return loss.detach(), *torch.autograd.grad(loss, (hidden, shard))
+
+
+def of_a_dtensor(case: Case, weights: Tensor) -> tuple[str, Tensor, Tensor, Tensor]:
+    """An lm_head that is a DTensor sharded by rows: (error for itself, loss, dhidden, dweight).
+
+    dweight is whole, of a backward through `to_local`.
+    """
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    lm_head = distribute_tensor(case.weight, mesh, [Shard(0)]).requires_grad_()
+    hidden = case.hidden.clone().requires_grad_()
+    arguments = case.targets, weights
+    error = ""
+    try:
+        vocab_parallel_cross_entropy(hidden, lm_head, *arguments, group=mesh.get_group("tp"))
+    except TypeError as raised:
+        error = str(raised)
+    loss, _ = vocab_parallel_cross_entropy(
+        hidden, lm_head.to_local(), *arguments, group=mesh.get_group("tp")
+    )
+    loss.backward()
+    assert hidden.grad is not None
+    return error, loss.detach(), hidden.grad, lm_head.grad.full_tensor()
 
 
 def error_of(changes: list[dict[str, Any]], case: Case, bounds: list[int]) -> str:

@@ -367,6 +367,24 @@ def test_groups_within_a_larger_world_each_compute_their_own_row(
         assert relative_error(got.dweight, expected.dweight) < 1e-12
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_dtensor_is_named_and_its_local_rows_are_taken(
+    pools: dict[int, RankPool], ranks: int
+) -> None:
+    """331 rows, 83 a rank at most: torch's own division, whose last shard is shorter."""
+    case = make_case(torch.float64)
+    weights = torch.linspace(-1, 1, len(case.targets), dtype=torch.float64)
+    results = pools[ranks].run(on_ranks.of_a_dtensor, case, weights)
+    exact = leaves(case)
+    loss, _ = reference.signed_cross_entropy(exact.hidden, exact.weight, case.targets, weights)
+    expected = gradients(loss, exact.hidden, exact.weight)
+    for error, got, dhidden, dweight in results:
+        assert "got a DTensor: pass weight.to_local()" in error
+        torch.testing.assert_close(got, loss.detach(), rtol=1e-12, atol=0)
+        assert relative_error(dhidden, expected.dhidden) < 1e-12
+        assert relative_error(dweight, expected.dweight) < 1e-12
+
+
 def test_a_tied_shard_gets_the_gradients_of_both_uses(
     pools: dict[int, RankPool], bounds: list[int]
 ) -> None:
