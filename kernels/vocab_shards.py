@@ -105,7 +105,7 @@ def vocab_parallel_chunks(
     token_weights: Tensor | None,
     out: Outputs,
     schedule: TokenSchedule,
-    group: dist.ProcessGroup,
+    group: "dist.ProcessGroup",
     backend: str,
     coefficient: str = "weight",
     terms: Terms = PLAIN,
@@ -381,7 +381,7 @@ def combine(sums: Tensor, with_moment: bool, with_mean: bool) -> Softmax:
     return Softmax(largest, z_target, rest, e_target, log_total, moment, logits)
 
 
-def _gather(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _gather(sums: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """[n, ...] from each rank's contiguous tensor of one shape."""
     gathered = sums.new_empty(group.size(), *sums.shape)
     dist.all_gather(list(gathered), sums, group=group)
@@ -398,7 +398,7 @@ def _agree(
     chunk_tokens: int,
     coefficient: str,
     terms: Terms,
-    group: dist.ProcessGroup,
+    group: "dist.ProcessGroup",
 ) -> Agreement:
     """Exchange the sizes of shards, and check what must be equal: else collectives would hang.
 
