@@ -306,10 +306,10 @@ def test_an_operand_without_gradient_and_repeated_backward(target: Target) -> No
 
 def test_the_op_keeps_torch_s_contract_and_compiles_without_a_break(target: Target) -> None:
     case = leaves(common_words(tokens=8, vocab=300, hidden=24, device=target.device))
-    arguments = *case.arguments[:3], case.token_weights, case.valid_index, None, None
+    arguments = *case.arguments[:3], case.token_weights, None, case.valid_index, None, None
     torch.library.opcheck(
         torch.ops.redi.signed_cross_entropy,
-        (*arguments, target.backend, "weight", 0.01, (False, True, True)),
+        (*arguments, target.backend, "weight", 0.01, (False, False, True, True)),
     )
 
     @torch.compile(fullgraph=True, backend="aot_eager")
