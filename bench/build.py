@@ -10,6 +10,7 @@ GPU runs.
 """
 
 import argparse
+import json
 import re
 import subprocess
 import tempfile
@@ -65,7 +66,7 @@ class Kernel:
     attributes: dict[Any, Any]
     """What is known of other values, such as divisibility by 16."""
     options: dict[str, Any]
-    """num_warps, num_stages and others."""
+    """num_warps, num_stages, maxnreg if set, and others."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ def recorded_launches(target: GPUTarget) -> Iterator[list[Kernel]]:
     def record(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         if (fn.name, key) not in seen:
             seen.add((fn.name, key))
-            names = ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")
+            # The hook's own arguments leave out the limit of registers.
+            chosen = json.loads(compile["specialization_data"])["options"]
+            names = ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion", "maxnreg")
             launches.append(
                 Kernel(
                     "",
@@ -128,7 +131,7 @@ def recorded_launches(target: GPUTarget) -> Iterator[list[Kernel]]:
                     compile["signature"],
                     compile["constants"],
                     compile["configs"][0],
-                    {name: compile[name] for name in names},
+                    {name: chosen[name] for name in names if chosen.get(name) is not None},
                 )
             )
         return True  # nothing is compiled or launched

@@ -29,6 +29,10 @@ _LOWEST_EXPONENT = tl.constexpr(LOWEST_EXPONENT)
 COLUMNS_PER_THREAD = 16
 MAX_THREADS = 1024
 
+# Registers a thread with which an SM runs two programs of 1024 threads, for the forms that need no
+# more. Most versions of Triton get there unasked; the assembler, given the code of 3.8, takes 38.
+FOR_TWO_PROGRAMS = {"maxnreg": 32}
+
 # Loads are 16 bytes wide where the number of columns is a multiple of this.
 ALIGNMENT = 16
 
@@ -66,6 +70,12 @@ def softmax(
         as_halves = dtype != logits.dtype and not torch.version.hip
         dlogits = logits.view(dtype)[:, :vocab] if as_halves else logits
     weighted = weights is not None
+    halves_in_place = (
+        dlogits is not None
+        and dlogits.dtype != logits.dtype
+        and dlogits.data_ptr() == logits.data_ptr()
+    )
+    bare = terms.are_plain and entropies is None and lses is None and mean_logps is None
     block, warps = launch_shape(vocab, 64 if torch.version.hip else 32)
     if torch.version.hip and terms.softcap is not None:
         block //= 2  # 16 columns a thread would not fit the 128 registers of 1024 threads
@@ -94,12 +104,11 @@ def softmax(
             terms.label_smoothing if weighted and terms.label_smoothing else None,
             ROUNDED=ROUNDED[dtype],
             COEFFICIENT=coefficient,
-            HALVES_IN_PLACE=dlogits is not None
-            and dlogits.dtype != logits.dtype
-            and dlogits.data_ptr() == logits.data_ptr(),
+            HALVES_IN_PLACE=halves_in_place,
             ALIGNED_VOCAB=bool(torch.version.hip) and vocab % ALIGNMENT == 0,
             BLOCK=block,
             num_warps=warps,
+            **(FOR_TWO_PROGRAMS if bare and halves_in_place and warps == 32 else {}),
             **FUSED,
         )
     return dlogits
@@ -306,10 +315,12 @@ def _sum_exponentials(
         # The load goes by `room`, a multiple of 16, as V would make it one of single words.
         values = tl.load(z + columns, mask=columns < room, other=float("-inf"))
         values, _ = _transformed(values, logit_scale, softcap)
-        others = (columns < vocab) & (columns != target)
+        inside = columns < vocab
         if MEAN:
-            totals += tl.sum(tl.where(others, values, 0.0), 1)
-        values = tl.where(others, values, float("-inf"))
+            totals += tl.sum(tl.where(inside & (columns != target), values, 0.0), 1)
+        values = tl.where(inside, values, float("-inf"))
+        # Apart from the bound: with both in one, Triton 3.8 needs more registers.
+        values = tl.where(columns == target, float("-inf"), values)
         higher = tl.maximum(peaks, tl.max(values, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
         differences = values - base[:, None]
