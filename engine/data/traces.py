@@ -282,7 +282,7 @@ def _turns(
     for index in answers:
         check_prompt(row, column, messages[:index])
         prompt = with_system(row, messages[:index])
-        # What the row has in columns besides is about its last answer.
+        # A thought in a column, and the column finished, are those of the last answer.
         answer = add_thought(row, messages[index], row.value if index == last else {})
         entry = {} if index == last else {"finished": None}
         traces.append(_trace(row, prompt, answer, sign, _group(row, "id", prompt), entry))
@@ -297,6 +297,8 @@ def _instruction(row: Row) -> tuple[Message, ...] | str:
         "" if given is None else read_text(row, "input", given, empty=True),
     ]
     prompt = "\n".join(text for text in texts if not is_blank(text))
+    if not prompt:
+        raise row_error(row, "instruction", "is empty, and so is input")
     history = row.value.get("history")
     if is_empty(history):
         return prompt
@@ -532,10 +534,13 @@ def _group(
 ) -> str:
     """The problem of the row: its id if it has one, else `default` or the hash of the prompt.
 
-    An id is combined with the hash of the prompt, as two files may both number problems from 0.
+    An id is combined with the hash of the prompt, as two files may both number problems from 0. The
+    tools that a row offers are part of its prompt.
     """
     value = read_id(row, column)
     if value is None and default is not None:
         return default
-    digest = xxhash.xxh3_128_hexdigest(repr(as_messages(prompt)).encode())
+    tools = row.value.get("tools")
+    asked = repr(as_messages(prompt)) + ("" if is_empty(tools) else repr(tools))
+    digest = xxhash.xxh3_128_hexdigest(asked.encode())
     return digest if value is None else f"{value}|{digest}"

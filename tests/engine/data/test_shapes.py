@@ -165,6 +165,10 @@ WRONG_ROWS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
         ["messages[1].tool_calls[0]", "name of a function"],
     ),
+    "no instruction": (
+        {"instruction": "", "input": " ", "output": "6"},
+        ["'instruction'", "is empty, and so is input"],
+    ),
     "half an id": ({"prompt": "2*3?", "completion": "6", "id": 1.5}, ["'id'", "not 1.5"]),
 }
 
@@ -379,6 +383,13 @@ def test_a_template_without_a_place_for_tools_is_refused_in_one_line(
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(InputError, match=rf"^.*rows\.jsonl:1: .*{mention}.*$"):
         make([row], tokenizer)
+
+
+def test_rows_that_offer_other_tools_are_other_problems(tmp_path: Path) -> None:
+    row = {"messages": [USER, ANSWER]}
+    rows = [row, row, {**row, "tools": []}, {**row, "tools": [ADD]}]
+    groups = [trace.group for trace in traces_of(write_rows(tmp_path / "rows.jsonl", rows))]
+    assert groups[0] == groups[1] == groups[2] != groups[3]
 
 
 @pytest.mark.parametrize("document", [None, "<|bos|> $A", "<|bos|> $A <|end|>"])
