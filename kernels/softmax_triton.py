@@ -77,8 +77,8 @@ def softmax(
     )
     bare = terms.are_plain and entropies is None and lses is None and mean_logps is None
     block, warps = launch_shape(vocab, 64 if torch.version.hip else 32)
-    if torch.version.hip and terms.softcap is not None:
-        block //= 2  # 16 columns a thread would not fit the 128 registers of 1024 threads
+    if terms.softcap is not None:
+        block //= 2  # else it spills on some GPUs; so two programs share an SM
     with torch.cuda.device_of(logits):
         softmax_kernel[(rows,)](
             logits,

@@ -103,7 +103,7 @@ def test_nothing_spills_on_other_gpus(target: str) -> None:
 HALVES = ["redi_loss", "redi_loss float16", "dft", "unlikelihood", "log-probs kept"]
 
 
-@pytest.mark.parametrize("call", HALVES)
+@pytest.mark.parametrize("call", [*HALVES, "z-loss", "softcap"])
 def test_two_programs_of_the_main_kernel_fit_an_sm(sm_90: Builds, call: str) -> None:
     """1024 threads each: 65,536 registers are 32 a thread."""
     assert sm_90.row(call)["programs"] == 2
