@@ -194,7 +194,7 @@ def calls() -> dict[str, Callable[[Backend], object]]:
         made = kernels.linear_logprobs(
             hidden, weight, targets, entropy=True, log_sum_exp=True, softcap=30.0, backend=backend
         )
-        return sum(values.sum() for values in made).backward()
+        return torch.stack([values.sum() for values in made]).sum().backward()
 
     def segments(backend: Backend) -> object:
         values = torch.zeros(tokens, requires_grad=True)

@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         record.set(skipped=f"not installed: {', '.join(missing)}")
         print(f"skipped: not installed: {', '.join(missing)}; see WHEELS in bench/gpu.sh")
         return 0
-    problems = []
+    problems: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_world(folder, sizes)

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,12 +33,12 @@ class Parts:
 
     def __init__(self, device: str) -> None:
         self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-        self._seconds: Counter[str] | None = None
+        self._seconds: dict[str, float] | None = None
         self._began: dict[str, float] = {}
 
     def of(self, step: Step) -> dict[str, float]:
         """Run a step; each part's share of it, by name. A part inside another is in both."""
-        self._seconds = Counter()
+        self._seconds = defaultdict(float)
         self._wait()
         began = time.perf_counter()
         step()
