@@ -33,7 +33,7 @@ class Parts:
 
     def __init__(self, device: str) -> None:
         self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-        self._seconds: defaultdict[str, float] | None = None
+        self._seconds: dict[str, float] | None = None
         self._began: dict[str, float] = {}
 
     def of(self, step: Step) -> dict[str, float]:
