@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from redi.engine.config.ranges import NOT_NEGATIVE, check_ranges, ranged
 from redi.engine.data.final_answer import final_answer
+from redi.engine.data.openr1_rows import Generation, read_openr1
 from redi.engine.data.row import Row, read_text
-from redi.engine.data.traces import Generation, read_openr1
 from redi.engine.errors import InputError
 
 _START_OF_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"

@@ -256,10 +256,11 @@ def test_recipes_and_prepare_take_the_same_pairs(
     recipe = Path(sections.__file__).parents[1] / "recipes" / "paper-redi.toml"
     overrides = {
         "model.path": world / "model",
-        "model.max_position_embeddings": 20_000,
         "data.cache": tmp_path / "cache",
         "data.processes": 1,
         "data.system_prompt": "7" * 30,
+        "data.max_prompt_tokens": 80,
+        "data.max_completion_tokens": 190,
         "train.batch": 1,
     }
 
@@ -270,20 +271,22 @@ def test_recipes_and_prepare_take_the_same_pairs(
         return json.loads((tmp_path / "report" / "report.json").read_text())["overview"]
 
     # Without the system prompt these prompts would fit.
-    near = [raw(n, [GOOD, BAD], problem=f"{n:0780}") for n in range(20, 28)]
+    near = [raw(n, [GOOD, BAD], problem=f"{n:060}") for n in range(20, 28)]
     long_first = [
-        raw(n, [GOOD, BAD, BAD], generations=["1", "2" * 19_000, "3"]) for n in range(30, 38)
+        raw(n, [GOOD, BAD, BAD], generations=["1", "2" * 190, "3"]) for n in range(30, 38)
     ]
-    fits = [raw(n, [GOOD, BAD], generations=["1", "2" * 18_999]) for n in range(40, 43)]
-    found = prepare([*ROWS, *near, *long_first, *fits], "--system_prompt", "7" * 30)
-    assert found["counts"]["pairs: prompt over 800 tokens"] == 1 + len(near)
-    assert found["counts"]["pairs: a trace over 19,000 tokens"] == 1 + len(long_first)
+    fits = [raw(n, [GOOD, BAD], generations=["1", "2" * 189]) for n in range(40, 43)]
+    limits = ("--max_prompt_tokens", "80", "--max_trace_tokens", "190")
+    options = (*limits, "--system_prompt", "7" * 30)
+    found = prepare([*ROWS[:8], *near, *long_first, *fits], *options)
+    assert found["counts"]["pairs: prompt over 80 tokens"] == len(near)
+    assert found["counts"]["pairs: a trace over 190 tokens"] == len(long_first)
     from_raw, from_pref = pairs("raw.jsonl"), pairs("out/pref.jsonl")
     assert from_raw["units"] == from_pref["units"] == len(found["pref"]) == 3 + len(fits)
     assert from_raw["lengths"] == from_pref["lengths"]
     assert from_pref["left_out"] == {}
     # Eight problems whose first incorrect trace is too long, and whose second is not: no pair.
-    assert prepare(long_first)["pref"] == []
+    assert prepare(long_first, *options)["pref"] == []
     line = [f"--{key}={value}" for key, value in overrides.items()]
     assert main(["prepare", str(recipe), f"--data.path={tmp_path / 'raw.jsonl'}", *line]) == 2
     assert "overlong dropped" in capsys.readouterr().err

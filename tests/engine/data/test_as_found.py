@@ -178,7 +178,9 @@ def test_keys_of_traces_and_messages_that_mean_something_are_named(
     assert f"warning: {data}: {expected}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_takes_the_shapes_that_users_have_and_each_token_of_a_text(
+    ranks: int,
     recipe: WriteRecipe,
     redi: Callable[..., subprocess.CompletedProcess[str]],
     steps: Callable[[Path], list[dict[str, Any]]],
@@ -202,11 +204,12 @@ def test_training_takes_the_shapes_that_users_have_and_each_token_of_a_text(
         "data.path": [str(path) for path in paths],
         "data.cache": str(tmp_path / "cache"),
         "data.max_tokens": 8,
+        "data.workers": 1 if ranks else 0,
         "objective.name": "sft",
         "train.batch": 17,
         "train.epochs": 1,
     }
-    done = redi("train", recipe("r", changes))
+    done = redi("train", recipe("r", changes), ranks=ranks)
     assert done.returncode == 0, done.stderr
     # 12 answers of 2 digits; texts of 10 and 20 tokens, each with one EOS: 2 and 3 pieces.
     (step,) = steps(tmp_path / "r")

@@ -225,14 +225,17 @@ def test_a_run_trains_what_its_recipe_selects(
 ) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join([json.dumps(row) for row in pairs(16)] + FAULTS))
+    roles = ("user", "assistant") * 3
+    turns = {"kind": "b", "messages": [{"role": role, "content": "12"} for role in roles]}
     changes = {
-        "data.path": str(data),
+        "data.path": [str(data), write_rows(tmp_path / "turns.jsonl", [turns])],
+        "data.train_on": "all",
         "data.cache": str(tmp_path / "cache"),
         "data.where": "kind == 'b' and tokens < 14",
         "data.min_tokens": 7,
         "data.faulty": "skip",
         "objective.name": "sft",
-        "train.batch": 3,
+        "train.batch": 5,
         "train.epochs": 1,
     }
     path = recipe("r", changes)
@@ -240,13 +243,14 @@ def test_a_run_trains_what_its_recipe_selects(
     assert done.returncode == 0, done.stderr
     assert "warning: 3 faulty rows are left out:\n" in done.stderr
     assert f"{data}:17: column 'chosen' is not valid Unicode text" in done.stderr
-    # "n=" and n + 1 digits with an end, for n = 3, 5, 7, 9: 7, 9, 11, 13 tokens; 5 for n = 1.
+    # "n=" and n + 1 digits with an end, for n = 3, 5, 7, 9: 7, 9, 11, 13 tokens; 5 for n = 1. The
+    # three turns have 5, 10 and 15 tokens: a question 2, an answer 3, after all before it.
     (step,) = steps(tmp_path / "r")
     shown = " ".join(done.stderr.split())
-    assert "sequences to train on 4 " in shown
-    assert "- shorter than min_tokens 1 " in shown
+    assert "sequences to train on 5 " in shown
+    assert "- shorter than min_tokens 2 " in shown
     assert "- faulty rows 3 " in shown
-    assert step["tokens"] in (7 + 9 + 11, 7 + 9 + 13, 7 + 11 + 13, 9 + 11 + 13)
+    assert step["tokens"] == 7 + 9 + 11 + 13 + 10
     assert main(["prepare", str(path), "--data.template_variables.enable_thinking", "false"]) == 2
     expected = "[data] template_variables: the chat template has no variable 'enable_thinking'"
     assert expected in capsys.readouterr().err

@@ -1,7 +1,5 @@
 """Which assistant turns of a conversation are trained, and with which prompts."""
 
-import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,27 +127,3 @@ def test_turns_of_every_shape_and_what_is_no_answer(
     twice[0]["messages"][2]["role"] = "assistant"
     with pytest.raises(InputError, match=r"rows\.jsonl:1: .* ends with an assistant message"):
         make(twice, tokenizer, train_on="all")
-
-
-def test_a_run_trains_every_turn(
-    recipe: Callable[..., Path],
-    redi: Callable[..., subprocess.CompletedProcess[str]],
-    steps: Callable[[Path], list[dict[str, Any]]],
-    tmp_path: Path,
-) -> None:
-    roles = ("user", "assistant") * 3
-    messages = [{"role": role, "content": "12"} for role in roles]
-    data = tmp_path / "rows.jsonl"
-    data.write_text(json.dumps({"messages": messages}) + "\n")
-    changes = {
-        "data.path": str(data),
-        "data.cache": str(tmp_path / "cache"),
-        "objective.name": "sft",
-        "train.batch": 3,
-        "train.max_steps": 1,
-    }
-    done = redi("train", recipe("r", changes), "--data.train_on", "all")
-    assert done.returncode == 0, done.stderr
-    (step,) = steps(tmp_path / "r")
-    # A question has 2 tokens, an answer 2 and its end; each trace begins with all turns before it.
-    assert step["tokens"] == (2 + 3) + (5 + 2 + 3) + (10 + 2 + 3)
