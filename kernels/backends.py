@@ -61,6 +61,8 @@ def choose_backend(
     if backend == "auto":
         if device.type != "cuda" or not TRITON_INSTALLED:
             return "torch"
+        if hidden_size is None:
+            return "triton"
         # Compared here, as under torch.compile D may be symbolic.
         faster = any(hidden_size == size for size in _sizes_for_triton_exp(device, dtype))
         return "triton-exp" if faster else "triton"
