@@ -168,6 +168,8 @@ def main() -> None:
     parser.add_argument("--millions", type=float, default=10, help="traces of the large set")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), args.traces, args.millions)
     print(f"loader: {results['loader_tokens_per_s']:,.0f} tokens/s on one core")

@@ -279,6 +279,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write, with a picture in its folder")
     parser.add_argument("--gather", action="store_true", help="compare the values of shard.gather")
     args = parser.parse_args()
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.gather:
         sets = [simulated(), simulated(spread=0.9, longest=32_768)]
         gathers = [one for of in sets for one in measure_gathers(of, max(1, args.steps // 10))]

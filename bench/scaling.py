@@ -379,6 +379,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="run 1, 2 and 4 CPU processes instead")
     parser.add_argument("--out", type=Path, help="JSON file to write, with a picture in its folder")
     args = parser.parse_args()
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.check:
         results = check()
         print_check(results)
