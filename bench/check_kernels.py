@@ -121,7 +121,7 @@ def loaded_kernels() -> list[LoadedKernel]:
                         one.metadata.shared,
                     )
                     for one in binaries.values()
-                    if one.n_regs is not None  # loaded at its first launch
+                    if getattr(one, "n_regs", None) is not None  # set when it is loaded
                 ]
     return found
 
