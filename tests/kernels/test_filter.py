@@ -230,7 +230,7 @@ def test_both_backends_leave_the_same_out(repaired: bool) -> None:
         assert (one - other).float().norm() < 4e-3 * one.float().norm()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.8])
+@pytest.mark.parametrize("alpha", [pytest.param(0.0, marks=pytest.mark.slow), 0.8])
 def test_tokens_without_a_gradient_lose_nothing_and_any_chunks_will_do(
     target: Target, alpha: float
 ) -> None:

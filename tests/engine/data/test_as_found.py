@@ -178,7 +178,8 @@ def test_keys_of_traces_and_messages_that_mean_something_are_named(
     assert f"warning: {data}: {expected}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
 def test_training_takes_the_shapes_that_users_have_and_each_token_of_a_text(
     ranks: int,
     recipe: WriteRecipe,

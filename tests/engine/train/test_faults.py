@@ -167,6 +167,7 @@ def test_ctrl_c_in_code_made_from_text_ends_with_the_exit_code_that_is_documente
     assert done.stderr.splitlines()[-1].startswith(("stopped before", "redi: interrupted"))
 
 
+@pytest.mark.slow
 def test_a_failed_save_is_reported_before_the_next_and_keeps_the_older_one(
     path: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

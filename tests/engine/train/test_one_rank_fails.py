@@ -133,6 +133,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_the_group_is_not_destroyed_when_the_body_raises(tmp_path: Path) -> None:
     """Destroying it waits for the other ranks."""
     output = two_ranks(RAISES, tmp_path).stdout
