@@ -19,7 +19,9 @@ MIN_ONE_MINUS_P = 2.0**-100
 # target. Of a trained model's gradients two thirds are, and zeros cost a GPU less power, which
 # limits its clock. (Not of the total: a nearly certain token's gradient has no other entries.)
 # Errors stay those of rounding: at V = 151,936 at most 2^-8.8 of |u| R can be missing from a row
-# of 2 |u| R, and on trained inputs far less is (bench/NOTES.md).
+# of 2 |u| R, and on trained inputs far less is (bench/NOTES.md). Not so with an entropy's gradient,
+# p (log p + H): where another token than the target is nearly certain, R is nearly 1, while all of
+# that gradient comes from the others. There nothing counts as negligible.
 NEGLIGIBLE = 2.0**-26
 
 # |lse| is taken to be at most this where a float16 gradient is scaled, before it is known. A larger
@@ -220,9 +222,9 @@ def softmax(
 
     Returns:
         dlogits [C, V] = u (p - onehot), or None without weights; in a half type 0 where p is
-        `NEGLIGIBLE`. If the kernel chooses, they have `dtype` where the device multiplies halves
-        into float32 (`multiplies_halves`), else they hold the rounded values in the logits' dtype
-        and storage.
+        `NEGLIGIBLE`, unless there are weights of entropies. If the kernel chooses, they
+        have `dtype` where the device multiplies halves into float32 (`multiplies_halves`), else
+        they hold the rounded values in the logits' dtype and storage.
 
     With e_j = exp(z_j - max z), the sum R over j != target and the total S = R + e_target:
     logp = z_target - max z - log S, with log S = log1p(R) where the target is the largest, and
@@ -272,7 +274,7 @@ def softmax(
         if weights is None:
             continue
         assert dlogits is not None
-        if dtype.itemsize == 2:
+        if dtype.itemsize == 2 and tilts is None:
             e.masked_fill_(e < NEGLIGIBLE * rest, 0.0)
         u = effective_weights(weights[rows, None], logp, rest / e_target, coefficient) / total
         if coefficient == "unlikelihood":  # the same floor as in the weights: -w p at certainty

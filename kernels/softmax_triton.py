@@ -209,6 +209,8 @@ def softmax_kernel(
 
     if dlogits is not None:
         negligible = rest * _NEGLIGIBLE
+        if entropy_weights is not None:  # see `softmax.NEGLIGIBLE`
+            negligible = 0.0
         weight = tl.load(weights + token)
         u, rest = apply_coefficient(weight, logp, rest, e_target, COEFFICIENT)
         u /= total

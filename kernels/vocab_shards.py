@@ -239,6 +239,7 @@ def row_gradients(
     tilts = None
     if terms.entropy_weights is not None:
         assert moment is not None
+        negligible = torch.zeros_like(negligible)  # nothing is, see `softmax.NEGLIGIBLE`
         tilt, mean_drop = terms.entropy_weights[tokens] / total, moment / total
         at_target = at_target + e_target * tilt * (z_target - mean_drop)
         u = u + tilt * (lower.clamp(min=LOWEST_EXPONENT) - mean_drop)

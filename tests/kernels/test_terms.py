@@ -210,6 +210,26 @@ def test_an_entropy_bonus_reaches_tokens_of_weight_zero(target: Target) -> None:
     assert not dhidden[torch.arange(len(bonus)) != 3].any()
 
 
+def test_an_entropy_s_gradient_is_exact_where_another_token_is_nearly_certain(
+    target: Target,
+) -> None:
+    """It comes from the improbable ones, some below the share that else counts as nothing."""
+    logits = torch.tensor([[0.0, -18, -19, -20, -19, -18.5, -18, -19]], device=target.device)
+    hidden = logits.bfloat16().requires_grad_()
+    lm_head = torch.eye(8, dtype=torch.bfloat16, device=target.device)
+    targets, zero = torch.tensor([1], device=target.device), torch.zeros(1, device=target.device)
+    exact_hidden = logits.double().requires_grad_()
+    _, exact = reference.linear_logprobs(exact_hidden, lm_head.double(), targets, entropy=True)
+    (true,) = torch.autograd.grad(exact, exact_hidden)
+    loss, _ = signed_cross_entropy(
+        hidden, lm_head, targets, zero, entropy_weights=zero - 1, backend=target.backend
+    )
+    _, entropies = linear_logprobs(hidden, lm_head, targets, entropy=True, backend=target.backend)
+    for made in (loss, entropies):
+        (dhidden,) = torch.autograd.grad(made, hidden)
+        assert relative_error(dhidden, true) < LIMITS[torch.bfloat16]
+
+
 @pytest.mark.parametrize(("entropy", "log_sum_exp"), [(True, True), (True, False), (False, True)])
 def test_entropies_and_log_sum_exps_are_differentiable_for_any_upstream_gradient(
     target: Target, entropy: bool, log_sum_exp: bool

@@ -273,6 +273,26 @@ def test_all_terms_are_exact_in_triton(
     assert relative_error(got.dweight, exact_gradients.dweight) < 2e-5
 
 
+def test_an_entropy_s_gradient_is_exact_where_another_token_is_nearly_certain(
+    pools: dict[int, RankPool],
+) -> None:
+    """As over a whole vocabulary: see `test_terms.py`."""
+    logits = torch.tensor([[0.0, -18, -19, -20, -19, -18.5, -18, -19]])
+    lm_head, targets, zero = torch.eye(8), torch.tensor([1]), torch.zeros(1)
+    case = replace(
+        make_case(lengths=(1,)).to(torch.bfloat16),
+        hidden=logits.bfloat16(),
+        weight=lm_head.bfloat16(),
+        targets=targets,
+    )
+    results = pools[2].run(on_ranks.cross_entropy, case, [0, 3, 8], zero, entropy_weights=zero - 1)
+    exact_hidden = logits.double().requires_grad_()
+    _, exact = reference.linear_logprobs(exact_hidden, lm_head.double(), targets, entropy=True)
+    (true,) = torch.autograd.grad(exact, exact_hidden)
+    for _, dhidden, *_ in results:
+        assert relative_error(dhidden, true) < 4e-3
+
+
 def test_logprobs_and_redi_take_scale_and_softcap(pools: dict[int, RankPool]) -> None:
     case, bounds = make_case(torch.float64), BOUNDS["2 ranks"]
     options: dict[str, Any] = {"logit_scale": 1.5, "softcap": 4.0}
