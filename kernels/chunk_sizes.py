@@ -51,8 +51,11 @@ def default_chunk_tokens(tokens: int, weight: Tensor, dtype: torch.dtype = torch
 def gpu_chunk_tokens(
     tokens: int, vocab: int, hidden_size: int, dtype: torch.dtype, memory: int, processors: int
 ) -> int:
-    """Rows of a chunk on a GPU of so many bytes of memory and so many processors."""
-    most = max(TILE_ROWS, memory // GPU_CHUNK_SHARE // (dtype.itemsize * vocab))
+    """Rows of a chunk on a GPU of so many bytes of memory and so many processors.
+
+    `vocab` may be 0, of an empty shard of the lm_head.
+    """
+    most = max(TILE_ROWS, memory // GPU_CHUNK_SHARE // (dtype.itemsize * max(1, vocab)))
     return fill_waves(tokens, hidden_size, processors, most)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from redi.engine.plan.memory_tracker import LossMemory, MemoryTracker
 from redi.kernels import chunked, linear_logprobs, redi_loss, redi_value_and_grad
-from redi.kernels.chunk_sizes import fill_waves, gpu_workspace, split
+from redi.kernels.chunk_sizes import fill_waves, gpu_chunk_tokens, gpu_workspace, split
 from redi.kernels.softmax import GradientRows, multiplies_halves
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -44,6 +44,11 @@ def test_chunks_of_a_gpu_fill_its_processors(hidden: int, processors: int, most:
     assert total <= 1.12 * ideal + 1
     assert fill_waves(1, hidden, processors, most) == 1
     assert fill_waves(0, hidden, processors, most) == 1
+
+
+def test_an_empty_shard_of_the_lm_head_leaves_the_chunk_to_the_other_ranks() -> None:
+    rows = gpu_chunk_tokens(32768, 0, 1536, torch.float32, 80 << 30, 132)
+    assert rows >= gpu_chunk_tokens(32768, 151_936 // 8, 1536, torch.float32, 80 << 30, 132)
 
 
 @pytest.mark.parametrize("exponentials", [False, True])
