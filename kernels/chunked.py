@@ -111,7 +111,9 @@ class Products:
             dx = torch.empty(x.shape, dtype=self.dhidden.dtype, device=x.device)
             matmul(gradient.matrix, self.weight, dx)
             if gradient.residues is not None:
-                target_rows = self.weight[self.targets[chunk.tokens]]
+                # A target out of range has NaN for a factor: see `triton_common.load_target`.
+                last = len(self.weight) - 1
+                target_rows = self.weight[self.targets[chunk.tokens].clamp(0, last)]
                 dx.addcmul_(gradient.residues[:, None], target_rows.to(dx.dtype))
             if factors is not None:
                 dx.mul_(factors[:, None])

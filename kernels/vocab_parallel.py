@@ -100,7 +100,7 @@ def vocab_parallel_cross_entropy(
     Raises:
         TypeError, ValueError: as `signed_cross_entropy`; and on all ranks if they differ in T, D,
             dtype, or the number of tokens. Where values are checked (on the CPU, elsewhere with
-            REDI_DEBUG=1), also if they differ in targets or token_weights.
+            REDI_DEBUG=1), also if they differ in targets, token_weights or valid_index.
     """
     shape = targets.shape
     check_terms(coefficient, label_smoothing, z_loss)

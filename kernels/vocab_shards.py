@@ -160,9 +160,12 @@ def vocab_parallel_chunks(
     def make(chunk: Chunk) -> GradientRows | None:
         tokens = chunk.tokens
         logits = matmul(chunk.hidden, operand.T, buffer[: len(tokens)])
-        columns = targets[tokens] - agreed.start
+        target = targets[tokens]
+        columns = target - agreed.start
         columns.masked_fill_((columns < 0) | (columns >= len(weight)), -1)
         sums = sums_of(logits, columns, terms, with_moment, with_mean)
+        # Of no rank: a GPU does not check targets beforehand, see `triton_common.load_target`.
+        sums[2].masked_fill_((target < 0) | (target >= agreed.vocab), torch.nan)
         softmax = combine(_gather(sums, group), with_moment, with_mean)
         _write_statistics(softmax, tokens, out, agreed.vocab)
         if not chunk.has_grad or token_weights is None:
@@ -422,6 +425,7 @@ def _agree(
         "whether hidden needs a gradient": int(out.dhidden is not None),
         "targets": _checksum(targets if checked else None),
         "token_weights": _checksum(token_weights if checked else None),
+        "the order of tokens by valid_index": _checksum(order.index if checked else None),
     }
     numbers = torch.tensor([weight.shape[0], chunk_tokens, *same.values()])
     # With a CPU backend no GPU has to wait. ("cpu:gloo,cuda:nccl" is what torch uses by default.)

@@ -19,6 +19,7 @@ from redi.kernels import (
     vocab_parallel_cross_entropy,
     vocab_parallel_logprobs,
     vocab_parallel_redi_loss,
+    vocab_shards,
 )
 
 
@@ -204,6 +205,15 @@ def error_of(changes: list[dict[str, Any]], case: Case, bounds: list[int]) -> st
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def of_an_unchecked_target(case: Case, bounds: list[int], **options: Any) -> tuple[Any, ...]:
+    """(loss, log-probs, dhidden), targets being unchecked as on a GPU."""
+    hidden, shard = operands(case, bounds)
+    arguments = hidden, shard, case.targets, -torch.ones(len(case.targets))
+    with patch.object(vocab_shards, "check_target_values", lambda *_: None):
+        loss, logps = vocab_parallel_cross_entropy(*arguments, group=dist.group.WORLD, **options)
+    return loss.detach(), logps, *torch.autograd.grad(loss, hidden)
 
 
 def error_in_backward(case: Case, bounds: list[int]) -> str:

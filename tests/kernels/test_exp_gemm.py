@@ -34,7 +34,14 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from redi.kernels import backends, linear_logprobs, redi_loss, reference, signed_cross_entropy
+from redi.kernels import (
+    backends,
+    linear_logprobs,
+    loss_ops,
+    redi_loss,
+    reference,
+    signed_cross_entropy,
+)
 from redi.kernels.experimental import exp_gemm_triton
 from redi.kernels.experimental.launches import launch_for
 
@@ -312,6 +319,23 @@ def test_log_probs_alone_write_the_targets_tiles_only() -> None:
     assert (logps - exact_logps(case)).abs().max() <= 2e-4
     assert (out[:, columns:] == 7).all()
     assert not (out[:, :columns] == 7).all()
+
+
+def test_a_target_out_of_range_that_nobody_checked_makes_the_gradient_nan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss_ops, "check_target_values", lambda *_: None)
+    case = moved(make_case(BF16, vocab=300, lengths=(9,), signs=(1,)), EXP_TARGETS[0].device)
+    at = int(case.valid_index[3])
+    case.targets[at] = 300
+    moved_case = leaves(case)
+    loss, _ = signed_cross_entropy(
+        *moved_case.arguments[:3], case.token_weights.float(), backend="triton-exp"
+    )
+    got = gradients(loss, moved_case.hidden, moved_case.weight)
+    assert loss.isnan()
+    assert got.dhidden.isnan().all(1).nonzero().flatten().tolist() == [at]
+    assert got.dweight.isnan().any()
 
 
 @pytest.mark.parametrize("coefficient", ["dft", "unlikelihood"])

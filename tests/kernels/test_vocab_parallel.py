@@ -524,6 +524,11 @@ SMALL = make_case(vocab=23, hidden=6, lengths=(5, 7), signs=(1, -1), masked=0.0)
             "1 of it differ",
         ),
         (
+            {"valid_index": torch.arange(12).flip(0), "num_with_grad": 12},
+            "ValueError: the order of tokens by valid_index must be the same on all ranks of the "
+            "group, but ranks 0 and 1 of it differ",
+        ),
+        (
             {"coefficient": "dft"},
             "ValueError: coefficient must be the same on all ranks of the group, but ranks 0 and 1 "
             "of it differ",
@@ -534,7 +539,7 @@ SMALL = make_case(vocab=23, hidden=6, lengths=(5, 7), signs=(1, -1), masked=0.0)
             "group, but ranks 0 and 1 of it differ",
         ),
     ],
-    ids=["T", "D", "dtype", "targets", "weights", "coefficient", "gradient"],
+    ids=["T", "D", "dtype", "targets", "weights", "order", "coefficient", "gradient"],
 )
 def test_ranks_that_differ_all_raise_one_line_and_none_hangs(
     pools: dict[int, RankPool], changes: dict[str, Any], message: str
@@ -555,6 +560,23 @@ def test_a_target_beyond_the_vocabulary_of_all_ranks_is_an_error_on_each(
     changes = [{"targets": SMALL.targets.clamp(min=0).index_fill(0, torch.tensor([4]), 23)}] * 2
     errors = pools[2].run(on_ranks.error_of, changes, SMALL, [0, 10, 23])
     assert errors == ["ValueError: targets must be in [0, 23) or -100, got 23 at position 4"] * 2
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+@pytest.mark.parametrize("wrong", [-1, 23])
+def test_a_target_out_of_range_that_nobody_checked_is_nan(
+    pools: dict[int, RankPool], wrong: int, coefficient: str
+) -> None:
+    """As in one process. (A weight below 0: "unlikelihood" has nothing against no token.)"""
+    targets = SMALL.targets.index_fill(0, torch.tensor([4]), wrong)
+    case = replace(SMALL, targets=targets)
+    results = pools[2].run(
+        on_ranks.of_an_unchecked_target, case, [0, 10, 23], coefficient=coefficient
+    )
+    for loss, logps, dhidden in results:
+        assert loss.isnan()
+        assert logps.isnan().tolist() == [position == 4 for position in range(12)]
+        assert dhidden.isnan().all(1).tolist() == [position == 4 for position in range(12)]
 
 
 def test_a_vocabulary_without_rows_is_an_error(pools: dict[int, RankPool]) -> None:
