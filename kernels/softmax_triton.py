@@ -193,13 +193,17 @@ def softmax_kernel(
         mean_logps is not None,
         BLOCK,
     )
-    e_target = exp(z_target - largest)
+    # 0 where they are equal (NaN of infinities). The compiler would fuse a plain difference with
+    # the target's product with a scale or softcap, then not rounded: a log-prob could exceed 0.
+    is_largest = z_target == largest
+    drop_target = tl.where(is_largest, largest - largest, z_target - largest)
+    e_target = exp(drop_target)
     total = rest + e_target
-    log_total = tl.where(z_target == largest, log1p(rest), tl.log(total))
-    logp = z_target - largest - log_total
+    log_total = tl.where(is_largest, log1p(rest), tl.log(total))
+    logp = drop_target - log_total
     tl.store(logps + token, logp)
     if MOMENT:
-        moment += tl.where(e_target > 0, e_target * (z_target - largest), 0.0)
+        moment += tl.where(e_target > 0, e_target * drop_target, 0.0)
     if entropies is not None:
         tl.store(entropies + token, log_total - moment / total)
     if lses is not None:
@@ -228,7 +232,7 @@ def softmax_kernel(
         if entropy_weights is not None:
             tilt = tl.load(entropy_weights + token) / total
             mean_drop = moment / total
-            at_target += e_target * tilt * (z_target - largest - mean_drop)
+            at_target += e_target * tilt * (drop_target - mean_drop)
             u -= tilt * mean_drop
         if label_smoothing is not None:
             shift = label_smoothing * weight / vocab

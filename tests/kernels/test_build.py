@@ -230,3 +230,23 @@ def test_no_chunk_compiles_anew() -> None:
     found = run_without_interpreter(SPECIALISE).splitlines()
     assert [line.split()[0] for line in found] == ["1", "1"]
     assert len(set(found)) == 1  # whether a mask depends on V's divisibility: see softmax_kernel
+
+
+# Prints the instructions of log-probs alone that subtract from a product which is not rounded.
+FUSED_DIFFERENCES = r"""
+import re, torch
+from redi.bench.build import TARGETS, VOCAB, build, recorded_launches
+from redi.kernels import linear_logprobs
+with recorded_launches(TARGETS["sm_90"]) as found:
+    linear_logprobs(
+        torch.zeros(8, 64), torch.zeros(VOCAB, 64), torch.zeros(8, dtype=torch.int64),
+        valid_index=torch.arange(8), logit_scale=0.3, backend="triton",
+    )
+(kernel,) = (kernel for kernel in found if kernel.name == "softmax_kernel")
+print(re.findall(r"FFMA R\d+, \S+ \S+, -R\d+", build(kernel, "sm_90").assembly))
+"""
+
+
+def test_a_scaled_target_s_logit_is_rounded_before_the_largest_is_subtracted() -> None:
+    """Else it would differ from itself where it is the largest, and log-probs could exceed 0."""
+    assert run_without_interpreter(FUSED_DIFFERENCES).strip() == "[]"
