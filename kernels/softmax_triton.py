@@ -78,7 +78,7 @@ def softmax(
     bare = terms.are_plain and entropies is None and lses is None and mean_logps is None
     block, warps = launch_shape(vocab, 64 if torch.version.hip else 32)
     if terms.softcap is not None:
-        block //= 2  # else it spills on some GPUs; so two programs share an SM
+        block //= 4  # else it spills on some GPUs; so two programs share an SM
     with torch.cuda.device_of(logits):
         softmax_kernel[(rows,)](
             logits,
