@@ -234,6 +234,20 @@ def test_a_file_that_cannot_be_read_is_an_error_although_rows_are_skipped(
         make(str(tmp_path / "rows.jsonl"), tokenizer, template="none", faulty="skip")
 
 
+def test_faulty_rows_are_named_where_no_other_is_left(
+    make: Callable[..., TokenizedTraces], tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "1=", "chosen": null, "rejected": "3"}\n' * 21)
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", template=None)
+    with pytest.raises(InputError) as caught:
+        make(str(path), tokenizer, template="none", faulty="skip")
+    first, *faults, rest = str(caught.value).splitlines()
+    assert first == f"{path}: no trace is left; dropped: 21 faulty rows"
+    assert faults[0] == f"{path}:1: column 'chosen' must be text or a list of messages, not null"
+    assert (len(faults), rest) == (20, "... and 1 more")
+
+
 def test_variables_are_given_to_the_chat_template(
     make: Callable[..., TokenizedTraces], tmp_path: Path
 ) -> None:
@@ -253,7 +267,7 @@ def test_variables_are_given_to_the_chat_template(
     assert ends == {True: "", False: "<think>\n\n</think>\n\n"}
     with pytest.raises(InputError, match=r"template_variables: .* no variable 'enable_thought'"):
         make(path, tokenizer, template_variables={"enable_thought": True})
-    with pytest.raises(InputError, match="no variable 'messages'"):
+    with pytest.raises(InputError, match="'messages' is set from the rows; remove it"):
         make(path, tokenizer, template_variables={"messages": "x"})
 
 
