@@ -25,6 +25,7 @@ from redi.kernels.validate import (
     check_logits,
     check_operands,
     check_schedule,
+    check_statistics,
     check_target_values,
 )
 
@@ -107,6 +108,7 @@ def linear_logprobs(
     shape = given_targets.shape
     check_schedule(valid_index, chunk_tokens, hidden)
     check_logits(logit_scale, softcap)
+    check_statistics(entropy, log_sum_exp)
     check_choice("keep", keep, ("auto", True, False))
     if entropy or log_sum_exp:
         if keep is True:

@@ -28,11 +28,13 @@ from redi.kernels.validate import (
     check_dweight,
     check_epsilon,
     check_logits,
+    check_number,
     check_objective,
     check_operands,
     check_per_sequence,
     check_schedule,
     check_sequences,
+    check_statistics,
     check_terms,
     check_token_weights,
 )
@@ -253,6 +255,7 @@ def redi_value_and_grad(
     check_sequences(cu_seqlens, signs, hidden)
     check_objective(alpha, num_pairs)
     check_logits(logit_scale, softcap)
+    check_number("grad_scale", grad_scale)
     check_schedule(valid_index, chunk_tokens, hidden, num_with_grad)
     if dweight is not None:
         check_dweight(dweight, weight)
@@ -351,6 +354,7 @@ def signed_cross_entropy(
         entropy_weights = check_token_weights("entropy_weights", entropy_weights, targets)
     check_schedule(valid_index, chunk_tokens, hidden, num_with_grad)
     check_terms(coefficient, label_smoothing, z_loss)
+    check_statistics(entropy, log_sum_exp)
     check_logits(logit_scale, softcap)
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":

@@ -8,7 +8,7 @@ from torch import Tensor
 from redi.kernels import reference
 from redi.kernels.backends import choose_backend, kernels_of
 from redi.kernels.reference import Backend
-from redi.kernels.validate import check_cu_seqlens, check_same_device, check_sequence_values
+from redi.kernels.validate import check_cu_seqlens, check_sequence_values, check_values
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -27,12 +27,8 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: Backend = "auto"
         TypeError, ValueError: wrong dtype, shape or device; wrong bounds (on the CPU, or with
             REDI_DEBUG=1).
     """
-    if values.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"values must be float32 or float64, got {values.dtype}")
-    if values.dim() != 1:
-        raise ValueError(f"values must have shape [T], got {tuple(values.shape)}")
+    check_values(values)
     check_cu_seqlens(cu_seqlens, values)
-    check_same_device("cu_seqlens", cu_seqlens, values)
     backend = choose_backend(backend, values.device, values.dtype)
     if backend == "reference":
         return reference.segment_sum(values, cu_seqlens)

@@ -7,6 +7,7 @@ devices with the environment variable REDI_DEBUG=1.
 
 import math
 import os
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ def check_operands(
     _check_shape("targets", targets, hidden.shape[:-1])
     check_same_device("targets", targets, hidden)
     check_same_device("weight", weight, hidden)
+    check_number("ignore_index", ignore_index, "an int", whole=True)
     if ignore_index != IGNORE_INDEX:
         targets = targets.masked_fill(targets == ignore_index, IGNORE_INDEX)
     return hidden.flatten(0, -2), weight, targets.flatten()
@@ -117,18 +119,23 @@ def check_schedule(
                 f"got {valid_index.shape[0]}"
             )
     if num_with_grad is not None:
+        check_number("num_with_grad", num_with_grad, "an int or None", whole=True)
         if valid_index is None:
             raise ValueError("num_with_grad counts tokens of valid_index: pass valid_index as well")
         if not 0 <= num_with_grad <= valid_index.shape[0]:
             raise ValueError(
                 f"num_with_grad must be from 0 to N = {valid_index.shape[0]}, got {num_with_grad}"
             )
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be a positive int or None, got {chunk_tokens}")
+    if chunk_tokens is not None:
+        check_number("chunk_tokens", chunk_tokens, "a positive int or None", whole=True)
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be a positive int or None, got {chunk_tokens}")
 
 
 def check_objective(alpha: float, num_pairs: float) -> None:
     """`alpha` finite and >= 0, `num_pairs` finite and > 0."""
+    check_number("alpha", alpha)
+    check_number("num_pairs", num_pairs)
     # Comparisons alone (NaN fails them too), as torch.compile may pass a symbolic number.
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
@@ -138,15 +145,19 @@ def check_objective(alpha: float, num_pairs: float) -> None:
 
 def check_logits(logit_scale: float, softcap: float | None) -> None:
     """`logit_scale` finite and > 0, `softcap` likewise or None."""
+    check_number("logit_scale", logit_scale)
     if not 0 < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be finite and > 0, got {logit_scale}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be finite and > 0 or None, got {softcap}")
+    if softcap is not None:
+        check_number("softcap", softcap, "a number or None")
+        if not 0 < softcap < math.inf:
+            raise ValueError(f"softcap must be finite and > 0 or None, got {softcap}")
 
 
 def check_terms(coefficient: str, label_smoothing: float, z_loss: float) -> None:
     """`label_smoothing` in [0, 1], above 0 only for "weight"; `z_loss` finite and >= 0."""
     check_choice("coefficient", coefficient, ("weight", "dft", "unlikelihood"))
+    check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if label_smoothing > 0 and coefficient != "weight":
@@ -154,14 +165,43 @@ def check_terms(coefficient: str, label_smoothing: float, z_loss: float) -> None
             f'label_smoothing has no meaning for coefficient="{coefficient}", a function of the '
             'target\'s probability alone: use coefficient="weight", or 0'
         )
+    check_number("z_loss", z_loss)
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be finite and >= 0, got {z_loss}")
 
 
+def check_number(
+    name: str, value: object, expected: str = "a number", *, whole: bool = False
+) -> None:
+    """A number of Python or NumPy (with `whole` an integer) or a tensor of one.
+
+    Text, as a recipe or a command line may give, would otherwise fail in a comparison that names no
+    argument, and True would count as 1.
+    """
+    kind = Integral if whole else Real
+    single = isinstance(value, Tensor) and value.dim() == 0 and not whole
+    # Under torch.compile a number may be symbolic.
+    symbolic = isinstance(value, torch.SymInt if whole else torch.SymInt | torch.SymFloat)
+    if isinstance(value, bool) or not (isinstance(value, kind) or single or symbolic):
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
+
+
+def check_statistics(entropy: bool, log_sum_exp: bool) -> None:
+    """Whether to return them: True or False."""
+    check_choice("entropy", entropy, (True, False))
+    check_choice("log_sum_exp", log_sum_exp, (True, False))
+
+
 def check_epsilon(epsilon: float) -> None:
     """`epsilon` in [0, 1]."""
+    check_number("epsilon", epsilon)
     if not 0 <= epsilon <= 1:
         raise ValueError(f"epsilon must be in [0, 1], got {epsilon}")
+
+
+def check_values(values: Tensor) -> None:
+    """`values` [T] float32 or float64."""
+    _check_tensor("values", values, ("T",), (torch.float32, torch.float64))
 
 
 def check_dweight(dweight: Tensor, weight: Tensor) -> None:

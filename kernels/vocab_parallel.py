@@ -44,6 +44,7 @@ from redi.kernels.validate import (
     check_operands,
     check_schedule,
     check_sequences,
+    check_statistics,
     check_terms,
     check_token_weights,
     check_weight_values,
@@ -102,15 +103,15 @@ def vocab_parallel_cross_entropy(
             dtype, or the number of tokens. Where values are checked (on the CPU, elsewhere with
             REDI_DEBUG=1), also if they differ in targets, token_weights or valid_index.
     """
-    shape = targets.shape
-    check_terms(coefficient, label_smoothing, z_loss)
-    token_weights = check_token_weights("token_weights", token_weights, targets)
-    if entropy_weights is not None:
-        entropy_weights = check_token_weights("entropy_weights", entropy_weights, targets)
     schedule = valid_index, num_with_grad, chunk_tokens
     operands, chosen = _check(
         hidden, weight, targets, ignore_index, group, backend, schedule, logit_scale, softcap
     )
+    check_terms(coefficient, label_smoothing, z_loss)
+    check_statistics(entropy, log_sum_exp)
+    token_weights = check_token_weights("token_weights", token_weights, targets)
+    if entropy_weights is not None:
+        entropy_weights = check_token_weights("entropy_weights", entropy_weights, targets)
     needs = entropy, log_sum_exp, *_needs_grad(hidden, weight)
     loss, logps, entropies, lses, *_ = vocab_parallel_cross_entropy_op(
         *operands, token_weights, entropy_weights, *schedule, chosen, coefficient,
@@ -118,7 +119,7 @@ def vocab_parallel_cross_entropy(
         float(z_loss),
     )  # fmt: skip
     results = [logps, *([entropies] if entropy else []), *([lses] if log_sum_exp else [])]
-    return loss, *(values.view(shape) for values in results)
+    return loss, *(values.view(targets.shape) for values in results)
 
 
 def vocab_parallel_redi_loss(
@@ -200,14 +201,14 @@ def vocab_parallel_logprobs(
         TypeError, ValueError: as `vocab_parallel_cross_entropy`; in backward too, on all ranks, if
             the upstream gradient differs between them.
     """
-    shape, schedule = targets.shape, (valid_index, None, chunk_tokens)
+    schedule = valid_index, None, chunk_tokens
     operands, chosen = _check(
         hidden, weight, targets, ignore_index, group, backend, schedule, logit_scale, softcap
     )
     return vocab_parallel_logprobs_op(
         *operands, valid_index, chunk_tokens, chosen, group.group_name, float(logit_scale),
         _float(softcap),
-    ).view(shape)  # fmt: skip
+    ).view(targets.shape)  # fmt: skip
 
 
 def _check(

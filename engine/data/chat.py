@@ -48,7 +48,11 @@ class ChatTemplate:
         """
         source = json.dumps(tokenizer.chat_template)
         for name in variables:
-            if name in _RESERVED or not re.search(rf"\b{re.escape(name)}\b", source):
+            if name in _RESERVED:
+                raise InputError(
+                    f"[data] template_variables: {name!r} is set from the rows; remove it"
+                )
+            if not re.search(rf"\b{re.escape(name)}\b", source):
                 raise InputError(
                     f"[data] template_variables: the chat template has no variable {name!r}"
                 )

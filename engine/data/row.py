@@ -73,10 +73,19 @@ def read_json(row: Row, column: str, value: object) -> Any:
         raise row_error(row, column, f"is text, but not valid JSON: {error}") from None
 
 
+_VERDICTS = {
+    **dict.fromkeys(("true", "1", "1.0"), 1),
+    **dict.fromkeys(("false", "0", "0.0"), -1),
+}
+
+
 def read_sign(row: Row, column: str, value: object) -> int:
-    """A verdict: +1 if correct, -1 if incorrect."""
-    if isinstance(value, str) and value.lower() in ("true", "1", "false", "0"):
-        return 1 if value.lower() in ("true", "1") else -1
+    """A verdict: +1 if correct, -1 if incorrect.
+
+    In CSV pandas writes 1.0 and 0.0 where a verdict is missing.
+    """
+    if isinstance(value, str) and (sign := _VERDICTS.get(value.strip().lower())):
+        return sign
     if isinstance(value, bool | int | float) and value in (0, 1):
         return 1 if value else -1
     got = "null" if value is None else repr(value)

@@ -105,7 +105,9 @@ def scan_source(
                 continue
             if not isinstance(value, dict):
                 kind = _kind_name(value)
-                yield FaultyRow(f"{where}: a row must be a JSON object, not {kind}")
+                whole = isinstance(value, list) and source.kind == "jsonl"
+                hint = "; a file that is one list of rows must be named .json" if whole else ""
+                yield FaultyRow(f"{where}: a row must be a JSON object, not {kind}{hint}")
                 continue
             if not shape:
                 place = _header_place(source.name, value) if source.kind == "csv" else where
@@ -235,7 +237,8 @@ def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
     header = [column.strip() for column in next(filter(None, reader), [])]
     if not header:
         raise InputError(f"{name}: holds neither rows nor a header line")
-    if twice := [column for column in header if header.count(column) > 1]:
+    # Spreadsheets write cells without a header: they have no name, and are not read.
+    if twice := [column for column in header if column and header.count(column) > 1]:
         raise InputError(f"{name}:1: column {twice[0]!r} occurs {header.count(twice[0])} times")
     number = reader.line_num + 1
     for cells in reader:

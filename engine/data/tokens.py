@@ -150,7 +150,10 @@ def tokenize(
             )
         if count == 0:
             reasons = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items())
-            raise InputError(f"{', '.join(names)}: no trace is left; dropped: {reasons}")
+            problem = f"{', '.join(names)}: no trace is left; dropped: {reasons}"
+            if counts.skipped:
+                problem += f"\n{faulty_rows(counts.skipped, counts.dropped['faulty rows'])}"
+            raise InputError(problem)
         return Meta(
             key,
             size,

@@ -244,7 +244,10 @@ def _conversation(row: Row, dropped: Counter[str], train_on: str) -> list[Trace]
     messages = read_messages(row, column, row.value[column])
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     if not answers:
-        raise row_error(row, column, "has no assistant message: the row has no completion")
+        roles = ", ".join(dict.fromkeys(message.role for message in messages))
+        raise row_error(
+            row, column, f"has no assistant message, and so no completion; its roles are: {roles}"
+        )
     return _turns(row, column, messages[: answers[-1] + 1], dropped, train_on)
 
 

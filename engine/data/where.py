@@ -61,15 +61,29 @@ class Where:
         names = {node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)}
         self.columns = frozenset(names - set(TRACE_NAMES))
         self.needs_tokens = bool(names & set(TRACE_NAMES))
-        # A CSV cell is text; a column that is compared with a number is read as one.
-        self._numbers = {
-            side.id
-            for node in ast.walk(self._tree)
-            if isinstance(node, ast.Compare)
-            and any(_is_number(one) for one in (node.left, *node.comparators))
-            for side in (node.left, *node.comparators)
-            if isinstance(side, ast.Name)
-        }
+        self._paths = sorted(_paths(self._tree))
+        # A CSV cell is text; a column that is used as a number is read as one.
+        self._numbers: set[tuple[str, ...]] = set()
+        self._texts: set[tuple[str, ...]] = set()
+        self._conditions = {_path(self._tree)} if _is_path(self._tree) else set()
+        for node in ast.walk(self._tree):
+            if isinstance(node, ast.BinOp) or (
+                isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
+            ):
+                self._numbers |= _paths(node)
+            if isinstance(node, ast.BoolOp):
+                self._conditions |= {_path(one) for one in node.values if _is_path(one)}
+            if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+                self._conditions |= {_path(one) for one in (node.operand,) if _is_path(one)}
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                for side in filter(_is_list, sides):
+                    sides += getattr(side, "elts", [])
+                found = set().union(*map(_paths, sides))
+                if any(map(_is_number, sides)):
+                    self._numbers |= found
+                elif any(map(_is_text, sides)):
+                    self._texts |= found
 
     def _check(self, node: ast.expr, condition: bool = False) -> None:
         """Raise ValueError unless the node is supported; `condition`: it must be true or false."""
@@ -122,24 +136,49 @@ class Where:
         """
         try:
             return list(self._kept(rows))
-        except Exception as error:  # pyarrow raises several types
+        except Exception:  # pyarrow raises several types
             if len(rows) == 1:
-                problem = " ".join(str(error).split())
-                return [FaultyRow(f"{places[0]}: [data] where = {self.text!r} fails: {problem}")]
+                found = dict(_reached(rows[0], path) for path in self._paths)
+                values = ", ".join(f"{name} is {value!r:.60}" for name, value in found.items())
+                return [
+                    FaultyRow(
+                        f"{places[0]}: [data] where = {self.text!r} does not apply to this row, "
+                        f"whose {values}"
+                    )
+                ]
         # Columns of several types are compared row by row.
         return [self.keep([row], [place])[0] for row, place in zip(rows, places, strict=True)]
 
     def _kept(self, rows: Sequence[dict[str, Any]]) -> list[bool]:
         import pyarrow as pa  # imported late: reading a recipe does not need it
 
-        names = sorted(self.columns | (set(TRACE_NAMES) if self.needs_tokens else set()))
-        columns = {name: [self._value(name, row.get(name)) for row in rows] for name in names}
-        table = pa.table({**columns, _ROW: list(range(len(rows)))})
+        columns = {path: pa.array([self._value(path, row) for row in rows]) for path in self._paths}
+        # Not each operation takes a column without a value, which has no type.
+        empty = {path for path, values in columns.items() if pa.types.is_null(values.type)}
+        for path in empty:
+            use = self._use(path)
+            # Two such columns cannot be compared; one can, with a column of any type.
+            if use is None and all(other in empty for other in columns if not self._use(other)):
+                use = "bool"
+            columns[path] = columns[path].cast(use or "null")
+        named = {".".join(path): values for path, values in columns.items()}
+        table = pa.table({**named, _ROW: list(range(len(rows)))})
         kept = set(table.filter(self._expression(self._tree))[_ROW].to_pylist())
         return [number in kept for number in range(len(rows))]
 
-    def _value(self, name: str, value: Any) -> Any:
-        if name in self._numbers and isinstance(value, str):
+    def _use(self, path: tuple[str, ...]) -> str | None:
+        """The type as which the expression uses a column; None if it is only compared with one."""
+        if path in self._numbers:
+            return "float64"
+        if path in self._texts:
+            return "string"
+        return "bool" if path in self._conditions else None
+
+    def _value(self, path: tuple[str, ...], row: dict[str, Any]) -> Any:
+        name, value = _reached(row, path)
+        if value is not None and name != ".".join(path):
+            raise TypeError(f"{name} is no object")
+        if path in self._numbers and isinstance(value, str):
             try:
                 return float(value) if value.strip() else None
             except ValueError:
@@ -165,10 +204,8 @@ class Where:
             sides = [node.left, *node.comparators]
             steps = zip(sides, node.ops, sides[1:], strict=False)
             return reduce(operator.and_, [self._compared(*step) for step in steps])
-        if isinstance(node, ast.Attribute):
-            return pc.field(*_path(node))
-        if isinstance(node, ast.Name):
-            return pc.field(node.id)
+        if isinstance(node, ast.Attribute | ast.Name):
+            return pc.field(".".join(_path(node)))
         assert isinstance(node, ast.Constant), "`_check` refuses all others"
         return pc.scalar(node.value)
 
@@ -180,7 +217,11 @@ class Where:
             return missing if isinstance(step, ast.Eq | ast.Is) else ~missing
         if isinstance(right, ast.List | ast.Tuple):
             value = self._expression(left)
-            found = value.isin([ast.literal_eval(one) for one in right.elts])
+            listed = [ast.literal_eval(one) for one in right.elts]
+            if any(map(_is_number, right.elts)):  # `isin` distinguishes 3 from 3.0
+                found = reduce(operator.or_, [value == one for one in listed])
+            else:
+                found = value.isin(listed)
             return found if isinstance(step, ast.In) else ~found & value.is_valid()
         if isinstance(step, ast.In | ast.NotIn):
             found = pc.match_substring(self._expression(right), ast.literal_eval(left))
@@ -212,7 +253,28 @@ def _is_list(node: ast.expr) -> bool:
     )
 
 
-def _path(node: ast.expr) -> tuple[str, ...]:
+def _is_path(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute | ast.Name)
+
+
+def _paths(node: ast.AST) -> set[tuple[str, ...]]:
+    """The columns, and keys of objects, that an expression reads."""
+    if _is_path(node):
+        return {_path(node)}
+    return set().union(*map(_paths, ast.iter_child_nodes(node)))
+
+
+def _reached(row: dict[str, Any], path: tuple[str, ...]) -> tuple[str, Any]:
+    """The value at a path and its name; where an object is missing or is none, that one's."""
+    value: Any = row
+    for depth, key in enumerate(path):
+        if depth and not isinstance(value, dict):
+            return ".".join(path[:depth]), value
+        value = value.get(key)
+    return ".".join(path), value
+
+
+def _path(node: ast.AST) -> tuple[str, ...]:
     """The names in "meta.level"."""
     if isinstance(node, ast.Attribute):
         return (*_path(node.value), node.attr)

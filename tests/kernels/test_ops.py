@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_cases import Case, Target, gradients, leaves, make_case, relative_error, run
@@ -329,7 +330,13 @@ WRONG = [
     ({"signs": _with(1, 2)}, ValueError, r"signs must be \+1, -1 or 0, got 2 at sequence 1"),
     ({"alpha": -0.1}, ValueError, "alpha must be finite and >= 0, got -0.1"),
     ({"alpha": float("nan")}, ValueError, "alpha must be finite and >= 0, got nan"),
+    ({"alpha": "0.8"}, TypeError, "alpha must be a number, got '0.8'"),
     ({"num_pairs": 0}, ValueError, "num_pairs must be finite and > 0, got 0"),
+    ({"num_pairs": None}, TypeError, "num_pairs must be a number, got None"),
+    ({"logit_scale": "2"}, TypeError, "logit_scale must be a number, got '2'"),
+    ({"softcap": True}, TypeError, "softcap must be a number or None, got True"),
+    ({"ignore_index": "-1"}, TypeError, "ignore_index must be an int, got '-1'"),
+    ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got 1.5"),
     ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', .* got 'cuda'"),
     (
         {"num_with_grad": 3},
@@ -347,6 +354,7 @@ WRONG = [
         "valid_index must name the tokens that have a gradient first: .* = 1, [0-9]+ have a weight",
     ),
     ({"chunk_tokens": 0}, ValueError, "chunk_tokens must be a positive int or None, got 0"),
+    ({"chunk_tokens": 2.5}, TypeError, "chunk_tokens must be a positive int or None, got 2.5"),
     (
         {"valid_index": lambda _: torch.zeros(3)},
         TypeError,
@@ -459,6 +467,22 @@ def test_wrong_token_weights_are_named(
     arguments = {"token_weights": torch.ones(12), "coefficient": "weight"} | changes
     with pytest.raises(error, match=message):
         signed_cross_entropy(*case.arguments[:3], **arguments)
+
+
+def test_a_wrong_scale_of_the_gradients_is_named() -> None:
+    with pytest.raises(TypeError, match="grad_scale must be a number, got '2'"):
+        redi_value_and_grad(**_changed(grad_scale="2"))
+
+
+def test_values_that_are_no_tensor_are_named() -> None:
+    with pytest.raises(TypeError, match="values must be a tensor, got list"):
+        segment_sum([1.0, 2.0], torch.tensor([0, 2]))
+
+
+def test_numbers_of_numpy_and_tensors_of_one_are_numbers() -> None:
+    expected = redi_loss(**_changed(alpha=0.5, softcap=30.0, chunk_tokens=4)).loss
+    numbers = {"alpha": torch.tensor(0.5), "softcap": np.float32(30), "chunk_tokens": np.int64(4)}
+    assert torch.equal(redi_loss(**_changed(**numbers)).loss, expected)
 
 
 def test_a_wrong_keep_is_named() -> None:

@@ -422,6 +422,9 @@ WRONG = [
         {"label_smoothing": 0.1, "coefficient": "dft"},
         'label_smoothing has no meaning for coefficient="dft"',
     ),
+    ({"label_smoothing": "0.1"}, "label_smoothing must be a number, got '0.1'"),
+    ({"z_loss": None}, "z_loss must be a number, got None"),
+    ({"entropy": "yes"}, "entropy must be one of True, False, got 'yes'"),
     ({"z_loss": -0.1}, "z_loss must be finite and >= 0, got -0.1"),
     ({"entropy_weights": torch.ones(3)}, r"entropy_weights .* shape \(11,\), got \(3,\)"),
     (
@@ -438,7 +441,7 @@ WRONG = [
 @pytest.mark.parametrize(("options", "message"), WRONG)
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     case = small_case()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         signed_cross_entropy(*case.arguments[:3], torch.ones(11), **options)
 
 

@@ -284,6 +284,40 @@ def test_what_spreadsheets_add_to_a_csv_is_read_over(tmp_path):
     assert row.where == f"{path}:3"
 
 
+def test_a_verdict_that_pandas_wrote_as_a_float_to_a_csv_is_read(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,label\na,b,1.0\na,c,0.0\na,d,TRUE\n")
+    assert [trace.sign for trace in traces_of(str(path))] == [1, -1, 1]
+
+
+def test_a_conversation_without_a_known_assistant_is_refused_with_its_roles(tmp_path):
+    path = tmp_path / "a.jsonl"
+    turns = [{"from": "human", "value": "2*3?"}, {"from": "narrator", "value": "6"}]
+    write_rows(path, [{"conversations": turns}])
+    assert error_of(str(path)) == (
+        f"{path}:1: column 'conversations' has no assistant message, and so no completion; its "
+        "roles are: user, narrator"
+    )
+
+
+def test_columns_of_a_csv_without_a_header_are_not_read(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,,\na,b,,\nc,d,a note,\n")
+    rows = list(read_rows([str(path)], "auto"))
+    assert [(row.value["prompt"], row.value["completion"]) for row in rows] == [
+        ("a", "b"), ("c", "d"),
+    ]  # fmt: skip
+
+
+def test_a_list_of_rows_in_a_jsonl_file_is_named_with_what_to_do(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('[{"prompt": "a", "completion": "b"}]\n')
+    assert error_of(str(path)) == (
+        f"{path}:1: a row must be a JSON object, not list; a file that is one list of rows must be "
+        "named .json"
+    )
+
+
 def test_a_column_that_is_there_twice_is_an_error(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,completion,completion\na,b,c\n")

@@ -84,7 +84,48 @@ def test_a_row_to_which_an_expression_does_not_apply_is_named() -> None:
     kept = Where("level > 4").keep(rows, [f"rows.jsonl:{n}" for n in range(1, 5)])
     assert (kept[0], kept[2], kept[3]) == (False, True, False)
     assert isinstance(kept[1], FaultyRow)
-    assert str(kept[1]).startswith("rows.jsonl:2: [data] where = 'level > 4' fails: ")
+    assert str(kept[1]) == (
+        "rows.jsonl:2: [data] where = 'level > 4' does not apply to this row, whose level is 'hard'"
+    )
+    (kept_text,) = Where("meta.level > 4").keep([{"meta": "{}"}], ["rows.jsonl:1"])
+    assert str(kept_text).endswith("does not apply to this row, whose meta is '{}'")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "source in ['math']",
+        "source not in ['code']",
+        "'ma' in source",
+        "'co' not in source",
+        "meta.level > 2",
+        "meta.level in [3, 4]",
+        "level * 2 > 5",
+        "level in [3.0]",
+        "verified",
+        "not hidden",
+        "verified and source == 'math'",
+        "source == meta.source",
+    ],
+)
+def test_which_rows_are_selected_does_not_depend_on_those_read_with_them(text: str) -> None:
+    full = {
+        "source": "math",
+        "level": 3,
+        "verified": True,
+        "hidden": False,
+        "meta": {"level": 3, "source": "math"},
+    }
+    rows = [full, {}, dict.fromkeys(full), {"meta": {"other": 1}}]
+    together = Where(text).keep(rows, "abcd")
+    assert together == [True, False, False, False]
+    assert together == [Where(text).keep([row], "a")[0] for row in rows]
+
+
+def test_a_number_that_is_text_as_in_csv_is_a_number_in_each_operation() -> None:
+    rows = [{"level": "3"}, {"level": ""}, {"level": "1"}]
+    for text in ("level * 2 > 5", "-level < -2", "level in [3]", "level / 3 == 1", "2 < level < 4"):
+        assert Where(text).keep(rows, "abc") == [True, False, False]
 
 
 @pytest.fixture
@@ -193,6 +234,20 @@ def test_a_file_that_cannot_be_read_is_an_error_although_rows_are_skipped(
         make(str(tmp_path / "rows.jsonl"), tokenizer, template="none", faulty="skip")
 
 
+def test_faulty_rows_are_named_where_no_other_is_left(
+    make: Callable[..., TokenizedTraces], tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "1=", "chosen": null, "rejected": "3"}\n' * 21)
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", template=None)
+    with pytest.raises(InputError) as caught:
+        make(str(path), tokenizer, template="none", faulty="skip")
+    first, *faults, rest = str(caught.value).splitlines()
+    assert first == f"{path}: no trace is left; dropped: 21 faulty rows"
+    assert faults[0] == f"{path}:1: column 'chosen' must be text or a list of messages, not null"
+    assert (len(faults), rest) == (20, "... and 1 more")
+
+
 def test_variables_are_given_to_the_chat_template(
     make: Callable[..., TokenizedTraces], tmp_path: Path
 ) -> None:
@@ -212,7 +267,7 @@ def test_variables_are_given_to_the_chat_template(
     assert ends == {True: "", False: "<think>\n\n</think>\n\n"}
     with pytest.raises(InputError, match=r"template_variables: .* no variable 'enable_thought'"):
         make(path, tokenizer, template_variables={"enable_thought": True})
-    with pytest.raises(InputError, match="no variable 'messages'"):
+    with pytest.raises(InputError, match="'messages' is set from the rows; remove it"):
         make(path, tokenizer, template_variables={"messages": "x"})
 
 
