@@ -453,7 +453,7 @@ def test_a_chunk_takes_one_gather_of_its_sums_and_one_sum_of_its_states(
         chunk = [("all_gather", rows * 15, torch.float32), ("all_reduce", 15 * 77, torch.float32)]
         for *_, ran in results:
             sizes, *chunks = ran
-            assert sizes == ("all_gather", 17, torch.int64)
+            assert sizes == ("all_gather", 18, torch.int64)
             assert chunks == [*chunk, *chunk, ("all_gather", rows * 10, torch.float32)]
 
 
