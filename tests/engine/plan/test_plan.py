@@ -170,6 +170,7 @@ def test_offloaded_inputs_are_not_on_the_gpu_but_two_at_a_time(tmp_path: Path) -
     layers = 12
     changes = {"checkpointing": "full", "offload": True}
     recipe = recipe_of(small_model(tmp_path, layers), ShardConfig(**changes))
+    recipe = replace(recipe, train=replace(recipe.train, row_tokens=TOKENS))
     config = read_config(str(tmp_path), weights=False)
     of_input = 4 * TOKENS * 64  # a power of two, to which host memory is rounded
     planned = step_memory(recipe, config, LOAD, 1, CARDS["h100"])

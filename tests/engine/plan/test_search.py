@@ -97,7 +97,7 @@ def test_values_of_an_axis_need_less_memory_one_after_the_other(
 ) -> None:
     """The search relies on it."""
     recipe, config, _ = prepared
-    train = replace(recipe.train, dtype="float32")
+    train = replace(recipe.train, dtype="float32", row_tokens=2000)
 
     def peak(tokens: int = 2000, **shard: Any) -> int:
         load = Load(packed_row((tokens,), 0, 10), frozenset([tokens - 1]), 2)
@@ -294,6 +294,7 @@ def test_another_word_than_auto_is_one_line(
 def test_memory_is_counted_next_to_a_run(prepared: tuple[Recipe, Any, PreparedData]) -> None:
     """A process group exists in training, so the count runs in another process."""
     recipe, config, _ = prepared
+    recipe = replace(recipe, train=replace(recipe.train, row_tokens=64))
     load = Load(packed_row((40, 20), 0, 10), frozenset([58]), 2)
     expected = step_memory(recipe, config, load, 2, CARDS["h100"]).total
     with join_world(), _counting(config, 2, CARDS["h100"]) as count:

@@ -61,8 +61,9 @@ def test_the_chosen_steps_are_traced_and_change_nothing(
     table = files[0].read_text()
     for part in PARTS:
         assert f"\n| {part} " in table
-    assert "signed_cross_entropy" in table
-    assert "_scaled_dot_product" in table
+    if not ranks:  # of two, what FSDP does takes longer, and the table has the longest
+        assert "signed_cross_entropy" in table
+        assert "_scaled_dot_product" in table
     rows = re.findall(r"^\| (\w+) \| \d+ \| ([\d.]+) \|", table, re.MULTILINE)
     seconds = float(re.search(r"^([\d.]+) s with", table, re.MULTILINE)[1])
     spent = sum(float(value) for name, value in rows if name in PARTS)
