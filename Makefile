@@ -3,8 +3,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# Python compiles what is imported when it is; most of what is installed never is.
-INSTALL = $(BIN)/pip install --quiet --no-compile
 
 .PHONY: train test slow lint types kernels
 
@@ -26,18 +24,18 @@ lint: $(VENV)/.installed-test
 # An installed copy: mypy cannot see through the editable mapping of folders to import names.
 types: $(VENV)/.installed-test
 	rm -rf .typecheck
-	$(INSTALL) --no-deps --target .typecheck .
+	$(BIN)/pip install --quiet --no-deps --target .typecheck .
 	MYPYPATH=.typecheck $(BIN)/mypy -p redi.kernels -p redi.engine -p redi.bench
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
-	$(INSTALL) -c constraints.txt -e '.[engine]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[engine]'
 	touch $@
 
 $(VENV)/.installed-test: setup.py constraints.txt | $(VENV)/bin/python
-	$(INSTALL) -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@ $(VENV)/.installed
 
 # The Triton kernels for each GPU, or for those in TARGETS: registers, shared memory; fails if

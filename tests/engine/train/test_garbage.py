@@ -103,8 +103,9 @@ def spy_on(line: list[str], tmp_path: Path, collects: str, ranks: int) -> list[d
     return [json.loads((tmp_path / f"found{rank}").read_text()) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["redi", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["redi", "dpo"])
 def test_nothing_of_a_recipe_is_alive_in_the_next_though_python_never_collects(
     name: str,
     ranks: int,
