@@ -18,6 +18,7 @@ from redi.kernels import reference
 from redi.kernels.backends import choose_backend, kernels_of
 from redi.kernels.chunk_sizes import padded
 from redi.kernels.chunked import Outputs, TokenSchedule, cross_entropy_chunks, kept_gradient_chunks
+from redi.kernels.loss_ops import asked, needs_grad, optional_float
 from redi.kernels.reference import IGNORE_INDEX, Backend, accumulation_dtype
 from redi.kernels.softmax import GradientRows, Terms
 from redi.kernels.validate import (
@@ -134,8 +135,7 @@ def linear_logprobs(
     if keep == "auto":
         rows = hidden.shape[0] if valid_index is None else valid_index.shape[0]
         keep = rows * weight.shape[0] * hidden.element_size() <= _keep_budget(hidden.device)
-    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    terms = Terms(float(logit_scale), None if softcap is None else float(softcap))
+    terms = Terms(float(logit_scale), optional_float(softcap))
     if backend == "triton-exp" and not terms.are_plain:
         backend = "triton"  # as which it is computed: `_new_kept` depends on it
     logps, _, _, entropies, lses = _linear_logprobs_op(
@@ -145,15 +145,13 @@ def linear_logprobs(
         valid_index,
         backend,
         chunk_tokens,
-        keep and needs_grad,
+        keep and any(needs_grad(hidden, weight)),
         (entropy, log_sum_exp),
         terms.logit_scale,
         terms.softcap,
     )
-    asked = [*([entropies] if entropy else []), *([lses] if log_sum_exp else [])]
-    if asked:
-        return logps.view(shape), *(values.view(shape) for values in asked)
-    return logps.view(shape)
+    results = [v.view(shape) for v in asked(entropy, log_sum_exp, logps, entropies, lses)]
+    return tuple(results) if entropy or log_sum_exp else results[0]
 
 
 @torch.compiler.assume_constant_result

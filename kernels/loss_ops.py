@@ -24,7 +24,7 @@ from redi.kernels.validate import (
     check_weight_values,
 )
 
-_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+LossResults = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("redi::token_weights", mutates_args=())
@@ -66,33 +66,17 @@ def signed_cross_entropy_op(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-) -> _Results:
+) -> LossResults:
     """(loss, token_logps, token_entropies, token_lses, token_dropped, dhidden, dweight).
 
     `needs` is (entropies, lses, dhidden, dweight), `epsilon` that of a filter
     (`experimental/filter.py`): without it nothing is dropped. An output that is not needed is
     empty.
     """
-    results = _new_results(hidden, weight, epsilon, needs)
-    loss, logps, entropies, lses, dropped, dhidden, dweight = results
-    need_entropies, need_lses, need_dhidden, need_dweight = needs
-    terms = Terms(
-        logit_scale,
-        softcap,
-        label_smoothing,
-        entropy_weights=None if entropy_weights is None else entropy_weights.to(logps.dtype),
-        z_weights=token_weights.to(logps.dtype).abs() * z_loss if z_loss else None,
-    )
-    out = Outputs(
-        logps=logps,
-        # What a term of the loss needs is computed though the caller may not want it.
-        entropies=wanted(entropies, need_entropies, terms.entropy_weights),
-        lses=wanted(lses, need_lses, terms.z_weights),
-        mean_logps=torch.empty_like(logps) if label_smoothing else None,
-        dropped=dropped,
-        dhidden=dhidden if need_dhidden else None,
-        dweight=dweight if need_dweight else None,
-    )
+    results = new_results(hidden, weight, epsilon, needs)
+    loss = results[0]
+    numbers = logit_scale, softcap, label_smoothing, z_loss
+    terms, out = terms_and_outputs(results, needs, token_weights, entropy_weights, *numbers)
     schedule = TokenSchedule(valid_index, num_with_grad, chunk_tokens)
     fill: Callable[..., None] = partial(cross_entropy_chunks, terms=terms)
     if epsilon is not None:  # imported late: no exact loss needs it
@@ -107,16 +91,70 @@ def signed_cross_entropy_op(
     return results
 
 
-def wanted(result: Tensor, needed: bool, weights: Tensor | None) -> Tensor | None:
+def terms_and_outputs(
+    results: LossResults,
+    needs: Sequence[bool],
+    token_weights: Tensor,
+    entropy_weights: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Terms, Outputs]:
+    """What the chunk loop of a loss op takes.
+
+    The arguments are the op's own, `results` what it returns. What a term of the loss needs is
+    computed though the caller may not want it.
+    """
+    _, logps, entropies, lses, dropped, dhidden, dweight = results
+    need_entropies, need_lses, need_dhidden, need_dweight = needs
+    terms = Terms(
+        logit_scale,
+        softcap,
+        label_smoothing,
+        entropy_weights=None if entropy_weights is None else entropy_weights.to(logps.dtype),
+        z_weights=token_weights.to(logps.dtype).abs() * z_loss if z_loss else None,
+    )
+    out = Outputs(
+        logps=logps,
+        entropies=_wanted(entropies, need_entropies, terms.entropy_weights),
+        lses=_wanted(lses, need_lses, terms.z_weights),
+        mean_logps=torch.empty_like(logps) if label_smoothing else None,
+        dropped=dropped,
+        dhidden=dhidden if need_dhidden else None,
+        dweight=dweight if need_dweight else None,
+    )
+    return terms, out
+
+
+def asked(
+    entropy: bool, log_sum_exp: bool, logps: Tensor, entropies: Tensor, lses: Tensor
+) -> list[Tensor]:
+    """Of the statistics of tokens those that the caller of a loss asked for."""
+    return [logps, *([entropies] if entropy else []), *([lses] if log_sum_exp else [])]
+
+
+def needs_grad(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
+    """Which of the two operands needs a gradient, as the public functions see it."""
+    enabled = torch.is_grad_enabled()
+    return enabled and hidden.requires_grad, enabled and weight.requires_grad
+
+
+def optional_float(number: float | None) -> float | None:
+    """A number, perhaps of NumPy, as an op takes it."""
+    return None if number is None else float(number)
+
+
+def _wanted(result: Tensor, needed: bool, weights: Tensor | None) -> Tensor | None:
     """Where to write a statistic: the result, or memory of its own if only a term needs it."""
     if needed or weights is None:
         return result if needed else None
     return torch.empty_like(weights)
 
 
-def _new_results(
+def new_results(
     hidden: Tensor, weight: Tensor, epsilon: float | None, needs: Sequence[bool]
-) -> _Results:
+) -> LossResults:
     """Uninitialised results of `signed_cross_entropy_op`."""
     need_entropies, need_lses, need_dhidden, need_dweight = needs
     tokens = hidden.shape[:1]
@@ -141,9 +179,9 @@ def new_gradient(operand: Tensor, needed: bool) -> Tensor:
 
 
 @signed_cross_entropy_op.register_fake
-def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> _Results:
+def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> LossResults:
     epsilon, needs = arguments[8:10]
-    return _new_results(hidden, weight, epsilon, needs)
+    return new_results(hidden, weight, epsilon, needs)
 
 
 @torch.library.custom_op("redi::accumulate_gradient", mutates_args=("dweight",))

@@ -13,6 +13,9 @@ from redi.kernels import reference
 from redi.kernels.backends import choose_backend, filtering_backend
 from redi.kernels.loss_ops import (
     accumulate_gradient_op,
+    asked,
+    needs_grad,
+    optional_float,
     signed_cross_entropy_op,
     token_weights_op,
 )
@@ -139,10 +142,10 @@ def redi_loss(
         hidden, targets, cu_seqlens, signs, alpha, num_pairs, backend
     )
     schedule = valid_index, num_with_grad, chunk_tokens
-    needs = False, False, *_needs_grad(hidden, weight)
+    needs = False, False, *needs_grad(hidden, weight)
     loss, token_logps, *_ = signed_cross_entropy_op(
         hidden, weight, targets, token_weights, None, *schedule, backend, "weight", None, needs,
-        float(logit_scale), _float(softcap),
+        float(logit_scale), optional_float(softcap),
     )  # fmt: skip
     return RediLoss(loss, segment_sum_op(token_logps, cu_seqlens, backend), lengths)
 
@@ -205,7 +208,7 @@ def filtered_redi_loss(
             cu_seqlens.diff(), output_size=hidden.shape[0]
         )
     schedule = valid_index, num_with_grad, chunk_tokens
-    needs = False, False, *_needs_grad(hidden, weight)
+    needs = False, False, *needs_grad(hidden, weight)
     loss, token_logps, _, _, dropped, _, _ = signed_cross_entropy_op(
         hidden, weight, targets, token_weights, None, *schedule, backend, "weight", float(epsilon),
         needs,
@@ -284,7 +287,7 @@ def redi_value_and_grad(
         dweight = weight.new_empty(weight.shape, dtype=accumulation_dtype(weight.dtype))
     loss, token_logps, dhidden = accumulate_gradient_op(
         hidden, weight, targets, token_weights, *schedule, backend, float(grad_scale), dweight, add,
-        float(logit_scale), _float(softcap),
+        float(logit_scale), optional_float(softcap),
     )  # fmt: skip
     logps = segment_sum_op(token_logps, cu_seqlens, backend)
     return RediLoss(loss, logps, lengths), dhidden.view(shape), dweight
@@ -374,13 +377,13 @@ def signed_cross_entropy(
         )
     else:
         schedule = valid_index, num_with_grad, chunk_tokens
-        needs = entropy, log_sum_exp, *_needs_grad(hidden, weight)
+        needs = entropy, log_sum_exp, *needs_grad(hidden, weight)
         loss, logps, entropies, lses, *_ = signed_cross_entropy_op(
             hidden, weight, flat_targets, token_weights, entropy_weights, *schedule, backend,
-            coefficient, None, needs, float(logit_scale), _float(softcap), float(label_smoothing),
-            float(z_loss),
+            coefficient, None, needs, float(logit_scale), optional_float(softcap),
+            float(label_smoothing), float(z_loss),
         )  # fmt: skip
-        results = [logps, *([entropies] if entropy else []), *([lses] if log_sum_exp else [])]
+        results = asked(entropy, log_sum_exp, logps, entropies, lses)
     return loss, *(values.view(targets.shape) for values in results)
 
 
@@ -397,12 +400,3 @@ def _token_weights(
     return token_weights_op(
         targets, cu_seqlens, signs, float(alpha), float(num_pairs), dtype, backend
     )
-
-
-def _needs_grad(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
-    enabled = torch.is_grad_enabled()
-    return enabled and hidden.requires_grad, enabled and weight.requires_grad
-
-
-def _float(number: float | None) -> float | None:
-    return None if number is None else float(number)

@@ -6,7 +6,7 @@ pass 2 reads it again and writes u (p - onehot) over it, rounded once. A row of 
 goes from the row's end to its start, and pass 2 starts where L2 is still warm.
 
 The gradient in bfloat16 or float16 overwrites the float32 row: column j takes bytes 2 j and
-2 j + 1 of the row, its logit bytes 4 j to 4 j + 3. `_write_gradient` says why no logit is
+2 j + 1 of the row, its logit bytes 4 j to 4 j + 3. `write_gradient` says why no logit is
 overwritten before it is read.
 """
 
@@ -61,7 +61,7 @@ def softmax(
     Returns:
         dlogits [C, V], or None without weights. If not given, they overwrite the logits: in
         `dtype`, each row at the start of its own storage (a half type's row stride is twice that
-        of the logits), or on AMD GPUs as rounded float32 values (see `_write_gradient`).
+        of the logits), or on AMD GPUs as rounded float32 values (see `write_gradient`).
     """
     rows, vocab = logits.shape
     assert logits.dtype == torch.float32
@@ -84,7 +84,7 @@ def softmax(
             logits,
             logits.stride(0),
             vocab,
-            _room(logits),
+            usable_columns(logits),
             tokens.contiguous(),
             targets.contiguous(),
             logps,
@@ -93,7 +93,7 @@ def softmax(
             mean_logps,
             dlogits,
             None if dlogits is None else dlogits.stride(0),
-            None if dlogits is None else min(_room(logits), _room(dlogits)),
+            None if dlogits is None else min(usable_columns(logits), usable_columns(dlogits)),
             None if weights is None else weights.contiguous(),
             *(
                 values.contiguous() if weighted and values is not None else None
@@ -126,7 +126,7 @@ def launch_shape(vocab: int, warp_size: int) -> tuple[int, int]:
     return block, max(1, block // COLUMNS_PER_THREAD // warp_size)
 
 
-def _room(matrix: Tensor) -> int:
+def usable_columns(matrix: Tensor) -> int:
     """Columns of a row that may be touched: V and its padding, as far as loads are aligned."""
     columns = matrix.shape[1]
     return min(triton.cdiv(columns, ALIGNMENT) * ALIGNMENT, max(matrix.stride(0), columns))
@@ -178,10 +178,10 @@ def softmax_kernel(
     target, inside = load_target(targets + token, vocab)
     z = logits + row * logits_stride
     z_target = tl.where(inside, tl.load(z + target), float("nan"))
-    z_target, _ = _transformed(z_target, logit_scale, softcap)
+    z_target, _ = transformed(z_target, logit_scale, softcap)
 
     MOMENT: tl.constexpr = entropies is not None or entropy_weights is not None
-    largest, rest, moment, others = _sum_exponentials(
+    largest, rest, moment, others = sum_exponentials(
         z,
         z_target,
         target,
@@ -237,7 +237,7 @@ def softmax_kernel(
         if label_smoothing is not None:
             shift = label_smoothing * weight / vocab
             at_target += label_smoothing * weight - shift
-        _write_gradient(
+        write_gradient(
             z,
             dlogits + row * dlogits_stride,
             target,
@@ -261,7 +261,7 @@ def softmax_kernel(
 
 
 @triton.jit
-def _transformed(values, logit_scale, softcap):
+def transformed(values, logit_scale, softcap):
     """`softmax.transform_`: (z, slope) of logits; None in place of a number: 1, no softcap.
 
     By q = exp(-2 |x|): tanh |x| = (1 - q) / (1 + q), and a polynomial where 1 - q would cancel;
@@ -288,7 +288,7 @@ def _transformed(values, logit_scale, softcap):
 
 
 @triton.jit
-def _sum_exponentials(
+def sum_exponentials(
     z,
     z_target,
     target,
@@ -320,7 +320,7 @@ def _sum_exponentials(
         columns = (blocks - 1 - i) * BLOCK + lane_columns
         # The load goes by `room`, a multiple of 16, as V would make it one of single words.
         values = tl.load(z + columns, mask=columns < room, other=float("-inf"))
-        values, _ = _transformed(values, logit_scale, softcap)
+        values, _ = transformed(values, logit_scale, softcap)
         inside = columns < vocab
         if MEAN:
             totals += tl.sum(tl.where(inside & (columns != target), values, 0.0), 1)
@@ -351,7 +351,7 @@ def _sum_exponentials(
 
 
 @triton.jit
-def _write_gradient(
+def write_gradient(
     z,
     out,
     target,
@@ -392,7 +392,7 @@ def _write_gradient(
     for i in range(tl.cdiv(vocab, BLOCK)):
         columns = i * BLOCK + block_columns
         values = tl.load(z + columns, mask=columns < room, other=float("-inf"))
-        values, slope = _transformed(values, logit_scale, softcap)
+        values, slope = transformed(values, logit_scale, softcap)
         drops = values - largest
         e = exp(drops)
         gradient = e * u

@@ -21,12 +21,17 @@ from torch import Tensor
 from redi.kernels.backends import choose_backend
 from redi.kernels.chunked import Outputs, TokenSchedule
 from redi.kernels.loss_ops import (
+    LossResults,
+    asked,
+    needs_grad,
     new_gradient,
+    new_results,
+    optional_float,
     save_gradients,
     scale_gradients,
+    terms_and_outputs,
     token_weights_op,
     total_loss,
-    wanted,
 )
 from redi.kernels.reference import (
     IGNORE_INDEX,
@@ -112,13 +117,13 @@ def vocab_parallel_cross_entropy(
     token_weights = check_token_weights("token_weights", token_weights, targets)
     if entropy_weights is not None:
         entropy_weights = check_token_weights("entropy_weights", entropy_weights, targets)
-    needs = entropy, log_sum_exp, *_needs_grad(hidden, weight)
+    needs = entropy, log_sum_exp, *needs_grad(hidden, weight)
     loss, logps, entropies, lses, *_ = vocab_parallel_cross_entropy_op(
         *operands, token_weights, entropy_weights, *schedule, chosen, coefficient,
-        group.group_name, needs, float(logit_scale), _float(softcap), float(label_smoothing),
-        float(z_loss),
+        group.group_name, needs, float(logit_scale), optional_float(softcap),
+        float(label_smoothing), float(z_loss),
     )  # fmt: skip
-    results = [logps, *([entropies] if entropy else []), *([lses] if log_sum_exp else [])]
+    results = asked(entropy, log_sum_exp, logps, entropies, lses)
     return loss, *(values.view(targets.shape) for values in results)
 
 
@@ -164,10 +169,10 @@ def vocab_parallel_redi_loss(
     token_weights, lengths = token_weights_op(
         targets, cu_seqlens, signs, float(alpha), float(num_pairs), dtype, chosen
     )
-    needs = False, False, *_needs_grad(hidden, weight)
+    needs = False, False, *needs_grad(hidden, weight)
     loss, logps, *_ = vocab_parallel_cross_entropy_op(
         *operands, token_weights, None, *schedule, chosen, "weight", group.group_name, needs,
-        float(logit_scale), _float(softcap),
+        float(logit_scale), optional_float(softcap),
     )  # fmt: skip
     return RediLoss(loss, segment_sum_op(logps, cu_seqlens, chosen), lengths)
 
@@ -207,7 +212,7 @@ def vocab_parallel_logprobs(
     )
     return vocab_parallel_logprobs_op(
         *operands, valid_index, chunk_tokens, chosen, group.group_name, float(logit_scale),
-        _float(softcap),
+        optional_float(softcap),
     ).view(targets.shape)  # fmt: skip
 
 
@@ -241,18 +246,6 @@ def _check(
     return operands, choose_backend(backend, hidden.device, operands[0].dtype)
 
 
-def _float(number: float | None) -> float | None:
-    return None if number is None else float(number)
-
-
-def _needs_grad(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
-    enabled = torch.is_grad_enabled()
-    return enabled and hidden.requires_grad, enabled and weight.requires_grad
-
-
-_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
 @torch.library.custom_op("redi::vocab_parallel_cross_entropy", mutates_args=())
 def vocab_parallel_cross_entropy_op(
     hidden: Tensor,
@@ -271,30 +264,13 @@ def vocab_parallel_cross_entropy_op(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-) -> _Results:
-    """(loss, token_logps, token_entropies, token_lses, dhidden, dweight); not needed: empty.
-
-    `needs` is (entropies, lses, dhidden, dweight).
-    """
-    results = _new_results(hidden, weight, needs)
-    loss, logps, entropies, lses, dhidden, dweight = results
-    need_entropies, need_lses, need_dhidden, need_dweight = needs
+) -> LossResults:
+    """As `signed_cross_entropy_op` without a filter."""
+    results = new_results(hidden, weight, None, needs)
+    loss = results[0]
+    numbers = logit_scale, softcap, label_smoothing, z_loss
     w = token_weights.to(loss.dtype)
-    terms = Terms(
-        logit_scale,
-        softcap,
-        label_smoothing,
-        entropy_weights=None if entropy_weights is None else entropy_weights.to(loss.dtype),
-        z_weights=w.abs() * z_loss if z_loss else None,
-    )
-    out = Outputs(
-        logps=logps,
-        entropies=wanted(entropies, need_entropies, terms.entropy_weights),
-        lses=wanted(lses, need_lses, terms.z_weights),
-        mean_logps=torch.empty_like(logps) if label_smoothing else None,
-        dhidden=dhidden if need_dhidden else None,
-        dweight=dweight if need_dweight else None,
-    )
+    terms, out = terms_and_outputs(results, needs, w, entropy_weights, *numbers)
     schedule = TokenSchedule(valid_index, num_with_grad, chunk_tokens)
     for name, values in (("token_weights", token_weights), ("entropy_weights", entropy_weights)):
         if values is not None:
@@ -307,25 +283,9 @@ def vocab_parallel_cross_entropy_op(
     return results
 
 
-def _new_results(hidden: Tensor, weight: Tensor, needs: Sequence[bool]) -> _Results:
-    need_entropies, need_lses, need_dhidden, need_dweight = needs
-    tokens, none = hidden.shape[:1], (0,)
-    loss, logps, entropies, lses = (
-        hidden.new_empty(shape, dtype=accumulation_dtype(hidden.dtype))
-        for shape in (
-            (),
-            tokens,
-            tokens if need_entropies else none,
-            tokens if need_lses else none,
-        )
-    )
-    gradients = new_gradient(hidden, need_dhidden), new_gradient(weight, need_dweight)
-    return loss, logps, entropies, lses, *gradients
-
-
 @vocab_parallel_cross_entropy_op.register_fake
-def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> _Results:
-    return _new_results(hidden, weight, arguments[9])
+def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> LossResults:
+    return new_results(hidden, weight, None, arguments[9])
 
 
 vocab_parallel_cross_entropy_op.register_autograd(scale_gradients, setup_context=save_gradients)

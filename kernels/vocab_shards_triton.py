@@ -14,10 +14,10 @@ from redi.kernels.softmax_triton import (
     ALIGNMENT,
     COLUMNS_PER_THREAD,
     ROUNDED,
-    _room,
-    _sum_exponentials,
-    _transformed,
-    _write_gradient,
+    sum_exponentials,
+    transformed,
+    usable_columns,
+    write_gradient,
 )
 from redi.kernels.triton_common import FUSED
 from redi.kernels.vocab_shards import RowGradients, new_sums
@@ -41,7 +41,7 @@ def shard_sums(
             logits,
             logits.stride(0),
             vocab,
-            _room(logits),
+            usable_columns(logits),
             columns,
             sums,
             *_transform(terms),
@@ -75,13 +75,13 @@ def shard_gradient(
             logits,
             logits.stride(0),
             vocab,
-            _room(logits),
+            usable_columns(logits),
             columns,
             largest,
             *rows,
             dlogits,
             dlogits.stride(0),
-            min(_room(logits), _room(dlogits)),
+            min(usable_columns(logits), usable_columns(dlogits)),
             *_transform(terms),
             ROUNDED=ROUNDED[dtype],
             HALVES_IN_PLACE=halves,
@@ -133,11 +133,11 @@ def shard_sums_kernel(
     rows = tl.num_programs(0)
     target = tl.load(columns + row).to(tl.int32)
     z = logits + row * logits_stride
-    z_target, _ = _transformed(
+    z_target, _ = transformed(
         tl.load(z + target, mask=target >= 0, other=0.0), logit_scale, softcap
     )
     z_target = tl.where(target >= 0, z_target, float("-inf"))
-    largest, rest, moment, others = _sum_exponentials(
+    largest, rest, moment, others = sum_exponentials(
         z, z_target, target, vocab, room, logit_scale, softcap, MOMENT, MEAN, BLOCK
     )
     tl.store(sums + row, largest)
@@ -191,7 +191,7 @@ def shard_gradient_kernel(
         tilt = tl.load(tilts + row)
     if shifts is not None:
         shift = tl.load(shifts + row)
-    _write_gradient(
+    write_gradient(
         logits + row * logits_stride,
         dlogits + row * dlogits_stride,
         tl.load(columns + row).to(tl.int32),
