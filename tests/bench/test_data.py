@@ -67,6 +67,7 @@ def test_ranks_that_gather_once_a_step_hardly_wait_whatever_the_length_of_packs(
             assert once["mean"] > each["mean"] + 0.01
 
 
+@pytest.mark.slow
 def test_one_core_feeds_far_more_tokens_than_a_card_trains_on(tmp_path):
     found = data.measure(tmp_path, traces=131_000, millions=0.01, step_seconds=0.2)
     assert found["loader_tokens_per_s"] > 600_000

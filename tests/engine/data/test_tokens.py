@@ -612,6 +612,7 @@ def test_two_processes_at_once_both_end_with_the_whole_cache(tmp_path, tiny):
     assert len(first[1]) == 2000
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_cache(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(tokens_module, "_CHUNK_ROWS", 8)
     monkeypatch.setattr(tokens_module, "_CHUNKS_WORTH_WORKERS", 2)

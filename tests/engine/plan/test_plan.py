@@ -539,6 +539,7 @@ def test_wrong_input_is_one_line(
     assert words in lines[0]
 
 
+@pytest.mark.slow
 def test_a_recipe_may_change_the_model_of_the_previous_one(
     recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

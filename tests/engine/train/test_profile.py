@@ -39,7 +39,8 @@ def count(events: list[dict[str, Any]], name: str) -> int:
     return sum(event["name"] == name for event in events)
 
 
-@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
 def test_the_chosen_steps_are_traced_and_change_nothing(
     ranks: int, recipe: WriteRecipe, redi: Redi, steps: Steps, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def test_a_stopped_run_is_not_exported_by_the_command_that_follows(
     assert not list((tmp_path / "run").glob("export*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds a shell's child in /proc")
 def test_a_stopped_evaluation_keeps_its_samples_and_does_not_pass_for_done(
     world: Path, tmp_path: Path

@@ -199,6 +199,7 @@ def longrope(vocabulary: int, short: int) -> Phi3Config:
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_longrope_does_not_depend_on_what_is_packed_together(
     world: Path,
     recipe: Callable[..., Path],
