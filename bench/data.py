@@ -56,6 +56,7 @@ def write(folder: Path, lengths: np.ndarray) -> None:
                 "row": number + 1,
                 "digest": number,
                 "prompt_digest": number // 2,
+                "token_weights": pa.nulls(len(some), pa.list_(pa.float32())),
                 "group": number // 2,
             }
             arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]

@@ -100,6 +100,7 @@ def make_tokens(
     signs: Sequence[int],
     groups: Sequence[int],
     weights: Sequence[float] | None = None,
+    token_weights: Sequence[Sequence[float] | None] | None = None,
 ) -> TokenizedTraces:
     """A cache of made-up tokens: every token of the set is another number, from 1."""
     n = len(signs)
@@ -118,6 +119,7 @@ def make_tokens(
         "prompt_digest": range(n),
         "unknown": [0] * n,
         "control": [0] * n,
+        "token_weights": [None] * n if token_weights is None else token_weights,
         "source": [0] * n,
         "group": groups,
     }

@@ -30,8 +30,8 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
     """Score every trace of `[data]` under `[model]` and write one Parquet row for each.
 
     Columns: row ("file.jsonl:12"), trace (index in the data), correct, teacher, tokens (scored
-    tokens: the completion with its end, or without it if data.eos leaves it out), logp_sum,
-    logp_mean and entropy_mean (nats per token; float64).
+    tokens: the completion with its end, or without it if data.eos leaves it out, and without what
+    spans mask), logp_sum, logp_mean and entropy_mean (nats per token, unweighted; float64).
 
     Args:
         recipe: `[model]`, `[data]`, `train.row_tokens` and `train.dtype` are used. If `model.path`
@@ -103,7 +103,9 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
         report_what_ran(student.ran, None, world, console)
     if not world.is_main:
         return
-    scored = lengths - tokens.prompt_lengths
+    scored = tokens.num_targets(np.arange(len(tokens)), lengths)
+    with np.errstate(invalid="ignore"):  # NaN where every token is masked
+        means, entropies = scores.logps / scored, scores.entropies / scored
     table = pa.table(
         {
             "row": [tokens.where(index) for index in range(len(tokens))],
@@ -112,8 +114,8 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
             "teacher": pa.array(map(tokens.teacher, range(len(tokens))), pa.string()),
             "tokens": scored,
             "logp_sum": scores.logps,
-            "logp_mean": scores.logps / scored,
-            "entropy_mean": scores.entropies / scored,
+            "logp_mean": means,
+            "entropy_mean": entropies,
         }
     )
     try:

@@ -37,6 +37,7 @@ SCHEMA = pa.schema(
         ("prompt_digest", pa.uint64()),
         ("unknown", pa.int32()),
         ("control", pa.int32()),
+        ("token_weights", pa.list_(pa.float32())),
         ("source", pa.int32()),
         ("group", pa.int64()),
     ]
@@ -71,6 +72,10 @@ class Meta:
     """Messages about the first of them."""
     parts: dict[str, Any] = field(default_factory=dict)
     """The parts that `key` is a hash of; `files` has one hash per source. Empty in old caches."""
+    split_tokens: int = 0
+    """Number of tokens that the edge of a span splits."""
+    splits: tuple[str, ...] = ()
+    """The first of them: "file.jsonl:12: ' 42'"."""
 
 
 class TokenizedTraces:
@@ -88,6 +93,9 @@ class TokenizedTraces:
         unknown: int32 [n], number of tokens that are unknown to the tokenizer.
         control: int32 [n], number of control tokens of the tokenizer in the text of the trace.
         control_tokens: number of traces with such a token, by token.
+        weighted: bool [n], whether a token of the completion has another weight than 1.
+        split_tokens: number of tokens that the edge of a span splits.
+        splits: the first of them, with their rows.
         dropped: number of rows and traces that `normalise` left out, by reason.
         unread: columns with meaningful content that are not read, by name of the source.
         faulty: number of faulty rows that were left out.
@@ -116,6 +124,8 @@ class TokenizedTraces:
         self.faulty = meta.faulty
         self.faults = tuple(meta.faults)
         self.unfinished = meta.unfinished
+        self.split_tokens = meta.split_tokens
+        self.splits = tuple(meta.splits)
         self.document_start = meta.document_start
         self.sources = tuple(sources)
         named = zip(self.sources, meta.parts.get("files", ()), strict=False)
@@ -145,6 +155,8 @@ class TokenizedTraces:
         self.prompt_digests = self._column("prompt_digest")
         self.unknown = self._column("unknown")
         self.control = self._column("control")
+        given = [batch["token_weights"].is_valid() for batch in self._batches]
+        self.weighted = self._chosen([one.to_numpy(zero_copy_only=False) for one in given])
         self.source_numbers = self._column("source")
         self._row_numbers = self._column("row")
         if self._places is not None:
@@ -166,7 +178,9 @@ class TokenizedTraces:
         places = np.arange(len(self._column("row"))) if self._places is None else self._places
         self._places = places[whole]
         documents = self.prompt_lengths[whole] == 0
-        for name in ("signs", "weights", "unknown", "control", "source_numbers", "_row_numbers"):
+        for name in ("signs", "weights", "unknown", "control", "weighted"):
+            setattr(self, name, getattr(self, name)[whole])
+        for name in ("source_numbers", "_row_numbers"):
             setattr(self, name, getattr(self, name)[whole])
         self.prompt_lengths = np.where(documents, 1, self.prompt_lengths[whole])
         # Equal documents have equal pieces. An odd factor keeps the pieces of one apart.
@@ -253,6 +267,39 @@ class TokenizedTraces:
         start = self._offsets[batch][position]
         start += 0 if self._begins is None else self._begins[index]
         return self._values[batch][start : start + self.lengths[index]]
+
+    def token_weights(self, index: int) -> np.ndarray | None:
+        """Weight of each token of a completion, float32 [lengths[index] - prompt_lengths[index]].
+
+        0: the token is not trained. None: all are 1.
+        """
+        if not self.weighted[index]:
+            return None
+        batch, position = self._locate(index)
+        weights = self._batches[batch]["token_weights"][position].values.to_numpy()
+        # The first token of a piece of a document counts as its prompt, and has a weight in the
+        # file.
+        prompt = int(self.prompt_lengths[index])
+        start = prompt - self._batches[batch]["prompt_length"][position].as_py()
+        start += 0 if self._begins is None else int(self._begins[index])
+        return weights[start : start + int(self.lengths[index]) - prompt]
+
+    def num_targets(self, indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Number of trained tokens of traces: those of the completion that are not masked.
+
+        Args:
+            indices: int64 [n], the traces.
+            lengths: int64 [n], number of tokens of each that are kept.
+
+        Returns:
+            int64 [n].
+        """
+        counts = lengths - self.prompt_lengths[indices]
+        for place in np.flatnonzero(self.weighted[indices]).tolist():
+            weights = self.token_weights(int(indices[place]))
+            assert weights is not None
+            counts[place] = np.count_nonzero(weights[: counts[place]])
+        return counts
 
     def where(self, index: int) -> str:
         """The row of a trace, for messages: "file.jsonl:12"."""

@@ -8,14 +8,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from redi.engine.data.messages import (
     THOUGHT_KEYS,
+    THOUGHT_OPENED,
     Message,
     as_messages,
     with_thought,
 )
+from redi.engine.data.spans import Placement, Span, place_spans
 from redi.engine.data.traces import Trace
 from redi.engine.errors import FaultyRow, InputError
 
@@ -33,6 +35,15 @@ _PROBE_TURNS = (
 # Set by what is rendered.
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "tokenize", "conversation")
 _NO_PLACE = "use a tokenizer whose chat template has one, or leave such rows out"
+
+
+class Texts(NamedTuple):
+    """A trace as it is tokenized."""
+
+    prompt: str
+    completion: str
+    spans: tuple[Span, ...] = ()
+    """Weights of parts of the completion, in its characters."""
 
 
 class ChatTemplate:
@@ -91,7 +102,7 @@ class ChatTemplate:
         """
         return self._render(self._messages(prompt, where), where, tools, add_generation_prompt=True)
 
-    def texts(self, traces: Sequence[Trace]) -> list[tuple[str, str]]:
+    def texts(self, traces: Sequence[Trace]) -> list[Texts]:
         """The prompt and completion of each trace, with the text that the template adds.
 
         Args:
@@ -109,12 +120,12 @@ class ChatTemplate:
                 prompts[key] = self.prompt(trace.prompt, trace.where, trace.tools)
             prompt = prompts[key]
             if trace.calls:
-                found.append((prompt, self._called(prompt, trace)))
+                found.append(Texts(prompt, self._called(prompt, trace)))
                 continue
             frame = (*key, bool(trace.thought))
             if frame not in frames:
                 frames[frame] = self._frame(prompt, trace)
-            found.append((prompt, _framed(prompt, frames[frame], trace)))
+            found.append(_framed(prompt, frames[frame], trace))
         return found
 
     def _frame(self, prompt: str, trace: Trace) -> tuple[str, str, str]:
@@ -148,7 +159,7 @@ class ChatTemplate:
     def _called(self, prompt: str, trace: Trace) -> str:
         """The completion of a trace that ends with tool calls, as the template writes it."""
         self._check_calls(trace.where)
-        answer = Message("assistant", _answer(trace), trace.thought, trace.calls)
+        answer = Message("assistant", trace.content, trace.thought, trace.calls)
         messages = [*self._messages(trace.prompt, trace.where), self._message(answer, trace.where)]
         whole = self._render(messages, trace.where, trace.tools)
         if not whole.startswith(prompt):
@@ -250,20 +261,16 @@ def _calls(calls: str, as_text: bool) -> list[dict[str, Any]]:
     return found
 
 
-def _answer(trace: Trace) -> str:
-    """The completion without the thought that the row has separately."""
-    return trace.completion.removeprefix(with_thought(trace.thought, ""))
-
-
-def _framed(prompt: str, frame: tuple[str, str, str], trace: Trace) -> str:
-    """The completion: the unchanged trace between the texts of the template.
+def _framed(prompt: str, frame: tuple[str, str, str], trace: Trace) -> Texts:
+    """The prompt, and the completion: the unchanged trace between the texts of the template.
 
     The trace must be learned exactly, so it is not rendered by the template: templates rewrite
     answers (remove reasoning, add an empty thought, strip white space).
     """
     header, after_thought, end_of_turn = frame
     if after_thought:
-        completion = trace.thought + after_thought + _answer(trace)
+        completion = trace.thought + after_thought + trace.content
+        thought, content = 0, len(trace.thought + after_thought)
     else:
         closed = _EMPTY_BLOCK.search(prompt)
         if closed and trace.completion.lstrip().startswith(f"<{closed[1]}>"):
@@ -273,7 +280,13 @@ def _framed(prompt: str, frame: tuple[str, str, str], trace: Trace) -> str:
                 "whose generation prompt has no thought, or remove the thought from the trace"
             )
         completion = _without_opened_tag(prompt, trace.completion)
-    return header + completion + (end_of_turn if is_finished(trace) else "")
+        removed = len(trace.completion) - len(completion)
+        thought = len(THOUGHT_OPENED) - removed
+        content = len(with_thought(trace.thought, "")) - removed
+    whole = header + completion + (end_of_turn if is_finished(trace) else "")
+    at = Placement(len(header) + thought, len(header) + content)
+    spans = place_spans(trace.spans, trace.thought, trace.content, at, len(whole))
+    return Texts(prompt, whole, spans)
 
 
 _THOUGHT = re.compile(r"\s*<(think|thinking|thought|reasoning)>")

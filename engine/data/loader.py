@@ -62,6 +62,7 @@ class StepBatches:
     """int64 [B]: the step's units on all ranks, as indices into `Examples.units`."""
     num_sequences: int
     num_positives: int
+    """Those with a trained token, as of the negatives."""
     num_negatives: int
     num_targets: int
     """Trained tokens."""
@@ -120,7 +121,8 @@ class StepLoader(Dataset[StepBatches]):
         own = [packs[self.rank] for packs in packing.packs]
         if self.gather == "step":  # no dummies, but every rank takes part
             own = [pack for pack in own if len(pack)] or own[:1]
-        positives = int(np.sum(self.tokens.signs[sequences] > 0))
+        targets = self.tokens.num_targets(sequences, lengths)
+        signs = self.tokens.signs[sequences] * (targets > 0)
         return StepBatches(
             step=step,
             micro_batches=[
@@ -128,9 +130,9 @@ class StepLoader(Dataset[StepBatches]):
             ],
             units=units,
             num_sequences=len(sequences),
-            num_positives=positives,
-            num_negatives=len(sequences) - positives,
-            num_targets=int(np.sum(lengths - self.tokens.prompt_lengths[sequences])),
+            num_positives=int(np.sum(signs > 0)),
+            num_negatives=int(np.sum(signs < 0)),
+            num_targets=int(targets.sum()),
             num_tokens=int(lengths.sum()),
             micro_steps=len(packing.packs),
             rank_efficiency=packing.rank_efficiency,

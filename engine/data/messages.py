@@ -5,13 +5,16 @@ a list of text parts. An assistant message may have its thought in a key of its 
 """
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from redi.engine.data.row import Row, is_blank, read_json, read_text, row_error, type_name
 
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names of the thought of an assistant message, in a message or in a row."""
+
+THOUGHT_OPENED = "<think>\n"
+"""What `with_thought` writes before a thought."""
 
 # Names of roles in ShareGPT rows.
 _ROLES = {
@@ -36,10 +39,15 @@ class Message:
     """The tool calls of an assistant message, as the JSON text of a list."""
     extra: str = ""
     """Other keys that templates read, as the JSON text of an object."""
+    thought_margins: tuple[int, int] = field(default=(0, 0), repr=False, compare=False)
+    """Newlines that were removed before and after the thought."""
+    spans: tuple[str, Any] | None = field(default=None, repr=False, compare=False)
+    """Column and value of the answer's spans, unchecked; see `read_spans`. They are no part of a
+    prompt, so messages that differ in them alone are equal."""
 
     def __repr__(self) -> str:
         # Evaluations identify their problems by it: a plain message looks as it always has.
-        values = ((one.name, getattr(self, one.name)) for one in fields(self))
+        values = ((one.name, getattr(self, one.name)) for one in fields(self) if one.repr)
         shown = [f"{name}={v!r}" for name, v in values if v or name in ("role", "content")]
         return f"Message({', '.join(shown)})"
 
@@ -51,7 +59,7 @@ def as_messages(prompt: tuple[Message, ...] | str) -> tuple[Message, ...]:
 
 def with_thought(thought: str, answer: str) -> str:
     """An answer after its thought, as most reasoning models write it."""
-    return f"<think>\n{thought}\n</think>\n\n{answer}" if thought else answer
+    return f"{THOUGHT_OPENED}{thought}\n</think>\n\n{answer}" if thought else answer
 
 
 def read_prompt(row: Row, column: str) -> tuple[Message, ...] | str:
@@ -120,11 +128,11 @@ def _message(row: Row, name: str, message: Any) -> Message:
         calls=_calls(row, f"{name}.tool_calls", calls) if calls else "",
         extra=json.dumps(extra) if extra else "",
     )
-    return add_thought(row, found, message, f"{name}.")
+    return add_keys(row, found, message, f"{name}.")
 
 
-def add_thought(row: Row, message: Message, keys: dict[str, Any], place: str = "") -> Message:
-    """The message with the thought that is under one of THOUGHT_KEYS, unless it has one.
+def add_keys(row: Row, message: Message, keys: dict[str, Any], place: str = "") -> Message:
+    """The message with what further keys have of it: its thought and its spans.
 
     Args:
         row: the row, for messages.
@@ -133,8 +141,26 @@ def add_thought(row: Row, message: Message, keys: dict[str, Any], place: str = "
         place: prefix of a key, for messages, such as "messages[1].".
 
     Raises:
-        FaultyRow: it is no text, there are two different ones, or the role has none.
+        FaultyRow: the thought is no text, there are two different ones, the message has spans
+            already, or its role has neither.
     """
+    return _add_thought(row, add_spans(row, message, keys, place), keys, place)
+
+
+def add_spans(row: Row, message: Message, keys: dict[str, Any], place: str = "") -> Message:
+    """`add_keys` for spans alone."""
+    value, name = keys.get("spans"), f"{place}spans"
+    if value is None or value in ("", []):
+        return message
+    if message.role != "assistant":
+        raise row_error(row, name, f"is for answers, not for a message of the role {message.role}")
+    if message.spans is not None:
+        raise row_error(row, name, f"and {message.spans[0]!r} are of one answer; remove one")
+    return replace(message, spans=(name, value))
+
+
+def _add_thought(row: Row, message: Message, keys: dict[str, Any], place: str) -> Message:
+    """Add the thought that is under one of THOUGHT_KEYS, unless the message has one."""
     found = {key: keys[key] for key in THOUGHT_KEYS if keys.get(key) not in (None, "")}
     if message.thought or not found:
         return message
@@ -149,7 +175,9 @@ def add_thought(row: Row, message: Message, keys: dict[str, Any], place: str = "
         if thought.strip() not in message.content:
             raise row_error(row, name, "differs from the thought in the content: remove one")
         return message
-    return replace(message, thought=thought)
+    before = len(texts[0]) - len(texts[0].lstrip("\n"))
+    margins = (before, len(texts[0]) - before - len(thought)) if thought else (0, 0)
+    return replace(message, thought=thought, thought_margins=margins)
 
 
 def _content(row: Row, name: str, value: object, empty: bool) -> str:

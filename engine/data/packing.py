@@ -383,7 +383,8 @@ class PackedBatch:
     """int32 [S + 1]: document s is [cu_seqlens[s], cu_seqlens[s + 1])."""
     targets: Tensor
     """int64 [T], already shifted: targets[t] is the token that position t predicts. IGNORE unless
-    that token belongs to the completion; the last position of a document is always IGNORE."""
+    that token belongs to the completion and is not masked; the last position of a document is
+    always IGNORE."""
     signs: Tensor
     """int64 [S]: +1, -1, or 0 for a dummy."""
     weights: Tensor | None
@@ -395,13 +396,16 @@ class PackedBatch:
     num_targets: Tensor
     """int64 [S]: trained tokens of each document, |y|."""
     full_targets: Tensor
-    """int64 [S]: tokens of each completion with its end, before truncation."""
+    """int64 [S]: tokens to train of each completion with its end, before truncation."""
     sequence_ids: Tensor
     """int64 [S]: indices of traces; -1 for a dummy."""
     max_seqlen: int
     """Tokens of the longest document."""
     is_dummy: bool
     """True for a pack without work, which a rank runs only because other ranks run one."""
+    token_weights: Tensor | None = None
+    """float32 [T], the weight of each target; None if all in `valid_index` are 1. A token of weight
+    0 is no target."""
 
     @property
     def num_tokens(self) -> int:
@@ -466,6 +470,11 @@ def build_batch(
     first_valid = np.repeat(prompt_lengths - 1, lengths)
     last = np.repeat(lengths - 1, lengths)
     valid_index = np.flatnonzero((position_ids >= first_valid) & (position_ids < last))
+    token_weights = _token_weights(tokens, sequence_ids, starts, prompt_lengths)
+    if token_weights is not None:
+        valid_index = valid_index[token_weights[valid_index] != 0]
+        if np.all(token_weights[valid_index] == 1):
+            token_weights = None
     targets = np.full(total, IGNORE, dtype=np.int64)
     targets[valid_index] = input_ids[valid_index + 1]
     positive = np.repeat(tokens.signs[sequence_ids] > 0, lengths)[valid_index]
@@ -481,12 +490,33 @@ def build_batch(
         weights=None if np.all(weights == 1) else torch.from_numpy(weights),
         valid_index=torch.from_numpy(valid_index),
         num_positive_targets=int(positive.sum()),
-        num_targets=torch.from_numpy(lengths - prompt_lengths),
-        full_targets=torch.from_numpy(tokens.lengths[sequence_ids] - prompt_lengths),
+        num_targets=torch.from_numpy(tokens.num_targets(sequence_ids, lengths)),
+        full_targets=torch.from_numpy(
+            tokens.num_targets(sequence_ids, tokens.lengths[sequence_ids])
+        ),
         sequence_ids=torch.from_numpy(np.array(sequence_ids, dtype=np.int64)),
         max_seqlen=int(lengths.max()),
         is_dummy=False,
+        token_weights=None if token_weights is None else torch.from_numpy(token_weights),
     )
+
+
+def _token_weights(
+    tokens: TokenizedTraces,
+    sequence_ids: np.ndarray,
+    starts: np.ndarray,
+    prompt_lengths: np.ndarray,
+) -> np.ndarray | None:
+    """Weight of the token that each position predicts, float32 [T]; None if all are 1."""
+    if not tokens.weighted[sequence_ids].any():
+        return None
+    found = np.ones(int(starts[-1]), dtype=np.float32)
+    for place, index in enumerate(sequence_ids.tolist()):
+        weights = tokens.token_weights(index)
+        if weights is not None:
+            first, end = starts[place] + prompt_lengths[place] - 1, starts[place + 1] - 1
+            found[first:end] = weights[: end - first]
+    return found
 
 
 def _dummy_batch() -> PackedBatch:

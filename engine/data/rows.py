@@ -29,7 +29,7 @@ UNREAD_COLUMNS = frozenset(
         *("tools", "functions", "tool_calls", "documents", "images", "image", "videos", "audio"),
         *("system", "system_prompt", "chat_template", "chat_template_kwargs"),
         *("thoughts", *THOUGHT_KEYS),
-        *("mask", "loss_mask", "completion_mask", "assistant_masks", "token_weights"),
+        *("mask", "loss_mask", "completion_mask", "assistant_masks", "token_weights", "spans"),
         *("loss_weights", "sample_weight", "weights", "label", "labels", "margin"),
         *("step_rewards", "step_labels", "step_scores", "process_rewards", "rewards", "scores"),
         *("target_logprobs", "teacher_logprobs", "logprobs", "token_logprobs"),
@@ -154,7 +154,7 @@ def _unread_names(value: dict[str, Any], shape: str) -> set[str]:
         if not isinstance(entries, list):
             continue
         # In entries of `traces` the verdict is read from `correct`.
-        read = {"correct", *THOUGHT_KEYS}
+        read = {"correct", "spans", *THOUGHT_KEYS}
         names = UNREAD_COLUMNS - read if column == "traces" else UNREAD_MESSAGE_KEYS
         for entry in entries:
             if isinstance(entry, dict):

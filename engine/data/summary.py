@@ -13,6 +13,7 @@ from redi.engine.console import Console
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.packing import Cost, pack
 from redi.engine.data.schedule import Examples, Schedule
+from redi.engine.data.weight_counts import WeightCounts, count_weights
 
 PERCENTILES = (5, 50, 95, 99)
 PACKED_STEPS = 20
@@ -94,6 +95,8 @@ class Summary:
     """Used traces whose text contains a control token of the tokenizer."""
     control_names: tuple[str, ...]
     """The control tokens in the text of the data."""
+    token_weights: WeightCounts
+    """What spans mask and weight."""
     unread: dict[str, tuple[str, ...]]
     """Columns with meaningful content that are not read, by file, including held-out files."""
     unfinished: int
@@ -192,6 +195,7 @@ def summarize(
         unknown_tokens=int(np.sum(tokens.unknown[used] > 0)),
         control_tokens=int(np.sum(tokens.control[used] > 0)),
         control_names=tuple(tokens.control_tokens),
+        token_weights=count_weights(tokens, examples),
         unread=tokens.unread | (held_out[0].unread if held_out else {}),
         unfinished=tokens.unfinished,
         document_start=tokens.document_start,
@@ -292,6 +296,10 @@ def count_rows(summary: Summary) -> list[tuple[str, str]]:
         ("with text unknown to the tokenizer", f"{summary.unknown_tokens:,}"),
         ("with control tokens", f"{summary.control_tokens:,}"),
     ]
+    weights = summary.token_weights
+    for what, count in (("masked", weights.masked), ("weighted", weights.weighted)):
+        if count:
+            rows.append((f"tokens {what} by spans", f"{count:,} ({count / weights.tokens:.1%})"))
     if summary.paired:
         rows += [
             ("identical chosen and rejected", f"{summary.identical_pairs:,}"),

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from redi.engine.data.chat import ChatTemplate, is_finished
+from redi.engine.data.chat import ChatTemplate, Texts, is_finished
 from redi.engine.data.messages import Message, as_messages
+from redi.engine.data.spans import place_spans, placed_by_tags, token_weights
 from redi.engine.data.traces import Trace
 from redi.engine.errors import FaultyRow, InputError
 from redi.engine.hub import NO_HUB_NAME, is_hub_name, quiet_hub_client
@@ -66,6 +67,10 @@ class Encoded:
     """0: a document, which has no prompt."""
     unknown: int
     """Number of unknown tokens, and of characters that the tokenizer drops."""
+    weights: np.ndarray | None = None
+    """float32 [length - prompt_length]: weights of the completion's tokens; None: all are 1."""
+    split: tuple[str, ...] = ()
+    """The text of each token that the edge of a span splits."""
 
 
 class Encoder:
@@ -160,41 +165,57 @@ class Encoder:
         """
         return tuple(_started(self._start, ids))
 
-    def encode(self, traces: Sequence[Trace], texts: Sequence[tuple[str, str]]) -> list[Encoded]:
-        """Token ids of each trace.
+    def encode(self, traces: Sequence[Trace], texts: Sequence[Texts]) -> list[Encoded]:
+        """Token ids of each trace, and their weights.
 
         Args:
             traces: the traces; used for their end and for messages.
-            texts: their prompts and completions, as `texts` returns them.
+            texts: what `texts` returns for them.
 
         Raises:
             FaultyRow: one line for each trace whose prompt or completion has no token in this
                 vocabulary.
         """
         # Traces of one problem share the prompt, which is tokenized once.
-        prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(p for p, _ in texts))}
+        prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(one.prompt for one in texts))}
         prompt_ids = self._ids(list(prompts))
-        completion_ids = self._ids([completion for _, completion in texts])
+        completions = self._tokenized([one.completion for one in texts])
         encoded = []
         faults = []
-        for trace, (prompt, completion), end in zip(traces, texts, completion_ids, strict=True):
+        for index, (trace, (prompt, completion, spans)) in enumerate(
+            zip(traces, texts, strict=True)
+        ):
             start = prompt_ids[prompts[prompt]]
+            end = completions["input_ids"][index]
             if not end or not (start or trace.document):
                 what = "completion" if start else "prompt"
                 faults.append(f"{trace.where}: the {what} has no token in this vocabulary")
                 continue
+            weights: np.ndarray | None = None
+            split: list[str] = []
+            if spans:
+                offsets = completions.encodings[index].offsets
+                weights, split = token_weights(completion, spans, offsets)
             if is_finished(trace) and not completion.rstrip().endswith(self._eos):
                 end = [*end, self._eos_id]
+                if weights is not None:
+                    weights = np.append(weights, weights[-1])
             unknown = 0 if self._unknown_id is None else [*start, *end].count(self._unknown_id)
             if not self._spells_all:
                 unknown += self._lost(prompt + completion, [*start, *end])
             whole: tuple[int, ...] = ()
             if trace.document:
-                end = _started(self._document_start, end)
+                started = _started(self._document_start, end)
+                if weights is not None:
+                    added = np.ones(len(started) - len(end), np.float32)
+                    weights = np.concatenate([added, weights])
+                end = started
             else:
                 whole = self.with_start(start)
             ids = np.array([*whole, *end], dtype=np.int32)
-            encoded.append(Encoded(ids, len(whole), unknown))
+            if weights is not None and np.all(weights == 1):
+                weights = None
+            encoded.append(Encoded(ids, len(whole), unknown, weights, tuple(split)))
         if faults:
             raise FaultyRow("\n".join(dict.fromkeys(faults)))
         return encoded
@@ -214,7 +235,7 @@ class Encoder:
         """
         return Counter(self._control.findall(trace.completion.rstrip().removesuffix(self._eos)))
 
-    def texts(self, traces: Sequence[Trace]) -> list[tuple[str, str]]:
+    def texts(self, traces: Sequence[Trace]) -> list[Texts]:
         """The prompt and completion of each trace, with the text that the template adds.
 
         Args:
@@ -224,14 +245,14 @@ class Encoder:
             FaultyRow: the row cannot be rendered.
         """
         if any(trace.document for trace in traces):
-            return [("", trace.completion) for trace in traces]
+            return [_without_template("", trace) for trace in traces]
         if self._chat is not None:
             return self._chat.texts(traces)
         for trace in traces:
             if trace.tools or trace.calls:
                 what = "tools and tool calls need a chat template"
                 raise FaultyRow(f'{trace.where}: {what}: choose template "chat"')
-        return [(_plain_prompt(t.prompt, t.where), t.completion) for t in traces]
+        return [_without_template(_plain_prompt(t.prompt, t.where), t) for t in traces]
 
     def prompt_text(self, prompt: tuple[Message, ...] | str, where: str) -> str:
         """The input of generation: the prompt with the template's generation prompt.
@@ -245,13 +266,16 @@ class Encoder:
         return self._chat.prompt(prompt, where)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenized(texts)["input_ids"]
+
+    def _tokenized(self, texts: list[str]) -> Any:
+        """The tokenizer's own result: `input_ids` of each text, and its `encodings`."""
         if not texts:  # transformers cannot tokenize an empty batch
-            return []
+            return {"input_ids": []}
         # verbose=False: no warning about sequences beyond the tokenizer's nominal maximum.
-        batch = self.tokenizer(
+        return self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )
-        return batch["input_ids"]
 
 
 def load_tokenizer(path: str) -> Any:
@@ -302,6 +326,13 @@ def _control_tokens(tokenizer: Any) -> list[str]:
     """The tokenizer's special tokens, longest first; in most, reasoning tags are not special."""
     added = tokenizer.added_tokens_decoder.values()
     return sorted((token.content for token in added if token.special), key=len, reverse=True)
+
+
+def _without_template(prompt: str, trace: Trace) -> Texts:
+    length = len(trace.completion)
+    at = placed_by_tags(trace.thought)
+    spans = place_spans(trace.spans, trace.thought, trace.content, at, length)
+    return Texts(prompt, trace.completion, spans)
 
 
 def _plain_prompt(prompt: tuple[Message, ...] | str, where: str) -> str:

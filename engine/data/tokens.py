@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from redi.engine.console import Console
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
-from redi.engine.data.chat import is_finished
+from redi.engine.data.chat import Texts, is_finished
 from redi.engine.data.fingerprints import source_fingerprint, tokenizer_fingerprint
 from redi.engine.data.row import Row
 from redi.engine.data.rows import scan_source
@@ -33,9 +33,11 @@ from redi.engine.errors import MOST_FAULTS, FaultyRow, InputError, faulty_rows
 
 __all__ = ["TokenSettings", "TokenizedTraces", "tokenize"]
 
-CACHE_VERSION = 8
+CACHE_VERSION = 9
 """Increase it whenever the same input would give other tokens or another file layout."""
 _CHUNK_ROWS = 128
+_MOST_SPLITS = 5
+"""Most tokens split by spans that a warning names."""
 # Starting worker processes takes seconds; fewer chunks than this are done sooner without them.
 _CHUNKS_WORTH_WORKERS = 16
 
@@ -60,6 +62,10 @@ class _Counts:
     """Messages about faulty rows that are left out."""
     columns: set[str] = field(default_factory=set)
     """Columns of the rows that an expression `where` reads."""
+    split_tokens: int = 0
+    """Tokens that the edge of a span splits."""
+    splits: list[str] = field(default_factory=list)
+    """The first of them, with their rows."""
 
     def add(self, other: "_Counts") -> None:
         """Add the counts of a part."""
@@ -69,6 +75,8 @@ class _Counts:
         self.texts += other.texts
         self.skipped += other.skipped
         self.columns |= other.columns
+        self.split_tokens += other.split_tokens
+        self.splits = (self.splits + other.splits)[:_MOST_SPLITS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +175,8 @@ def tokenize(
             faulty=counts.dropped["faulty rows"],
             faults=tuple(counts.skipped[:MOST_FAULTS]),
             parts=parts,
+            split_tokens=counts.split_tokens,
+            splits=tuple(counts.splits),
         )
 
     with console.bar("tokenizing", "traces") as bar:
@@ -185,6 +195,13 @@ def _checked(tokens: TokenizedTraces, settings: TokenSettings, console: Console)
             raise found
         rows = "row is" if tokens.faulty == 1 else "rows are"
         console.warn(f"{tokens.faulty:,} faulty {rows} left out:\n{found}")
+    if tokens.split_tokens:
+        edges = "token is" if tokens.split_tokens == 1 else "tokens are"
+        more = ", ..." if tokens.split_tokens > len(tokens.splits) else ""
+        console.warn(
+            f"{tokens.split_tokens:,} {edges} split by the edge of a span and weighted by their "
+            f"first character: {', '.join(tokens.splits)}{more}"
+        )
     if settings.control_tokens == "error" and tokens.control.any():
         names = ", ".join(tokens.control_tokens)
         raise faulty_rows(
@@ -257,6 +274,9 @@ def _tokenized_chunks(
         pool.shutdown(cancel_futures=True)
 
 
+_NO_TEXTS = Texts("", "")
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
     """A trace of a chunk."""
@@ -265,8 +285,8 @@ class _Found:
     """Position of its row in the chunk."""
     row: Row
     trace: Trace
-    texts: tuple[str, str] = ("", "")
-    """Prompt and completion, once they are rendered."""
+    texts: Texts = _NO_TEXTS
+    """Its text, once it is rendered."""
 
 
 class _Tokenizer:
@@ -397,7 +417,12 @@ class _Tokenizer:
             [xxhash.xxh3_64_intdigest(one.ids[: one.prompt_length].tobytes()) for one in ids],
             [one.unknown for one in ids],
             [spelled.total() for spelled in control_tokens],
+            [one.weights for one in ids],
         ]
+        for row, one in zip(rows, ids, strict=True):
+            counts.split_tokens += len(one.split)
+            counts.splits += [f"{row.where}: {text!r}" for text in one.split]
+        del counts.splits[_MOST_SPLITS:]
         counts.control_tokens.update(token for spelled in control_tokens for token in spelled)
         counts.unfinished += sum(not is_finished(trace) for trace in traces)
         counts.texts += sum(trace.document for trace in traces)

@@ -13,7 +13,8 @@ import xxhash
 from redi.engine.data.messages import (
     THOUGHT_KEYS,
     Message,
-    add_thought,
+    add_keys,
+    add_spans,
     as_messages,
     check_prompt,
     read_messages,
@@ -32,6 +33,7 @@ from redi.engine.data.row import (
     row_error,
     type_name,
 )
+from redi.engine.data.spans import Span, read_spans
 from redi.engine.data.verdicts import read_label
 from redi.engine.errors import InputError
 
@@ -64,6 +66,13 @@ class Trace:
     """The tools that the prompt offers, as the JSON text of a list."""
     document: bool = False
     """A text without a prompt: all of it is trained, in pieces."""
+    spans: tuple[Span, ...] = ()
+    """Weights of its parts, in characters of the separate thought followed by the rest."""
+
+    @property
+    def content(self) -> str:
+        """The completion without the thought that the row has separately."""
+        return self.completion.removeprefix(with_thought(self.thought, ""))
 
 
 _Reader = Callable[[Row, Counter[str], str], list[Trace]]
@@ -171,6 +180,10 @@ def _preference(row: Row, *_: object) -> list[Trace]:
     else:
         prompt, answers = _conversational_pair(row)
     prompt = with_system(row, prompt)
+    answers = [
+        add_spans(row, answer, {"spans": row.value.get(f"{column}_spans")}, f"{column}_")
+        for column, answer in zip(("chosen", "rejected"), answers, strict=True)
+    ]
     # Without an id each row is a problem, so that its pair stays as the user made it.
     group = _group(row, "id", prompt, default=row.where)
     return [
@@ -234,7 +247,7 @@ def _prompt_completion(row: Row, *_: object) -> list[Trace]:
         answer = messages[0]
     else:
         answer = Message("assistant", read_text(row, "completion", completion))
-    answer = add_thought(row, answer, row.value)
+    answer = add_keys(row, answer, row.value)
     return [_trace(row, prompt, answer, read_label(row), _group(row, "id", prompt))]
 
 
@@ -256,7 +269,7 @@ def _alpaca(row: Row, dropped: Counter[str], train_on: str) -> list[Trace]:
     prompt = _instruction(row)
     if isinstance(prompt, str) or train_on == "last":
         prompt = with_system(row, prompt)
-        answer = add_thought(row, output, row.value)
+        answer = add_keys(row, output, row.value)
         return [_trace(row, prompt, answer, read_label(row), _group(row, "id", prompt))]
     return _turns(row, "history", (*prompt, output), dropped, train_on)
 
@@ -286,8 +299,8 @@ def _turns(
     for index in answers:
         check_prompt(row, column, messages[:index])
         prompt = with_system(row, messages[:index])
-        # A thought in a column, and the column finished, are those of the last answer.
-        answer = add_thought(row, messages[index], row.value if index == last else {})
+        # The columns thought, spans and finished are those of the last answer.
+        answer = add_keys(row, messages[index], row.value if index == last else {})
         entry = {} if index == last else {"finished": None}
         traces.append(_trace(row, prompt, answer, sign, _group(row, "id", prompt), entry))
     return traces
@@ -318,6 +331,7 @@ def _instruction(row: Row) -> tuple[Message, ...] | str:
 def _document(row: Row, *_: object) -> list[Trace]:
     """A text to continue pre-training on."""
     text = Message("assistant", read_text(row, "text", row.value["text"]))
+    text = add_spans(row, text, row.value)
     return [_trace(row, "", text, 1, row.where, document=True)]
 
 
@@ -338,7 +352,7 @@ def _graded_traces(row: Row, dropped: Counter[str], _: str) -> list[Trace]:
             dropped["empty incorrect trace"] += 1
             continue
         answer = Message("assistant", read_text(row, f"{column}.text", entry["text"]))
-        answer = add_thought(row, answer, entry)
+        answer = add_keys(row, answer, entry, f"{column}.")
         traces.append(_trace(row, prompt, answer, sign, group, entry))
     return traces
 
@@ -365,6 +379,7 @@ def _openr1(row: Row, dropped: Counter[str], _: str) -> list[Trace]:
 COMMON_COLUMNS = ("id", "teacher", "weight", "source", "finished")
 """Columns that every format for training may have."""
 _CHAT = ("system", "tools", *COMMON_COLUMNS)
+_ANSWER = (*THOUGHT_KEYS, "spans")
 
 # Columns of a problem to evaluate on. Benchmarks use several names; the first one found counts.
 PROMPT_COLUMNS = ("prompt", "problem", "question")
@@ -381,7 +396,10 @@ def _unread(*_: object) -> list[Trace]:
 FORMATS: dict[str, Format] = {
     "preference": Format(
         ("chosen", "rejected"),
-        ("prompt", "conversations", "instruction", "input", "history", *_CHAT),
+        (
+            *("prompt", "conversations", "instruction", "input", "history"),
+            *("chosen_spans", "rejected_spans", *_CHAT),
+        ),
         _preference,
     ),
     "traces": Format(("prompt", "traces"), _CHAT, _graded_traces),
@@ -391,16 +409,16 @@ FORMATS: dict[str, Format] = {
         _openr1,
     ),
     "prompt-completion": Format(
-        ("prompt", "completion"), ("label", *THOUGHT_KEYS, *_CHAT), _prompt_completion
+        ("prompt", "completion"), ("label", *_ANSWER, *_CHAT), _prompt_completion
     ),
-    "messages": Format(("messages",), ("label", *THOUGHT_KEYS, *_CHAT), _conversation),
-    "sharegpt": Format(("conversations",), ("label", *THOUGHT_KEYS, *_CHAT), _conversation),
+    "messages": Format(("messages",), ("label", *_ANSWER, *_CHAT), _conversation),
+    "sharegpt": Format(("conversations",), ("label", *_ANSWER, *_CHAT), _conversation),
     "alpaca": Format(
         ("instruction", "output"),
-        ("input", "history", "label", *THOUGHT_KEYS, *_CHAT),
+        ("input", "history", "label", *_ANSWER, *_CHAT),
         _alpaca,
     ),
-    "text": Format(("text",), COMMON_COLUMNS, _document),
+    "text": Format(("text",), ("spans", *COMMON_COLUMNS), _document),
     "problem": Format((), ("system", *PROMPT_COLUMNS, *ANSWER_COLUMNS, *ID_COLUMNS), _unread),
 }
 
@@ -454,6 +472,7 @@ def _trace(
         calls=answer.calls,
         tools=read_tools(row) if "tools" in FORMATS[row.format].optional else "",
         document=document,
+        spans=read_spans(row, answer),
     )
 
 

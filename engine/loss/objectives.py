@@ -33,13 +33,13 @@ class Sequences:
     """
 
     logps: Tensor
-    """[S]: log p(y_s | x), sums over tokens, differentiable."""
+    """[S]: log p(y_s | x), sums over tokens by their weights, differentiable."""
     lengths: Tensor
     """float32 [S]: |y_s|, at least 1."""
     signs: Tensor
     """int64 [S]: +1, -1, or 0 for a dummy."""
     reference: Tensor | None
-    """[S]: log-probs under the reference model; None if the objective has no reference."""
+    """[S]: the same sums under the reference model; None if the objective has no reference."""
 
     @property
     def means(self) -> Tensor:

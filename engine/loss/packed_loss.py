@@ -95,13 +95,16 @@ class PackedLoss:
         per_sequence = torch.where(batch.signs > 0, positive, negative) * (batch.signs != 0)
         if batch.weights is not None:
             per_sequence = per_sequence * batch.weights
+        token_weights = (per_sequence / self._denominators(batch, totals)).repeat_interleave(
+            batch.cu_seqlens.diff(), output_size=hidden.shape[0]
+        )
+        if batch.token_weights is not None:
+            token_weights = token_weights * batch.token_weights
         loss, token_logps = signed_cross_entropy(
             hidden,
             weight,
             batch.targets,
-            (per_sequence / self._denominators(batch, totals)).repeat_interleave(
-                batch.cu_seqlens.diff(), output_size=hidden.shape[0]
-            ),
+            token_weights,
             coefficient=declared.coefficient,
             valid_index=batch.valid_index,
             num_with_grad=num_with_grad,
@@ -120,6 +123,7 @@ class PackedLoss:
             and self.section.normalisation == "sequence"
             and self.section.length == "trained"
             and batch.weights is None
+            and batch.token_weights is None
         )
 
     def _lengths(self, batch: PackedBatch) -> Tensor:
@@ -152,13 +156,15 @@ class PackedLoss:
             valid_index=batch.valid_index,
             backend=self.section.backend,
         )
-        logps = segment_sum(token_logps, batch.cu_seqlens)
+        logps = weighted = segment_sum(token_logps, batch.cu_seqlens)
+        if batch.token_weights is not None:
+            weighted = segment_sum(token_logps * batch.token_weights, batch.cu_seqlens)
         reference = None
         if self.section.kind.reference:
             assert self.reference is not None, "set_reference was not called"
             reference = self.reference[batch.sequence_ids]
         lengths = self._lengths(batch)
-        terms = declared.terms(self.section, Sequences(logps, lengths, batch.signs, reference))
+        terms = declared.terms(self.section, Sequences(weighted, lengths, batch.signs, reference))
         if self.section.kind.units != "margins":
             terms = terms * (batch.signs != 0)
             if batch.weights is not None:

@@ -36,6 +36,8 @@ class PackScores(NamedTuple):
     """int64 [S]: number of targets of each sequence."""
     sequence_entropies: torch.Tensor
     """float32 [S]: sum over the same targets of the prediction's entropy, in nats."""
+    weighted_logps: torch.Tensor
+    """float32 [S]: `sequence_logps` with each log-prob multiplied by its token's weight."""
 
 
 class Head(nn.Module):
@@ -127,10 +129,12 @@ class Student(nn.Module):
             valid_index=batch.valid_index,
             backend=self.objective.section.backend,
         )
-        cu_seqlens = batch.cu_seqlens
-        return PackScores(
-            segment_sum(logps, cu_seqlens), batch.num_targets, segment_sum(entropies, cu_seqlens)
-        )
+        sums = segment_sum(logps, batch.cu_seqlens)
+        weighted = sums
+        if batch.token_weights is not None:
+            weighted = segment_sum(logps * batch.token_weights, batch.cu_seqlens)
+        entropies = segment_sum(entropies, batch.cu_seqlens)
+        return PackScores(sums, batch.num_targets, entropies, weighted)
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Last hidden states [T, D] of a pack; documents do not attend to each other."""

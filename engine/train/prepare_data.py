@@ -17,6 +17,7 @@ from redi.engine.data.schedule import Examples, Schedule, select
 from redi.engine.data.summary import Summary, summarize
 from redi.engine.data.text import load_tokenizer
 from redi.engine.data.tokens import TokenizedTraces, TokenSettings, tokenize
+from redi.engine.data.weight_counts import check_weights, count_weights
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
 from redi.engine.train.generation_accuracy import held_out_problems
@@ -75,6 +76,7 @@ def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData
     tokens = tokenized(recipe, recipe.data.paths, world, console, recipe.data.where)
     tokens = tokens.of_teachers(recipe.data.teachers, recipe.data.teacher_weights)
     examples = _examples(recipe, tokens, recipe.objective.kind.units)
+    check_weights(recipe.objective, tokens, count_weights(tokens, examples))
     schedule = Schedule(
         num_units=len(examples.units),
         batch=recipe.train.batch,

@@ -29,11 +29,12 @@ from redi.engine.model.student import Student
 
 BLOCK = 256
 """Traces in a block: the most that a killed pass has to repeat."""
-VERSION = "1"
+VERSION = "2"
 """Increase it if the same input would give other scores."""
 CPU_PACK_TOKENS = 4096
 """Tokens of a pack that is scored on a CPU. Packs of 32,768 took seven times as long, and 5.4 GiB
 instead of 0.6 (1,000 traces of 155 tokens, the quickstart's model)."""
+_KINDS = 3
 _UNREAD_CONFIG = ("_name_or_path", "transformers_version", "dtype", "use_cache")
 
 
@@ -44,6 +45,8 @@ class SequenceScores:
     logps: np.ndarray
     entropies: np.ndarray
     """Entropies of the model's predictions, in nats."""
+    weighted_logps: np.ndarray
+    """`logps` with each token's log-prob multiplied by its weight."""
 
 
 def score_traces(
@@ -74,7 +77,7 @@ def score_traces(
     digest = xxhash.xxh3_128("\n".join([VERSION, str(BLOCK), model, tokens.key]).encode())
     digest.update(np.stack([sequences, lengths[sequences]]).tobytes())
     folder = tokens.folder / f"logprobs-{digest.hexdigest()}"
-    found = np.empty((2, len(sequences)))
+    found = np.empty((_KINDS, len(sequences)))
     with closing(
         console.progress("log-probs of trace", len(sequences), endpoints=False)
     ) as progress:
@@ -140,7 +143,7 @@ def set_reference(
         console=console,
     )
     reference = torch.zeros(len(tokens))
-    reference[torch.from_numpy(sequences)] = torch.from_numpy(scores.logps).float()
+    reference[torch.from_numpy(sequences)] = torch.from_numpy(scores.weighted_logps).float()
     student.objective = replace(student.objective, reference=reference.to(world.device))
 
 
@@ -167,10 +170,10 @@ def _score_block(
     world: World,
     progress: Progress,
 ) -> np.ndarray:
-    """Log-probs and entropies of a block, float64 [2, n], on every rank."""
+    """The scores of a block, float64 [_KINDS, n] as in `SequenceScores`, on every rank."""
     row_tokens = scoring_pack_tokens(row_tokens, lengths[block], world.device)
     packing = pack(lengths[block], row_tokens=row_tokens, world_size=world.size, cost=cost)
-    sums = torch.zeros(2, len(block), dtype=torch.float64, device=world.device)
+    sums = torch.zeros(_KINDS, len(block), dtype=torch.float64, device=world.device)
     student.eval()
     for packs in packing.packs:
         positions = packs[world.rank]
@@ -178,8 +181,10 @@ def _score_block(
         batch = build_batch(tokens, traces, lengths[traces]).to(world.device)
         scores = student(batch, None)
         if not batch.is_dummy:
-            both = torch.stack([scores.sequence_logps, scores.sequence_entropies])
-            sums[:, torch.from_numpy(positions).to(world.device)] = both.double()
+            of_pack = torch.stack(
+                [scores.sequence_logps, scores.sequence_entropies, scores.weighted_logps]
+            )
+            sums[:, torch.from_numpy(positions).to(world.device)] = of_pack.double()
         progress.update(sum(map(len, packs)))
     student.train()
     dist.all_reduce(sums)
@@ -194,7 +199,7 @@ def _stored(path: Path, count: int, world: World) -> np.ndarray | None:
             scores = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError):
             scores = None
-        if scores is not None and scores.shape == (2, count):
+        if scores is not None and scores.shape == (_KINDS, count):
             read[0] = scores
     dist.broadcast_object_list(read, src=0)
     return read[0]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from data_cases import make_tokens
+from op_counter import OpCounter
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -155,12 +156,77 @@ def test_loss_and_gradients_are_those_of_the_formula(
     case: str, row_tokens: int, tokens: TokenizedTraces
 ) -> None:
     of, expected_loss = CASES[case]
+    compare_with_formula(of, expected_loss, row_tokens, tokens)
+
+
+# Weights of the tokens of each completion; of the third pair all tokens of the negative are masked.
+TOKEN_WEIGHTS: list[list[float] | None] = [
+    None
+    if n == 3
+    else [(0.0, 0.5, 1.0, -2.0, 3.0)[(place + n) % 5 if n != 5 else 0] for place in range(count)]
+    for n, count in enumerate(COMPLETIONS)
+]
+UNMASKED = [
+    count if weights is None else sum(weight != 0 for weight in weights)
+    for count, weights in zip(COMPLETIONS, TOKEN_WEIGHTS, strict=True)
+]
+# Where weighted log-probs in place of log-probs are no formula: w holds the weights. The others,
+# with the mean over unmasked tokens; a sum over the exponential of a mean takes no negative weight.
+SPAN_CASES: dict[str, Callable[..., Tensor]] = {
+    "sft-token": lambda y, z, r, q, a, b, w, v: -(w * y).sum() / sum(UNMASKED[::2]),
+    "nsr": lambda y, z, r, q, a, b, w, v: 0.6 * (v * z).sum() / sum(UNMASKED),
+    "dft": lambda y, z, r, q, a, b, w, v: -(w * y.detach().exp() * y).sum() / max(len(y), 1) / 5,
+    "unlikelihood": lambda y, z, r, q, a, b, w, v: (
+        (unlikelihood(y, w) + unlikelihood(z, -0.6 * v)) / 5
+    ),
+}
+
+
+def unlikelihood(logps: Tensor, weights: Tensor) -> Tensor:
+    terms = torch.where(weights > 0, -weights * logps, weights * torch.log1p(-logps.exp()))
+    return terms.sum() / max(len(logps), 1)
+
+
+@pytest.mark.parametrize("row_tokens", [30, 1000], ids=["split", "one pack"])
+@pytest.mark.parametrize("case", CASES)
+def test_spans_weight_the_tokens_of_the_formula(case: str, row_tokens: int, tmp_path: Path) -> None:
+    """Masked tokens are left out of sums and of |y|, other weights multiply the coefficients."""
+    of, formula_of_pairs = CASES[case]
+    exponential = case in ("simper", "redi-gamma")
+    weights = [
+        found and [abs(weight) if exponential else weight for weight in found]
+        for found in TOKEN_WEIGHTS
+    ]
+
+    def expected(y: Tensor, z: Tensor, *rest: Any) -> Tensor:
+        *marks, w, v = rest
+        if case in SPAN_CASES:
+            return SPAN_CASES[case](y, z, *marks, w, v)
+        none = torch.zeros(1, dtype=torch.float64)  # the mean of no tokens is 0
+        return formula_of_pairs(w * y if len(y) else none, v * z if len(z) else none, *marks)
+
+    groups = np.repeat(np.arange(5), 2)
+    tokens = make_tokens(
+        tmp_path / "set", PROMPTS, COMPLETIONS, SIGNS, groups, token_weights=weights
+    )
+    compare_with_formula(of, expected, row_tokens, tokens)
+
+
+def compare_with_formula(
+    of: ObjectiveConfig,
+    expected_loss: Callable[..., Tensor],
+    row_tokens: int,
+    tokens: TokenizedTraces,
+) -> None:
+    """Compare loss and gradients; a formula for tokens with weights gets these too."""
+    spans = bool(tokens.weighted.any())
+    counts = tokens.num_targets(np.arange(len(tokens)), tokens.lengths)
     generator = torch.Generator().manual_seed(99)
     head = torch.randn(V, D, generator=generator, dtype=torch.float64)
     states = {index: states_of(tokens, index) for index in range(len(tokens))}
 
     ours = head.clone().requires_grad_()
-    targets = sum(COMPLETIONS) if of.kind.units == "traces" else sum(COMPLETIONS[::2])
+    targets = int((counts if of.kind.units == "traces" else counts[::2]).sum())
     totals = StepTotals(UNITS[of.kind.units], targets)
     objective = PackedLoss(of, REFERENCE.double())
     total = torch.zeros((), dtype=torch.float64)
@@ -176,19 +242,27 @@ def test_loss_and_gradients_are_those_of_the_formula(
         out = objective(torch.cat(parts), ours, batch, totals)
         out.loss.backward()
         total = total + out.loss.detach()
+        assert out.sequence_lengths.tolist()[: len(batch.sequence_ids)] == [
+            counts[index] if index >= 0 else 0 for index in batch.sequence_ids.tolist()
+        ]
 
     theirs = head.clone().requires_grad_()
     plain = {index: state.clone().requires_grad_() for index, state in states.items()}
     loss = torch.zeros((), dtype=torch.float64)
     for pair in range(5):
-        logps = []
+        logps, weights = [], []
         for index in (2 * pair, 2 * pair + 1):
             ids = torch.from_numpy(tokens.ids(index).astype("int64")) % V
             logits = plain[index][:-1] @ theirs.T
             logp = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-            logps.append(logp[PROMPTS[index] - 1 :])
+            logp = logp[PROMPTS[index] - 1 :]
+            given = tokens.token_weights(index)
+            of_tokens = torch.ones_like(logp) if given is None else torch.tensor(given).double()
+            logps.append(logp[of_tokens != 0])
+            weights.append(of_tokens[of_tokens != 0])
         marks = REFERENCE[2 * pair : 2 * pair + 2].double().tolist()
-        loss = loss + expected_loss(*logps, *marks, *tokens.weights[2 * pair : 2 * pair + 2])
+        marks += tokens.weights[2 * pair : 2 * pair + 2].tolist()
+        loss = loss + expected_loss(*logps, *marks, *(weights if spans else []))
     loss.backward()
 
     assert total.item() == pytest.approx(loss.item(), rel=1e-6)
@@ -203,6 +277,28 @@ def close(ours: Tensor | None, theirs: Tensor | None) -> bool:
     assert ours is not None
     theirs = torch.zeros_like(ours) if theirs is None else theirs
     return bool((ours - theirs).norm() <= 1e-6 * theirs.norm() + 1e-15)
+
+
+def test_ones_run_the_ops_of_no_spans_and_masks_too(tmp_path: Path) -> None:
+    """Other weights are those of the op that takes a weight for each token."""
+    found = []
+    for number, weight in enumerate((None, 1.0, 0.0, 0.5)):
+        given = None if weight is None else [[weight, *[1.0] * (n - 1)] for n in COMPLETIONS]
+        groups = np.repeat(np.arange(5), 2)
+        where = tmp_path / str(number)
+        tokens = make_tokens(where, PROMPTS, COMPLETIONS, SIGNS, groups, token_weights=given)
+        (batch, _) = packs_of(tokens, section("redi"), 1000)
+        hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids]).float()
+        head = torch.randn(V, D, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        with OpCounter() as ops:
+            out = PackedLoss(section("redi"))(hidden, head, batch, StepTotals(5, 1))
+        (gradient,) = torch.autograd.grad(out.loss, head)
+        assert ops.ran["redi::signed_cross_entropy"] == 1
+        found.append((ops.ran["redi::token_weights"], out.loss, gradient))
+    assert [ran for ran, _, _ in found] == [1, 1, 1, 0]
+    assert torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][2], found[1][2])
+    assert not torch.equal(found[0][2], found[2][2])
 
 
 def test_dpo_before_any_step_is_ln_2(tmp_path: Path) -> None:
