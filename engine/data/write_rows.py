@@ -52,8 +52,8 @@ def row_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Replace a file by the rows passed to the yielded function, once the block has ended.
 
     The file is replaced atomically. Rows are streamed to disk. A Parquet file has the columns id,
-    prompt (text, or messages if any row has messages), answer, source, tools and traces;
-    tools and tool calls are JSON text.
+    prompt (text, or messages if any row has messages), answer, solution, source, tools and traces;
+    ids are text, tools and tool calls JSON text.
 
     Raises:
         RunError: the file cannot be written.
@@ -93,7 +93,7 @@ def _write_parquet(lines: Path, target: Path) -> None:
         [
             ("id", pa.string()),
             ("prompt", pa.string() if as_text else pa.list_(message)),
-            *((name, pa.string()) for name in ("answer", "source", "tools")),
+            *((name, pa.string()) for name in ("answer", "solution", "source", "tools")),
             ("traces", pa.list_(trace)),
         ]
     )
@@ -101,7 +101,9 @@ def _write_parquet(lines: Path, target: Path) -> None:
         rows = map(json.loads, file)
         while batch := list(islice(rows, _PARQUET_ROWS)):
             for row in batch:
-                if row.get("tools"):
+                if "id" in row:
+                    row["id"] = str(row["id"])
+                if "tools" in row:
                     row["tools"] = json.dumps(row["tools"])
                 if not as_text:
                     row["prompt"] = _parquet_messages(row["prompt"])
