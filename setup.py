@@ -18,6 +18,7 @@ ENGINE = [
     "math-verify>=0.8",
     "matplotlib>=3.9",
     "pyarrow>=18",
+    "rapidfuzz>=3.10",
     "rich>=13",
     "safetensors>=0.5",
     "tomli-w>=1.0",

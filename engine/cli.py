@@ -63,6 +63,7 @@ commands:
   train RECIPE.toml [MORE.toml ...] [--section.key value]   train; the same command resumes
   evaluate MODEL --data FILE [FILE ...]                     sample, check answers, report pass@k
   logprobs MODEL --data FILE [FILE ...] --out FILE.parquet  score each trace under a model
+  select DATA [MORE ...] --out FILE                         choose traces to train on
   export RUN [--step N]                                     convert a checkpoint to Hugging Face
   report RUN [MORE ...]                                     print a table and draw curves of runs
   doctor                                                    show versions, devices; test the loss
@@ -388,6 +389,20 @@ def logprobs(argv: Sequence[str]) -> None:
         print(args.out)
 
 
+def select(argv: Sequence[str]) -> None:
+    """`redi select`: choose traces to train on."""
+    from redi.engine.commands.select_options import parse_select
+
+    options = parse_select(argv)
+    _find_data(*options.data, *options.samples)
+
+    from redi.engine.commands.select import select as select_traces
+    from redi.engine.console import Console
+
+    select_traces(options, Console(quiet=options.quiet))
+    print(options.out)
+
+
 def doctor(argv: Sequence[str]) -> None:
     """`redi doctor`: show versions, devices and backends, and test the loss."""
     parser = _parser(
@@ -459,6 +474,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate,
     "export": export,
     "logprobs": logprobs,
+    "select": select,
     "report": report,
     "doctor": doctor,
 }

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from redi.engine.console import Console, print_table
 from redi.engine.data.sources import unread_splits
+from redi.engine.data.write_rows import prompt_value, row_writer
 from redi.engine.errors import InputError, RunError, Stopped
 from redi.engine.evaluate.options import EvaluateOptions
 from redi.engine.evaluate.task import Evaluation, prepare_evaluation
@@ -84,6 +85,9 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     _write_json(folder / "summary.json", summary)
     _print_scores(summary["benchmarks"])
     console.say(f"samples and summary: {folder}")
+    if options.traces:
+        _write_traces(task, samples, Path(options.traces))
+        console.say(f"rows to train on: {options.traces}")
     return summary
 
 
@@ -193,13 +197,12 @@ def _line(
     """Line of samples.jsonl: a completion and whether it is correct."""
     problem, prompt = task.problems[problem_index], task.prompts[problem_index]
     result = check(prompt, completion.text, problem.answer)
-    plain = problem.prompt
     return {
         "problem": problem_index,
         "id": problem.id,
         "sample": sample,
         # Columns of the data format `traces`, so that samples are valid training data.
-        "prompt": plain if isinstance(plain, str) else [asdict(message) for message in plain],
+        "prompt": prompt_value(problem.prompt),
         "traces": [
             {
                 "text": completion.text,
@@ -248,6 +251,24 @@ def _benchmarks(task: Evaluation, path: Path) -> list[dict[str, Any]]:
         }
         for name, chosen in groups.items()
     ]
+
+
+def _write_traces(task: Evaluation, samples: Path, target: Path) -> None:
+    """Write the samples as rows of the shape `traces`: a row per problem, in the data's order."""
+    places: dict[int, list[tuple[int, int]]] = {}  # problem -> (sample, start of its line)
+    with samples.open("rb") as file, row_writer(target) as write:
+        start = 0
+        for line in file:
+            sample = json.loads(line)
+            places.setdefault(sample["problem"], []).append((sample["sample"], start))
+            start += len(line)
+        for problem in sorted(places):
+            lines = []
+            for _, start in sorted(places[problem]):
+                file.seek(start)
+                lines.append(json.loads(file.readline()))
+            row = {name: lines[0][name] for name in ("id", "prompt", "answer")}
+            write(row | {"traces": [trace for line in lines for trace in line["traces"]]})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

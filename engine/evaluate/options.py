@@ -9,12 +9,14 @@ from typing import Literal
 from redi.engine.config.options import command_parser, parse_options
 from redi.engine.config.patterns import answer_pattern
 from redi.engine.config.ranges import AT_LEAST_1, NOT_NEGATIVE, Range, check_ranges, ranged
+from redi.engine.data.write_rows import check_target
 
 EXAMPLES = """\
 examples:
   redi evaluate runs/redi --data test.jsonl                       one sample per problem, T = 0.6
   redi evaluate runs/redi --data aime24.jsonl math500.parquet --samples 16
   redi evaluate Qwen/Qwen2.5-Math-1.5B --data test.csv --temperature 0 --limit 100
+  redi evaluate runs/sft --data train.jsonl --samples 8 --traces samples.jsonl   to train on
   redi evaluate runs/quickstart/redi --data runs/quickstart/test.jsonl --answer_pattern '(.)$'
 
 The same command resumes after an interruption; once finished, it prints the table again.
@@ -69,6 +71,8 @@ class EvaluateOptions:
     out: str | None = None
     """Directory of samples.jsonl and summary.json. If omitted: evaluate-DATA in the run directory,
     for other models runs/evaluate-MODEL-DATA."""
+    traces: str | None = None
+    """File (.jsonl or .parquet) for all samples as rows of the shape traces, one per problem."""
     quiet: bool = False
     """Print only the table."""
 
@@ -91,6 +95,8 @@ class EvaluateOptions:
                 answer_pattern(self.answer_pattern)
             except ValueError as error:
                 raise ValueError(f"answer_pattern: {error}") from None
+        if self.traces is not None:
+            check_target(self.traces, "traces")
 
     @property
     def ks(self) -> list[int]:

@@ -26,7 +26,7 @@ MOST_NEW_TOKENS = 32768
 """Upper limit of the default of max_new_tokens: the value of the paper's evaluation."""
 
 # A resumed evaluation may change these: samples stay equal (up to rounding for batch_size, device).
-MAY_CHANGE_ON_RESUME = ("batch_size", "device", "k", "out", "quiet")
+MAY_CHANGE_ON_RESUME = ("batch_size", "device", "k", "out", "quiet", "traces")
 
 
 @dataclass(frozen=True)

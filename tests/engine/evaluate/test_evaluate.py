@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from redi.engine.cli import main
 from redi.engine.data.cache import open_cache
+from redi.engine.data.rows import read_rows
 from redi.engine.generation.scoring import pass_at_k
 from redi.engine.quickstart.task import make_problems, solve
 
@@ -126,6 +127,29 @@ def test_samples_train_with_their_labels_and_the_prompt_templated_once(
         prompt = tokens.ids(index)[: tokens.prompt_lengths[index]]
         assert tokenizer.decode(prompt) == f"*{each['prompt']}*"
         assert tokens.teacher(index) == str(model)
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "samples.parquet"])
+def test_the_samples_of_a_problem_are_one_row_to_train_on(
+    name: str, finished: Path, world: Path, problems: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / name
+    out.write_text("replaced")
+    assert main(line(world, problems, finished, "--traces", str(out))) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert json.loads((finished / "summary.json").read_text())["settings"].get("traces") is None
+    drawn = sorted(samples(finished), key=lambda each: (each["problem"], each["sample"]))
+    rows = list(read_rows([str(out)], "traces"))
+    assert len(rows) == PROBLEMS
+    for number, row in enumerate(rows):
+        mine = drawn[4 * number : 4 * number + 4]
+        expected = {"id": f"q{number}", "prompt": mine[0]["prompt"]}
+        assert {name: row.value[name] for name in expected} == expected
+        found = [(t["text"], t["correct"], t["finished"]) for t in row.value["traces"]]
+        assert found == [
+            (t["text"], t["correct"], t["finished"]) for (t,) in (each["traces"] for each in mine)
+        ]
+        assert {trace["teacher"] for trace in row.value["traces"]} == {str(world / "model")}
 
 
 def test_samples_of_an_older_version_are_refused_in_one_line(
