@@ -368,7 +368,7 @@ _CHAT = ("system", "tools", *COMMON_COLUMNS)
 
 # Columns of a problem to evaluate on. Benchmarks use several names; the first one found counts.
 PROMPT_COLUMNS = ("prompt", "problem", "question")
-ANSWER_COLUMNS = ("answer", "solution")
+ANSWER_COLUMNS = ("answer", "final_answer", "solution")
 ID_COLUMNS = ("id", "unique_id", "uuid")
 
 

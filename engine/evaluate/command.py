@@ -1,7 +1,8 @@
 """`redi evaluate`: sample completions of problems, check their answers, report pass@k.
 
 The output directory holds `evaluation.json` (settings and versions), written first;
-`samples.jsonl`, a line per completion, flushed after each batch; and `summary.json`, written last.
+`samples.jsonl`, a line per completion, flushed after each batch; and `summary.json` and `table.md`,
+written last.
 Completions are generated longest prompt first, an order that depends only on the data. So an
 interrupted evaluation resumes after its last complete batch and yields the same samples.
 """
@@ -12,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from redi.engine.console import Console, print_table
 from redi.engine.data.sources import unread_splits
 from redi.engine.errors import InputError, RunError, Stopped
 from redi.engine.evaluate.options import EvaluateOptions
+from redi.engine.evaluate.table import as_markdown, print_comparison
 from redi.engine.evaluate.task import Evaluation, prepare_evaluation
-from redi.engine.generation.checkers import Checker, open_checker
+from redi.engine.generation.checkers import Checker, open_checker, opened_thought
 from redi.engine.generation.generate import Completion, generate_batches, vllm_batches
-from redi.engine.generation.scoring import score
+from redi.engine.generation.scoring import macro_average, score
 from redi.engine.model.load import load_weights
 from redi.engine.train.run_folder import manifest, trained_prompts, trained_variables
 
@@ -80,9 +82,12 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         _begin(task)
         _sample(task, samples, done, console)
     facts = json.loads(_facts_file(folder).read_text(encoding="utf-8"))
-    summary = {**facts, "benchmarks": _benchmarks(task, samples)}
+    summary = {**facts, **_scores(task, samples)}
     _write_json(folder / "summary.json", summary)
-    _print_scores(summary["benchmarks"])
+    _write_text(folder / "table.md", as_markdown([summary]))
+    _print_scores(summary)
+    if options.benchmarks:
+        print_comparison([summary])
     console.say(f"samples and summary: {folder}")
     return summary
 
@@ -192,7 +197,8 @@ def _line(
 ) -> dict[str, Any]:
     """Line of samples.jsonl: a completion and whether it is correct."""
     problem, prompt = task.problems[problem_index], task.prompts[problem_index]
-    result = check(prompt, completion.text, problem.answer)
+    text = task.prefixes[problem_index] + completion.text
+    result = check(prompt, opened_thought(prompt, text), problem.answer)
     plain = problem.prompt
     return {
         "problem": problem_index,
@@ -202,7 +208,7 @@ def _line(
         "prompt": plain if isinstance(plain, str) else [asdict(message) for message in plain],
         "traces": [
             {
-                "text": completion.text,
+                "text": text,
                 "correct": result.correct,
                 "teacher": task.options.model,
                 "finished": completion.ended,
@@ -224,8 +230,8 @@ def _batches(task: Evaluation, done: int) -> Iterator[list[Completion]]:
     return generate_batches(model, task.encoder.tokenizer, requests, task.sampling, batch_size)
 
 
-def _benchmarks(task: Evaluation, path: Path) -> list[dict[str, Any]]:
-    """Scores of each data file, and of all if there are several, from the samples on disk."""
+def _scores(task: Evaluation, path: Path) -> dict[str, Any]:
+    """Scores of each data file and benchmark, and of all, from the samples on disk."""
     shape = (len(task.problems), task.options.samples)
     correct, ended = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     tokens = np.zeros(shape, dtype=np.int64)
@@ -237,9 +243,10 @@ def _benchmarks(task: Evaluation, path: Path) -> list[dict[str, Any]]:
     sources = np.array([problem.source for problem in task.problems])
     names = list(dict.fromkeys(sources.tolist()))
     groups = {name: sources == name for name in names}
-    if len(names) > 1:
+    average = macro_average([correct[chosen] for chosen in groups.values()])
+    if len(names) > 1 and not task.options.benchmarks:
         groups["all"] = np.ones(len(sources), dtype=bool)
-    return [
+    benchmarks = [
         {
             "name": name,
             **asdict(score(correct[chosen], task.options.ks)),
@@ -248,16 +255,22 @@ def _benchmarks(task: Evaluation, path: Path) -> list[dict[str, Any]]:
         }
         for name, chosen in groups.items()
     ]
+    return {"benchmarks": benchmarks, **({"average": asdict(average)} if len(names) > 1 else {})}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
-def _print_scores(benchmarks: Sequence[dict[str, Any]]) -> None:
-    """Print the benchmarks of summary.json as a table in percent, on stdout."""
+def _print_scores(summary: dict[str, Any]) -> None:
+    """Print the scores of summary.json as a table in percent, on stdout."""
+    benchmarks = summary["benchmarks"]
     ks = [k for k in benchmarks[0]["pass_at"] if k != 1]
     columns = ("data", "problems", "samples", "pass@1", "+-")
     rows = [
@@ -265,20 +278,27 @@ def _print_scores(benchmarks: Sequence[dict[str, Any]]) -> None:
             Path(row["name"]).name,
             f"{row['problems']:,}",
             str(row["samples"]),
-            _percent(row["pass_at_1"]),
-            f"{_percent(row['sem_over_samples'])} | {_percent(row['sem_over_problems'])}",
+            *_with_errors(row),
             *(_percent(row["pass_at"][k]) for k in ks),
             _percent(row["truncated"]),
             f"{row['mean_tokens']:,.0f}",
         )
         for row in benchmarks
     ]
+    if average := summary.get("average"):
+        rows.append(("average", "", "", *_with_errors(average), *[""] * (len(ks) + 2)))
     print_table(
         "percent; +-: standard error over samples | over problems",
         (*columns, *(f"pass@{k}" for k in ks), "truncated", "tokens"),
         rows,
         file=sys.stdout,
     )
+
+
+def _with_errors(score: dict[str, Any]) -> tuple[str, str]:
+    """pass@1, and its standard errors over samples and over problems."""
+    errors = _percent(score["sem_over_samples"]), _percent(score["sem_over_problems"])
+    return _percent(score["pass_at_1"]), " | ".join(errors)
 
 
 def _percent(share: float | None) -> str:

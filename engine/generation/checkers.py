@@ -29,6 +29,7 @@ _ANSWER_IS = re.compile(
 )
 _REASON = re.compile(r"(?<![\s,;])[\s,;]*\b(?:because|since)\b.*", re.IGNORECASE)
 _THINK = re.compile(r"</?think(?:ing)?>")
+_OPENED_THINK = re.compile(r"<think(?:ing)?>\s*$")
 # Boxes that final_answer does not handle: \framebox{7}, \boxed 7.
 _OTHER_BOX = re.compile(r"\\framebox\s*(?=\{)|\\boxed\s+(-?[\d.]+|[A-J])\b")
 _OPEN_BOX = re.compile(r"\\(?:f|frame)?box(?:ed)?\s*$")
@@ -157,6 +158,17 @@ def open_checker(name: str, pattern: str | None = None) -> Iterator[Checker]:
         return
     with closing(MathChecker()) as checker:
         yield checker
+
+
+def opened_thought(prompt: str, completion: str) -> str:
+    """The completion, with the thought's tag if the prompt ends with it.
+
+    Without the tag a thought that is cut off would pass for an answer.
+    """
+    opened = _OPENED_THINK.search(prompt)
+    if opened is None or completion.lstrip().startswith("<think"):
+        return completion
+    return opened.group() + completion
 
 
 def _conclusion(completion: str) -> str | None:

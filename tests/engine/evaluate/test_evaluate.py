@@ -311,7 +311,8 @@ BAD_DATA = {
     "no prompt column": ('{"text": "1=", "answer": "2"}\n', "data.jsonl:1: no prompt"),
     "empty answer": ('{"prompt": "1=", "answer": " "}\n', "data.jsonl:1: column 'answer' is empty"),
     "unmarked solution": ('{"prompt": "1=", "solution": "2"}\n', "has no answer marked by"),
-    "a list for an answer": ('{"prompt": "1=", "answer": ["2"]}\n', "must be text or a number"),
+    "an object for an answer": ('{"prompt": "1=", "answer": {}}\n', "must be text, a number or a"),
+    "an empty list for an answer": ('{"prompt": "1=", "answer": []}\n', "'answer' is empty"),
     "two answers": (
         '{"prompt": "1=", "answer": "2"}\n{"prompt": "1=", "answer": "3"}\n',
         "data.jsonl:2: the prompt is that of",
