@@ -73,9 +73,23 @@ class EvaluateOptions:
     seed: int = ranged(0, NOT_NEGATIVE)
     """Random seed. A sample depends only on the seed, its prompt and its sample number."""
     batch_size: int = ranged(64, AT_LEAST_1)
-    """Completions generated together; lower values need less memory. May change on resume."""
+    """Completions that transformers generates together; lower values need less memory. May change
+    on resume."""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """auto: vLLM if it is installed and a CUDA device is available, else transformers."""
+    gpus: int = ranged(1, AT_LEAST_1)
+    """GPUs: a worker process for each `tensor_parallel` of them. Without CUDA, worker processes."""
+    tensor_parallel: int = ranged(1, AT_LEAST_1)
+    """GPUs that share a model; needs vLLM."""
+    server: str | None = None
+    """URL of a server with OpenAI's API that generates, such as http://localhost:8000/v1; MODEL
+    then gives the prompts and their tokens."""
+    served_model: str | None = None
+    """The server's name of the model, if it serves several."""
+    concurrency: int = ranged(256, AT_LEAST_1)
+    """Requests that the server gets at the same time."""
+    judges: int | None = ranged(None, AT_LEAST_1)
+    """Processes that check answers. If omitted: half the CPUs, at most 8."""
     device: str = "auto"
     """auto: cuda if available, else cpu."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -103,6 +117,14 @@ class EvaluateOptions:
                 f"samples = {self.samples} with temperature 0 would give {self.samples} equal "
                 "completions; raise temperature, or remove samples"
             )
+        if self.gpus % self.tensor_parallel:
+            raise ValueError(
+                f"gpus = {self.gpus} is not a multiple of tensor_parallel = {self.tensor_parallel}"
+            )
+        if self.server is not None and (self.gpus > 1 or self.engine != "auto"):
+            raise ValueError("server generates elsewhere; remove gpus, tensor_parallel and engine")
+        if self.server is None and self.served_model is not None:
+            raise ValueError("served_model is not used without server; remove it")
         for k in self.ks:
             if not 1 <= k <= self.samples:
                 raise ValueError(

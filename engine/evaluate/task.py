@@ -27,9 +27,12 @@ MOST_NEW_TOKENS = 32768
 """Upper limit of the default of max_new_tokens: the value of the paper's evaluation."""
 
 # A resumed evaluation may change these: samples stay equal (up to rounding for batch_size, device).
-MAY_CHANGE_ON_RESUME = ("batch_size", "benchmark_dir", "device", "k", "out", "preset", "quiet")
+MAY_CHANGE_ON_RESUME = (
+    *("batch_size", "benchmark_dir", "concurrency", "device", "gpus", "judges", "k", "out"),
+    *("preset", "quiet", "server", "tensor_parallel"),
+)
 # Without these the settings are those of evaluations from before there were any.
-_LATER_SETTINGS = ("assistant_prefix", "benchmarks", "template_variables")
+_LATER_SETTINGS = ("assistant_prefix", "benchmarks", "served_model", "template_variables")
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     order = longest_first(requests)
     device = _device(options.device)
     dtype = compute_dtype(options.dtype, device)
-    engine = _engine(options.engine, device)
+    engine = "server" if options.server else _engine(options, device)
     unused = {name for name in _LATER_SETTINGS if not getattr(options, name)}
     free = {*MAY_CHANGE_ON_RESUME, "model", "data", *unused}
     settings = {
@@ -188,10 +191,17 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _engine(name: str, device: torch.device) -> str:
+def _engine(options: EvaluateOptions, device: torch.device) -> str:
     installed = find_spec("vllm") is not None
-    if name == "vllm" and not installed:
+    engine = options.engine
+    if engine == "vllm" and not installed:
         raise InputError('engine: vllm is not installed; install it, or use "transformers"')
-    if name == "auto":
-        return "vllm" if installed and device.type == "cuda" else "transformers"
-    return name
+    if engine == "auto":
+        engine = "vllm" if installed and device.type == "cuda" else "transformers"
+    if engine == "transformers" and options.tensor_parallel > 1:
+        raise InputError("tensor_parallel needs vLLM; with transformers each GPU holds the model")
+    if options.gpus > 1 and device.index is not None:
+        raise InputError(f"device: {device} is one GPU, but gpus = {options.gpus}; use cuda")
+    if device.type == "cuda" and options.gpus > torch.cuda.device_count():
+        raise InputError(f"gpus: {options.gpus} wanted, {torch.cuda.device_count()} available")
+    return engine
