@@ -19,6 +19,7 @@ ENGINE = [
     "matplotlib>=3.9",
     "pyarrow>=18",
     "rapidfuzz>=3.10",
+    "requests>=2.32",
     "rich>=13",
     "safetensors>=0.5",
     "tomli-w>=1.0",
@@ -35,7 +36,7 @@ EXTRAS = {
     "storage": ["gcsfs>=2024.2", "s3fs>=2024.2"],  # run.dir = "s3://..." or "gs://..."
     "tensorboard": ["tensorboard>=2.16"],
     "trl": ["trl>=1.16"],  # tests/engine/loss/test_trl.py compares with its losses
-    "vllm": ["vllm>=0.10; sys_platform == 'linux'"],
+    "vllm": ["vllm>=0.30; sys_platform == 'linux'"],  # 0.30.0 is for torch 2.13.0
     "wandb": ["wandb>=0.18"],
     "gguf": ["accelerate>=1.0", "gguf>=0.17"],
     "test": [

@@ -62,6 +62,7 @@ commands:
   plan RECIPE.toml [MORE.toml ...] [--ranks N --card NAME]  estimate memory and time; needs no GPU
   train RECIPE.toml [MORE.toml ...] [--section.key value]   train; the same command resumes
   evaluate MODEL --data FILE [FILE ...]                     sample, check answers, report pass@k
+  table EVALUATION [MORE ...]                               compare evaluations in one table
   logprobs MODEL --data FILE [FILE ...] --out FILE.parquet  score each trace under a model
   select DATA [MORE ...] --out FILE                         choose traces to train on
   export RUN [--step N]                                     convert a checkpoint to Hugging Face
@@ -320,11 +321,13 @@ def export(argv: Sequence[str]) -> None:
 
 def evaluate(argv: Sequence[str]) -> None:
     """`redi evaluate`: sample completions, check their answers, report pass@k."""
+    from redi.engine.evaluate.benchmarks import benchmark_paths
     from redi.engine.evaluate.options import parse_evaluate
 
     options = parse_evaluate(argv)
     _announce_hub("model", options.model)
-    _find_data(*options.data)
+    benchmarks = benchmark_paths(options.benchmarks, options.benchmark_dir)
+    _find_data(*options.data, *benchmarks.values())
     if is_remote(options.model) and options.out is None:
         raise InputError(f"out is missing: the samples of {options.model} need a folder here")
     options = replace(options, model=fetch_trained(options.model, DataConfig().cache_dir))
@@ -332,6 +335,22 @@ def evaluate(argv: Sequence[str]) -> None:
     from redi.engine.evaluate.command import run
 
     run(options)
+
+
+def table(argv: Sequence[str]) -> None:
+    """`redi table`: show evaluations as one table, as the paper's table 2."""
+    parser = _parser(
+        "table",
+        "Print pass@1 of evaluations, one row each, with its standard error, in percent.",
+        "redi table runs/redi/evaluate-paper runs/sft/evaluate-paper --out table.md",
+    )
+    parser.add_argument("folders", nargs="+", metavar="EVALUATION", help="folders of evaluations")
+    parser.add_argument("--out", type=Path | None, help="also write it as a Markdown file")
+    args = parse_arguments(parser, argv)
+
+    from redi.engine.evaluate.table import compare
+
+    compare([Path(folder) for folder in args.folders], args.out)
 
 
 def logprobs(argv: Sequence[str]) -> None:
@@ -472,6 +491,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": plan,
     "train": train,
     "evaluate": evaluate,
+    "table": table,
     "export": export,
     "logprobs": logprobs,
     "select": select,

@@ -82,14 +82,20 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str], options: type[Opt
             or is out of range.
     """
     try:
-        return options(**vars(parser.parse_args(list(argv))))
+        return options(**parse_values(parser, argv, options))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def parse_values(parser: ArgumentParser, argv: Sequence[str], options: type[Any]) -> dict[str, Any]:
+    """Parse a command line into the values of the fields of `options`; see `parse_options`."""
+    try:
+        return dict(vars(parser.parse_args(list(argv))))
     except ArgumentError as error:
         problem = _explain(str(error), options, parser.prog)
         if problem := problem or missing_arguments(error, parser):
             raise InputError(problem) from None
         raise
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def _explain(error: str, options: Any, command: str) -> str | None:

@@ -1,7 +1,7 @@
 """Reads problems to evaluate on: prompts with their correct answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from redi.engine.data.final_answer import final_answer
 from redi.engine.data.messages import Message, as_messages, read_prompt
@@ -9,6 +9,7 @@ from redi.engine.data.row import Row
 from redi.engine.data.rows import read_source
 from redi.engine.data.sources import find_sources
 from redi.engine.data.traces import ANSWER_COLUMNS, ID_COLUMNS, PROMPT_COLUMNS, with_system
+from redi.engine.data.where import Where
 from redi.engine.errors import InputError
 
 
@@ -21,7 +22,7 @@ class Problem:
     prompt: tuple[Message, ...] | str
     answer: str
     source: str
-    """The file or hub name of the row."""
+    """The file or hub name of the row, or the name of the benchmark."""
     where: str
     """The place of the row, for messages: "file.jsonl:12"."""
 
@@ -60,13 +61,48 @@ def read_problems(paths: Sequence[str], limit: int | None = None) -> list[Proble
     return list(problems.values())
 
 
-def _problem(row: Row) -> Problem:
-    prompt = with_system(row, read_prompt(row, _column(row, PROMPT_COLUMNS, "prompt")))
-    column = _column(row, ANSWER_COLUMNS, "answer")
-    value = row.value[column]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise InputError(f"{row.where}: column {column!r} must be text or a number")
-    text = str(value).strip()
+def read_benchmark(
+    name: str,
+    path: str,
+    prompt: str,
+    answer: str,
+    where: str | None = None,
+    limit: int | None = None,
+) -> list[Problem]:
+    """Read the problems of a benchmark, all of its rows, since its score counts each of them.
+
+    Args:
+        name: of the benchmark, the `source` of each problem.
+        path: file, folder or hub name.
+        prompt, answer: columns; a row without one is read as by `read_problems`.
+        where: expression that selects rows.
+        limit: most problems.
+
+    Raises:
+        InputError: a row has no prompt or no answer, or no row is selected. Names file and row.
+    """
+    condition = Where(where) if where else None
+    columns = {prompt, answer, *(condition.columns if condition else ())}
+    rows = [row for one in find_sources([path]) for row in read_source(one, "problem", columns)]
+    if condition:
+        kept = condition.keep([row.value for row in rows], [row.where for row in rows])
+        if fault := next((one for one in kept if isinstance(one, InputError)), None):
+            raise fault
+        rows = [row for row, is_kept in zip(rows, kept, strict=True) if is_kept]
+        if not rows:
+            raise InputError(f"{path}: {name}: no row in which {where}")
+    names = (prompt, *PROMPT_COLUMNS), (answer, *ANSWER_COLUMNS)
+    return [replace(_problem(row, *names), source=name) for row in rows[:limit]]
+
+
+def _problem(
+    row: Row,
+    prompts: Sequence[str] = PROMPT_COLUMNS,
+    answers: Sequence[str] = ANSWER_COLUMNS,
+) -> Problem:
+    prompt = with_system(row, read_prompt(row, _column(row, prompts, "prompt")))
+    column = _column(row, answers, "answer")
+    text = _answer_text(row, column)
     answer = final_answer(text) or ("" if column == "solution" else text)
     if not answer:
         problem = "has no answer marked by \\boxed{...} or ####" if text else "is empty"
@@ -75,11 +111,23 @@ def _problem(row: Row) -> Problem:
     return Problem(str(identity), prompt, answer, row.source, row.where)
 
 
+def _answer_text(row: Row, column: str) -> str:
+    """The text of an answer; a list, such as all solutions of an equation, becomes "1, 2"."""
+    value = row.value[column]
+    parts = value if isinstance(value, list) else [value]
+    if any(isinstance(part, bool) or not isinstance(part, str | int | float) for part in parts):
+        raise InputError(f"{row.where}: column {column!r} must be text, a number or a list of them")
+    if len(parts) == 1:
+        return str(parts[0]).strip()
+    return ", ".join(str(part).strip().strip("$").strip() for part in parts)
+
+
 def _column(row: Row, names: Sequence[str], what: str) -> str:
     for name in names:
         if row.value.get(name) is not None:
             return name
     found = ", ".join(row.value) or "none"
     raise InputError(
-        f"{row.where}: no {what}: a row needs a column {' or '.join(names)}; it has: {found}"
+        f"{row.where}: no {what}: a row needs a column {' or '.join(dict.fromkeys(names))}; it "
+        f"has: {found}"
     )

@@ -67,9 +67,9 @@ def read_rows(paths: Sequence[str], format: str) -> Iterator[Row]:
         yield from read_source(source, format)
 
 
-def read_source(source: Source, format: str) -> Iterator[Row]:
-    """Yield the rows of one source; see `read_rows`."""
-    for row in scan_source(source, format):
+def read_source(source: Source, format: str, columns: Collection[str] = ()) -> Iterator[Row]:
+    """Yield the rows of one source, with further `columns`; see `read_rows`."""
+    for row in scan_source(source, format, columns=columns):
         if isinstance(row, InputError):
             raise row
         yield row

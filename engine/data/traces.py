@@ -383,7 +383,7 @@ _ANSWER = (*THOUGHT_KEYS, "spans")
 
 # Columns of a problem to evaluate on. Benchmarks use several names; the first one found counts.
 PROMPT_COLUMNS = ("prompt", "problem", "question")
-ANSWER_COLUMNS = ("answer", "solution")
+ANSWER_COLUMNS = ("answer", "final_answer", "solution")
 ID_COLUMNS = ("id", "unique_id", "uuid")
 
 

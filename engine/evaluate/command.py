@@ -1,9 +1,11 @@
 """`redi evaluate`: sample completions of problems, check their answers, report pass@k.
 
 The output directory holds `evaluation.json` (settings and versions), written first;
-`samples.jsonl`, a line per completion, flushed after each batch; and `summary.json`, written last.
-Completions are generated longest prompt first, an order that depends only on the data. So an
-interrupted evaluation resumes after its last complete batch and yields the same samples.
+`samples.jsonl`, a line per completion, written as they finish; and `summary.json` and `table.md`,
+written last.
+Completions are generated longest prompt first, an order that depends only on the data. An
+interrupted evaluation generates what is missing and yields the same samples: transformers repeats
+whole batches, since other batches would round differently.
 """
 
 from __future__ import annotations
@@ -18,20 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers.utils import logging as transformers_logging
 
 from redi.engine.console import Console, print_table
 from redi.engine.data.sources import unread_splits
-from redi.engine.data.write_rows import prompt_value, row_writer
-from redi.engine.errors import InputError, RunError, Stopped
+from redi.engine.data.write_rows import row_writer
+from redi.engine.errors import InputError, Stopped
 from redi.engine.evaluate.options import EvaluateOptions
+from redi.engine.evaluate.samples import Recorder, keep_complete, put_in_order
+from redi.engine.evaluate.table import as_markdown, print_comparison
 from redi.engine.evaluate.task import Evaluation, prepare_evaluation
-from redi.engine.generation.checkers import Checker, open_checker
-from redi.engine.generation.generate import Completion, generate_batches, vllm_batches
-from redi.engine.generation.scoring import score
-from redi.engine.model.load import load_weights
+from redi.engine.generation.checkers import NOT_JUDGED
+from redi.engine.generation.engines import EngineSettings, Finished
+from redi.engine.generation.generate import end_tokens
+from redi.engine.generation.judging import open_judges
+from redi.engine.generation.scoring import macro_average, score
+from redi.engine.generation.server import complete, find_server
+from redi.engine.generation.workers import generate_items
 from redi.engine.train.run_folder import manifest, trained_prompts, trained_variables
+
+_DOUBTS_SHOWN = 5
 
 
 def run(options: EvaluateOptions) -> dict[str, Any]:
@@ -43,7 +51,7 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         InputError: options, data or model are invalid, or the directory holds another evaluation.
         Stopped: it was interrupted.
-        RunError: it ran out of memory.
+        RunError: it ran out of memory, a worker was killed or the server failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("redi evaluate runs in one process; start it without torchrun")
@@ -72,18 +80,24 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     _check_same(folder, task.settings)
     samples = folder / "samples.jsonl"
     total = len(task.requests)
-    done = _cut_to_batches(samples, options.batch_size, total)
-    if done == total:
+    unit = options.batch_size if task.engine == "transformers" else 1
+    done = keep_complete(samples, task.places, unit)
+    if len(done) == total:
         console.say(f"{folder}: already finished; samples.jsonl holds all {total} samples")
     else:
         if done:
-            console.say(f"{folder}: resuming after {done} of {total} samples")
+            console.say(f"{folder}: resuming after {len(done)} of {total} samples")
         _begin(task)
         _sample(task, samples, done, console)
+    put_in_order(samples, task.places)
     facts = json.loads(_facts_file(folder).read_text(encoding="utf-8"))
-    summary = {**facts, "benchmarks": _benchmarks(task, samples)}
+    summary = {**facts, **_scores(task, samples)}
     _write_json(folder / "summary.json", summary)
-    _print_scores(summary["benchmarks"])
+    _write_text(folder / "table.md", as_markdown([summary]))
+    _print_scores(summary)
+    if options.benchmarks:
+        print_comparison([summary])
+    _report_doubts(summary["doubts"], console)
     console.say(f"samples and summary: {folder}")
     if options.traces:
         _write_traces(task, samples, Path(options.traces))
@@ -110,35 +124,6 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def _cut_to_batches(path: Path, batch_size: int, total: int) -> int:
-    """Truncate the file after its last complete batch; returns the number of samples kept."""
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        ends = [0]
-        for line in file:
-            if line.endswith(b"\n"):
-                if len(ends) == 1:
-                    _check_columns(path, line)
-                ends.append(ends[-1] + len(line))
-    lines = len(ends) - 1
-    kept = total if lines == total else lines - lines % batch_size
-    os.truncate(path, ends[kept])
-    return kept
-
-
-def _check_columns(path: Path, line: bytes) -> None:
-    """Raise InputError for samples of an older version: a file must not mix columns."""
-    try:
-        is_current = "traces" in json.loads(line)
-    except (ValueError, TypeError):
-        raise InputError(f"{path}:1: not valid JSON; choose another out") from None
-    if not is_current:
-        raise InputError(
-            f"{path}: written by an older version of redi (no traces); choose another out"
-        )
-
-
 def _begin(task: Evaluation) -> None:
     """Create the directory and evaluation.json, unless an earlier attempt has."""
     folder = task.folder
@@ -157,92 +142,78 @@ def _facts_file(folder: Path) -> Path:
     return folder / "evaluation.json"
 
 
-def _sample(task: Evaluation, path: Path, done: int, console: Console) -> None:
+def _sample(task: Evaluation, path: Path, done: set[int], console: Console) -> None:
     """Generate, check and write the samples that are not done."""
     options = task.options
-    places = iter(task.places[done:])
-    progress = console.progress("sample", len(task.places), done)
+    progress = console.progress("sample", len(task.places), len(done))
     made = correct = tokens = 0
     began = time.monotonic()
+
+    def written(lines: Sequence[dict[str, Any]]) -> None:
+        nonlocal made, correct, tokens
+        made += len(lines)
+        correct += sum(line["traces"][0]["correct"] for line in lines)
+        tokens += sum(line["tokens"] for line in lines)
+        speed = tokens / max(time.monotonic() - began, 1e-9)
+        progress.update(len(lines), f"accuracy {correct / made:.3f}", f"{speed:,.0f} tok/s")
+
     try:
         with (
-            open_checker(options.checker, options.answer_pattern) as check,
-            path.open("a", encoding="utf-8") as file,
+            open_judges(options.checker, options.answer_pattern, options.judges) as judge,
+            Recorder(task, path, judge, written) as recorder,
         ):
-            for batch in _batches(task, done):
-                lines = [_line(task, *next(places), completion, check) for completion in batch]
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
-                file.flush()
-                made += len(lines)
-                correct += sum(line["traces"][0]["correct"] for line in lines)
-                tokens += sum(line["tokens"] for line in lines)
-                speed = tokens / max(time.monotonic() - began, 1e-9)
-                progress.update(len(lines), f"accuracy {correct / made:.3f}", f"{speed:,.0f} tok/s")
+            for finished in _finished(task, done):
+                recorder.add(finished)
     except KeyboardInterrupt:
         raise Stopped(
             f"interrupted: {path} holds the samples so far; the same command resumes"
-        ) from None
-    except torch.OutOfMemoryError:
-        raise RunError(
-            f"out of memory with batch_size {options.batch_size}; the same command with a smaller "
-            "batch_size resumes"
         ) from None
     finally:
         progress.close()
 
 
-def _line(
-    task: Evaluation, problem_index: int, sample: int, completion: Completion, check: Checker
-) -> dict[str, Any]:
-    """Line of samples.jsonl: a completion and whether it is correct."""
-    problem, prompt = task.problems[problem_index], task.prompts[problem_index]
-    result = check(prompt, completion.text, problem.answer)
-    return {
-        "problem": problem_index,
-        "id": problem.id,
-        "sample": sample,
-        # Columns of the data format `traces`, so that samples are valid training data.
-        "prompt": prompt_value(problem.prompt),
-        "traces": [
-            {
-                "text": completion.text,
-                "correct": result.correct,
-                "teacher": task.options.model,
-                "finished": completion.ended,
-            }
-        ],
-        "rendered_prompt": prompt,
-        "extracted": result.extracted,
-        "answer": problem.answer,
-        "ended": completion.ended,
-        "tokens": completion.tokens,
-    }
+def _finished(task: Evaluation, done: set[int]) -> Iterator[list[Finished]]:
+    """Generate the samples that are not done; their numbers are the indices of their places."""
+    options = task.options
+    items = [item for item in enumerate(task.requests) if item[0] not in done]
+    if options.server is not None:
+        server = find_server(options.server, options.concurrency, options.served_model)
+        ends = end_tokens(task.model_path, task.encoder.tokenizer)
+        return complete(server, items, task.sampling, ends)
+    settings = EngineSettings(
+        kind=task.engine,
+        model_path=task.model_path,
+        dtype=task.dtype,
+        device=str(task.device),
+        sampling=task.sampling,
+        batch_size=options.batch_size,
+        tensor_parallel=options.tensor_parallel,
+    )
+    return generate_items(settings, items, options.gpus // options.tensor_parallel)
 
 
-def _batches(task: Evaluation, done: int) -> Iterator[list[Completion]]:
-    requests, batch_size = task.requests[done:], task.options.batch_size
-    if task.engine == "vllm":
-        return vllm_batches(task.model_path, task.dtype, requests, task.sampling, batch_size)
-    model = load_weights(task.model_path, "MODEL", task.model_config, task.dtype).to(task.device)
-    return generate_batches(model, task.encoder.tokenizer, requests, task.sampling, batch_size)
-
-
-def _benchmarks(task: Evaluation, path: Path) -> list[dict[str, Any]]:
-    """Scores of each data file, and of all if there are several, from the samples on disk."""
+def _scores(task: Evaluation, path: Path) -> dict[str, Any]:
+    """Scores of each data file and benchmark, and of all, from the samples on disk."""
     shape = (len(task.problems), task.options.samples)
     correct, ended = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     tokens = np.zeros(shape, dtype=np.int64)
+    doubts: dict[str, list[dict[str, Any]]] = {}
     with path.open(encoding="utf-8") as file:
         for line in map(json.loads, file):
+            if doubt := line.get("doubt"):
+                shown = ("problem", "id", "sample", "extracted", "answer")
+                verdict = {"correct": line["traces"][0]["correct"]}
+                doubts.setdefault(doubt, []).append({**{n: line[n] for n in shown}, **verdict})
             place = line["problem"], line["sample"]
             correct[place], ended[place] = line["traces"][0]["correct"], line["ended"]
             tokens[place] = line["tokens"]
     sources = np.array([problem.source for problem in task.problems])
     names = list(dict.fromkeys(sources.tolist()))
     groups = {name: sources == name for name in names}
-    if len(names) > 1:
+    average = macro_average([correct[chosen] for chosen in groups.values()])
+    if len(names) > 1 and not task.options.benchmarks:
         groups["all"] = np.ones(len(sources), dtype=bool)
-    return [
+    benchmarks = [
         {
             "name": name,
             **asdict(score(correct[chosen], task.options.ks)),
@@ -251,6 +222,15 @@ def _benchmarks(task: Evaluation, path: Path) -> list[dict[str, Any]]:
         }
         for name, chosen in groups.items()
     ]
+    return {
+        "benchmarks": benchmarks,
+        **({"average": asdict(average)} if len(names) > 1 else {}),
+        # Verdicts that a person should look at; none is changed.
+        "doubts": {
+            doubt: {"count": len(found), "first": found[:_DOUBTS_SHOWN]}
+            for doubt, found in doubts.items()
+        },
+    }
 
 
 def _write_traces(task: Evaluation, samples: Path, target: Path) -> None:
@@ -272,13 +252,27 @@ def _write_traces(task: Evaluation, samples: Path, target: Path) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
-def _print_scores(benchmarks: Sequence[dict[str, Any]]) -> None:
-    """Print the benchmarks of summary.json as a table in percent, on stdout."""
+def _report_doubts(doubts: dict[str, Any], console: Console) -> None:
+    counts = {doubt: found["count"] for doubt, found in doubts.items()}
+    if missing := counts.pop(NOT_JUDGED, 0):
+        console.warn(f"{missing} answers were not judged in time and count as incorrect")
+    if counts:
+        shown = ", ".join(f"{count} {doubt}" for doubt, count in counts.items())
+        console.say(f"uncertain verdicts, examples in summary.json: {shown}")
+
+
+def _print_scores(summary: dict[str, Any]) -> None:
+    """Print the scores of summary.json as a table in percent, on stdout."""
+    benchmarks = summary["benchmarks"]
     ks = [k for k in benchmarks[0]["pass_at"] if k != 1]
     columns = ("data", "problems", "samples", "pass@1", "+-")
     rows = [
@@ -286,20 +280,27 @@ def _print_scores(benchmarks: Sequence[dict[str, Any]]) -> None:
             Path(row["name"]).name,
             f"{row['problems']:,}",
             str(row["samples"]),
-            _percent(row["pass_at_1"]),
-            f"{_percent(row['sem_over_samples'])} | {_percent(row['sem_over_problems'])}",
+            *_with_errors(row),
             *(_percent(row["pass_at"][k]) for k in ks),
             _percent(row["truncated"]),
             f"{row['mean_tokens']:,.0f}",
         )
         for row in benchmarks
     ]
+    if average := summary.get("average"):
+        rows.append(("average", "", "", *_with_errors(average), *[""] * (len(ks) + 2)))
     print_table(
         "percent; +-: standard error over samples | over problems",
         (*columns, *(f"pass@{k}" for k in ks), "truncated", "tokens"),
         rows,
         file=sys.stdout,
     )
+
+
+def _with_errors(score: dict[str, Any]) -> tuple[str, str]:
+    """pass@1, and its standard errors over samples and over problems."""
+    errors = _percent(score["sem_over_samples"]), _percent(score["sem_over_problems"])
+    return _percent(score["pass_at_1"]), " | ".join(errors)
 
 
 def _percent(share: float | None) -> str:

@@ -13,9 +13,10 @@ import xxhash
 
 from redi.engine.config.sections import DataConfig
 from redi.engine.data.fingerprints import model_fingerprint
-from redi.engine.data.problems import Problem, read_problems
+from redi.engine.data.problems import Problem, read_benchmark, read_problems
 from redi.engine.data.text import Encoder, TokenSettings
 from redi.engine.errors import InputError
+from redi.engine.evaluate.benchmarks import BENCHMARKS, PRESETS, benchmark_paths
 from redi.engine.evaluate.options import EvaluateOptions
 from redi.engine.generation.generate import Request, Sampling, encode_prompts, longest_first
 from redi.engine.model.load import find_config
@@ -26,7 +27,12 @@ MOST_NEW_TOKENS = 32768
 """Upper limit of the default of max_new_tokens: the value of the paper's evaluation."""
 
 # A resumed evaluation may change these: samples stay equal (up to rounding for batch_size, device).
-MAY_CHANGE_ON_RESUME = ("batch_size", "device", "k", "out", "quiet", "traces")
+MAY_CHANGE_ON_RESUME = (
+    *("batch_size", "benchmark_dir", "concurrency", "device", "gpus", "judges", "k", "out"),
+    *("preset", "quiet", "server", "tensor_parallel", "traces"),
+)
+# Without these the settings are those of evaluations from before there were any.
+_LATER_SETTINGS = ("assistant_prefix", "benchmarks", "served_model", "template_variables")
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Evaluation:
     problems: list[Problem]
     prompts: list[str]
     """Rendered prompt of each problem, as the model gets it."""
+    prefixes: list[str]
+    """The end of each prompt that is the start of the completion; empty if there is none."""
     places: list[tuple[int, int]]
     """(problem, sample) of each completion, in the order of generation."""
     requests: list[Request]
@@ -60,13 +68,15 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     Raises:
         InputError: options, data or model are invalid, or do not match each other.
     """
-    problems = read_problems(options.data, options.limit)
+    problems = _problems(options)
     path = model_path(options.model, "MODEL")
     config = find_config(path, "MODEL")
     template = options.template or "chat"
     variables = options.template_variables or {}
     encoder = Encoder(TokenSettings((), "auto", template, options.system_prompt, path, variables))
-    prompts = [encoder.prompt_text(problem.prompt, problem.where) for problem in problems]
+    rendered = [encoder.prompt_text(problem.prompt, problem.where) for problem in problems]
+    prefixes = [_prefix(text, options.assistant_prefix) for text in rendered]
+    prompts = [text + prefix for text, prefix in zip(rendered, prefixes, strict=True)]
     try:
         ids = [encoder.with_start(one) for one in encode_prompts(encoder.tokenizer, prompts)]
     except ValueError as error:
@@ -76,9 +86,9 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     order = longest_first(requests)
     device = _device(options.device)
     dtype = compute_dtype(options.dtype, device)
-    engine = _engine(options.engine, device)
-    # Without variables the settings are those of evaluations from before there were any.
-    free = {*MAY_CHANGE_ON_RESUME, "model", "data", *([] if variables else ["template_variables"])}
+    engine = "server" if options.server else _engine(options, device)
+    unused = {name for name in _LATER_SETTINGS if not getattr(options, name)}
+    free = {*MAY_CHANGE_ON_RESUME, "model", "data", *unused}
     settings = {
         **{name: value for name, value in asdict(options).items() if name not in free},
         "max_new_tokens": max_new_tokens,
@@ -95,6 +105,7 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
         folder=Path(options.out) if options.out else _default_folder(options),
         problems=problems,
         prompts=prompts,
+        prefixes=prefixes,
         places=[divmod(index, options.samples) for index in order],
         requests=[requests[index] for index in order],
         sampling=Sampling(max_new_tokens, options.temperature, options.top_p, options.seed),
@@ -108,9 +119,31 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     )
 
 
+def _problems(options: EvaluateOptions) -> list[Problem]:
+    """The problems of the data, then those of the benchmarks."""
+    problems = read_problems(options.data, options.limit) if options.data else []
+    for name, path in benchmark_paths(options.benchmarks, options.benchmark_dir).items():
+        one = BENCHMARKS[name]
+        problems += read_benchmark(name, path, one.prompt, one.answer, one.where, options.limit)
+    return problems
+
+
+def _prefix(rendered: str, prefix: str | None) -> str:
+    """The text to add to a rendered prompt: the prefix, unless the template has written it."""
+    if prefix is None or rendered.rstrip().endswith(prefix.strip()):
+        return ""
+    return prefix
+
+
 def _default_folder(options: EvaluateOptions) -> Path:
     names = [Path(path).name.removesuffix(".gz") for path in options.data]
-    data = "+".join(name.partition(".")[0].replace(":", "-") for name in names)
+    names = [name.partition(".")[0].replace(":", "-") for name in names]
+    preset = options.preset
+    if preset and not names and options.benchmarks == PRESETS[preset]["benchmarks"]:
+        names = [preset]
+    else:
+        names += options.benchmarks
+    data = "+".join(names)
     model = Path(options.model)
     if (model / RECIPE).is_file():
         return model / f"evaluate-{data}"
@@ -158,10 +191,17 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _engine(name: str, device: torch.device) -> str:
+def _engine(options: EvaluateOptions, device: torch.device) -> str:
     installed = find_spec("vllm") is not None
-    if name == "vllm" and not installed:
+    engine = options.engine
+    if engine == "vllm" and not installed:
         raise InputError('engine: vllm is not installed; install it, or use "transformers"')
-    if name == "auto":
-        return "vllm" if installed and device.type == "cuda" else "transformers"
-    return name
+    if engine == "auto":
+        engine = "vllm" if installed and device.type == "cuda" else "transformers"
+    if engine == "transformers" and options.tensor_parallel > 1:
+        raise InputError("tensor_parallel needs vLLM; with transformers each GPU holds the model")
+    if options.gpus > 1 and device.index is not None:
+        raise InputError(f"device: {device} is one GPU, but gpus = {options.gpus}; use cuda")
+    if device.type == "cuda" and options.gpus > torch.cuda.device_count():
+        raise InputError(f"gpus: {options.gpus} wanted, {torch.cuda.device_count()} available")
+    return engine

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import re
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from multiprocessing.connection import Connection
 
 from redi.engine.config.patterns import answer_pattern
 from redi.engine.data.final_answer import BOX, closing_braces, final_answer
 from redi.engine.generation import answer_forms as forms
+from redi.engine.generation.processes import end_with_parent, limit_cpu
 
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 # Three letters or more, or a two-letter word: xy is a product, equal to yx.
@@ -29,12 +30,15 @@ _ANSWER_IS = re.compile(
 )
 _REASON = re.compile(r"(?<![\s,;])[\s,;]*\b(?:because|since)\b.*", re.IGNORECASE)
 _THINK = re.compile(r"</?think(?:ing)?>")
+_OPENED_THINK = re.compile(r"<think(?:ing)?>\s*$")
 # Boxes that final_answer does not handle: \framebox{7}, \boxed 7.
 _OTHER_BOX = re.compile(r"\\framebox\s*(?=\{)|\\boxed\s+(-?[\d.]+|[A-J])\b")
 _OPEN_BOX = re.compile(r"\\(?:f|frame)?box(?:ed)?\s*$")
 # Longer answers are compared as text only: the regular expressions for shorter ones would be slow.
 _LONGEST = 300
 _START_SECONDS = 120.0
+_LOOK = re.compile(r"\\(?:left|right|displaystyle|text|mathrm|mathbf)(?![a-z])|\\[,;:! ]|[\s${}]")
+_DECIMAL = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,16 @@ class CheckResult:
     extracted: str | None
     """Answer found in the completion, or None."""
     correct: bool
+    doubt: str | None = None
+    """Why a person should look at it, one of the constants below; it does not change `correct`."""
+
+
+NOT_JUDGED = "not judged in time"
+"""The comparison took too long, or its process ended. Counts as incorrect."""
+UNMARKED = "no marked answer"
+"""Neither a box nor ####: the answer was looked for in the text."""
+TEXT_DISAGREES = "equal as text, not as mathematics"
+NUMBERS_DISAGREE = "equal as mathematics, but other decimals"
 
 
 Checker = Callable[[str, str, str], CheckResult]
@@ -118,13 +132,13 @@ class MathChecker:
         except (EOFError, OSError):  # the worker died: out of memory, or recursion too deep
             pass
         self.close()
-        return CheckResult(marked, False)
+        return CheckResult(marked, False, NOT_JUDGED)
 
     def _start(self) -> Connection:
         # spawn: a fork of a process with torch's threads may hang.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._worker = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._worker = context.Process(target=_serve, args=(theirs, self._seconds), daemon=True)
         self._worker.start()
         theirs.close()
         if not self._connection.poll(_START_SECONDS):
@@ -159,6 +173,17 @@ def open_checker(name: str, pattern: str | None = None) -> Iterator[Checker]:
         yield checker
 
 
+def opened_thought(prompt: str, completion: str) -> str:
+    """The completion, with the thought's tag if the prompt ends with it.
+
+    Without the tag a thought that is cut off would pass for an answer.
+    """
+    opened = _OPENED_THINK.search(prompt)
+    if opened is None or completion.lstrip().startswith("<think"):
+        return completion
+    return opened.group() + completion
+
+
 def _conclusion(completion: str) -> str | None:
     """Text after the thinking, which contains the answer; None if it was truncated."""
     start = 0
@@ -188,9 +213,9 @@ def _unmarked_words(completion: str) -> str:
     return _REASON.sub("", found[-1][1] or found[-1][2])
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, seconds: float) -> None:
     """Worker process: serve comparisons until the connection closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
+    end_with_parent()
     logging.disable()  # math-verify warns of a missing time limit; the process has one
     import math_verify  # noqa: F401  # imported before the time limit applies
 
@@ -200,7 +225,28 @@ def _serve(connection: Connection) -> None:
             question = connection.recv()
         except EOFError:
             return
-        connection.send(_judge(*question))
+        conclusion, marked, answer = question
+        # Native code can hold the GIL. Then only the kernel can end a process without a parent.
+        limit_cpu(2 * seconds + 1)
+        result = _judge(conclusion, marked, answer)
+        connection.send(replace(result, doubt=_doubt(result, marked, answer)))
+
+
+def _doubt(result: CheckResult, marked: str | None, answer: str) -> str | None:
+    """The second opinion on a verdict: comparing the texts."""
+    if marked is None:
+        return UNMARKED
+    given, right = _squashed(marked), _squashed(answer)
+    if given == right:
+        return None if result.correct else TEXT_DISAGREES
+    if result.correct and _DECIMAL.fullmatch(given) and _DECIMAL.fullmatch(right):
+        return None if Decimal(given) == Decimal(right) else NUMBERS_DISAGREE
+    return None
+
+
+def _squashed(text: str) -> str:
+    """The text without white space and what only changes the look of a formula."""
+    return _LOOK.sub("", text).removesuffix(".").casefold()
 
 
 def _judge(conclusion: str, marked: str | None, answer: str) -> CheckResult:

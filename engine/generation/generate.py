@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import xxhash
 from transformers import (
+    AutoConfig,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -194,45 +195,25 @@ class _StopIf(StoppingCriteria):
         return cast(torch.BoolTensor, ends)
 
 
-def vllm_batches(
-    path: str,
-    dtype: torch.dtype,
-    requests: Sequence[Request],
-    sampling: Sampling,
-    batch_size: int,
-) -> Iterator[list[Completion]]:
-    """Like `generate_batches`, with vLLM, which loads the model from `path`.
+def end_tokens(model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end a completion: the tokenizer's EOS, then the generation config's.
 
-    vLLM has its own sampling algorithm, so the samples differ from those of `generate_batches`.
+    Args:
+        model: a model, or its directory or hub name.
+        tokenizer: its tokenizer.
     """
-    from vllm import LLM, SamplingParams
-
-    # generation_config="vllm": ignore the model's sampling defaults.
-    llm = LLM(path, dtype=str(dtype).removeprefix("torch."), generation_config="vllm")
-    for start in range(0, len(requests), batch_size):
-        batch = requests[start : start + batch_size]
-        params = [
-            SamplingParams(
-                max_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=int(_stream(sampling.seed, request).integers(2**31)),
-            )
-            for request in batch
-        ]
-        prompts = [{"prompt_token_ids": list(request.prompt)} for request in batch]
-        outputs = [found.outputs[0] for found in llm.generate(prompts, params, use_tqdm=False)]
-        yield [
-            Completion(output.text, len(output.token_ids), output.finish_reason == "stop")
-            for output in outputs
-        ]
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end a completion: the tokenizer's EOS, then the generation config's."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
+    generation = _generation_config(model) if isinstance(model, str) else model.generation_config
+    configured = generation.eos_token_id if generation else None
     listed = configured if isinstance(configured, list) else [configured]
     return list(dict.fromkeys(e for e in (tokenizer.eos_token_id, *listed) if e is not None))
+
+
+def _generation_config(path: str) -> GenerationConfig:
+    """The one that a model in a directory or on the hub has when it is loaded."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:  # it has no generation_config.json
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
 
 
 def _left_padded(prompts: Sequence[tuple[int, ...]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -266,6 +247,11 @@ def _processors(batch: Sequence[Request], sampling: Sampling) -> LogitsProcessor
             _SampleFromStreams([_stream(sampling.seed, request) for request in batch])
         )
     return processors
+
+
+def request_seed(seed: int, request: Request) -> int:
+    """The seed of a request for engines with their own sampling, below 2^31."""
+    return int(_stream(seed, request).integers(2**31))
 
 
 def _stream(seed: int, request: Request) -> np.random.Generator:

@@ -54,6 +54,34 @@ def score(correct: np.ndarray, ks: Sequence[int] = (1,)) -> BenchmarkScores:
     )
 
 
+@dataclass(frozen=True)
+class MacroAverage:
+    """Mean of the scores of several benchmarks, each with the same weight."""
+
+    pass_at_1: float
+    sem_over_samples: float | None
+    """Standard deviation (ddof = 1) of the n averages, one of each sample number, / sqrt(n)."""
+    sem_over_problems: float | None
+    """Propagated from the benchmarks, which have different problems. None if one has a single
+    problem."""
+
+
+def macro_average(benchmarks: Sequence[np.ndarray]) -> MacroAverage:
+    """Average benchmarks.
+
+    Args:
+        benchmarks: at least one; each bool [problems, samples] with the same number of samples.
+    """
+    by_sample = np.mean([correct.mean(axis=0) for correct in benchmarks], axis=0)
+    errors = [_standard_error(correct.mean(axis=1)) for correct in benchmarks]
+    known = [error for error in errors if error is not None]
+    return MacroAverage(
+        pass_at_1=float(by_sample.mean()),
+        sem_over_samples=_standard_error(by_sample),
+        sem_over_problems=math.hypot(*known) / len(known) if len(known) == len(errors) else None,
+    )
+
+
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Unbiased estimate of the probability that at least one of k samples is correct.
 

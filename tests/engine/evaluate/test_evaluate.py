@@ -210,8 +210,10 @@ def test_a_killed_evaluation_resumes_to_the_same_samples(
     process.wait()
     made = (out / "samples.jsonl").read_bytes()
     assert len(made) < len((finished / "samples.jsonl").read_bytes())
-    # the state after a kill in the middle of a write
-    (out / "samples.jsonl").write_bytes(made + b'{"problem": 0, "id": "q0"}\n{"prob')
+    # the state after a kill in the middle of writing a batch
+    whole = made[: made.rindex(b"\n") + 1]
+    following = (finished / "samples.jsonl").read_bytes()[len(whole) :].split(b"\n")
+    (out / "samples.jsonl").write_bytes(whole + following[0] + b"\n" + following[1][:30])
     capsys.readouterr()
     assert main(line(world, problems, out)) == 0
     assert "resuming after" in capsys.readouterr().err
@@ -230,7 +232,7 @@ def test_a_finished_evaluation_shows_its_table_again_without_a_model(
 
     before = (finished / "samples.jsonl").read_bytes()
     summary = json.loads((finished / "summary.json").read_text())
-    monkeypatch.setattr("redi.engine.evaluate.command.load_weights", refuse)
+    monkeypatch.setattr("redi.engine.generation.engines.load_weights", refuse)
     assert main(line(world, problems, finished, "--k", "3")) == 0
     shown = capsys.readouterr()
     assert "already finished" in shown.err
@@ -335,7 +337,8 @@ BAD_DATA = {
     "no prompt column": ('{"text": "1=", "answer": "2"}\n', "data.jsonl:1: no prompt"),
     "empty answer": ('{"prompt": "1=", "answer": " "}\n', "data.jsonl:1: column 'answer' is empty"),
     "unmarked solution": ('{"prompt": "1=", "solution": "2"}\n', "has no answer marked by"),
-    "a list for an answer": ('{"prompt": "1=", "answer": ["2"]}\n', "must be text or a number"),
+    "an object for an answer": ('{"prompt": "1=", "answer": {}}\n', "must be text, a number or a"),
+    "an empty list for an answer": ('{"prompt": "1=", "answer": []}\n', "'answer' is empty"),
     "two answers": (
         '{"prompt": "1=", "answer": "2"}\n{"prompt": "1=", "answer": "3"}\n',
         "data.jsonl:2: the prompt is that of",
