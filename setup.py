@@ -74,7 +74,7 @@ setup(
         **{f"redi.{folder}": ["py.typed"] for folder in FOLDERS},
         "redi.kernels": ["py.typed"],
         "redi.kernels.experimental": ["launches.json"],
-        "redi.engine": ["py.typed", "recipes/*.toml"],
+        "redi.engine": ["py.typed", "commands/*.jinja", "recipes/*.toml"],
         "redi.bench": ["py.typed", "smollm2_hidden.json"],
     },
     install_requires=KERNELS,

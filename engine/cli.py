@@ -66,7 +66,7 @@ commands:
   logprobs MODEL --data FILE [FILE ...] --out FILE.parquet  score each trace under a model
   select DATA [MORE ...] --out FILE                         choose traces to train on
   export RUN [--step N]                                     convert a checkpoint to Hugging Face
-  report RUN [MORE ...]                                     print a table and draw curves of runs
+  report RUN [MORE ...]                                     compare runs: a table, curves, a page
   doctor                                                    show versions, devices; test the loss
 
 examples:
@@ -441,16 +441,30 @@ def report(argv: Sequence[str]) -> None:
     """`redi report`: show runs as a table and as curves."""
     parser = _parser(
         "report",
-        "Print a table of runs and draw their curves into curves.png in the first directory.",
+        "Print a table of runs; write a page with curves, differences of the recipes, samples and\n"
+        "lengths, report.html, and curves.png into the first directory. The page is one file.",
         "redi report runs/redi",
         "redi report runs/redi-alpha-0.5 runs/redi-alpha-0.8      side by side",
+        "redi report s3://bucket/runs/redi --out redi.html",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories or URLs")
+    parser.add_argument(
+        "--out",
+        type=Path | None,
+        metavar="FILE.html",
+        help="file of the page; curves.png is written next to it",
+    )
     args = parse_arguments(parser, argv)
+    if page := args.out:
+        if page.suffix != ".html" or page.is_dir():
+            raise InputError(f"out: {page}: name a file that ends in .html")
+        if not page.absolute().parent.is_dir():
+            raise InputError(f"out: {page.parent}: no such directory")
 
     from redi.engine.commands.report import report_runs
 
-    print(report_runs([fetch_run(run, DataConfig().cache_dir) for run in args.runs]))
+    folders = [fetch_run(run, DataConfig().cache_dir) for run in args.runs]
+    print(*report_runs(folders, page), sep="\n")
 
 
 def _find_data_of(path: str, recipe: Recipe) -> None:

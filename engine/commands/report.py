@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import sys
+import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,22 +58,39 @@ def read_run(run_dir: Path) -> Curves:
     return Curves(run_dir.name, steps, held_out, guard_events, is_finished(run_dir))
 
 
-def report_runs(run_dirs: Sequence[Path]) -> Path:
-    """Print a table of the runs and draw their curves into the first run's directory.
+def report_runs(run_dirs: Sequence[Path], out: Path | None = None) -> list[Path]:
+    """Print a table of the runs, draw their curves, and write a page of all that is known of them.
+
+    Args:
+        run_dirs: run directories.
+        out: file of the page; default: report.html in the first run's directory.
 
     Returns:
-        Path of the picture.
+        Paths of the picture, curves.png next to the page, and of the page.
+
+    Raises:
+        InputError: a directory holds no run, or `out` cannot be written.
     """
+    from redi.engine.commands.report_page import write_page
+
     runs = [read_run(folder) for folder in run_dirs]
-    columns = ["", *(run.name for run in runs)]
-    print_table("", columns, _rows(runs), sys.stdout)
-    picture = run_dirs[0] / "curves.png"
-    draw_curves(runs, picture)
-    return picture
+    page = run_dirs[0] / "report.html" if out is None else out
+    picture = page.with_name("curves.png")
+    rows = figure_rows(runs)
+    print_table("", ["", *(run.name for run in runs)], rows, sys.stdout)
+    try:
+        draw_curves(runs, picture)
+        write_page(runs, run_dirs, rows, page)
+    except OSError as error:
+        raise InputError(f"{page.parent} cannot be written: {error.strerror}") from None
+    return [picture, page]
 
 
-def _rows(runs: Sequence[Curves]) -> list[list[str]]:
-    """One row per figure. "a to b" are means over the first and the last tenth of the steps."""
+def figure_rows(runs: Sequence[Curves]) -> list[list[str]]:
+    """One row per figure: its name, and its value for each run.
+
+    "a to b" are means over the first and the last tenth of the steps.
+    """
 
     def ends(key: str) -> Callable[[Curves], str]:
         def show(run: Curves) -> str:
@@ -118,14 +137,20 @@ def _rows(runs: Sequence[Curves]) -> list[list[str]]:
 
 def _steps(run: Curves) -> str:
     """Number of steps, and how the run ended, if not normally."""
-    count = f"{run.steps[-1]['step']:,}" + ("" if run.finished else ", unfinished")
-    if not run.guard_events:
-        return count
-    last = run.guard_events[-1]
-    if last.get("goes_on", True):
-        return f"{count}, collapse warning at step {last['step']:,}"
-    what = "collapsed" if last["event"] == "collapse" else "not finite"
-    return f"{run.steps[-1]['step']:,}, {what} at step {last['step']:,}"
+    return ", ".join(filter(None, (f"{run.steps[-1]['step']:,}", outcome(run))))
+
+
+def outcome(run: Curves) -> str:
+    """How the run ended; "" if normally."""
+    found = [] if run.finished else ["unfinished"]
+    if run.guard_events:
+        last = run.guard_events[-1]
+        if last.get("goes_on", True):
+            found.append(f"collapse warning at step {last['step']:,}")
+        else:
+            what = "collapsed" if last["event"] == "collapse" else "not finite"
+            found = [f"{what} at step {last['step']:,}"]
+    return ", ".join(found)
 
 
 def _number(value: float) -> str:
@@ -143,17 +168,29 @@ def _median(run: Curves, key: str) -> str:
     return f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
 
 
+def visible(text: str) -> str:
+    r"""`text` with control characters, surrogates and changes of direction as escapes (\x1b)."""
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs")
+        else character
+        for character in text
+    )
+
+
 def draw_curves(runs: Sequence[Curves], path: Path) -> None:
     """Plot loss, log-probs of both signs (dots: held-out), gradient norm and speed by step."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     (loss, logps), (norm, speed) = figure.subplots(2, 2)
     for number, run in enumerate(runs):
         colour = COLOURS[number % len(COLOURS)]
+        label = f" {visible(run.name)}"  # matplotlib hides a label that starts with "_"
         steps = [line["step"] for line in run.steps]
         for axes, key in ((loss, "loss"), (norm, "grad_norm"), (speed, "tokens_per_s")):
-            axes.plot(steps, _floats(run.steps, key), color=colour, lw=1, label=run.name)
+            axes.plot(steps, _floats(run.steps, key), color=colour, lw=1, label=label)
         for sign, style in (("positive", "-"), ("negative", "--")):
             key = f"{sign}_logp"
             logps.plot(steps, _floats(run.steps, key), style, color=colour, lw=1)
@@ -169,8 +206,11 @@ def draw_curves(runs: Sequence[Curves], path: Path) -> None:
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
-    loss.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    # A name may have a dollar sign, and letters that the font lacks.
+    with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        loss.legend(frameon=False)
+        figure.savefig(path, dpi=120)
 
 
 def _floats(lines: Sequence[dict[str, Any]], key: str) -> list[float]:

@@ -180,7 +180,7 @@ def test_what_is_missing_is_named_as_the_help_names_it(
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("report run --out x", "unknown option --out; `redi report --help` lists all"),
+        ("report run --step 1", "unknown option --step; `redi report --help` lists all"),
         ("export run --stp=3", "unknown option --stp; did you mean --step?"),
         ("export run -s 3", "unknown option -s; `redi export --help` lists all"),
         ("doctor all", "unknown argument all; `redi doctor --help` lists all"),

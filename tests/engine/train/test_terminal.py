@@ -88,13 +88,20 @@ def test_the_report_shows_runs_side_by_side_and_draws_them(
     steps = [json.loads(line) for line in (run[0] / "metrics.jsonl").open()]
     losses = [line["loss"] for line in steps if "loss" in line]
     assert f"{losses[0]:.4f} to {losses[-1]:.4f}" in out
-    assert out.splitlines()[-1] == str(run[0] / "curves.png")
+    picture, page = run[0] / "curves.png", run[0] / "report.html"
+    assert out.splitlines()[-2:] == [str(picture), str(page)]
+    assert page.read_text().count("<svg") == 8
     assert (run[0] / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_the_report_shows_the_greedy_accuracy_of_checked_answers(
-    run: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("redi.engine.commands.report.draw_curves", lambda *_: None)
+    monkeypatch.setattr("redi.engine.commands.report_page.write_page", lambda *_: None)
     lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").open()]
     lines += [{"event": "eval", "step": n, "greedy_accuracy": n / 8} for n in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -125,6 +132,7 @@ def test_the_report_shows_the_outcome_of_a_run(
 ) -> None:
     # Drawing takes most of the time.
     monkeypatch.setattr("redi.engine.commands.report.draw_curves", lambda *_: None)
+    monkeypatch.setattr("redi.engine.commands.report_page.write_page", lambda *_: None)
     lines = (run[0] / "metrics.jsonl").read_text()
     for event, step, goes_on in events:
         lines += json.dumps({"event": event, "step": step, "goes_on": goes_on}) + "\n"
