@@ -100,6 +100,11 @@ TINY: dict[str, Any] = {
     "attention_chunk_size": 4,
     "floor_scale": 4,
     "log_scaling_n_floor": 4,
+    # Scales and caps of logits, strong enough to show.
+    "logits_scaling": 4.0,
+    "logit_scale": 0.25,
+    "final_logit_softcapping": 1.5,
+    "attn_logit_softcapping": 1.5,
     # Layers without rotary positions.
     "no_rope_layer_interval": 2,
     "bos_token_id": 1,
@@ -198,7 +203,7 @@ def _try(kind: str, variant: str, config: Any, folder: str) -> Seen:
     size = sum(p.numel() for p in empty_model(config).parameters())
     assert size <= MOST_PARAMETERS, f"not tiny: {size} parameters"
     plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    _draw(plain)
+    draw_weights(plain)
     plain.save_pretrained(folder)
     plain.train()
     batch: Any = build_batch(_Traces(), np.arange(len(LENGTHS)), np.array(LENGTHS))  # type: ignore[arg-type]
@@ -235,7 +240,7 @@ def _try(kind: str, variant: str, config: Any, folder: str) -> Seen:
     return Seen(kind, variant, "works" if right else "wrong", text)
 
 
-def _draw(model: torch.nn.Module) -> None:
+def draw_weights(model: torch.nn.Module) -> None:
     """Weights large enough that every part of the model shows in its logits."""
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -335,7 +340,9 @@ without either would be trained wrongly, so it is refused in one line, before da
 | Gemma | `gemma` | yes |
 | Gemma 2 | `gemma2` | no: soft-capped logits |
 | Gemma 3 | `gemma3_text`, `gemma3` | no: sliding attention; a composite model from 4B on |
-| Granite 3 | `granite` | no: scaled logits |
+| Granite 3 | `granite`, `granitemoe` | yes |
+| Cohere Command R | `cohere` | yes |
+| MiniCPM 3 | `minicpm3` | yes |
 | gpt-oss | `gpt_oss` | no: sliding attention and sinks |
 | Qwen3.5, Qwen3-Next | `qwen3_5`, `qwen3_next` | no: linear attention |
 

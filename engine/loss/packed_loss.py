@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,17 @@ from redi.kernels import (
     segment_sum,
     signed_cross_entropy,
 )
+
+
+class Logits(NamedTuple):
+    """A model's logits z = softcap tanh(logit_scale hidden weight^T / softcap)."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    """None: z = logit_scale hidden weight^T."""
+
+
+PLAIN = Logits()
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,12 @@ class PackedLoss:
     reference: Tensor | None = None
 
     def __call__(
-        self, hidden: Tensor, weight: Tensor, batch: PackedBatch, totals: StepTotals
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        batch: PackedBatch,
+        totals: StepTotals,
+        logits: Logits = PLAIN,
     ) -> RediLoss | FilteredRediLoss:
         """The pack's share of the loss, and its sequences' log-probs.
 
@@ -64,17 +81,19 @@ class PackedLoss:
             weight: [V, D] weight of lm_head.
             batch: the pack; with units "margins" its sequences are whole pairs.
             totals: denominators.
+            logits: how the model computes its logits. A filter needs the default.
         """
         declared = formula(self.section)
         if declared.weights is None:
-            return self._from_sequences(declared, hidden, weight, batch, totals)
+            return self._from_sequences(declared, hidden, weight, batch, totals, logits)
         positive, negative = declared.weights(self.section)
         # If incorrect traces are only measured, the op gets this as a host int.
         num_with_grad = batch.num_positive_targets if negative == 0 else None
         filtered = self.section.filter_epsilon > 0
         if filtered or self._is_plain_redi(declared, positive, batch):
-            op: Callable[..., RediLoss | FilteredRediLoss] = redi_loss
+            op: Callable[..., RediLoss | FilteredRediLoss] = partial(redi_loss, **logits._asdict())
             if filtered:
+                assert logits == PLAIN, "checked by model_config"
                 op = partial(
                     filtered_redi_loss,
                     epsilon=self.section.filter_epsilon,
@@ -109,6 +128,7 @@ class PackedLoss:
             valid_index=batch.valid_index,
             num_with_grad=num_with_grad,
             backend=self.section.backend,
+            **logits._asdict(),
         )
         return RediLoss(loss, segment_sum(token_logps, batch.cu_seqlens), batch.num_targets)
 
@@ -146,6 +166,7 @@ class PackedLoss:
         weight: Tensor,
         batch: PackedBatch,
         totals: StepTotals,
+        logits: Logits,
     ) -> RediLoss:
         """The mean over units of the formula's `terms`."""
         assert declared.terms is not None
@@ -155,6 +176,7 @@ class PackedLoss:
             batch.targets,
             valid_index=batch.valid_index,
             backend=self.section.backend,
+            **logits._asdict(),
         )
         logps = weighted = segment_sum(token_logps, batch.cu_seqlens)
         if batch.token_weights is not None:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from redi.engine.errors import InputError
+from redi.engine.loss.packed_loss import Logits
 from redi.engine.model.attention import (
     WITH_DROPOUT,
     document_kwargs,
@@ -23,50 +24,35 @@ from redi.engine.model.attention import (
     register_probe,
 )
 from redi.engine.model.load import empty_model, first_line
-
-# Features that change logits or attention in ways the fused loss and packed attention do not
-# reproduce.
-UNSUPPORTED = {
-    "final_logit_softcapping": "soft-capped logits",
-    "attn_logit_softcapping": "soft-capped attention",
-    "logit_scale": "scaled logits",
-    "logits_scaling": "scaled logits",
-    "lm_head_multiplier": "scaled logits",
-}
+from redi.engine.model.logits import logits_of
 
 PROBED_LAYERS = 2
 
 DROPOUT_OPS = {"bernoulli", "bernoulli_", "native_dropout"}
 
-# Ops that compute lm_head's logits from the last hidden states, with or without a cast to float32.
-HEAD_OPS = {
-    "_to_copy",
-    "_unsafe_view",
-    "alias",
-    "clone",
-    "detach",
-    "expand",
-    "mm",
-    "bmm",
-    "slice",
-    "t",
-    "transpose",
-    "view",
-}
 
-
-def check_architecture(path: str, config: Any) -> None:
+def check_architecture(path: str, config: Any) -> Logits:
     """Refuse a model that packed attention or the fused loss would train wrongly.
 
     Args:
         path: the user's path of the model, for messages.
         config: its configuration; not changed.
 
+    Returns:
+        The transform of its logits.
+
     Raises:
         InputError: names the feature of the model that is not supported.
     """
-    if problem := _config_problem(config) or _probe_problem(config):
-        raise InputError(f"model.path: {path}: {problem}")
+    try:
+        if problem := _config_problem(config):
+            raise InputError(problem)
+        model = _probe(config)
+        if problem := model_problem(model) or _forward_problem(model):
+            raise InputError(problem)
+        return logits_of(model)
+    except InputError as error:
+        raise InputError(f"model.path: {path}: {error}") from None
 
 
 def check_dropout(path: str, config: Any, attention: str) -> None:
@@ -112,10 +98,8 @@ def _config_problem(config: Any) -> str | None:
         return f"{kind} has is_decoder = false; a causal language model is needed"
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are quantized (quantization_config), which cannot be trained"
-    for name, meaning in UNSUPPORTED.items():
-        value = getattr(config, name, None)
-        if value is not None and value != 1.0:
-            return f"it has {meaning} ({name}), which is not supported"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it has soft-capped attention (attn_logit_softcapping), which is not supported"
     layers = getattr(config, "layer_types", None)
     if layers is None and getattr(config, "sliding_window", None) is not None:
         layers = ["sliding_attention"]
@@ -148,16 +132,19 @@ def rope_types(config: Any) -> set[str]:
     return {str(one["rope_type"]) for one in [parameters, *nested] if one.get("rope_type")}
 
 
-def _probe_problem(config: Any) -> str | None:
-    """The problem in a forward of two documents through two layers, on the meta device."""
+def _probe(config: Any) -> PreTrainedModel:
+    """A model of few layers on the meta device, with attention that computes nothing."""
     attention = register_probe()
     try:
-        model = empty_model(_shallow(config), attention=attention)
+        return empty_model(_shallow(config), attention=attention)
     except Exception as error:  # transformers raises many types
         if isinstance(error, KeyError) and error.args == (attention,):
-            return f"{config.model_type} has an attention that cannot be replaced by a packed one"
-        return f"transformers cannot build it: {type(error).__name__}: {first_line(error)}"
-    return model_problem(model) or _forward_problem(model)
+            raise InputError(
+                f"{config.model_type} has an attention that cannot be replaced by a packed one"
+            ) from None
+        raise InputError(
+            f"transformers cannot build it: {type(error).__name__}: {first_line(error)}"
+        ) from None
 
 
 def model_problem(model: PreTrainedModel) -> str | None:
@@ -176,6 +163,7 @@ def model_problem(model: PreTrainedModel) -> str | None:
 
 
 def _forward_problem(model: PreTrainedModel) -> str | None:
+    """The problem in a forward of two documents, on the meta device."""
     name = type(model).__name__
     for module_name, module in model.named_modules():
         if module_name.rpartition(".")[2] == "experts":
@@ -183,13 +171,12 @@ def _forward_problem(model: PreTrainedModel) -> str | None:
             module.forward = _first_argument
     tokens = torch.arange(6, device="meta")[None]
     boundaries = torch.tensor([0, 4, 6], dtype=torch.int32)
-    ops = _ProbedOps()
-    hook = model.base_model.register_forward_hook(ops.leave_trunk)
+    ops = _RandomOps()
     try:
         with recording_calls() as calls, torch.no_grad(), ops:
-            logits = model(
+            model.base_model(
                 input_ids=tokens, position_ids=tokens, **document_kwargs(boundaries, 4)
-            ).logits
+            )
     except InputError as error:
         return f"{name}: {error}, which packs do not support"
     except Exception as error:
@@ -197,48 +184,31 @@ def _forward_problem(model: PreTrainedModel) -> str | None:
             # Some layers do not run without values. The first forward of training checks again.
             return None
         return f"{name}: its forward fails without a mask: {first_line(error)}"
-    finally:
-        hook.remove()
     blocks = len(model.base_model.layers)
     if len(calls) != blocks:
         return f"{name}: {len(calls)} of {blocks} layers call the attention function"
     if ops.random:
         return f"{name}: it draws random numbers in training ({ops.random[0]})"
-    if ops.on_logits or logits.shape[-1] != model.get_output_embeddings().weight.shape[0]:
-        how = f" ({ops.on_logits[0]})" if ops.on_logits else ""
-        return f"{name}: its logits are not lm_head's alone{how}, which the fused loss needs"
     return None
 
 
-class _ProbedOps(TorchDispatchMode):
-    """Records ops of a forward that the engine does not reproduce.
-
-    These are random numbers other than dropout's (a router that samples), and ops on the last
-    hidden states other than their product with lm_head (scaled, capped or otherwise changed
-    logits).
-    """
+class _RandomOps(TorchDispatchMode):
+    """Records random numbers other than dropout's (a router that samples)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.random: list[str] = []
-        self.on_logits: list[str] = []
-        self._in_trunk = True
-
-    def leave_trunk(self, *_: Any) -> None:
-        """Hook after the trunk's forward."""
-        self._in_trunk = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        if isinstance(out, torch.Tensor) and out.is_meta:  # layer dropout draws a number on the CPU
-            if torch.Tag.nondeterministic_seeded in func.tags and name not in DROPOUT_OPS:
-                self.random.append(name)
-            by_one = name in ("div", "mul") and args[1] == 1
-            if not self._in_trunk and name not in HEAD_OPS and not by_one:
-                self.on_logits.append(name)
+        # Layer dropout draws a number on the CPU.
+        on_device = isinstance(out, torch.Tensor) and out.is_meta
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        if on_device and is_random and name not in DROPOUT_OPS:
+            self.random.append(name)
         return out
 
 

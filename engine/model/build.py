@@ -14,7 +14,7 @@ from redi.engine.console import Console
 from redi.engine.data.text import load_tokenizer
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
-from redi.engine.loss.packed_loss import PackedLoss
+from redi.engine.loss.packed_loss import PLAIN, PackedLoss
 from redi.engine.model.architecture import (
     check_architecture,
     model_problem,
@@ -41,7 +41,12 @@ def model_config(recipe: Recipe, weights: bool = True) -> Any:
     model = recipe.model
     path = model.path or ""
     config = read_config(path, model.rope_theta, model.max_position_embeddings, weights)
-    check_architecture(path, config)
+    logits = check_architecture(path, config)
+    if recipe.objective.filter_epsilon and logits != PLAIN:
+        raise InputError(
+            "objective.filter_epsilon is not available for a model with scaled or soft-capped "
+            f"logits ({path}); remove it"
+        )
     return config
 
 

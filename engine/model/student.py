@@ -21,6 +21,7 @@ from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.packed_loss import PackedLoss, StepTotals
 from redi.engine.model.attention import NAME, document_kwargs
 from redi.engine.model.first_forward import ForwardRecord, record_forward
+from redi.engine.model.logits import logits_of
 from redi.engine.model.offload import Offload
 from redi.kernels import FilteredRediLoss, RediLoss, segment_sum, signed_cross_entropy
 
@@ -74,6 +75,7 @@ class Student(nn.Module):
         self._trained = False
         self.offload: Offload | None = None
         """Set by sharding if the inputs of blocks are offloaded."""
+        self.logits = logits_of(model)
         model.set_output_embeddings(Head(model.get_output_embeddings().weight))
 
     @property
@@ -117,7 +119,8 @@ class Student(nn.Module):
         if totals is None:
             return self.head(hidden.detach(), partial(self._score, batch=batch))
         with record_function("redi.loss"):
-            return self.head(hidden, partial(self.objective, batch=batch, totals=totals))
+            loss = partial(self.objective, batch=batch, totals=totals, logits=self.logits)
+            return self.head(hidden, loss)
 
     def _score(self, hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> PackScores:
         _, logps, entropies = signed_cross_entropy(
@@ -128,6 +131,7 @@ class Student(nn.Module):
             entropy=True,
             valid_index=batch.valid_index,
             backend=self.objective.section.backend,
+            **self.logits._asdict(),
         )
         sums = segment_sum(logps, batch.cu_seqlens)
         weighted = sums

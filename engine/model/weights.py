@@ -235,7 +235,9 @@ def _compute_buffers(model: PreTrainedModel, path: str) -> None:
     """Compute the buffers that files do not have (rotary frequencies), as transformers does."""
     for name, buffer in model.named_non_persistent_buffers():
         module = model.get_submodule(name.rpartition(".")[0])
-        buffer.fill_(torch.nan)
+        # A value that no buffer has, to see that it is replaced.
+        blank = torch.nan if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min
+        buffer.fill_(blank)
         model._init_weights(module)
-        if not buffer.isfinite().all():
+        if not buffer.isfinite().all() or (buffer == blank).any():
             raise InputError(f"model.path: {path}: transformers does not compute its buffer {name}")

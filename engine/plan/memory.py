@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from redi.engine.config.sections import Recipe
 from redi.engine.data.loader import StepBatches
 from redi.engine.data.packing import PackedBatch
-from redi.engine.loss.packed_loss import PackedLoss
+from redi.engine.loss.packed_loss import PLAIN, PackedLoss
 from redi.engine.model.build import build_model
 from redi.engine.model.flops import ModelSize, head_dim
 from redi.engine.model.offload import host_memory
@@ -166,13 +166,13 @@ def phase_peaks(
     model = build_model(recipe.model.path or "", config, "varlen")
     model.train()
     section = recipe.objective
-    exp_gemm = _uses_exp_gemm(recipe, card, dtype, config.hidden_size)
     filters = section.filter_epsilon > 0
     objective = PackedLoss(replace(section, backend="torch"))
     if section.kind.reference:
         traces = int(load.pack.sequence_ids.max()) + 1
         objective = replace(objective, reference=torch.zeros(traces))
     student = Student(model, objective)
+    exp_gemm = student.logits == PLAIN and _uses_exp_gemm(recipe, card, dtype, config.hidden_size)
     # The second micro-step starts with what the first has left, like any later one.
     packs = [load.pack] * min(load.micro_steps, 2)
     with _ranks(ranks):

@@ -79,6 +79,18 @@ def test_unsupported_settings_with_a_filter_are_one_line(
     assert not (tmp_path / "a").exists()
 
 
+def test_a_model_with_scaled_logits_has_no_filter(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from architecture_cases import tiny_config
+
+    folder = tmp_path / "granite"
+    tiny_config("granite").save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    assert main(["train", str(recipe("a", FILTER | {"model.path": str(folder)}))]) == 2
+    assert "filter_epsilon is not available for a model with scaled" in capsys.readouterr().err
+
+
 def test_weighted_traces_keep_their_weights(
     large_vocabulary: dict[str, str], recipe: Recipe, steps: Steps, tmp_path: Path
 ) -> None:

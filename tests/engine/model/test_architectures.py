@@ -3,7 +3,14 @@
 import pytest
 from architecture_cases import PAGE, page, sweep, try_type
 
-KNOWN = {"llama": "works", "qwen2": "works", "qwen3_moe": "works", "afmoe": "refused"}
+KNOWN = {
+    "llama": "works",
+    "qwen2": "works",
+    "qwen3_moe": "works",
+    "granite": "works",
+    "nanochat": "works",
+    "afmoe": "refused",
+}
 
 
 @pytest.mark.parametrize("kind", KNOWN)

@@ -4,22 +4,14 @@ One launch per world size runs all its recipes: a launch costs seconds. The orac
 transformers in float64, one sequence at a time.
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
+from first_step import plain_first_step
 
 from redi.engine.cli import main
-from redi.engine.config.parse import load_recipe, train_parser
-from redi.engine.console import Console
-from redi.engine.data.loader import StepLoader
-from redi.engine.data.packing import Cost
-from redi.engine.distributed import join_world
-from redi.engine.train.prepare_data import prepare_data
 
 Steps = Callable[[Path], list[dict[str, Any]]]
 
@@ -290,48 +282,15 @@ def test_the_first_step_is_plain_transformers_in_float64(
 ) -> None:
     name = f"{objective}-{head}-split-1"
     runs = runs_of(objective, head)
-    path = str(runs / f"{name}.toml")
-    recipe = load_recipe(train_parser(), path, [path])
-    with join_world() as alone:
-        data = prepare_data(recipe, alone, Console(active=False))
-    loader = StepLoader(
-        data.tokens,
-        data.examples,
-        data.schedule,
-        row_tokens=4096,
-        rank=0,
-        world_size=1,
-        cost=Cost(1.0, 0.0),
-    )
-    batches = next(iter(loader.steps(0)))
-    model = AutoModelForCausalLM.from_pretrained(
-        recipe.model.path, dtype=torch.float64, attn_implementation="eager"
-    )
-    loss = torch.zeros((), dtype=torch.float64)
-    means: dict[int, list[float]] = {1: [], -1: []}
-    for index in data.examples.units[batches.units].flatten().tolist():
-        ids = torch.from_numpy(data.tokens.ids(index).astype("int64"))
-        prompt = int(data.tokens.prompt_lengths[index])
-        sign = int(data.tokens.signs[index])
-        logp = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
-        logps = logp.gather(1, ids[1:, None])[prompt - 1 :, 0]
-        means[sign].append(logps.mean().item())
-        if recipe.objective.normalisation == "token":
-            loss = loss - logps.sum() / batches.num_targets
-        else:
-            alpha = recipe.objective.alpha
-            loss = loss + (-1.0 if sign > 0 else alpha) * logps.mean() / len(batches.units)
-    loss.backward()
-    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+    expected = plain_first_step(runs / f"{name}.toml")
     line = steps(runs / name)[0]
-    assert line["loss"] == pytest.approx(loss.item(), rel=2e-6)
-    assert line["grad_norm"] == pytest.approx(norm, rel=2e-5)
-    assert line["positive_logp"] == pytest.approx(sum(means[1]) / len(means[1]), rel=2e-6)
-    if means[-1]:
-        expected = sum(means[-1]) / len(means[-1])
-        assert line["negative_logp"] == pytest.approx(expected, rel=2e-6)
-    else:
+    assert line["loss"] == pytest.approx(expected.loss, rel=2e-6)
+    assert line["grad_norm"] == pytest.approx(expected.grad_norm, rel=2e-5)
+    assert line["positive_logp"] == pytest.approx(expected.positive_logp, rel=2e-6)
+    if expected.negative_logp is None:
         assert line["negative_logp"] is None
+    else:
+        assert line["negative_logp"] == pytest.approx(expected.negative_logp, rel=2e-6)
 
 
 def test_a_recipe_that_follows_starts_from_the_export_on_every_rank(
