@@ -13,6 +13,7 @@ from redi.kernels.losses import (
 )
 from redi.kernels.reference import IGNORE_INDEX, Backend, Coefficient, RediLoss
 from redi.kernels.segment_sum import segment_sum
+from redi.kernels.sequence_loss import sequence_loss
 from redi.kernels.vocab_parallel import (
     vocab_parallel_cross_entropy,
     vocab_parallel_logprobs,
@@ -30,6 +31,7 @@ __all__ = [
     "redi_loss",
     "redi_value_and_grad",
     "segment_sum",
+    "sequence_loss",
     "signed_cross_entropy",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_logprobs",

@@ -105,27 +105,42 @@ class Products:
             self.dweight.mul_(scale)
 
     def add(self, gradient: GradientRows, chunk: Chunk) -> None:
-        """dX and dW of a chunk. dX is divided by the scale at once, dW in `finish`."""
-        x, factors = chunk.hidden, gradient.factors
-        if self.dhidden is not None:
-            dx = torch.empty(x.shape, dtype=self.dhidden.dtype, device=x.device)
-            matmul(gradient.matrix, self.weight, dx)
-            if gradient.residues is not None:
-                # A target out of range has NaN for a factor: see `triton_common.load_target`.
-                last = len(self.weight) - 1
-                target_rows = self.weight[self.targets[chunk.tokens].clamp(0, last)]
-                dx.addcmul_(gradient.residues[:, None], target_rows.to(dx.dtype))
-            if factors is not None:
-                dx.mul_(factors[:, None])
-            if self.scale is not None:
-                dx.div_(self.scale)
-            self.dhidden[chunk.tokens] = dx
-            del dx  # D = 3584: 190 MB
-        if self.dweight is not None:
-            if factors is not None:
-                x = (x * factors[:, None]).to(x.dtype)
-            matmul(gradient.matrix.T, x, self.dweight, accumulate=self.accumulate)
-            self.accumulate = True
+        """dX and dW of a chunk."""
+        self.set_dhidden(gradient, chunk)
+        if self.dweight is None:
+            return
+        x = chunk.hidden
+        if gradient.factors is not None:
+            x = (x * gradient.factors[:, None]).to(x.dtype)
+        matmul(gradient.matrix.T, x, self.dweight, accumulate=self.accumulate)
+        self.accumulate = True
+
+    def set_dhidden(self, gradient: GradientRows, chunk: Chunk) -> None:
+        """dX of a chunk, which is divided by the scale at once; dW is in `finish`."""
+        if self.dhidden is None:
+            return
+        x = chunk.hidden
+        dx = torch.empty(x.shape, dtype=self.dhidden.dtype, device=x.device)
+        matmul(gradient.matrix, self.weight, dx)
+        if gradient.residues is not None:
+            # A target out of range has NaN for a factor: see `triton_common.load_target`.
+            last = len(self.weight) - 1
+            target_rows = self.weight[self.targets[chunk.tokens].clamp(0, last)]
+            dx.addcmul_(gradient.residues[:, None], target_rows.to(dx.dtype))
+        if gradient.factors is not None:
+            dx.mul_(gradient.factors[:, None])
+        if self.scale is not None:
+            dx.div_(self.scale)
+        self.dhidden[chunk.tokens] = dx
+
+    def add_dweight(self, dweight: Tensor, factor: Tensor) -> None:
+        """Add `factor` (one entry, on the device) times a dW that was added up apart."""
+        assert self.dweight is not None
+        if self.accumulate:
+            self.dweight.addcmul_(dweight, factor)
+        else:
+            torch.mul(dweight, factor, out=self.dweight)
+        self.accumulate = True
 
     def finish(self) -> None:
         """Divide dW by the scale; without any chunk it is 0."""
@@ -155,6 +170,57 @@ def run_chunks(
         if gradient is not None:
             use(gradient, chunk)
         del chunk, gradient  # before those of the next chunk are allocated
+
+
+def gradient_rows(
+    chunk: Chunk,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor | None,
+    kernels: Kernels,
+    *,
+    coefficient: str = "weight",
+    terms: Terms,
+    logps: Tensor,
+    statistics: Outputs | None = None,
+    room: Tensor,
+    dlogits: Tensor | None = None,
+) -> GradientRows | None:
+    """The first product of a chunk and the kernel after it: log-probs, and dZ given weights.
+
+    Args:
+        weight: [V, D], for the softmax kernel a `product_operand`.
+        token_weights: [T], or None for log-probs alone.
+        logps: [T], written at the chunk's tokens.
+        statistics: of which entropies, log-sum-exps and mean log-probs are filled in.
+        room: [C, V], overwritten: logits, or the exponentials in their place.
+        dlogits: [C, V], where the softmax kernel writes the gradient; None: it chooses.
+    """
+    where = chunk.tokens, targets, token_weights
+    if kernels.exp_gemm is not None:
+        return kernels.exp_gemm(
+            chunk.hidden,
+            weight,
+            *where,
+            coefficient=coefficient,
+            logps=logps,
+            out=room,
+            logit_scale=terms.logit_scale,
+        )
+    out = Outputs() if statistics is None else statistics
+    gradient = kernels.softmax(
+        matmul(chunk.hidden, weight.T, room),
+        *where,
+        coefficient=coefficient,
+        dtype=chunk.hidden.dtype,
+        logps=logps,
+        terms=terms,
+        entropies=out.entropies,
+        lses=out.lses,
+        mean_logps=out.mean_logps,
+        dlogits=dlogits,
+    )
+    return None if gradient is None else GradientRows(gradient)
 
 
 def cross_entropy_chunks(
@@ -190,7 +256,7 @@ def cross_entropy_chunks(
         kernels = replace(kernels, exp_gemm=None)
     if kept is not None:
         order = _all_with_grad(targets, schedule)
-        token_weights = torch.full_like(targets, _kept_scale(hidden.dtype), dtype=dtype)
+        token_weights = torch.full_like(targets, kept_scale(hidden.dtype), dtype=dtype)
     else:
         if out.dhidden is None and out.dweight is None:
             token_weights = None
@@ -230,30 +296,19 @@ def cross_entropy_chunks(
         room = buffer[: len(chunk.tokens)]
         if in_place and kept_rows is not None:
             room = kept_rows
-        where = chunk.tokens, targets, token_weights if chunk.has_grad else None
-        if kernels.exp_gemm is not None:
-            return kernels.exp_gemm(
-                chunk.hidden,
-                weight,
-                *where,
-                coefficient=coefficient,
-                logps=logps,
-                out=room,
-                logit_scale=terms.logit_scale,
-            )
-        dlogits = kernels.softmax(
-            matmul(chunk.hidden, operand.T, room),
-            *where,
+        return gradient_rows(
+            chunk,
+            operand if kernels.exp_gemm is None else weight,
+            targets,
+            token_weights if chunk.has_grad else None,
+            kernels,
             coefficient=coefficient,
-            dtype=hidden.dtype,
-            logps=logps,
             terms=terms,
-            entropies=out.entropies,
-            lses=out.lses,
-            mean_logps=out.mean_logps,
+            logps=logps,
+            statistics=out,
+            room=room,
             dlogits=kept_rows,
         )
-        return None if dlogits is None else GradientRows(dlogits)
 
     def keep(made: GradientRows, chunk: Chunk) -> None:
         """The matrix was written in its place."""
@@ -291,7 +346,7 @@ def kept_gradient_chunks(
     if hidden.dtype == torch.float16 and len(factors):
         scale = power_of_two(factors, 0)  # w X no larger than X, no smaller than w
         factors = factors * scale
-        scale = scale * _kept_scale(hidden.dtype)
+        scale = scale * kept_scale(hidden.dtype)
     if kept.factors is not None:
         factors = factors * kept.factors[: len(factors)]
 
@@ -346,7 +401,7 @@ def product_operand(weight: Tensor) -> Tensor:
     return weight if 1 in weight.stride() else weight.contiguous()
 
 
-def _kept_scale(dtype: torch.dtype) -> float:
+def kept_scale(dtype: torch.dtype) -> float:
     return 2.0**HALF_EXPONENT if dtype == torch.float16 else 1.0
 
 

@@ -2,8 +2,8 @@
 
 Each function has the name and signature of a public op of `redi.kernels` and is its definition:
 whole logits and ordinary autograd. Everything is computed in float32, or in float64 for float64
-inputs, which is the oracle of the tests. `valid_index`, `num_with_grad`, `keep`, `backend` and
-`chunk_tokens` do not change the result; they are accepted and ignored.
+inputs, which is the oracle of the tests. `valid_index`, `num_with_grad`, `exponential_lengths`,
+`keep`, `backend` and `chunk_tokens` do not change the result; they are accepted and ignored.
 
 Dimensions, here and in every other file:
 
@@ -19,6 +19,7 @@ The logits are z = softcap tanh(logit_scale hidden weight^T / softcap), without 
 z = logit_scale hidden weight^T.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -199,6 +200,36 @@ def redi_loss(
     coefficients = torch.where(signs > 0, -signs, -alpha * signs)
     loss = (coefficients * logps / lengths.clamp(min=1)).sum() / num_pairs
     return RediLoss(loss, logps.detach(), lengths)
+
+
+def sequence_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    linear_weights: Tensor,
+    exponential_weights: Tensor,
+    *,
+    temperature: float = 1.0,
+    denominators: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    valid_index: Tensor | None = None,
+    exponential_lengths: Sequence[int] | None = None,
+    backend: Backend = "reference",
+    chunk_tokens: int | None = None,
+) -> RediLoss:
+    """loss = - sum_s (a_s m_s + b_s temperature exp(m_s / temperature)), with the linear weights a,
+    the exponential weights b and m_s = (sum_t logp_t) / denominators_s."""
+    valid, logits = _valid_logits(hidden, weight, targets, logit_scale, softcap, ignore_index)
+    token_logps = torch.log_softmax(logits, -1).gather(1, targets[valid][:, None])[:, 0]
+    logps = segment_sum(_place(token_logps, valid).flatten(), cu_seqlens)
+    lengths = segment_sum(valid.flatten().long(), cu_seqlens)
+    means = logps / (lengths.clamp(min=1) if denominators is None else denominators)
+    exponentials = temperature * (means / temperature).exp()
+    loss = -(linear_weights * means + exponential_weights * exponentials).sum()
+    return RediLoss(loss.to(logps.dtype), logps.detach(), lengths)
 
 
 def redi_value_and_grad(

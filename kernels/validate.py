@@ -7,6 +7,7 @@ devices with the environment variable REDI_DEBUG=1.
 
 import math
 import os
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
@@ -130,6 +131,29 @@ def check_schedule(
         check_number("chunk_tokens", chunk_tokens, "a positive int or None", whole=True)
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be a positive int or None, got {chunk_tokens}")
+
+
+def check_exponential_lengths(lengths: Sequence[int] | None, valid_index: Tensor | None) -> None:
+    """`exponential_lengths` counts of the last tokens of `valid_index`; None is fine."""
+    if lengths is None:
+        return
+    if valid_index is None:
+        raise ValueError(
+            "exponential_lengths counts tokens of valid_index: pass valid_index as well"
+        )
+    if isinstance(lengths, Tensor) or not isinstance(lengths, Sequence):
+        raise TypeError(
+            f"exponential_lengths must be ints on the host or None, got {type(lengths).__name__}"
+        )
+    for length in lengths:
+        check_number("exponential_lengths", length, "ints or None", whole=True)
+        if length < 0:
+            raise ValueError(f"exponential_lengths must be >= 0, got {length}")
+    if sum(lengths) > valid_index.shape[0]:
+        raise ValueError(
+            f"exponential_lengths must add up to at most N = {valid_index.shape[0]}, "
+            f"got {sum(lengths)}"
+        )
 
 
 def check_objective(alpha: float, num_pairs: float) -> None:
