@@ -200,11 +200,11 @@ def sequence_loss_op(
         loop.run()
     assert out.logps is not None
     logps = kernels.sum_segments(out.logps, cu_seqlens)
-    gradients = (
+    dhidden, dweight = (
         hidden.new_empty(0, dtype=dtype) if gradient is None else gradient
         for gradient in (out.dhidden, out.dweight)
     )
-    return per_sequence.loss(logps), logps, lengths, *gradients
+    return per_sequence.loss(logps), logps, lengths, dhidden, dweight
 
 
 @sequence_loss_op.register_fake

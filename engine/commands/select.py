@@ -390,7 +390,7 @@ def _row_of(row: Row, trace: Trace) -> dict[str, Any]:
     identity = read_id(row, "uuid" if row.value.get("uuid") is not None else "id")
     if identity is None and trace.group == row.where:
         identity = row.where  # a pair without an id is a problem
-    found = {} if identity is None else {"id": identity}
+    found: dict[str, Any] = {} if identity is None else {"id": identity}
     found |= {"prompt": prompt_value(trace.prompt)}
     for name in ANSWER_COLUMNS:
         if isinstance(value := row.value.get(name), str | int | float):

@@ -157,17 +157,6 @@ def test_a_directory_that_is_not_a_run_is_not_touched(
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_a_model_with_softcapped_logits_is_refused(
-    world: Path, recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(world / "model", folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 30.0}))
-    assert main(["train", str(recipe("r", {"model.path": str(folder)}))]) == 2
-    assert "soft-capped logits" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_under_torchrun_one_rank_reports(
     recipe: WriteRecipe, redi: Callable[..., Any], tmp_path: Path
