@@ -164,8 +164,8 @@ def test_a_recipe_in_another_encoding_is_one_line(tmp_path: Path) -> None:
 MISSING = {
     ("train",): "missing: RECIPE.toml; --help shows",
     ("report",): "missing: RUN; --help shows",
-    ("evaluate",): "missing: MODEL and --data FILE; --help shows",
-    ("evaluate", "folder"): "missing: --data FILE; --help shows",
+    ("evaluate",): "missing: MODEL; --help shows",
+    ("evaluate", "folder"): "missing: --data FILE, --benchmarks NAME or --preset paper",
 }
 
 
