@@ -48,10 +48,6 @@ class Console:
         if self.shows:
             print_table(title, columns, rows, file=sys.stderr)
 
-    def bar(self, what: str, unit: str) -> tqdm:
-        """Counter without a known total; shown only on a terminal."""
-        return tqdm(desc=what, unit=f" {unit}", disable=not (self.shows and self.is_terminal))
-
     def progress(self, what: str, total: int, done: int = 0, *, endpoints: bool = True) -> Progress:
         """Start a progress line that counts up to `total`.
 

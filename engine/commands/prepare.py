@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
 from redi.engine.data.openr1 import PrepareOptions, select_traces
+from redi.engine.data.read_position import ReadPosition, ReadProgress
 from redi.engine.data.row import Row
 from redi.engine.data.rows import scan_source
 from redi.engine.data.sources import find_sources, unread_splits
@@ -68,13 +70,19 @@ def select_openr1(options: PrepareOptions, console: Console) -> dict[str, int]:
     out = Path(options.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out) as folder, console.bar("reading", "rows") as bar:
+        position = ReadPosition(sources)
+        with (
+            tempfile.TemporaryDirectory(dir=out) as folder,
+            closing(ReadProgress("reading", position, console)) as progress,
+        ):
             sft = _Spool(Path(folder) / "sft.jsonl")
             pref = _Spool(Path(folder) / "pref.jsonl")
             waiting: list[tuple[int, Row]] = []
-            rows = chain.from_iterable(scan_source(source, "openr1") for source in sources)
+            rows = chain.from_iterable(
+                scan_source(source, "openr1", position=position) for source in sources
+            )
             for index, row in enumerate(rows):
-                bar.update()
+                progress.show(position.done, f"{index:,} rows")
                 try:
                     if isinstance(row, InputError):
                         raise row

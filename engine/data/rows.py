@@ -1,22 +1,24 @@
 """Reads raw rows, one dictionary at a time, and detects their format from their columns.
 
 Rows come from JSON Lines, JSON, Parquet or CSV files, gzipped or not, or from the Hugging Face hub.
-Only the current row is held in memory, except that a JSON array is parsed as a whole. Errors name
-file and row.
+Only the current row is held in memory, except that a JSON file that is an object is parsed as a
+whole. Errors name file and row.
 """
 
+import codecs
 import csv
 import gzip
 import json
 import zlib
-from collections.abc import Collection, Iterator, Sequence
-from itertools import chain
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from redi.engine.data.messages import THOUGHT_KEYS, TOOL_KEYS
+from redi.engine.data.read_position import ReadPosition
 from redi.engine.data.row import Row
 from redi.engine.data.sources import Source, find_sources, hub_dataset, saved_dataset
 from redi.engine.data.traces import COLUMNS, COMMON_COLUMNS, FORMATS, is_empty, resolve_format
@@ -49,6 +51,8 @@ UNREAD_MESSAGE_KEYS = frozenset(
 # A CSV cell is text; in these columns the text is JSON.
 _CSV_JSON_COLUMNS = ("messages", "conversations", "traces", "generations", "correctness")
 _PARQUET_ROWS = 64
+_BLOCK = 1 << 20
+"""Bytes of a JSON list that are read at a time."""
 _CR_ALONE = "lines end in CR alone, as on old Macs; save it with LF line ends"
 _ZERO_BYTES = "holds zero bytes; it looks like UTF-16; save it as UTF-8"
 
@@ -80,6 +84,7 @@ def scan_source(
     format: str,
     unread: set[str] | None = None,
     columns: Collection[str] = (),
+    position: ReadPosition | None = None,
 ) -> Iterator[Row | InputError]:
     """Yield the rows of one source, and a FaultyRow instead of each faulty row.
 
@@ -91,6 +96,7 @@ def scan_source(
         unread: collects the names of columns and keys with meaningful content that the format
             does not read ("images", "traces[].mask", "messages[].weight").
         columns: further columns to read, which the format does not need.
+        position: follows how far the source has been read.
     """
     number = 0
     shape = ""
@@ -98,7 +104,7 @@ def scan_source(
     unread = set() if unread is None else unread
     grades = Grades()
     try:
-        for number, value in _numbered_values(source, format, unread, columns):
+        for number, value in _numbered_values(source, format, unread, columns, position):
             where = f"{source.name}:{number}"
             if isinstance(value, InputError):
                 yield value
@@ -165,7 +171,11 @@ def _unread_names(value: dict[str, Any], shape: str) -> set[str]:
 
 
 def _numbered_values(
-    source: Source, format: str, unread: set[str], more: Collection[str]
+    source: Source,
+    format: str,
+    unread: set[str],
+    more: Collection[str],
+    position: ReadPosition | None,
 ) -> Iterator[tuple[int, Any]]:
     """Parsed rows with their numbers, from 1; an InputError for a row that cannot be parsed."""
     if source.kind in ("hub", "saved"):
@@ -174,39 +184,59 @@ def _numbered_values(
         for name in _unread_columns(dataset.column_names, columns):
             if dataset.data.column(name).null_count < len(dataset.data):
                 unread.add(name)
-        yield from enumerate(dataset.select_columns(columns), start=1)
+        yield from _counted(dataset.select_columns(columns), len(dataset), source, position)
         return
-    with _open(source.name) as file:
+    with open(source.name, "rb") as raw, _unzipped(source.name, raw) as file:
+        if position is not None and source.kind != "parquet":
+            position.begin(source, lambda size: size if raw.closed else raw.tell())
         if source.kind == "parquet":
-            yield from _parquet_values(file, source.name, format, unread, more)
+            yield from _parquet_values(file, source, format, unread, more, position)
         elif source.kind == "csv":
             yield from _csv_values(file, source.name)
         elif _is_document(file, source):
-            document = _parse_json(file.read(), source.name, line=None)
-            yield from enumerate(_rows_of(document, format, source.name), start=1)
+            yield from enumerate(_document_rows(file, format, source.name), start=1)
         else:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, _parsed_or_error(line, source.name, number)
 
 
-def _open(name: str) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(name)) if name.endswith(".gz") else open(name, "rb")
+def _unzipped(name: str, raw: IO[bytes]) -> IO[bytes]:
+    return cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if name.endswith(".gz") else raw
+
+
+def _counted(
+    values: Iterable[Any], count: int, source: Source, position: ReadPosition | None
+) -> Iterator[tuple[int, Any]]:
+    """Number the rows from 1; the position is their share of `count`."""
+    number = 0
+    if position is not None:
+        position.begin(source, lambda size: size * number / max(count, 1))
+    for number, value in enumerate(values, start=1):
+        yield number, value
 
 
 def _parquet_values(
-    file: IO[bytes], name: str, format: str, unread: set[str], more: Collection[str]
+    file: IO[bytes],
+    source: Source,
+    format: str,
+    unread: set[str],
+    more: Collection[str],
+    position: ReadPosition | None,
 ) -> Iterator[tuple[int, Any]]:
-    number = 0
-    parquet = pq.ParquetFile(file)
-    columns = _wanted_columns(parquet.schema_arrow.names, format, name, more)
+    # Mapped, a file is not copied: pandas writes all rows as one group, which is read as a whole.
+    mapped = pa.memory_map(source.name) if not source.name.endswith(".gz") else file
+    parquet = pq.ParquetFile(mapped)
+    columns = _wanted_columns(parquet.schema_arrow.names, format, source.name, more)
     others = _unread_columns(parquet.schema_arrow.names, columns)
-    for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=[*columns, *others]):
-        # Columns that are not read are not converted to Python objects.
-        unread |= {name for name in others if batch[name].null_count < len(batch)}
-        for value in batch.select(columns).to_pylist():
-            number += 1
-            yield number, value
+
+    def values() -> Iterator[Any]:
+        for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=[*columns, *others]):
+            # Columns that are not read are not converted to Python objects.
+            unread.update(name for name in others if batch[name].null_count < len(batch))
+            yield from batch.select(columns).to_pylist()
+
+    yield from _counted(values(), parquet.metadata.num_rows, source, position)
 
 
 def _wanted_columns(
@@ -328,11 +358,74 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def _document_rows(file: IO[bytes], format: str, name: str) -> Iterator[Any]:
+    """The rows of a file that is one JSON document: a list is read a row at a time."""
+    done = 0
+    try:
+        for value in _list_items(file):
+            yield value
+            done += 1
+        return
+    except (ValueError, RecursionError):  # no list, or a faulty one: read as a whole, for its error
+        file.seek(0)
+    document = _parse_json(file.read(), name, line=None)
+    yield from islice(_rows_of(document, format, name), done, None)
+
+
+def _list_items(file: IO[bytes]) -> Iterator[Any]:
+    """The items of a JSON list; ValueError if it is none."""
+    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+    parse = json.JSONDecoder(object_pairs_hook=_object).raw_decode
+    text, at, block, ended = "", 0, _BLOCK, False
+
+    def skip_white_space() -> str:
+        """The next character that is no white space; empty at the end of the file."""
+        nonlocal text, at, ended
+        while True:
+            while at < len(text) and text[at] in " \t\n\r":
+                at += 1
+            if at < len(text) or ended:
+                return text[at : at + 1]
+            read = file.read(_BLOCK)
+            text, at, ended = decode(read, final=not read), 0, not read
+
+    if skip_white_space() != "[":
+        raise ValueError("no list")
+    at += 1
+    if skip_white_space() != "]":
+        while True:
+            skip_white_space()
+            try:
+                value, end = parse(text, at)
+            except json.JSONDecodeError:
+                end = len(text)
+            if end == len(text):  # perhaps only the beginning of an item has been read
+                if ended:
+                    raise ValueError("the list has no end")
+                read = file.read(block)
+                text, at, ended = text[at:] + decode(read, final=not read), 0, not read
+                block *= 2
+                continue
+            at, block = end, _BLOCK
+            yield value
+            found = skip_white_space()
+            if found == "]":
+                break
+            if found != ",":
+                raise ValueError("no comma between items")
+            at += 1
+    at += 1
+    if skip_white_space():
+        raise ValueError("more than one list")
+
+
 def _is_document(file: IO[bytes], source: Source) -> bool:
     """True if a file is one JSON document, not one in each line; the file is rewound."""
     first = b""
-    while not first and (line := file.readline()):
+    while not first and (line := file.readline(_BLOCK)):  # a line may be the whole file
         first = line.removeprefix(b"\xef\xbb\xbf").strip()
+    if first[:1] == b"{" and len(line) == _BLOCK:
+        first += file.readline()
     file.seek(0)
     if first in (b"[", b"{"):  # written over several lines
         return True

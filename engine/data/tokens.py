@@ -8,6 +8,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain, groupby, islice
@@ -17,12 +18,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import xxhash
-from tqdm import tqdm
 
 from redi.engine.console import Console
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
 from redi.engine.data.chat import Texts, is_finished
 from redi.engine.data.fingerprints import source_fingerprint, tokenizer_fingerprint
+from redi.engine.data.read_position import ReadPosition, ReadProgress
 from redi.engine.data.row import Row
 from redi.engine.data.rows import scan_source
 from redi.engine.data.sources import find_sources, unread_splits
@@ -36,6 +37,8 @@ __all__ = ["TokenSettings", "TokenizedTraces", "tokenize"]
 CACHE_VERSION = 9
 """Increase it whenever the same input would give other tokens or another file layout."""
 _CHUNK_ROWS = 128
+_CHUNK_CHARACTERS = 1 << 22
+"""Most characters in the rows of a chunk, up to a row more: it bounds what is held in memory."""
 _MOST_SPLITS = 5
 """Most tokens split by spans that a warning names."""
 # Starting worker processes takes seconds; fewer chunks than this are done sooner without them.
@@ -92,6 +95,8 @@ class _Chunk:
     counts: _Counts
     faults: list[str]
     """Messages about faults that end the command; if there are any, the chunk has no traces."""
+    read: int = 0
+    """Bytes of the sources up to the end of its rows."""
 
 
 def tokenize(
@@ -144,11 +149,12 @@ def tokenize(
     counts = _Counts()
     unread: list[set[str]] = [set() for _ in sources]
     where = Where(settings.where) if settings.where else None
+    position = ReadPosition(sources)
     rows = chain.from_iterable(
-        scan_source(source, settings.format, columns, where.columns if where else ())
+        scan_source(source, settings.format, columns, where.columns if where else (), position)
         for source, columns in zip(sources, unread, strict=True)
     )
-    chunks = _tokenized_chunks(rows, settings, encoder(), processes)
+    chunks = _tokenized_chunks(_in_chunks(rows, position), settings, encoder(), processes)
 
     def describe(size: int, count: int) -> Meta:
         if where and (missing := sorted(where.columns - counts.columns)):
@@ -179,8 +185,8 @@ def tokenize(
             splits=tuple(counts.splits),
         )
 
-    with console.bar("tokenizing", "traces") as bar:
-        batches = _numbered_batches(chunks, names, counts, bar)
+    with closing(ReadProgress("tokenizing", position, console)) as progress:
+        batches = _numbered_batches(chunks, names, counts, progress)
         write_cache(folder, batches, describe)
     made = open_cache(folder, names)
     assert made is not None, f"the cache just written to {folder} is incomplete"
@@ -235,41 +241,73 @@ def _cache_key(parts: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
 
+_Rows = list[Row | InputError]
+
+
+def _in_chunks(
+    rows: Iterator[Row | InputError], position: ReadPosition
+) -> Iterator[tuple[_Rows, int]]:
+    """Yield the rows in chunks, each with the bytes of the sources up to its end."""
+    chunk: _Rows = []
+    characters = 0
+    for row in rows:
+        chunk.append(row)
+        characters += 0 if isinstance(row, InputError) else _characters(row.value)
+        if len(chunk) == _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
+            yield chunk, position.done
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk, position.done
+
+
+def _characters(value: object) -> int:
+    """Characters of the texts in a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
+
+
 def _tokenized_chunks(
-    rows: Iterator[Row | InputError], settings: TokenSettings, encoder: Encoder, processes: int
+    chunks: Iterator[tuple[_Rows, int]], settings: TokenSettings, encoder: Encoder, processes: int
 ) -> Iterator[_Chunk]:
     """Yield the chunks in the order of the rows, for any number of processes.
 
     After a chunk with faults the remaining ones are only checked, as no cache will be written.
     """
-    chunks = iter(lambda: list(islice(rows, _CHUNK_ROWS)), [])
     first = list(islice(chunks, _CHUNKS_WORTH_WORKERS))
+    few = len(first) < _CHUNKS_WORTH_WORKERS
+    chunks = chain(first, chunks)
+    del first  # it is freed once it is read
     tokenizer = _Tokenizer(encoder, settings)
     faulty = False
-    if processes <= 1 or len(first) < _CHUNKS_WORTH_WORKERS:
-        for chunk in chain(first, chunks):
-            tokenized = tokenizer.chunk(chunk, check_only=faulty)
+    if processes <= 1 or few:
+        for rows, read in chunks:
+            tokenized = tokenizer.chunk(rows, check_only=faulty)
             faulty = faulty or bool(tokenized.faults)
-            yield tokenized
+            yield replace(tokenized, read=read)
         return
     # Spawned, not forked: the caller may have threads (gloo, CUDA) that break in a fork.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, context, _start_worker, (settings,))
     try:
         # Few chunks in flight: otherwise the pool would read the whole set at once.
-        pending: deque[Future[_Chunk]] = deque()
-        for chunk in chain(first, chunks):
-            pending.append(pool.submit(_tokenize_in_worker, chunk))
+        pending: deque[tuple[Future[_Chunk], int]] = deque()
+        for rows, read in chunks:
+            pending.append((pool.submit(_tokenize_in_worker, rows), read))
             if len(pending) > 2 * processes:
-                tokenized = pending.popleft().result()
+                future, read = pending.popleft()
+                tokenized = future.result()
                 faulty = bool(tokenized.faults)
-                yield tokenized
+                yield replace(tokenized, read=read)
                 if faulty:
                     break
         while pending:
-            yield pending.popleft().result()
-        for chunk in chunks:
-            yield tokenizer.chunk(chunk, check_only=True)
+            future, read = pending.popleft()
+            yield replace(future.result(), read=read)
+        for rows, read in chunks:
+            yield replace(tokenizer.chunk(rows, check_only=True), read=read)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -450,24 +488,25 @@ def _numbered_batches(
     chunks: Iterable[_Chunk],
     names: list[str],
     counts: _Counts,
-    bar: tqdm,
+    progress: ReadProgress,
 ) -> Iterator[pa.RecordBatch]:
     """Yield batches with numbered sources and problems, and update the counts."""
     faults: list[str] = []
     source_numbers = {name: number for number, name in enumerate(names)}
     group_numbers: dict[str, int] = {}
-    tokens = 0
+    traces = tokens = 0
     for chunk in chunks:
         counts.add(chunk.counts)
         faults += chunk.faults
         if chunk.batch.num_rows == 0:
+            progress.show(chunk.read)
             continue
         sources = [source_numbers[name] for name in chunk.sources]
         groups = [group_numbers.setdefault(name, len(group_numbers)) for name in chunk.groups]
         yield _record_batch([*chunk.batch.columns, sources, groups], SCHEMA)
         tokens += len(chunk.batch["ids"].values)
-        bar.update(chunk.batch.num_rows)
-        bar.set_postfix_str(f"{tokens / 1e6:.1f} M tokens", refresh=False)
+        traces += chunk.batch.num_rows
+        progress.show(chunk.read, f"{traces:,} traces", f"{tokens / 1e6:.1f} M tokens")
     if faults:
         raise faulty_rows(faults)
 

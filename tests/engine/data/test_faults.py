@@ -111,6 +111,7 @@ def test_a_file_that_breaks_off_ends_the_list(tmp_path, tokenizer):
     with pytest.raises(InputError) as caught:
         tokenized(tmp_path, tokenizer)
     assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
+        "a row must be a JSON object, not int",
         "not valid JSON",
         "a row must be a JSON object, not null",
     ]
