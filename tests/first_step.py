@@ -42,6 +42,7 @@ def plain_first_step(path: Path) -> FirstStep:
     model = AutoModelForCausalLM.from_pretrained(
         recipe.model.path, dtype=torch.float64, attn_implementation="eager"
     )
+    model.config._experts_implementation = "eager"  # the grouped products have no float64
     loss = torch.zeros((), dtype=torch.float64)
     means: dict[int, list[float]] = {1: [], -1: []}
     for index in data.examples.units[batches.units].flatten().tolist():
