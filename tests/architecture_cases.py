@@ -344,15 +344,21 @@ data is read.
 | Granite 3 | `granite`, `granitemoe` | yes |
 | Cohere Command R, Command R7B | `cohere`, `cohere2` | yes |
 | MiniCPM 3 | `minicpm3` | yes |
-| EXAONE 4 | `exaone4` | yes |
+| EXAONE 4, Apertus | `exaone4`, `apertus` | yes |
+| Nemotron (dense), StableLM 2 | `nemotron`, `stablelm` | yes |
 | gpt-oss | `gpt_oss` | yes; weights in bfloat16, as those in MXFP4 cannot be trained |
-| Gemma 3 from 4B on | `gemma3` | no: a composite model |
+| Gemma 3 from 4B on, Mistral Small 3.1 | `gemma3`, `mistral3` | their text model |
+| Qwen2.5-VL and other composite models | `qwen2_5_vl` | no |
 | Qwen3.5, Qwen3-Next | `qwen3_5`, `qwen3_next` | no: linear attention |
 
 Sliding windows are exact in each attention, and count in packing, MFU and the plan as the pairs of
 tokens within them. Soft-capped attention (Gemma 2) runs in flash-attn 2 and 3, and sinks (gpt-oss)
 in none. Otherwise both run document by document in plain PyTorch, which is exact and much slower;
 a run on a GPU warns of it.
+
+Of a composite model (text with vision) in this table the text model is trained, in packs of text.
+The export is the composite: the other tensors, config.json and the processor are the source's,
+bit by bit. So the source must still be there when a run ends.
 
 The type is `model_type` in the model's config.json. A checkpoint's configuration may differ from
 the type's default: `redi plan` with your recipe checks yours.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from redi.engine.loss.packed_loss import Logits
 from redi.engine.model.attention import (
     WITH_DROPOUT,
     AttentionCall,
+    NoBoundariesError,
     choose_attention,
     document_kwargs,
     features_of,
@@ -27,6 +28,7 @@ from redi.engine.model.attention import (
     register_mask_probe,
     register_probe,
 )
+from redi.engine.model.boundaries import pass_boundaries
 from redi.engine.model.document_attention import PLAIN, Pattern, visible
 from redi.engine.model.load import empty_model, first_line
 from redi.engine.model.logits import logits_of
@@ -58,7 +60,7 @@ def check_architecture(path: str, config: Any) -> Logits:
     try:
         if problem := _config_problem(config):
             raise InputError(problem)
-        return _probed(config)[0]
+        return _probed(config).logits
     except InputError as error:
         raise InputError(f"model.path: {path}: {error}") from None
 
@@ -146,21 +148,40 @@ def rope_types(config: Any) -> set[str]:
 
 def layer_patterns(config: Any) -> tuple[Pattern, ...]:
     """What each layer's attention has besides causality. InputError: as `check_architecture`."""
-    return _probed(config)[1]
+    return _probed(config).patterns
 
 
-_known: dict[str, tuple[Logits, tuple[Pattern, ...]]] = {}
+def drops_boundaries(config: Any) -> bool:
+    """True if a model needs `pass_boundaries`. InputError: as `check_architecture`."""
+    return _probed(config).drops_boundaries
+
+
+class _Probed(NamedTuple):
+    """What forwards of a model on the meta device show."""
+
+    logits: Logits
+    patterns: tuple[Pattern, ...]
+    drops_boundaries: bool
+
+
+_known: dict[str, _Probed] = {}
 """Results of `_probed` in this process, by configuration: several checks of a run need them."""
 
 
-def _probed(config: Any) -> tuple[Logits, tuple[Pattern, ...]]:
-    """The logits and the layers' patterns of a model, from its forwards on the meta device."""
+def _probed(config: Any) -> _Probed:
     key = f"{type(config)} {config.to_json_string(use_diff=False)}"
     if key not in _known:
         model = _probe(config)
         if problem := model_problem(model):
             raise InputError(problem)
-        _known[key] = logits_of(model), _patterns(model, config)
+        dropped = False
+        try:
+            patterns = _patterns(model, config)
+        except NoBoundariesError:
+            dropped = True
+            pass_boundaries(model)
+            patterns = _patterns(model, config)
+        _known[key] = _Probed(logits_of(model), patterns, dropped)
     return _known[key]
 
 
@@ -196,7 +217,7 @@ def model_problem(model: PreTrainedModel) -> str | None:
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         return f"{name} has no plain lm_head (a bias is not supported)"
-    scalars = [key for key, tensor in model.state_dict().items() if tensor.dim() == 0]
+    scalars = [key for key, weight in model.named_parameters() if weight.dim() == 0]
     if scalars:
         return f"{name} has a weight without dimensions, which cannot be sharded: {scalars[0]}"
     return None
@@ -209,7 +230,7 @@ def _patterns(model: PreTrainedModel, config: Any) -> tuple[Pattern, ...]:
         InputError: its attention is not causal within a window that the packed one is given.
     """
     depth, kept = config.num_hidden_layers, _probed_layers(config)
-    types = _layer_types(config) or [None] * depth
+    types = _layer_types(config) or [""] * depth
     calls = _packed_calls(model)
     _check_masks(config, checked=calls is not None)
     # If it does not run without values, the first forward of training checks the number of calls.
@@ -285,7 +306,7 @@ def _calls_of(model: PreTrainedModel, **inputs: Any) -> list[AttentionCall] | No
         with recording_calls() as calls, torch.no_grad():
             model.base_model(input_ids=ids, **inputs)
     except InputError as error:
-        raise InputError(f"{name}: {error}, which packs do not support") from None
+        raise type(error)(f"{name}: {error}, which packs do not support") from None
     except Exception as error:
         if isinstance(error, NotImplementedError) or "meta" in str(error):
             return None  # some layers do not run without values

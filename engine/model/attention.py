@@ -49,6 +49,9 @@ PLANNED = "planned"
 """Kind for `redi plan`: torch's varlen attention without a soft cap and sinks, whose result has the
 same size."""
 
+# Names of transformers' arguments for the boundaries of documents.
+DOCUMENT_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 # Kinds of attention that support dropout on the attention probabilities.
 WITH_DROPOUT = {"sdpa", "flash-2"}
 
@@ -170,6 +173,10 @@ def register_mask_probe() -> str:
     return MASK_PROBE
 
 
+class NoBoundariesError(InputError):
+    """Attention was called without the boundaries of documents."""
+
+
 class AttentionCall(NamedTuple):
     """A call of one of the functions here."""
 
@@ -202,13 +209,8 @@ def document_kwargs(cu_seqlens: torch.Tensor, max_seqlen: int) -> dict[str, Any]
         max_seqlen: tokens of the longest document. A host int, because a tensor would sync the
             device or cause a recompile.
     """
-    return {
-        "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
-        "max_length_q": max_seqlen,
-        "max_length_k": max_seqlen,
-        "use_cache": False,
-    }
+    values = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return {**dict(zip(DOCUMENT_KWARGS, values, strict=True)), "use_cache": False}
 
 
 def _enter(
@@ -220,7 +222,7 @@ def _enter(
 ) -> Pattern:
     """Record a call. Raise InputError for arguments that must not be ignored."""
     if cu_seqlens is None:
-        raise InputError("the model does not pass document boundaries to its attention")
+        raise NoBoundariesError("the model does not pass document boundaries to its attention")
     if attention_mask is not None:
         raise InputError("the model passes its own mask to its attention")
     if other.get("position_bias") is not None:

@@ -18,10 +18,12 @@ from redi.engine.loss.packed_loss import PLAIN, PackedLoss
 from redi.engine.model.architecture import (
     attention_for,
     check_architecture,
+    drops_boundaries,
     model_problem,
     per_document_rope,
 )
 from redi.engine.model.attention import register_attention
+from redi.engine.model.boundaries import pass_boundaries
 from redi.engine.model.export import check_exportable
 from redi.engine.model.liger import apply_liger
 from redi.engine.model.load import empty_model, generation_config, read_config
@@ -77,6 +79,8 @@ def build_model(path: str, config: Any, attention: str) -> PreTrainedModel:
     model = empty_model(config, attention=register_attention(attention))
     if problem := model_problem(model):
         raise InputError(f"model.path: {path}: {problem}")
+    if drops_boundaries(config):
+        pass_boundaries(model)
     if (generation := generation_config(path)) is not None:
         model.generation_config = generation
     return model

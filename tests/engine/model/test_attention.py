@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from redi.engine.errors import InputError
+from redi.engine.model.architecture import drops_boundaries
 from redi.engine.model.attention import (
     FLASH,
     choose_attention,
@@ -28,6 +29,7 @@ from redi.engine.model.attention import (
     recording_calls,
     register_attention,
 )
+from redi.engine.model.boundaries import pass_boundaries
 from redi.engine.model.checkpointing import checkpoint_blocks
 from redi.engine.model.document_attention import Pattern, attend_document
 
@@ -274,8 +276,42 @@ def test_layers_with_a_window_a_cap_or_sinks_do_not_leak(kind: str, ids: torch.T
     assert all((p.sinks is not None) == (kind == "gpt_oss") for p in patterns)
 
 
-@pytest.mark.parametrize("length", [1, 4, 5, 1100])
-@pytest.mark.parametrize("pattern", [Pattern(4), Pattern(600), Pattern(4, 1.5), Pattern(None, 1.5)])
+@pytest.mark.parametrize("kind", ["nemotron", "stablelm"])
+def test_blocks_that_drop_boundaries_attend_within_them_also_when_recomputed(
+    kind: str, ids: torch.Tensor
+) -> None:
+    """The second pack's forward comes between the first pack's and its recomputation."""
+    torch.manual_seed(0)
+    config = tiny_config(kind)
+    assert drops_boundaries(config)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=register_attention("sdpa"), dtype=torch.float32
+    ).train()
+    draw_weights(model)
+    with pytest.raises(InputError, match="does not pass document boundaries"):
+        packed(model, ids, BOUNDARIES)
+
+    def gradient(recomputed: bool) -> torch.Tensor:
+        model.zero_grad()
+        first = packed(model, ids, BOUNDARIES)
+        if recomputed:
+            packed(model, ids, [0, 5, 40])
+        (first * torch.arange(len(first))[:, None]).sum().backward()
+        grad = model.get_input_embeddings().weight.grad
+        assert grad is not None
+        return grad.clone()
+
+    pass_boundaries(model)
+    plain = gradient(recomputed=False)
+    before, after = (packed(model, x, BOUNDARIES) for x in (ids, changed_first_document(ids)))
+    assert torch.equal(before[13:], after[13:])
+    checkpoint_blocks(model, "full")
+    assert torch.equal(gradient(recomputed=True), plain)
+    assert not torch.equal(packed(model, ids, [0, 5, 40]), before)
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 600])
+@pytest.mark.parametrize("pattern", [Pattern(4), Pattern(300), Pattern(4, 1.5), Pattern(None, 1.5)])
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_a_document_s_attention_is_its_formula(
     length: int, pattern: Pattern, with_sinks: bool

@@ -22,6 +22,8 @@ FAMILIES: dict[str, dict[str, int]] = {
     "gemma2": {"4": 2},
     "gemma3_text": {"4": 3},
     "gpt_oss": {"4": 2},
+    "nemotron": {},
+    "apertus": {},
 }
 
 
