@@ -21,11 +21,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from redi.bench.measure import peak_cuda, problem_line, seconds_of
 from redi.bench.report import LiveRecord
 from redi.engine.model.attention import (
+    SUPPORT,
     choose_attention,
     document_kwargs,
+    features_of,
     find_flash,
     register_attention,
 )
+from redi.engine.model.document_attention import PLAIN, Pattern
 
 HEADS, KEY_HEADS, HEAD_DIM = 12, 2, 128
 # Relative Frobenius error, by dtype; halves round the probabilities, the result and its gradient.
@@ -54,7 +57,15 @@ def make_projections(tokens: int, dtype: torch.dtype, device: str) -> Projection
     return Projections(*(one.requires_grad_() for one in made))
 
 
-def packed(kind: str, device: str) -> Attend:
+PATTERNS = {
+    "": Pattern(),
+    " with a window": Pattern(window=300),
+    " with a soft cap": Pattern(softcap=20.0),
+}
+"""What is checked; a kind without a soft cap is not."""
+
+
+def packed(kind: str, device: str, pattern: Pattern = PLAIN) -> Attend:
     """Attention of a kind as a model calls it."""
     attention = ALL_ATTENTION_FUNCTIONS[register_attention(kind)]
     module = nn.Module()
@@ -63,13 +74,21 @@ def packed(kind: str, device: str) -> Attend:
     def attend(projections: Projections, bounds: list[int]) -> Tensor:
         longest = max(end - start for start, end in pairwise(bounds))
         documents = document_kwargs(torch.tensor(bounds, dtype=torch.int32, device=device), longest)
-        out, _ = attention(module, *projections, None, scaling=HEAD_DIM**-0.5, **documents)
+        out, _ = attention(
+            module,
+            *projections,
+            None,
+            scaling=HEAD_DIM**-0.5,
+            sliding_window=pattern.window,
+            softcap=pattern.softcap,
+            **documents,
+        )
         return out
 
     return attend
 
 
-def plain(projections: Projections, bounds: list[int]) -> Tensor:
+def plain(projections: Projections, bounds: list[int], pattern: Pattern) -> Tensor:
     """Softmax attention written out, document by document."""
     groups = HEADS // KEY_HEADS
     key, value = (x.repeat_interleave(groups, 1) for x in projections[1:])
@@ -77,15 +96,21 @@ def plain(projections: Projections, bounds: list[int]) -> Tensor:
     for start, end in pairwise(bounds):
         q, k, v = (x[:, :, start:end] for x in (projections.query, key, value))
         scores = q @ k.mT * HEAD_DIM**-0.5
-        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-        outs.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ v)
+        if pattern.softcap is not None:
+            scores = pattern.softcap * (scores / pattern.softcap).tanh()
+        hidden = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+        if pattern.window is not None:
+            hidden |= torch.ones_like(hidden).tril(-pattern.window)
+        outs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v)
     return torch.cat(outs, 2).transpose(1, 2)
 
 
-def errors_of(attend: Attend, projections: Projections, bounds: list[int]) -> dict[str, float]:
+def errors_of(
+    attend: Attend, projections: Projections, bounds: list[int], pattern: Pattern
+) -> dict[str, float]:
     """Relative Frobenius errors of the result and of the three gradients against float64."""
     exact_inputs = Projections(*(x.detach().double().requires_grad_() for x in projections))
-    exact, got = plain(exact_inputs, bounds), attend(projections, bounds)
+    exact, got = plain(exact_inputs, bounds, pattern), attend(projections, bounds)
     upstream = torch.randn_like(got)
     true = (exact.detach(), *torch.autograd.grad(exact, exact_inputs, upstream.double()))
     found = (got.detach(), *torch.autograd.grad(got, projections, upstream))
@@ -154,7 +179,12 @@ def main(arguments: list[str] | None = None) -> int:
     for kind in kinds_of(torch.device(device), dtype):
         try:
             attend = packed(kind, device)
-            errors = errors_of(attend, projections, bounds)
+            errors = {}
+            for what, pattern in PATTERNS.items():
+                if all(kind in SUPPORT[feature] for feature in features_of(pattern)):
+                    found = packed(kind, device, pattern)
+                    for name, error in errors_of(found, projections, bounds, pattern).items():
+                        errors[name + what] = error
             wrong = [n for n, error in errors.items() if not error <= TOLERANCE[dtype]]
             speeds = [speed_of(attend, options.timed_tokens, n, device) for n in (1, 8)]
         except Exception as error:  # whatever a driver or a package raises

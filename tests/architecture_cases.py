@@ -41,7 +41,7 @@ TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 SECONDS = 100
 """A type that takes longer than this is a failure."""
-MOST_PARAMETERS = 2_000_000
+MOST_PARAMETERS = 5_000_000
 
 LAYERS = 4
 LENGTHS = (5, 21, 9)
@@ -158,6 +158,9 @@ def tiny_config(kind: str, variant: str = "") -> Any:
         sizes.pop("sliding_window", None)
     if "kv_lora_rank" in known:  # latent attention has as many key heads as query heads
         sizes.update(num_key_value_heads=4, head_dim=sizes["qk_rope_head_dim"])
+    types = known.get("layer_types") or []
+    if "full_attention" in types and "full_attention" not in types[:LAYERS]:
+        sizes["layer_types"] = [*types[: LAYERS - 1], "full_attention"]
     full: dict[str, Any] = {}
     if variant:
         known_types = "layer_types" in known
@@ -324,8 +327,9 @@ def _line(one: Seen) -> str:
 INTRODUCTION = """# Models
 
 The transformers causal language models that `redi train` supports. Packing needs attention that can
-be replaced in every layer; the fused loss needs logits that are lm_head's product alone. A model
-without either would be trained wrongly, so it is refused in one line, before data is read.
+be replaced in every layer; the fused loss needs logits that are a scaled or soft-capped product
+with lm_head. A model without either would be trained wrongly, so it is refused in one line, before
+data is read.
 
 | your model | its type | trains |
 |---|---|---|
@@ -333,18 +337,28 @@ without either would be trained wrongly, so it is refused in one line, before da
 | Qwen3, Qwen3 mixtures of experts | `qwen3`, `qwen3_moe` | yes |
 | Llama 3.x, DeepSeek-R1-Distill-Llama, SmolLM2 | `llama` | yes |
 | SmolLM3 | `smollm3` | yes |
-| OLMo 2, OLMoE | `olmo2`, `olmoe` | yes |
-| Phi-4, Phi-4-mini | `phi3` | yes, if `sliding_window` is null |
-| Mistral 7B v0.3, Mistral Nemo | `mistral` | yes: `sliding_window` is null |
-| Mixtral | `mixtral` | yes: `sliding_window` is null |
-| Gemma | `gemma` | yes |
-| Gemma 2 | `gemma2` | no: soft-capped logits |
-| Gemma 3 | `gemma3_text`, `gemma3` | no: sliding attention; a composite model from 4B on |
+| OLMo 2, OLMo 3, OLMoE | `olmo2`, `olmo3`, `olmoe` | yes |
+| Phi-4, Phi-4-mini | `phi3` | yes |
+| Mistral, Mistral Nemo, Ministral 8B, Mixtral | `mistral`, `ministral`, `mixtral` | yes |
+| Gemma, Gemma 2, text models of Gemma 3 | `gemma`, `gemma2`, `gemma3_text` | yes |
 | Granite 3 | `granite`, `granitemoe` | yes |
-| Cohere Command R | `cohere` | yes |
+| Cohere Command R, Command R7B | `cohere`, `cohere2` | yes |
 | MiniCPM 3 | `minicpm3` | yes |
-| gpt-oss | `gpt_oss` | no: sliding attention and sinks |
+| EXAONE 4, Apertus | `exaone4`, `apertus` | yes |
+| Nemotron (dense), StableLM 2 | `nemotron`, `stablelm` | yes |
+| gpt-oss | `gpt_oss` | yes; weights in bfloat16, as those in MXFP4 cannot be trained |
+| Gemma 3 from 4B on, Mistral Small 3.1 | `gemma3`, `mistral3` | their text model |
+| Qwen2.5-VL and other composite models | `qwen2_5_vl` | no |
 | Qwen3.5, Qwen3-Next | `qwen3_5`, `qwen3_next` | no: linear attention |
+
+Sliding windows are exact in each attention, and count in packing, MFU and the plan as the pairs of
+tokens within them. Soft-capped attention (Gemma 2) runs in flash-attn 2 and 3, and sinks (gpt-oss)
+in none. Otherwise both run document by document in plain PyTorch, which is exact and much slower;
+a run on a GPU warns of it.
+
+Of a composite model (text with vision) in this table the text model is trained, in packs of text.
+The export is the composite: the other tensors, config.json and the processor are the source's,
+bit by bit. So the source must still be there when a run ends.
 
 The type is `model_type` in the model's config.json. A checkpoint's configuration may differ from
 the type's default: `redi plan` with your recipe checks yours.

@@ -1,8 +1,9 @@
 """The first step of a recipe by plain transformers in float64, one sequence at a time."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -24,8 +25,18 @@ class FirstStep(NamedTuple):
     negative_logp: float | None
 
 
-def plain_first_step(path: Path) -> FirstStep:
-    """Of a recipe of `sft` or `redi`, with eager attention and without packing."""
+def plain_first_step(
+    path: Path,
+    auto: Any = AutoModelForCausalLM,
+    trained: Callable[[str], Any] = lambda name: True,
+) -> FirstStep:
+    """Of a recipe of `sft` or `redi`, with eager attention and without packing.
+
+    Args:
+        path: the recipe.
+        auto: the auto class of its model.
+        trained: whether a parameter is trained, by name.
+    """
     recipe = load_recipe(train_parser(), str(path), [str(path)])
     with join_world() as alone:
         data = prepare_data(recipe, alone, Console(active=False))
@@ -39,9 +50,10 @@ def plain_first_step(path: Path) -> FirstStep:
         cost=Cost(1.0, 0.0),
     )
     batches = next(iter(loader.steps(0)))
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto.from_pretrained(
         recipe.model.path, dtype=torch.float64, attn_implementation="eager"
     )
+    model.config._experts_implementation = "eager"  # the grouped products have no float64
     loss = torch.zeros((), dtype=torch.float64)
     means: dict[int, list[float]] = {1: [], -1: []}
     for index in data.examples.units[batches.units].flatten().tolist():
@@ -57,7 +69,8 @@ def plain_first_step(path: Path) -> FirstStep:
             alpha = recipe.objective.alpha
             loss = loss + (-1.0 if sign > 0 else alpha) * logps.mean() / len(batches.units)
     loss.backward()
-    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+    grads = [p.grad for name, p in model.named_parameters() if trained(name) and p.grad is not None]
+    norm = math.sqrt(sum(grad.square().sum().item() for grad in grads))
     positive, negative = (sum(part) / len(part) if part else None for part in means.values())
     assert positive is not None
     return FirstStep(loss.item(), norm, positive, negative)

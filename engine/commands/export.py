@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from redi.engine.errors import InputError
+from redi.engine.model.composite import SOURCE
 from redi.engine.model.export import architecture_to_export, files_of, write_folder
 from redi.engine.model.load import generation_config, read_config
 from redi.engine.storage import fetch_model, open_run, shown, url_of
@@ -51,6 +52,9 @@ def export_run(run_dir: Path, step: int | None, cache_dir: Path) -> str:
     )
     changes = (model.get("rope_theta"), model.get("max_position_embeddings"))
     config = read_config(path, *changes, weights=False)
+    if hasattr(config, SOURCE):  # the export has the composite's other weights too
+        path = fetch_model(model["path"], cache_dir, "model.path")
+        config = read_config(path)
     manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
     architecture = architecture_to_export(config, getattr(torch, manifest["dtype"]))
     files = files_of(architecture)

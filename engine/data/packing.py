@@ -29,19 +29,35 @@ _MIN_GAIN = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Cost of training a sequence: linear in its length, plus quadratic for attention."""
+    """Cost of training a sequence: linear in its length, plus attention over pairs of tokens.
+
+    A causal sequence of n tokens has n^2 / 2 pairs; with a window of w < n of them w (2 n - w) / 2.
+    """
 
     linear: float
     quadratic: float
+    """Of two pairs of tokens, in the layers without a window."""
+    windows: tuple[tuple[int, float], ...] = ()
+    """(w, cost of two pairs) of the layers with a window of w tokens."""
 
     def __post_init__(self) -> None:
-        if min(self.linear, self.quadratic) < 0 or self.linear + self.quadratic <= 0:
+        attention = [self.quadratic, *(cost for _, cost in self.windows)]
+        if min(self.linear, *attention) < 0 or self.linear + sum(attention) <= 0:
             raise ValueError(f"costs must be at least 0 and not both 0, got {self}")
 
     def of(self, lengths: np.ndarray) -> np.ndarray:
         """Cost of each sequence, float64 [S]. The cost of a pack is the sum over its sequences."""
         lengths = np.asarray(lengths, dtype=np.float64)
-        return self.linear * lengths + self.quadratic * lengths * lengths
+        cost = self.linear * lengths + self.quadratic * lengths * lengths
+        for window, two_pairs in self.windows:
+            seen = np.minimum(lengths, window)
+            cost += two_pairs * seen * (2 * lengths - seen)
+        return cost
+
+    def attention_times(self, factor: float) -> "Cost":
+        """The same with attention `factor` times as expensive."""
+        windows = tuple((window, factor * cost) for window, cost in self.windows)
+        return replace(self, quadratic=factor * self.quadratic, windows=windows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,14 +19,27 @@ from redi.engine.errors import InputError
 from redi.engine.loss.packed_loss import Logits
 from redi.engine.model.attention import (
     WITH_DROPOUT,
+    AttentionCall,
+    NoBoundariesError,
+    choose_attention,
     document_kwargs,
+    features_of,
     recording_calls,
+    register_mask_probe,
     register_probe,
 )
+from redi.engine.model.boundaries import pass_boundaries
+from redi.engine.model.document_attention import PLAIN, Pattern, visible
 from redi.engine.model.load import empty_model, first_line
 from redi.engine.model.logits import logits_of
 
 PROBED_LAYERS = 2
+"""Least number of layers of a probed model; more if there are more types of layers."""
+PROBED_WINDOW = 3
+PROBED_TOKENS = 6
+"""More than the probed window."""
+
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 DROPOUT_OPS = {"bernoulli", "bernoulli_", "native_dropout"}
 
@@ -47,12 +60,17 @@ def check_architecture(path: str, config: Any) -> Logits:
     try:
         if problem := _config_problem(config):
             raise InputError(problem)
-        model = _probe(config)
-        if problem := model_problem(model) or _forward_problem(model):
-            raise InputError(problem)
-        return logits_of(model)
+        return _probed(config).logits
     except InputError as error:
         raise InputError(f"model.path: {path}: {error}") from None
+
+
+def attention_for(
+    config: Any, wanted: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, str]:
+    """`choose_attention` with the features that a model's layers have."""
+    features = {name for pattern in layer_patterns(config) for name in features_of(pattern)}
+    return choose_attention(wanted, device, dtype, sorted(features))
 
 
 def check_dropout(path: str, config: Any, attention: str) -> None:
@@ -98,15 +116,11 @@ def _config_problem(config: Any) -> str | None:
         return f"{kind} has is_decoder = false; a causal language model is needed"
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are quantized (quantization_config), which cannot be trained"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "it has soft-capped attention (attn_logit_softcapping), which is not supported"
     layers = getattr(config, "layer_types", None)
-    if layers is None and getattr(config, "sliding_window", None) is not None:
-        layers = ["sliding_attention"]
-    if other := set(layers or ()) - {"full_attention"}:
+    if other := set(layers or ()) - SUPPORTED_LAYERS:
         return (
-            f"it has layers of type {', '.join(sorted(other))}; packs need full attention in every "
-            "layer"
+            f"it has layers of type {', '.join(sorted(other))}; packs need full or sliding "
+            "attention in every layer"
         )
     if "dynamic" in rope_types(config):
         return (
@@ -132,11 +146,58 @@ def rope_types(config: Any) -> set[str]:
     return {str(one["rope_type"]) for one in [parameters, *nested] if one.get("rope_type")}
 
 
-def _probe(config: Any) -> PreTrainedModel:
-    """A model of few layers on the meta device, with attention that computes nothing."""
+def layer_patterns(config: Any) -> tuple[Pattern, ...]:
+    """What each layer's attention has besides causality. InputError: as `check_architecture`."""
+    return _probed(config).patterns
+
+
+def drops_boundaries(config: Any) -> bool:
+    """True if a model needs `pass_boundaries`. InputError: as `check_architecture`."""
+    return _probed(config).drops_boundaries
+
+
+class _Probed(NamedTuple):
+    """What forwards of a model on the meta device show."""
+
+    logits: Logits
+    patterns: tuple[Pattern, ...]
+    drops_boundaries: bool
+
+
+_known: dict[str, _Probed] = {}
+"""Results of `_probed` in this process, by configuration: several checks of a run need them."""
+
+
+def _probed(config: Any) -> _Probed:
+    key = f"{type(config)} {config.to_json_string(use_diff=False)}"
+    if key not in _known:
+        model = _probe(config)
+        if problem := model_problem(model):
+            raise InputError(problem)
+        dropped = False
+        try:
+            patterns = _patterns(model, config)
+        except NoBoundariesError:
+            dropped = True
+            pass_boundaries(model)
+            patterns = _patterns(model, config)
+        _known[key] = _Probed(logits_of(model), patterns, dropped)
+    return _known[key]
+
+
+def _probe(config: Any, **changes: Any) -> PreTrainedModel:
+    """A model of few layers on the meta device, with attention that computes nothing.
+
+    Args:
+        config: of the whole model; not changed.
+        changes: other values for it.
+    """
     attention = register_probe()
     try:
-        return empty_model(_shallow(config), attention=attention)
+        shallow = _shallow(config)
+        for name, value in changes.items():
+            setattr(shallow, name, value)
+        return empty_model(shallow, attention=attention)
     except Exception as error:  # transformers raises many types
         if isinstance(error, KeyError) and error.args == (attention,):
             raise InputError(
@@ -156,40 +217,103 @@ def model_problem(model: PreTrainedModel) -> str | None:
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         return f"{name} has no plain lm_head (a bias is not supported)"
-    scalars = [key for key, tensor in model.state_dict().items() if tensor.dim() == 0]
+    scalars = [key for key, weight in model.named_parameters() if weight.dim() == 0]
     if scalars:
         return f"{name} has a weight without dimensions, which cannot be sharded: {scalars[0]}"
     return None
 
 
-def _forward_problem(model: PreTrainedModel) -> str | None:
-    """The problem in a forward of two documents, on the meta device."""
+def _patterns(model: PreTrainedModel, config: Any) -> tuple[Pattern, ...]:
+    """The patterns of a model's layers, by forwards of its first layer of each type.
+
+    Raises:
+        InputError: its attention is not causal within a window that the packed one is given.
+    """
+    depth, kept = config.num_hidden_layers, _probed_layers(config)
+    types = _layer_types(config) or [""] * depth
+    calls = _packed_calls(model)
+    _check_masks(config, checked=calls is not None)
+    # If it does not run without values, the first forward of training checks the number of calls.
+    patterns = [call.pattern for call in calls] if calls else [PLAIN] * len(kept)
+    of_type = {types[layer]: pattern for layer, pattern in zip(kept, patterns, strict=True)}
+    return tuple(of_type[kind] for kind in types)
+
+
+def _packed_calls(model: PreTrainedModel) -> list[AttentionCall] | None:
+    """The calls of attention in a forward of two documents; None if it does not run on meta."""
+    tokens = torch.arange(PROBED_TOKENS, device="meta")[None]
+    boundaries = torch.tensor([0, 4, PROBED_TOKENS], dtype=torch.int32)
+    ops = _RandomOps()
+    with ops:
+        calls = _calls_of(model, position_ids=tokens, **document_kwargs(boundaries, 4))
+    if calls is None:
+        return None
+    name, blocks = type(model).__name__, len(model.base_model.layers)
+    if len(calls) != blocks:
+        raise InputError(f"{name}: {len(calls)} of {blocks} layers call the attention function")
+    if ops.random:
+        raise InputError(f"{name}: it draws random numbers in training ({ops.random[0]})")
+    return calls
+
+
+def _check_masks(config: Any, checked: bool) -> None:
+    """Compare the masks of transformers' own attention with what the packed one is given.
+
+    transformers' own functions use the masks alone. A layer may have one that its arguments do not
+    have (a chunk, a window): packed attention would then be another.
+
+    Args:
+        checked: False if the calls of packed attention are not known.
+
+    Raises:
+        InputError: they differ.
+    """
+    has_window = isinstance(getattr(config, "sliding_window", None), int)
+    model = _probe(config, **{"sliding_window": PROBED_WINDOW} if has_window else {})
+    model.set_attn_implementation(register_mask_probe())
+    tokens = PROBED_TOKENS
+    whole = torch.ones(1, tokens, dtype=torch.int64, device="meta")
+    calls = _calls_of(model, attention_mask=whole, use_cache=False)
+    if calls is None and set(_layer_types(config) or ()) <= {"full_attention"}:
+        return
+    name = type(model).__name__
+    if calls is None or not checked:
+        raise InputError(f"{name}: its sliding windows cannot be checked without weights")
+    for number, call in enumerate(calls):
+        window = call.pattern.window
+        if window is not None and window != PROBED_WINDOW:
+            raise InputError(f"{name}: it has a window that is not its sliding_window ({window})")
+        expected = visible(0, tokens, 0, window)
+        if call.mask is None or not torch.equal(call.mask.view(tokens, tokens), expected):
+            raise InputError(
+                f"{name}: attention of its layer {number} is not causal, or has a mask"
+            )
+
+
+def _calls_of(model: PreTrainedModel, **inputs: Any) -> list[AttentionCall] | None:
+    """The calls of attention in a forward on the meta device; None if it does not run there.
+
+    Raises:
+        InputError: attention is called with what it does not support, or the forward fails.
+    """
     name = type(model).__name__
     for module_name, module in model.named_modules():
         if module_name.rpartition(".")[2] == "experts":
             # Without values the tokens of an expert are unknown. The shapes do not change.
             module.forward = _first_argument
-    tokens = torch.arange(6, device="meta")[None]
-    boundaries = torch.tensor([0, 4, 6], dtype=torch.int32)
-    ops = _RandomOps()
+    ids = torch.arange(PROBED_TOKENS, device="meta")[None]
     try:
-        with recording_calls() as calls, torch.no_grad(), ops:
-            model.base_model(
-                input_ids=tokens, position_ids=tokens, **document_kwargs(boundaries, 4)
-            )
+        with recording_calls() as calls, torch.no_grad():
+            model.base_model(input_ids=ids, **inputs)
     except InputError as error:
-        return f"{name}: {error}, which packs do not support"
+        raise type(error)(f"{name}: {error}, which packs do not support") from None
     except Exception as error:
         if isinstance(error, NotImplementedError) or "meta" in str(error):
-            # Some layers do not run without values. The first forward of training checks again.
-            return None
-        return f"{name}: its forward fails without a mask: {first_line(error)}"
-    blocks = len(model.base_model.layers)
-    if len(calls) != blocks:
-        return f"{name}: {len(calls)} of {blocks} layers call the attention function"
-    if ops.random:
-        return f"{name}: it draws random numbers in training ({ops.random[0]})"
-    return None
+            return None  # some layers do not run without values
+        raise InputError(
+            f"{name}: its forward fails without weights or a mask: {first_line(error)}"
+        ) from None
+    return calls
 
 
 class _RandomOps(TorchDispatchMode):
@@ -217,17 +341,30 @@ def _first_argument(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 
 
 def _shallow(config: Any) -> Any:
-    """A copy with few layers; lists with one value per layer are cut to the same number."""
-    depth = getattr(config, "num_hidden_layers", 0)
+    """A copy with few layers, those of `_probed_layers`."""
     copy = deepcopy(config)
     copy.pad_token_id = None  # `check_vocabulary` checks it later
-    if depth <= PROBED_LAYERS:
-        return copy
+    depth, kept = getattr(config, "num_hidden_layers", 0), _probed_layers(config)
     for name, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == depth:
-            setattr(copy, name, value[:PROBED_LAYERS])
-    copy.num_hidden_layers = PROBED_LAYERS
+            setattr(copy, name, [value[layer] for layer in kept])
+    copy.num_hidden_layers = len(kept)
     return copy
+
+
+def _probed_layers(config: Any) -> list[int]:
+    """The first layer of each type, and others up to `PROBED_LAYERS`."""
+    depth = getattr(config, "num_hidden_layers", 0)
+    types = _layer_types(config) or []
+    first = {types.index(kind) for kind in types}
+    others = [layer for layer in range(depth) if layer not in first]
+    return sorted([*first, *others[: max(0, PROBED_LAYERS - len(first))]])
+
+
+def _layer_types(config: Any) -> list[str] | None:
+    """The type of each layer's attention."""
+    types = getattr(config, "layer_types", None)
+    return types if types and len(types) == config.num_hidden_layers else None
 
 
 def per_document_rope(model: nn.Module, config: Any) -> None:

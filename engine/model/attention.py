@@ -8,20 +8,21 @@ registered with it, so transformers builds no mask, which would need a device sy
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from redi.engine.errors import InputError
+from redi.engine.model.document_attention import Pattern, attend_document
 
 NAME = "redi_packed"
 PROBE = "redi_probe"
+MASK_PROBE = "redi_mask_probe"
 FLASH_FUNCTION = "flash_attn_varlen_func"
 
 
@@ -44,15 +45,20 @@ FLASH = {
     "flash-2": Flash("flash-attn", "flash_attn", (8, 9, 10, 11, 12)),
 }
 
+PLANNED = "planned"
+"""Kind for `redi plan`: torch's varlen attention without a soft cap and sinks, whose result has the
+same size."""
+
+# Names of transformers' arguments for the boundaries of documents.
+DOCUMENT_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 # Kinds of attention that support dropout on the attention probabilities.
 WITH_DROPOUT = {"sdpa", "flash-2"}
 
-# Arguments that change the result -> the feature of a model that passes them.
-REFUSED_ARGUMENTS = {
-    "sliding_window": "a sliding window",
-    "softcap": "soft-capped scores",
-    "s_aux": "sinks",
-    "position_bias": "position biases",
+# Feature of a model's attention -> kinds that support it. All support a sliding window.
+SUPPORT = {
+    "soft-capped scores": {"sdpa", "flash-2", "flash-3", PLANNED},
+    "sinks": {"sdpa", PLANNED},
 }
 
 # Kinds that torch.compile cannot include in a graph: sdpa reads the documents' lengths, flash-4 is
@@ -60,15 +66,33 @@ REFUSED_ARGUMENTS = {
 NOT_IN_GRAPHS = {"sdpa", "flash-4"}
 
 
-def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def choose_attention(
+    wanted: str, device: torch.device, dtype: torch.dtype, features: Iterable[str] = ()
+) -> tuple[str, str]:
     """Resolve `[model] attention` on this machine.
+
+    Args:
+        wanted: the recipe's value.
+        device, dtype: of computation.
+        features: keys of `SUPPORT` that the model has.
 
     Returns:
         The name ("varlen", "sdpa" or a key of `FLASH`) and the reason, for the log.
 
     Raises:
-        InputError: the requested one cannot run on this machine.
+        InputError: the requested one cannot run on this machine, or not with the features.
     """
+    kind, reason = _choose(wanted, device, dtype)
+    lacking = [feature for feature in features if kind not in SUPPORT[feature]]
+    if not lacking:
+        return kind, reason
+    problem = f"{kind} has no {' and no '.join(lacking)}, which the model needs"
+    if wanted != "auto":
+        raise InputError(f'model.attention: "{wanted}": {problem}; use "auto" or "sdpa"')
+    return "sdpa", f"document by document, much slower: {problem}"
+
+
+def _choose(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     problem = None
     if device.type != "cuda":
         problem = f"needs CUDA, this run is on {device.type}"
@@ -119,7 +143,7 @@ def register_attention(kind: str) -> str:
     if kind == "sdpa":
         AttentionInterface.register(NAME, _sdpa)
     else:
-        varlen = _torch_varlen() if kind == "varlen" else _flash_varlen(kind)
+        varlen = _flash_varlen(kind) if kind in FLASH else _torch_varlen()
         AttentionInterface.register(NAME, _whole_pack(varlen, kind))
     return NAME
 
@@ -136,12 +160,39 @@ def register_probe() -> str:
     return PROBE
 
 
-_calls: list[str] | None = None
+def register_mask_probe() -> str:
+    """Register attention that computes nothing and records the mask that it is given.
+
+    The masks are those that transformers builds for its own attention, bool [1, 1, T, T].
+
+    Returns:
+        The name to set in a model.
+    """
+    AttentionInterface.register(MASK_PROBE, _mask_probe)
+    AttentionMaskInterface.register(MASK_PROBE, _mask)
+    return MASK_PROBE
+
+
+class NoBoundariesError(InputError):
+    """Attention was called without the boundaries of documents."""
+
+
+class AttentionCall(NamedTuple):
+    """A call of one of the functions here."""
+
+    kind: str
+    pattern: Pattern
+    documents: int
+    mask: torch.Tensor | None = None
+    """What the mask probe was given."""
+
+
+_calls: list[AttentionCall] | None = None
 
 
 @contextmanager
-def recording_calls() -> Iterator[list[str]]:
-    """Within the context, each call of packed attention appends its kind to the list."""
+def recording_calls() -> Iterator[list[AttentionCall]]:
+    """Within the context, each call of packed attention is appended to the list."""
     global _calls
     _calls = []
     try:
@@ -158,33 +209,43 @@ def document_kwargs(cu_seqlens: torch.Tensor, max_seqlen: int) -> dict[str, Any]
         max_seqlen: tokens of the longest document. A host int, because a tensor would sync the
             device or cause a recompile.
     """
-    return {
-        "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
-        "max_length_q": max_seqlen,
-        "max_length_k": max_seqlen,
-        "use_cache": False,
-    }
+    values = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return {**dict(zip(DOCUMENT_KWARGS, values, strict=True)), "use_cache": False}
 
 
 def _enter(
     kind: str,
     cu_seqlens: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
+    dropout: float,
     other: dict[str, Any],
-) -> None:
+) -> Pattern:
     """Record a call. Raise InputError for arguments that must not be ignored."""
     if cu_seqlens is None:
-        raise InputError("the model does not pass document boundaries to its attention")
+        raise NoBoundariesError("the model does not pass document boundaries to its attention")
     if attention_mask is not None:
         raise InputError("the model passes its own mask to its attention")
-    for name, meaning in REFUSED_ARGUMENTS.items():
-        if other.get(name) is not None:
-            raise InputError(f"the model's attention has {meaning} ({name})")
-    if other.get("dropout") and kind not in WITH_DROPOUT:
+    if other.get("position_bias") is not None:
+        raise InputError("the model's attention has position biases (position_bias)")
+    if dropout and kind not in WITH_DROPOUT:
         raise InputError(f'attention_dropout is not available with attention "{kind}"')
+    pattern = _pattern(other)
+    for feature in features_of(pattern):
+        if kind not in SUPPORT[feature]:
+            raise InputError(f'the model\'s {feature} are not available with attention "{kind}"')
     if _calls is not None:
-        _calls.append(kind)
+        _calls.append(AttentionCall(kind, pattern, len(cu_seqlens) - 1))
+    return pattern
+
+
+def _pattern(arguments: dict[str, Any]) -> Pattern:
+    return Pattern(*(arguments.get(name) for name in ("sliding_window", "softcap", "s_aux")))
+
+
+def features_of(pattern: Pattern) -> list[str]:
+    """The keys of `SUPPORT` that a layer's attention needs."""
+    wanted = {"soft-capped scores": pattern.softcap, "sinks": pattern.sinks}
+    return [feature for feature, value in wanted.items() if value is not None]
 
 
 def _probe(
@@ -195,11 +256,38 @@ def _probe(
     attention_mask: torch.Tensor | None,
     *,
     cu_seq_lens_q: torch.Tensor | None = None,
+    dropout: float = 0.0,
     **other: Any,
 ) -> tuple[torch.Tensor, None]:
-    _enter("sdpa", cu_seq_lens_q, attention_mask, other)
+    _enter("sdpa", cu_seq_lens_q, attention_mask, dropout, other)
+    return _nothing(query, value), None
+
+
+def _nothing(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Memory in the shape of attention's result."""
     batch, heads, tokens, _ = query.shape
-    return value.new_empty(batch, tokens, heads, value.shape[-1]), None
+    return value.new_empty(batch, tokens, heads, value.shape[-1])
+
+
+def _mask_probe(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **other: Any,
+) -> tuple[torch.Tensor, None]:
+    if _calls is not None:
+        _calls.append(AttentionCall("mask", _pattern(other), 1, attention_mask))
+    return _nothing(query, value), None
+
+
+def _mask(
+    q_length: int, kv_length: int, mask_function: Callable[..., torch.Tensor], **_: Any
+) -> torch.Tensor:
+    """A mask as transformers defines it, on the CPU, without padding."""
+    queries, keys = torch.arange(q_length)[:, None], torch.arange(kv_length)
+    return mask_function(0, 0, queries, keys)[None, None]
 
 
 @torch.compiler.disable  # would be recompiled for each number of documents
@@ -215,15 +303,15 @@ def _sdpa(
     dropout: float = 0.0,
     **other: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One causal SDPA per document. query [1, heads, T, d], key and value [1, kv_heads, T, d]."""
-    _enter("sdpa", cu_seq_lens_q, attention_mask, other)
+    """Document by document. query [1, heads, T, d], key and value [1, kv_heads, T, d]."""
+    pattern = _enter("sdpa", cu_seq_lens_q, attention_mask, dropout, other)
     assert cu_seq_lens_q is not None
     groups = query.shape[1] // key.shape[1]
     # Expanded here, because enable_gqa uses the O(T^2) memory path on a CPU.
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     lengths = cu_seq_lens_q.diff().tolist()
     documents = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout)
+        attend_document(q, k, v, pattern, scaling, dropout)
         for q, k, v in zip(
             query.split(lengths, dim=2),
             key.split(lengths, dim=2),
@@ -236,9 +324,10 @@ def _sdpa(
 
 
 Varlen = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, Any, float], torch.Tensor
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, Any, float, Pattern],
+    torch.Tensor,
 ]
-"""query, key, value [T, heads, d], cu_seqlens, longest document, scale, dropout ->
+"""query, key, value [T, heads, d], cu_seqlens, longest document, scale, dropout, pattern ->
 [T, heads, d]; causal."""
 
 
@@ -258,10 +347,12 @@ def _whole_pack(varlen: Varlen, kind: str) -> Callable[..., tuple[torch.Tensor, 
         dropout: float = 0.0,
         **other: Any,
     ) -> tuple[torch.Tensor, None]:
-        _enter(kind, cu_seq_lens_q, attention_mask, {**other, "dropout": dropout})
+        pattern = _enter(kind, cu_seq_lens_q, attention_mask, dropout, other)
         assert cu_seq_lens_q is not None
+        if pattern.window is not None and pattern.window >= max_length_q:
+            pattern = pattern._replace(window=None)  # without a window the kernels are faster
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        out = varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout)
+        out = varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout, pattern)
         return out.unsqueeze(0), None
 
     return attend
@@ -282,13 +373,16 @@ def _torch_varlen() -> Varlen:
         longest: int,
         scale: float | None,
         dropout: float,
+        pattern: Pattern,
     ) -> torch.Tensor:
         grouped: dict[str, Any] = {}
         if has_gqa_option:
             grouped["enable_gqa"] = query.shape[1] != key.shape[1]
         boundaries = (cu_seqlens, cu_seqlens, longest, longest)
+        # Tokens before and after the query's own; (-1, 0) is causal without a window.
+        window = (-1 if pattern.window is None else pattern.window - 1, 0)
         out = varlen_attn(
-            query, key, value, *boundaries, scale=scale, window_size=(-1, 0), **grouped
+            query, key, value, *boundaries, scale=scale, window_size=window, **grouped
         )
         assert isinstance(out, torch.Tensor)  # a tuple only if the log-sum-exp is requested
         return out
@@ -308,8 +402,13 @@ def _flash_varlen(kind: str) -> Varlen:
         longest: int,
         scale: float | None,
         dropout: float,
+        pattern: Pattern,
     ) -> torch.Tensor:
-        options = {"dropout_p": dropout} if kind in WITH_DROPOUT else {}
+        options: dict[str, Any] = {"dropout_p": dropout} if kind in WITH_DROPOUT else {}
+        if pattern.window is not None:
+            options["window_size"] = (pattern.window - 1, 0)
+        if pattern.softcap is not None:
+            options["softcap"] = pattern.softcap
         out = function(
             query,
             key,

@@ -16,11 +16,14 @@ from redi.engine.distributed import World
 from redi.engine.errors import InputError
 from redi.engine.loss.packed_loss import PLAIN, PackedLoss
 from redi.engine.model.architecture import (
+    attention_for,
     check_architecture,
+    drops_boundaries,
     model_problem,
     per_document_rope,
 )
-from redi.engine.model.attention import choose_attention, register_attention
+from redi.engine.model.attention import register_attention
+from redi.engine.model.boundaries import pass_boundaries
 from redi.engine.model.export import check_exportable
 from redi.engine.model.liger import apply_liger
 from redi.engine.model.load import empty_model, generation_config, read_config
@@ -76,6 +79,8 @@ def build_model(path: str, config: Any, attention: str) -> PreTrainedModel:
     model = empty_model(config, attention=register_attention(attention))
     if problem := model_problem(model):
         raise InputError(f"model.path: {path}: {problem}")
+    if drops_boundaries(config):
+        pass_boundaries(model)
     if (generation := generation_config(path)) is not None:
         model.generation_config = generation
     return model
@@ -86,9 +91,11 @@ def build_student(
 ) -> tuple[Student, PreTrainedTokenizerBase]:
     """Build the model, check that it can be exported, shard it, read its weights."""
     path = recipe.model.path or ""
-    kind, reason = choose_attention(recipe.model.attention, world.device, dtype)
+    kind, reason = attention_for(config, recipe.model.attention, world.device, dtype)
+    slow = kind == "sdpa" and recipe.model.attention == "auto" and world.device.type == "cuda"
     precision = str(dtype).removeprefix("torch.")
-    console.say(f"attention: {kind} ({reason}); compute dtype {precision}")
+    show = console.warn if slow else console.say
+    show(f"attention: {kind} ({reason}); compute dtype {precision}")
     model = build_model(path, config, kind)
     per_document_rope(model, config)  # not on the meta device: it reads positions
     tokenizer = check_vocabulary(recipe, model.config)

@@ -31,6 +31,8 @@ from transformers import (
 
 from redi.engine.distributed import World
 from redi.engine.errors import RunError
+from redi.engine.model.composite import SOURCE
+from redi.engine.model.composite_export import restore_composite
 from redi.engine.model.load import empty_model
 from redi.engine.model.student import Student
 from redi.engine.model.weights import INDEX, as_stored, check_weights, weight_files
@@ -128,6 +130,8 @@ def write_folder(
             generation.save_pretrained(partial)
         _write_weights(partial, model, files, tensors)
         _check_loads(partial, len(tokenizer))
+        if hasattr(model.config, SOURCE):
+            restore_composite(partial, model)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):

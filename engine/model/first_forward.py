@@ -30,6 +30,8 @@ class ForwardRecord:
     """Kind of the packed attention, a name returned by `choose_attention`."""
     attention_calls: int
     """Number of its calls: one per layer."""
+    windows: dict[str, int]
+    """Number of calls by sliding window, in tokens; without those that have none."""
     loss: dict[str, list[str]]
     """Names of backends, by loss op."""
     liger: dict[str, int]
@@ -37,10 +39,13 @@ class ForwardRecord:
 
     def text(self) -> str:
         """One line for the log."""
+        windows = "".join(
+            f" ({count} with a window of {tokens})" for tokens, count in self.windows.items()
+        )
         loss = ", ".join(f"{op} ({', '.join(names)})" for op, names in self.loss.items())
         liger = ", ".join(f"{count} {name}" for name, count in self.liger.items())
         return (
-            f"attention {self.attention} in {self.attention_calls} layers; loss {loss}; "
+            f"attention {self.attention} in {self.attention_calls} layers{windows}; loss {loss}; "
             f"liger-kernel {liger or 'off'}"
         )
 
@@ -78,7 +83,8 @@ def record_forward(model: PreTrainedModel, forward: Callable[[], Out]) -> tuple[
     with recording_calls() as calls, torch.compiler.set_stance("force_eager"), ops:
         out = forward()
     layers = model.base_model.layers
-    if len(calls) != len(layers) or len(set(calls)) != 1:
+    kinds = {call.kind for call in calls}
+    if len(calls) != len(layers) or len(kinds) != 1:
         others = Counter(_attention_name(layer) for layer in layers)
         listed = ", ".join(f"{count} of {name}" for name, count in others.items())
         raise InputError(
@@ -87,7 +93,8 @@ def record_forward(model: PreTrainedModel, forward: Callable[[], Out]) -> tuple[
         )
     # The plain reference backend is not an op.
     loss = ops.backends or {"plain PyTorch": ["reference"]}
-    return out, ForwardRecord(calls[0], len(calls), loss, liger_layers(model))
+    windows = Counter(str(call.pattern.window) for call in calls if call.pattern.window is not None)
+    return out, ForwardRecord(kinds.pop(), len(calls), dict(windows), loss, liger_layers(model))
 
 
 def liger_layers(model: PreTrainedModel) -> dict[str, int]:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from redi.engine.data.packing import Cost
+from redi.engine.model.architecture import layer_patterns
 from redi.engine.model.load import empty_model
 
 
@@ -29,13 +30,15 @@ class ModelSize:
     head: int
     """Weights of lm_head, also if it is tied to the input embedding."""
     attention: int
-    """Sum over layers and heads of the dimensions of a key and of a value."""
+    """Sum over layers without a window, and heads, of the dimensions of a key and of a value."""
     parameters: int
     """All weights, as they are stored and gathered."""
     layers: int
     spared: int
     """Weights of the blocks' last products, of `trunk`, if backward does not read their results:
     recomputation ends before them."""
+    windows: tuple[tuple[int, int], ...] = ()
+    """(w, the same sum as `attention`) over the layers with a sliding window of w tokens."""
 
     def step_flops(self, lengths: np.ndarray, targets: int) -> float:
         """Flops of one forward and backward of sequences: what a step needs, not what it executes.
@@ -44,19 +47,24 @@ class ModelSize:
 
         lm_head is computed for trained positions alone, so it counts for those alone. A pair of
         tokens costs a layer's head 2 (key + value) forward and twice that backward; a causal
-        sequence has length² / 2 pairs. Recomputed activations and logits do not count.
+        sequence has length² / 2 pairs, fewer in layers with a window (`Cost`). Recomputed
+        activations and logits do not count.
 
         Args:
             lengths: int [S], tokens of each sequence.
             targets: trained tokens of all sequences.
         """
-        lengths = np.asarray(lengths, dtype=np.float64)
-        products = 6.0 * (self.trunk * float(lengths.sum()) + self.head * targets)
-        return products + 3.0 * self.attention * float((lengths * lengths).sum())
+        trunk = self._cost(6.0 * self.trunk, 3.0)
+        return float(trunk.of(lengths).sum()) + 6.0 * self.head * targets
 
     def training_cost(self) -> Cost:
         """Training flops of a sequence, for packing: every token counts as trained."""
-        return Cost(linear=6.0 * (self.trunk + self.head), quadratic=3.0 * self.attention)
+        return self._cost(6.0 * (self.trunk + self.head), 3.0)
+
+    def _cost(self, linear: float, two_pairs: float) -> Cost:
+        """A cost with flops of two pairs of tokens for each dimension of a key or value."""
+        windows = tuple((window, two_pairs * dims) for window, dims in self.windows)
+        return Cost(linear, two_pairs * self.attention, windows)
 
     def run_cost(self, checkpointing: str) -> Cost:
         """Flops executed for a sequence: those of training, plus recomputation.
@@ -68,16 +76,14 @@ class ModelSize:
         """
         again = 2.0 if checkpointing in ("attention", "full") else 0.0
         attention_again = 2.0 if checkpointing == "full" else 0.0
-        return Cost(
-            linear=6.0 * (self.trunk + self.head) + again * (self.trunk - self.spared),
-            quadratic=(6.0 + attention_again) / 2 * self.attention,
-        )
+        linear = 6.0 * (self.trunk + self.head) + again * (self.trunk - self.spared)
+        return self._cost(linear, (6.0 + attention_again) / 2)
 
 
 def model_size(config: PretrainedConfig) -> ModelSize:
     """Count the modules of a model on the meta device, without its weights."""
     model = empty_model(config)
-    trunk = attention = 0
+    trunk = 0
     for name, module in model.base_model.named_modules():
         if not isinstance(module, nn.Embedding):
             share = _active_share(model.base_model, name)
@@ -86,21 +92,25 @@ def model_size(config: PretrainedConfig) -> ModelSize:
                 for key, weight in module.named_parameters(recurse=False)
                 if weight.dim() > 1 and "bias" not in key
             )
-    for layer in model.base_model.layers:
+    attention: dict[int | None, int] = {None: 0}
+    patterns = layer_patterns(config)
+    for layer, pattern in zip(model.base_model.layers, patterns, strict=True):
         one = layer.self_attn
         heads = getattr(one, "num_heads", None) or config.num_attention_heads
         key, value = (
             getattr(one, name, None) or getattr(one, "head_dim", None) or head_dim(config)
             for name in ("qk_head_dim", "v_head_dim")
         )
-        attention += heads * (key + value)
+        window = pattern.window
+        attention[window] = attention.get(window, 0) + heads * (key + value)
     return ModelSize(
         trunk=trunk,
         head=model.get_output_embeddings().weight.numel(),
-        attention=attention,
+        attention=attention.pop(None),
         parameters=sum(p.numel() for p in model.parameters()),
         layers=len(model.base_model.layers),
         spared=sum(map(_spared, model.base_model.layers)),
+        windows=tuple((window, dims) for window, dims in attention.items() if window is not None),
     )
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from redi.engine.errors import InputError
 from redi.engine.hub import NO_HUB_NAME, is_hub_name, quiet_hub_client
+from redi.engine.model.composite import TESTED, text_config
 
 
 def find_config(path: str, name: str, weights: bool = True) -> Any:
@@ -56,6 +57,8 @@ def read_config(
 ) -> Any:
     """The configuration of a model, with replaced values. `check_architecture` checks it.
 
+    Of a composite model (`composite.TESTED`) it is that of its text model.
+
     Args:
         path: directory or hub name.
         rope_theta, max_position_embeddings: replace the model's values.
@@ -65,6 +68,13 @@ def read_config(
         InputError: as `find_config`, or there is no rope_theta to replace.
     """
     config = find_config(path, "model.path", weights)
+    if config.model_type in TESTED:
+        if rope_theta is not None or max_position_embeddings is not None:
+            raise InputError(
+                f"model.rope_theta and model.max_position_embeddings: {path} is a composite model, "
+                "whose config.json is exported as it is; change it there"
+            )
+        return text_config(config, path)
     if rope_theta is not None:
         if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
             raise InputError(f"model.rope_theta: {path} has no rope_theta to replace")

@@ -24,6 +24,7 @@ from transformers.conversion_mapping import extract_weight_conversions_for_model
 from transformers.core_model_loading import revert_weight_conversion
 
 from redi.engine.errors import InputError
+from redi.engine.model.composite import SOURCE, text_names
 from redi.engine.model.conversions import Merged, translate
 from redi.engine.model.load import first_line
 
@@ -48,7 +49,9 @@ def read_weights(model: PreTrainedModel, path: str) -> None:
     _compute_buffers(model, path)
     try:
         files = weight_files(path)
-        if extract_weight_conversions_for_model(model):
+        if hasattr(model.config, SOURCE):
+            _read_text_model(model, files)
+        elif extract_weight_conversions_for_model(model):
             _read_converted(model, files)
         else:
             check_weights(model, files)
@@ -149,6 +152,14 @@ def _read_converted(model: PreTrainedModel, files: Mapping[Path, list[str]]) -> 
     )
 
 
+def _read_text_model(model: PreTrainedModel, files: Mapping[Path, list[str]]) -> None:
+    """Read the weights of a composite's text model."""
+    names = text_names(files)
+    found = {name for own in names.values() for name in own.values()}
+    _check_names(model, model.state_dict().keys(), found)
+    _read(model, names)
+
+
 def _read_merged(
     merged: Merged,
     model: PreTrainedModel,
@@ -213,7 +224,7 @@ def _read(model: PreTrainedModel, files: Mapping[Path, Mapping[str, str]]) -> No
 def _copy_shard(tensor: torch.Tensor, source: Any) -> None:
     local, part = _local_shard(tensor)
     if local.numel():
-        local.copy_(source[part])
+        local.copy_(source[part if tensor.dim() else ...])  # a buffer may have no dimension
 
 
 def _same_shard(tensor: torch.Tensor, source: Any) -> bool:

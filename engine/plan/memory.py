@@ -30,6 +30,7 @@ from redi.engine.config.sections import Recipe
 from redi.engine.data.loader import StepBatches
 from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.packed_loss import PLAIN, PackedLoss
+from redi.engine.model.attention import PLANNED
 from redi.engine.model.build import build_model
 from redi.engine.model.flops import ModelSize, head_dim
 from redi.engine.model.offload import host_memory
@@ -163,7 +164,7 @@ def phase_peaks(
     """
     device = torch.device("cpu")  # not CUDA: FSDP2 would need its streams
     dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))
-    model = build_model(recipe.model.path or "", config, "varlen")
+    model = build_model(recipe.model.path or "", config, PLANNED)
     model.train()
     section = recipe.objective
     filters = section.filter_epsilon > 0

@@ -28,14 +28,12 @@ class PackedStep:
     packing: Packing
     packs: list[np.ndarray]
     """Indices of the traces in each pack, of all micro-steps and ranks."""
-    tokens: np.ndarray
-    """float64 [micro-steps, ranks]: sum of lengths."""
-    squares: np.ndarray
-    """float64 [micro-steps, ranks]: sum of squared lengths."""
+    lengths: np.ndarray
+    """float64 [S], of the step's traces."""
 
     def flops(self, cost: Cost) -> np.ndarray:
         """Of each pack, float64 [micro-steps, ranks]."""
-        return cost.linear * self.tokens + cost.quadratic * self.squares
+        return pack_sums(self.packing, cost.of(self.lengths))
 
 
 def slowest(packs: np.ndarray, gather: str) -> np.ndarray:
@@ -97,8 +95,8 @@ def pack_run(
         steps=total,
         tokens=sum(int(lengths[_traces(step, data)].sum()) for step in range(1, total + 1)),
         packed_steps=len(steps),
-        micro_steps=float(np.mean([len(step.tokens) for step in steps])),
-        most_micro_steps=max(len(step.tokens) for step in steps),
+        micro_steps=float(np.mean([len(step.packing.packs) for step in steps])),
+        most_micro_steps=max(len(step.packing.packs) for step in steps),
         rank_efficiency=float(np.mean([step.packing.rank_efficiency for step in steps])),
         worst=WorstStep(worst.step, worst.packing.rank_efficiency, worst.packing.bound),
         fullest_pack=int(lengths[fullest].sum()),
@@ -129,8 +127,7 @@ def pack_step(step: int, data: PreparedData, recipe: Recipe, ranks: int, cost: C
         step,
         packing,
         [traces[places] for packs in packing.packs for places in packs],
-        pack_sums(packing, lengths.astype(np.float64)),
-        pack_sums(packing, lengths.astype(np.float64) ** 2),
+        lengths.astype(np.float64),
     )
 
 
@@ -141,7 +138,10 @@ def pack_sums(packing: Packing, values: np.ndarray) -> np.ndarray:
         packing: of a step.
         values: float64 [S], of each sequence.
     """
-    return np.array([[values[places].sum() for places in packs] for packs in packing.packs])
+    packs = [places for step in packing.packs for places in step]
+    numbers = np.repeat(np.arange(len(packs)), [len(places) for places in packs])
+    sums = np.bincount(numbers, values[np.concatenate(packs)], len(packs))
+    return sums.reshape(len(packing.packs), -1)
 
 
 def _traces(step: int, data: PreparedData) -> np.ndarray:

@@ -245,7 +245,7 @@ def _candidates(
                 row_tokens=row,
                 seconds=float(np.mean([step_seconds(each, size, ranks, shard) for each in waits])),
                 rank_efficiency=float(np.mean([step.packing.rank_efficiency for step in steps])),
-                micro_steps=max(len(step.tokens) for step in steps),
+                micro_steps=max(len(step.packing.packs) for step in steps),
                 targets=frozenset(
                     int(trained[traces].sum())
                     for step in steps

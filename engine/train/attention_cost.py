@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
 from redi.engine.data.packing import Cost
 from redi.engine.distributed import World
-from redi.engine.model.attention import choose_attention, document_kwargs, register_attention
+from redi.engine.model.architecture import attention_for
+from redi.engine.model.attention import document_kwargs, register_attention
 from redi.engine.model.flops import head_dim
 from redi.engine.model.sharding import compute_dtype
 from redi.engine.train.run_folder import read_manifest
@@ -41,14 +41,14 @@ REPEATS = 5
 def calibrated(
     cost: Cost, recipe: Recipe, config: Any, run_dir: Path, world: World, console: Console
 ) -> tuple[Cost, float]:
-    """A cost whose quadratic part counts as much as it takes; equal on every rank. Collective.
+    """A cost whose attention counts as much as it takes; equal on every rank. Collective.
 
     A run measures once, on rank 0, and keeps the result in its manifest, so that its packs stay the
     same on resume. Runs on a CPU and with `train.deterministic`, which must not depend on a
     measurement, and runs started by an older version have 1.
 
     Returns:
-        The cost, and the factor on its quadratic part.
+        The cost, and the factor on its attention.
     """
 
     def find() -> float:
@@ -57,7 +57,7 @@ def calibrated(
         if world.device.type != "cuda" or recipe.train.deterministic:
             return 1.0
         dtype = compute_dtype(recipe.train.dtype, world.device)
-        kind, _ = choose_attention(recipe.model.attention, world.device, dtype)
+        kind, _ = attention_for(config, recipe.model.attention, world.device, dtype)
         try:
             return rounded(measure(config, kind, world.device, dtype))
         except RuntimeError as error:  # packs remain valid, only less balanced
@@ -67,7 +67,7 @@ def calibrated(
     factor = world.from_rank0(find)
     if factor != 1:
         console.say(f"a flop of attention counts {factor:g} times in packing, as measured")
-    return replace(cost, quadratic=factor * cost.quadratic), factor
+    return cost.attention_times(factor), factor
 
 
 def rounded(factor: float) -> float:

@@ -13,8 +13,8 @@ from transformers.utils import logging as transformers_logging
 from redi.engine.config.sections import Recipe, check_replicas
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
-from redi.engine.model.architecture import check_dropout
-from redi.engine.model.attention import NOT_IN_GRAPHS, choose_attention
+from redi.engine.model.architecture import attention_for, check_dropout
+from redi.engine.model.attention import NOT_IN_GRAPHS
 from redi.engine.model.build import model_config
 from redi.engine.model.checkpointing import NOT_KEPT
 from redi.engine.model.sharding import compute_dtype
@@ -52,7 +52,7 @@ def check_before_data(recipe: Recipe, run_dir: Path, world: World) -> Preflight:
     check_trackers(recipe.run.trackers)
     check_replicas(recipe.shard, world.size)
     dtype = compute_dtype(recipe.train.dtype, world.device)
-    kind, _ = choose_attention(recipe.model.attention, world.device, dtype)
+    kind, _ = attention_for(config, recipe.model.attention, world.device, dtype)
     check_dropout(recipe.model.path or "", config, kind)
     _check_compile(recipe, kind)
     _check_checkpointing(recipe, kind)

@@ -224,6 +224,21 @@ def test_costs_must_cost_something():
             Cost(linear, quadratic)
 
 
+def test_a_window_bounds_the_pairs_of_a_token() -> None:
+    lengths = np.array([1, 7, 8, 9, 50])
+    full, sliding = Cost(2.0, 3.0), Cost(2.0, 0.0, ((8, 3.0),))
+    np.testing.assert_array_equal(full.of(lengths)[:3], sliding.of(lengths)[:3])
+    # From there a further token adds its 8 pairs, twice.
+    assert np.diff(sliding.of(np.arange(8, 12))).tolist() == [2 + 3 * 2 * 8] * 3
+    both = Cost(2.0, 3.0, ((8, 3.0),))
+    np.testing.assert_array_equal(
+        both.attention_times(2).of(lengths),
+        2 * (full.of(lengths) + sliding.of(lengths)) - 6 * lengths,
+    )
+    with pytest.raises(ValueError, match="at least 0"):
+        Cost(1.0, 1.0, ((8, -1.0),))
+
+
 def test_a_batch_lays_traces_end_to_end_with_shifted_targets(tmp_path):
     # Made tokens count up from 1: prompt 1 2, completion 3 4 5; prompt 6, completion 7 8.
     tokens = make_tokens(tmp_path / "made", [2, 1], [3, 2], [1, -1], [0, 0])

@@ -8,8 +8,9 @@ KNOWN = {
     "qwen2": "works",
     "qwen3_moe": "works",
     "granite": "works",
-    "nanochat": "works",
-    "afmoe": "refused",
+    "gemma2": "works",
+    "gpt_oss": "works",
+    "axk2": "refused",
 }
 
 

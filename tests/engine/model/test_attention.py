@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from architecture_cases import draw_weights, tiny_config
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -18,14 +20,18 @@ from transformers import (
 )
 
 from redi.engine.errors import InputError
+from redi.engine.model.architecture import drops_boundaries
 from redi.engine.model.attention import (
     FLASH,
     choose_attention,
     document_kwargs,
     find_flash,
+    recording_calls,
     register_attention,
 )
+from redi.engine.model.boundaries import pass_boundaries
 from redi.engine.model.checkpointing import checkpoint_blocks
+from redi.engine.model.document_attention import Pattern, attend_document
 
 MODELS = [
     (Qwen2Config, Qwen2ForCausalLM),
@@ -129,19 +135,26 @@ SIGNATURES = {
 }
 STAND_IN = """
 import torch
-import torch.nn.functional as F
 
 def flash_attn_varlen_func({signature}):
+    cap, left = locals().get("softcap"), window_size[0]
+
+    def attend(q, k, v):
+        k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+        scores = softmax_scale * q @ k.mT
+        if cap:
+            scores = cap * (scores / cap).tanh()
+        distance = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
+        hidden = distance < 0
+        if left not in (None, -1):
+            hidden |= distance > left
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
     assert causal and q.dim() == 3 and cu_seqlens_q.dtype == torch.int32
     lengths = cu_seqlens_q.diff().tolist()
     assert isinstance(max_seqlen_q, int) and max_seqlen_q == max_seqlen_k == max(lengths)
     documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)))
-    out = torch.cat([
-        F.scaled_dot_product_attention(
-            *(x[None] for x in document), is_causal=True, scale=softmax_scale, enable_gqa=True
-        )[0]
-        for document in documents
-    ], dim=1).transpose(0, 1)
+    out = torch.cat([attend(*document) for document in documents], dim=1).transpose(0, 1)
     return {result}
 """
 
@@ -188,6 +201,27 @@ def test_each_flash_attn_is_called_as_its_release_wants_it(
     torch.testing.assert_close(packed(model, ids, BOUNDARIES), expected, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [*((kind, "gemma3_text") for kind in FLASH), ("flash-2", "gemma2"), ("flash-3", "gemma2")],
+)
+def test_each_flash_attn_gets_the_window_and_the_cap(
+    kind: str, family: str, ids: torch.Tensor, site: Path
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(family), attn_implementation=register_attention("sdpa"), dtype=torch.float32
+    )
+    draw_weights(model)
+    expected = packed(model, ids, BOUNDARIES)
+    install(site, kind)
+    register_attention(kind)
+    with recording_calls() as calls:
+        torch.testing.assert_close(packed(model, ids, BOUNDARIES), expected, atol=5e-6, rtol=1e-5)
+    assert {call.kind for call in calls} == {kind}
+    assert {call.pattern.window for call in calls} == {None, 4}
+
+
 def test_the_flash_attn_that_suits_the_card_is_taken(site: Path) -> None:
     assert find_flash(9) == (
         None,
@@ -208,3 +242,118 @@ def test_on_hopper_3_comes_first_and_on_blackwell_4(site: Path) -> None:
         install(site, kind)
     found = [find_flash(major)[0] for major in (8, 9, 10, 12)]
     assert found == ["flash-2", "flash-3", "flash-4", "flash-2"]
+
+
+# Kinds of layers whose attention is more than causal: each with a family that has it. Their windows
+# are shorter than the documents of BOUNDARIES.
+PATTERNS = {"gemma2": "softcap", "gpt_oss": "sinks", "gemma3_text": "window"}
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_layers_with_a_window_a_cap_or_sinks_do_not_leak(kind: str, ids: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    config = tiny_config(kind)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=register_attention("sdpa"), dtype=torch.float32
+    ).train()
+    draw_weights(model)
+    before = packed(model, ids, BOUNDARIES)
+    with recording_calls() as calls:
+        after = packed(model, changed_first_document(ids), BOUNDARIES)
+    assert torch.equal(before[13:], after[13:])
+    assert not torch.equal(before[:13], after[:13])
+    # Without the boundaries it would leak.
+    leaked = [packed(model, x, [0, 40])[13:] for x in (ids, changed_first_document(ids))]
+    assert (leaked[0] - leaked[1]).abs().max() > 0.01
+    # What ran: full and sliding layers, three documents each.
+    assert len(calls) == config.num_hidden_layers
+    assert {call.documents for call in calls} == {3}
+    patterns = [call.pattern for call in calls]
+    types = ["full_attention" if p.window is None else "sliding_attention" for p in patterns]
+    assert types == config.layer_types
+    assert {p.window for p in patterns} == {None, config.sliding_window}
+    assert all((p.softcap is not None) == (kind == "gemma2") for p in patterns)
+    assert all((p.sinks is not None) == (kind == "gpt_oss") for p in patterns)
+
+
+@pytest.mark.parametrize("kind", ["nemotron", "stablelm"])
+def test_blocks_that_drop_boundaries_attend_within_them_also_when_recomputed(
+    kind: str, ids: torch.Tensor
+) -> None:
+    """The second pack's forward comes between the first pack's and its recomputation."""
+    torch.manual_seed(0)
+    config = tiny_config(kind)
+    assert drops_boundaries(config)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=register_attention("sdpa"), dtype=torch.float32
+    ).train()
+    draw_weights(model)
+    with pytest.raises(InputError, match="does not pass document boundaries"):
+        packed(model, ids, BOUNDARIES)
+
+    def gradient(recomputed: bool) -> torch.Tensor:
+        model.zero_grad()
+        first = packed(model, ids, BOUNDARIES)
+        if recomputed:
+            packed(model, ids, [0, 5, 40])
+        (first * torch.arange(len(first))[:, None]).sum().backward()
+        grad = model.get_input_embeddings().weight.grad
+        assert grad is not None
+        return grad.clone()
+
+    pass_boundaries(model)
+    plain = gradient(recomputed=False)
+    before, after = (packed(model, x, BOUNDARIES) for x in (ids, changed_first_document(ids)))
+    assert torch.equal(before[13:], after[13:])
+    checkpoint_blocks(model, "full")
+    assert torch.equal(gradient(recomputed=True), plain)
+    assert not torch.equal(packed(model, ids, [0, 5, 40]), before)
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 600])
+@pytest.mark.parametrize("pattern", [Pattern(4), Pattern(300), Pattern(4, 1.5), Pattern(None, 1.5)])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_a_document_s_attention_is_its_formula(
+    length: int, pattern: Pattern, with_sinks: bool
+) -> None:
+    """Also over several blocks of queries, with its gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        made = torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return made.requires_grad_()
+
+    inputs = [random(1, 2, length, 8) for _ in range(3)]
+    sinks = random(2) if with_sinks else None
+    ours = attend_document(*inputs, pattern._replace(sinks=sinks), 0.5, 0.0)
+
+    query, key, value = inputs
+    scores = 0.5 * query @ key.mT
+    if pattern.softcap:
+        scores = pattern.softcap * (scores / pattern.softcap).tanh()
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (distance >= 0) & (distance < (pattern.window or length))
+    weights = scores.exp() * seen
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + sinks.exp()[:, None, None]
+    plain = weights / total @ value
+
+    torch.testing.assert_close(ours, plain)
+    upstream = torch.randn(plain.shape, dtype=plain.dtype, generator=generator)
+    wanted = [*inputs, *([] if sinks is None else [sinks])]
+    for a, b in zip(
+        torch.autograd.grad(ours, wanted, upstream),
+        torch.autograd.grad(plain, wanted, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_attention_without_what_the_model_needs_is_replaced_or_an_error() -> None:
+    cuda = torch.device("cuda")
+    sinks = ["sinks"]
+    assert choose_attention("auto", torch.device("cpu"), torch.float32, sinks)[0] == "sdpa"
+    with pytest.raises(InputError, match='"varlen": varlen has no sinks, which the model needs'):
+        choose_attention("varlen", cuda, torch.bfloat16, sinks)
+    assert choose_attention("varlen", cuda, torch.bfloat16)[0] == "varlen"

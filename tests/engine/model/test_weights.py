@@ -251,7 +251,12 @@ MIXTURES = {
     "qwen3_moe": (
         Qwen3MoeConfig,
         Qwen3MoeForCausalLM,
-        {"num_experts": 6, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "mlp_only_layers": [0],
+        },
     ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 6}),
 }

@@ -14,7 +14,17 @@ from architecture_cases import draw_weights, tiny_config
 from first_step import plain_first_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-FAMILIES = ["granite", "cohere"]
+# Family -> layers by window, as the manifest has them.
+FAMILIES: dict[str, dict[str, int]] = {
+    "granite": {},
+    "cohere": {},
+    "mistral": {"4": 4},
+    "gemma2": {"4": 2},
+    "gemma3_text": {"4": 3},
+    "gpt_oss": {"4": 2},
+    "nemotron": {},
+    "apertus": {},
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,5 +71,6 @@ def test_a_real_run_s_first_step_is_plain_transformers(
     ran = json.loads((trained / kind / "manifest.json").read_text())["ran"]
     layers = tiny_config(kind).num_hidden_layers
     assert [one["attention_calls"] for one in ran] == [layers] * 2
+    assert [one["windows"] for one in ran] == [FAMILIES[kind]] * 2
     exported = AutoModelForCausalLM.from_pretrained(trained / kind / "export")
     assert type(exported.config) is type(tiny_config(kind))

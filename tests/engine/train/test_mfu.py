@@ -77,6 +77,16 @@ def test_the_flops_of_a_step_equal_those_that_torch_counts(kind: str, tmp_path: 
     assert cost == flops + 6 * size.head * (sum(LENGTHS) - targets)
 
 
+def test_layers_with_a_window_cost_the_pairs_within_it() -> None:
+    """Gemma 3: three layers with a window of 4 tokens, one without."""
+    size = model_size(tiny_config("gemma3_text"))
+    of_layer = 4 * (8 + 8)
+    assert size.attention == of_layer
+    assert size.windows == ((4, 3 * of_layer),)
+    pairs = 10 * 10 + 3 * 4 * (2 * 10 - 4)  # of one document of 10 tokens, twice
+    assert size.step_flops(np.array([10]), 0) == 60 * size.trunk + 3 * of_layer * pairs
+
+
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_reports_the_flops_of_its_documents(
     recipe: Callable[..., Path],

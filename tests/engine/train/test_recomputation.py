@@ -119,7 +119,7 @@ def test_attention_runs_once_on_each_of_two_ranks(
 def test_flash_attn_4_cannot_be_kept_and_is_an_error(
     recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(preflight, "choose_attention", lambda *_: ("flash-4", "installed"))
+    monkeypatch.setattr(preflight, "attention_for", lambda *_: ("flash-4", "installed"))
     assert main(["train", str(recipe("r", {"shard.checkpointing": "attention"}))]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert 'shard.checkpointing: "attention" keeps the results of attention' in line

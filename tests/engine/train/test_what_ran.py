@@ -88,7 +88,7 @@ def test_every_layer_of_a_real_run_has_packed_attention_on_each_rank(
     ran = json.loads((tmp_path / "run" / "manifest.json").read_text())["ran"]
     ops = ("token_weights", "signed_cross_entropy", "segment_sum")
     loss = {op: ["torch"] for op in ops}
-    one = {"attention": "sdpa", "attention_calls": LAYERS, "loss": loss, "liger": {}}
+    one = {"attention": "sdpa", "attention_calls": LAYERS, "windows": {}, "loss": loss, "liger": {}}
     assert ran == [one] * ranks
     assert f"ran: attention sdpa in {LAYERS} layers; loss token_weights (torch)" in done.stderr
 
@@ -115,13 +115,10 @@ def test_a_model_that_lost_its_attention_is_refused_in_its_first_forward(world: 
 
 
 REFUSED = {
-    "nemotron": "does not pass document boundaries",
-    "stablelm": "does not pass document boundaries",
     "doge": "its own mask",
-    "gpt_oss": "sinks",
+    "llama4_text": "layers of type chunked_attention",
     "falcon": "an attention that cannot be replaced",
     "gptj": "an attention that cannot be replaced",
-    "apertus": "without dimensions",
     "gemma3": "composite model",
     "qwen2_5_vl": "composite model",
     "mistral3": "composite model",
@@ -135,11 +132,6 @@ def test_what_would_be_trained_wrongly_is_refused_before_data_is_read(
     kind: str, tmp_path: Path
 ) -> None:
     config = AutoConfig.for_model(kind)
-    if kind == "gpt_oss":
-        config.layer_types = ["full_attention"] * config.num_hidden_layers
-        config.sliding_window = None
-    if kind == "nemotron":
-        config.num_key_value_heads = config.num_attention_heads
     before = config.to_dict()
     with pytest.raises(InputError, match=REFUSED[kind]) as error:
         check_architecture(str(tmp_path), config)

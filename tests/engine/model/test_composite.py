@@ -1,0 +1,128 @@
+"""A composite's text model is trained; the rest is in the export, bit by bit."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architecture_cases import draw_weights, tiny_config
+from first_step import plain_first_step
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+from redi.engine.cli import main
+from redi.engine.model.composite import TESTED, text_name
+
+VISION = {
+    "gemma3": {"image_size": 8, "patch_size": 4},
+    "mistral3": {"image_size": 8, "patch_size": 4},
+}
+
+
+def write_composite(folder: Path, kind: str, tokenizer: Any, legacy: bool = False) -> None:
+    """A tiny composite; `legacy`: with the names of transformers 4."""
+    torch.manual_seed(0)
+    text = tiny_config("gemma3_text" if kind == "gemma3" else "mistral")
+    text.vocab_size = len(tokenizer)
+    text.max_position_embeddings = 128
+    text.final_logit_softcapping = None
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision = {**sizes, "num_attention_heads": 2, **VISION[kind]}
+    if kind == "mistral3":
+        vision |= {"head_dim": 8}
+    default = AutoConfig.for_model(kind)
+    config = AutoConfig.for_model(
+        kind,
+        text_config=text.to_dict(),
+        vision_config={**vision, "model_type": default.vision_config.model_type},
+    )
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    draw_weights(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": 8}')
+    file = folder / "model.safetensors"
+    names = {
+        name: name.replace("model.language_model.", "language_model.model.")
+        .replace("model.vision_tower", "vision_tower")
+        .replace("model.multi_modal", "multi_modal")
+        for name in load_file(file)
+    }
+    assert any(name.startswith(("model.language_model.", "language_model.")) for name in names)
+    if legacy:
+        renamed = {names[name]: tensor for name, tensor in load_file(file).items()}
+        save_file(renamed, file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def tokenizer(world: Path) -> Any:
+    return AutoTokenizer.from_pretrained(world / "model")
+
+
+CASES = [
+    ("gemma3", 0, False),
+    pytest.param("gemma3", 2, True, marks=pytest.mark.slow),
+    pytest.param("mistral3", 0, False, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "ranks", "legacy"), CASES)
+def test_the_text_model_is_trained_and_the_rest_is_exported_untouched(
+    kind: str,
+    ranks: int,
+    legacy: bool,
+    tokenizer: Any,
+    recipe: Callable[..., Path],
+    redi: Callable[..., Any],
+    steps: Callable[[Path], list[dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    source, run = tmp_path / kind, tmp_path / "run"
+    write_composite(source, kind, tokenizer, legacy)
+    changes = {"model.path": str(source), "train.max_steps": 2, "optim.warmup": 0.0}
+    path = recipe("run", changes)
+    if ranks:
+        done = redi("train", path, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        assert main(["train", str(path)]) == 0
+    # The composite itself, on text, is the oracle.
+    expected = plain_first_step(path, AutoModelForImageTextToText, trained=text_name)
+    line = steps(run)[0]
+    for name, value in expected._asdict().items():
+        assert line[name] == pytest.approx(value, rel=2e-5), name
+
+    before, after = (load_file(one / "model.safetensors") for one in (source, run / "export"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(text_name(name) for name in changed)
+    assert len(changed) > len([name for name in before if text_name(name)]) // 2
+    for name in ("config.json", "preprocessor_config.json"):
+        assert (run / "export" / name).read_bytes() == (source / name).read_bytes()
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        run / "export", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    state = model.state_dict()
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+    # A checkpoint's export is the same.
+    assert main(["export", str(run)]) == 0
+    again = load_file(run / "export-step-2" / "model.safetensors")
+    assert all(torch.equal(again[name], after[name]) for name in after)
+
+
+def test_a_composite_s_config_is_not_changed(
+    tokenizer: Any, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {"gemma3", "mistral3"} == TESTED
+    write_composite(tmp_path / "gemma3", "gemma3", tokenizer)
+    changes = {"model.path": str(tmp_path / "gemma3"), "model.rope_theta": 1e5}
+    assert main(["train", str(recipe("run", changes))]) == 2
+    assert "is a composite model" in capsys.readouterr().err
+    content = json.loads((tmp_path / "gemma3" / "config.json").read_text())
+    assert "text_config" in content
