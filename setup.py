@@ -35,6 +35,8 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "storage": ["gcsfs>=2024.2", "s3fs>=2024.2"],  # run.dir = "s3://..." or "gs://..."
     "tensorboard": ["tensorboard>=2.16"],
+    "trackio": ["trackio>=0.30"],
+    "mlflow": ["alembic>=1.10", "mlflow-skinny>=3.1", "sqlalchemy>=2"],  # its client, and sqlite
     "trl": ["trl>=1.16"],  # tests/engine/loss/test_trl.py compares with its losses
     "vllm": ["vllm>=0.30; sys_platform == 'linux'"],  # 0.30.0 is for torch 2.13.0
     "wandb": ["wandb>=0.18"],

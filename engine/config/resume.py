@@ -10,6 +10,7 @@ from redi.engine.config.sections import Recipe
 
 # None of these keys changes the mathematics of training.
 MAY_CHANGE_ON_RESUME = (
+    "eval.samples",
     "guard.max_skips",
     "guard.collapse",
     "run.dir",

@@ -346,9 +346,15 @@ class EvalConfig(Section, name="eval"):
     """Most tokens of a checked completion; the model's context may end it earlier."""
     batch_size: int = ranged(64, AT_LEAST_1)
     """Checked completions that a rank generates at a time."""
+    samples: int = ranged(0, NOT_NEGATIVE)
+    """Held-out problems with a sampled completion and its verdict at each evaluation, written to
+    samples.jsonl and the trackers; 0: none. Needs a checker. Another process generates them on the
+    CPU from an export, while training runs; an evaluation is skipped while it is not done."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.samples and self.checker == "none":
+            raise ValueError('eval.samples needs eval.checker = "math" or "exact", for verdicts')
         if self.checker != "none" and not self.path:
             raise ValueError(
                 f'eval.checker = "{self.checker}" needs eval.path, the problems to check'
@@ -395,7 +401,9 @@ class RunConfig(Section, name="run"):
     timeout: int = ranged(300, AT_LEAST_1)
     """Seconds after which a collective fails, once the first step is done: a rank that hangs ends
     the run. Start, evaluation and saves have 30 minutes."""
-    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(
+        default_factory=list
+    )
     """Where to write metrics in addition to metrics.jsonl."""
     resume: bool = True
     """Resume from the newest complete checkpoint in the run folder."""

@@ -35,6 +35,7 @@ from redi.engine.train.mfu import Utilization
 from redi.engine.train.prepare_data import PreparedData
 from redi.engine.train.profile import profiling
 from redi.engine.train.run_folder import file_errors_named, report_what_ran
+from redi.engine.train.samples import HeldOutSamples
 from redi.engine.train.signals import StopRequest
 from redi.engine.train.step import StepResult, train_step
 from redi.engine.train.trackers import open_trackers
@@ -95,6 +96,8 @@ def train(
     )
     trackers = open_trackers(recipe, run_dir, done) if world.is_main else []
     metrics = MetricsLog(run_dir / "metrics.jsonl", done, trackers, active=world.is_main)
+    problems = data.held_out.problems if data.held_out else None
+    samples = HeldOutSamples(recipe, problems, student, run_dir, done, metrics, world, console)
     progress = console.progress("step", total, done)
     guards = Guards(recipe.guard, run_dir / "metrics.jsonl", done, world)
     utilization = Utilization(recipe, training.size, world)
@@ -124,12 +127,15 @@ def train(
             return False
         metrics.write({"event": "eval", "step": step, **scores})
         console.say(f"held out after step {step}: {_held_out_figures(scores)}")
+        with world.timeout(START_TIMEOUT):
+            samples.start(step)
         return True
 
     with (
         no_automatic_collection(),
         closing(checkpointer),
         closing(metrics),
+        closing(samples),
         closing(progress),
         ExitStack() as after_first_step,
         profiling(recipe.run.profile_steps, total, run_dir, world, console) as profile,
@@ -169,6 +175,7 @@ def train(
             if student.offload is not None:
                 line |= student.offload.figures()
             metrics.write(line)
+            samples.collect()
             if not result.taken:
                 skipped = name_rows(packs, data.tokens, step)
                 metrics.write(skipped)
@@ -192,6 +199,7 @@ def train(
             profile.before(step + 1)
             began = time.perf_counter()
         checkpointer.wait()
+        samples.finish(total, stop)
     return True
 
 

@@ -38,8 +38,8 @@ class MetricsLog:
     Args:
         path: the file; it is appended to.
         last_step: step of the checkpoint. Lines of later steps are removed, as is an incomplete
-            line of a killed run. The evaluation after `last_step` is removed too, and repeated,
-            because it may have been interrupted.
+            line of a killed run. The evaluation after `last_step` and its samples are removed too,
+            and repeated, because they may have been interrupted.
         trackers: get every line too.
         active: True if this rank writes.
     """
@@ -56,7 +56,8 @@ class MetricsLog:
             kept = [
                 line
                 for line in read_metrics(path)
-                if last_step and (line["step"], line.get("event") == "eval") <= (last_step, False)
+                if last_step
+                and (line["step"], line.get("event") in ("eval", "samples")) <= (last_step, False)
             ]
             partial = path.with_suffix(".partial")
             partial.write_text("".join(map(_encode, kept)), encoding="utf-8")
@@ -70,6 +71,11 @@ class MetricsLog:
             self._file.flush()
         for tracker in self._trackers:
             tracker.write(line)
+
+    def write_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+        """Give the trackers the lines of samples.jsonl of a step."""
+        for tracker in self._trackers:
+            tracker.write_samples(step, samples)
 
     def close(self) -> None:
         """Close the file and the trackers."""
