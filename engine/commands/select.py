@@ -12,6 +12,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from redi.engine.console import Console
 from redi.engine.data.content_hash import prompt_hash, trace_hash
 from redi.engine.data.diversity import farthest_first
 from redi.engine.data.messages import with_thought
+from redi.engine.data.read_position import ReadPosition, ReadProgress
 from redi.engine.data.row import Row, read_id, row_error
 from redi.engine.data.rows import scan_source
 from redi.engine.data.sources import find_sources, unread_splits
@@ -343,11 +345,13 @@ def _read(
     """
     faults: list[str] = []
     more = [*columns, *ANSWER_COLUMNS, "uuid"]
-    with console.bar("reading", "rows") as bar:
-        for source in find_sources(paths):
+    sources = find_sources(paths)
+    position = ReadPosition(sources)
+    with closing(ReadProgress("reading", position, console)) as progress:
+        for source in sources:
             unread: set[str] = set()
-            for row in scan_source(source, "auto", unread, more):
-                bar.update()
+            for row in scan_source(source, "auto", unread, more, position):
+                progress.show(position.done)
                 try:
                     if isinstance(row, InputError):
                         raise row
