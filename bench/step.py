@@ -29,6 +29,7 @@ from torch import Tensor
 from redi.bench.measure import peak_resident_bytes, seconds_of
 from redi.bench.parts import Parts, device_time
 from redi.bench.report import LiveRecord
+from redi.bench.traces import InMemoryTraces
 
 ALPHA = 0.8
 PROMPT_TOKENS = 64
@@ -148,21 +149,6 @@ def _traces(args: argparse.Namespace) -> list[np.ndarray]:
     return traces
 
 
-class _InMemory:
-    """The traces, with the interface of a tokenized set."""
-
-    def __init__(self, traces: list[np.ndarray]) -> None:
-        self._traces = traces
-        self.lengths = np.array([len(trace) for trace in traces])
-        self.prompt_lengths = np.full(len(traces), PROMPT_TOKENS)
-        self.signs = np.where(np.arange(len(traces)) % 2, -1, 1)
-        self.weights = np.ones(len(traces), np.float32)
-
-    def ids(self, index: int) -> np.ndarray:
-        """Token ids of one trace."""
-        return self._traces[index]
-
-
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -227,7 +213,8 @@ def _packed(args: argparse.Namespace, parts: Parts) -> Callable[[], float]:
     lengths = np.array([len(trace) for trace in traces])
     cost = training_cost(student.model.config)
     packing = pack(lengths, row_tokens=args.row_tokens, world_size=1, cost=cost)
-    tokens: Any = _InMemory(traces)
+    signs = np.where(np.arange(len(traces)) % 2, -1, 1)
+    tokens: Any = InMemoryTraces(traces, np.full(len(traces), PROMPT_TOKENS), signs)
     rows = [build_batch(tokens, own, lengths[own]).to(device) for (own,) in packing.packs]
     totals = StepTotals(units=args.pairs, targets=int(lengths.sum()))
 

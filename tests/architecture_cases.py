@@ -26,6 +26,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from redi.bench.traces import InMemoryTraces
 from redi.engine.config.sections import ModelConfig, ObjectiveConfig, Recipe
 from redi.engine.console import Console
 from redi.engine.data.packing import build_batch
@@ -133,19 +134,11 @@ class Seen:
     seconds: float = 0.0
 
 
-class _Traces:
-    """Traces of LENGTHS, in the place of a tokenized set."""
-
-    def __init__(self) -> None:
-        generator = np.random.default_rng(0)
-        self._ids = [generator.integers(2, 60, length) for length in LENGTHS]
-        self.lengths = np.array(LENGTHS)
-        self.prompt_lengths = np.array([2, 3, 1])
-        self.signs = np.array(SIGNS, np.int8)
-        self.weights = np.ones(len(LENGTHS), np.float32)
-
-    def ids(self, index: int) -> Any:
-        return self._ids[index]
+def _traces() -> InMemoryTraces:
+    """Traces of LENGTHS."""
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(2, 60, length) for length in LENGTHS]
+    return InMemoryTraces(ids, np.array([2, 3, 1]), np.array(SIGNS, np.int8))
 
 
 def tiny_config(kind: str, variant: str = "") -> Any:
@@ -209,7 +202,7 @@ def _try(kind: str, variant: str, config: Any, folder: str) -> Seen:
     draw_weights(plain)
     plain.save_pretrained(folder)
     plain.train()
-    batch: Any = build_batch(_Traces(), np.arange(len(LENGTHS)), np.array(LENGTHS))  # type: ignore[arg-type]
+    batch: Any = build_batch(_traces(), np.arange(len(LENGTHS)), np.array(LENGTHS))  # type: ignore[arg-type]
     totals = StepTotals(units=2, targets=int(batch.num_targets.sum()))
 
     with join_world() as world:

@@ -125,6 +125,12 @@ def test_a_wrong_or_failing_backend_fails_the_check(
     assert check_kernels.main([*KERNELS, str(tmp_path), *alone]) == 0
 
 
+# What `check_attention.py` compares, each for plain attention, with a window and with a soft cap.
+ATTENTION_RESULTS = [
+    name + feature
+    for feature in ("", " with a window", " with a soft cap")
+    for name in ("out", "dquery", "dkey", "dvalue")
+]
 ATTENTION = ["--device", "cpu", "--tokens", "40", "--timed_tokens", "32", "--out"]
 
 
@@ -133,7 +139,7 @@ def test_packed_attention_is_checked_and_timed(tmp_path: Path) -> None:
     (sdpa,) = record(tmp_path, "check-attention")["kinds"]
     assert sdpa["kind"] == "sdpa"
     assert sdpa["wrong"] == []
-    assert set(sdpa["errors"]) == {"out", "dquery", "dkey", "dvalue"}
+    assert set(sdpa["errors"]) == set(ATTENTION_RESULTS)
     assert [one["documents"] for one in sdpa["speeds"]] == [1, 8]
     assert all(one["seconds"] > 0 for one in sdpa["speeds"])
 
@@ -149,7 +155,7 @@ def test_attention_across_documents_is_found(
     monkeypatch.setattr(attention, "_sdpa", across)
     assert check_attention.main([*ATTENTION, str(tmp_path)]) == 1
     (sdpa,) = record(tmp_path, "check-attention")["kinds"]
-    assert sdpa["wrong"] == ["out", "dquery", "dkey", "dvalue"]
+    assert sdpa["wrong"] == ATTENTION_RESULTS
 
 
 TRAINING = ["--device", "cpu", "--hidden", "64", "--head_dim", "16", "--layers", "2", "--vocab"]

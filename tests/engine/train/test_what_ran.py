@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
+from redi.bench.traces import InMemoryTraces
 from redi.engine.cli import main
 from redi.engine.config.sections import ObjectiveConfig
 from redi.engine.data.packing import PackedBatch, build_batch
@@ -248,21 +249,9 @@ def test_what_trains_passes(kind: str) -> None:
     check_architecture("model", AutoConfig.for_model(kind))
 
 
-class _Traces:
-    """Traces of given lengths, in place of a tokenized set."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        generator = np.random.default_rng(0)
-        self._ids = [generator.integers(0, 10, length) for length in lengths]
-        self.lengths = np.array(lengths)
-        self.prompt_lengths = np.ones(len(lengths), np.int64)
-        self.signs = np.ones(len(lengths), np.int8)
-        self.weights = np.ones(len(lengths), np.float32)
-
-    def ids(self, index: int) -> Any:
-        return self._ids[index]
-
-
 def _row(lengths: list[int]) -> PackedBatch:
-    traces: Any = _Traces(lengths)
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(0, 10, length) for length in lengths]
+    ones = np.ones(len(lengths), np.int64)
+    traces: Any = InMemoryTraces(ids, prompt_lengths=ones, signs=ones)
     return build_batch(traces, np.arange(len(lengths)), np.array(lengths))
