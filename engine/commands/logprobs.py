@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,14 @@ from transformers.utils import logging as transformers_logging
 
 from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
+from redi.engine.data.cache import TokenizedTraces
+from redi.engine.data.content_hash import trace_hash
 from redi.engine.data.fingerprints import model_fingerprint
+from redi.engine.data.rows import read_rows
 from redi.engine.data.schedule import closed_by
 from redi.engine.data.summary import unread_warnings
 from redi.engine.data.text import load_tokenizer
+from redi.engine.data.traces import Trace, normalise
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
 from redi.engine.model.build import build_student, model_config
@@ -29,9 +34,10 @@ from redi.engine.train.score_traces import model_key, score_traces
 def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) -> None:
     """Score every trace of `[data]` under `[model]` and write one Parquet row for each.
 
-    Columns: row ("file.jsonl:12"), trace (index in the data), correct, teacher, tokens (scored
-    tokens: the completion with its end, or without it if data.eos leaves it out, and without what
-    spans mask), logp_sum, logp_mean and entropy_mean (nats per token, unweighted; float64).
+    Columns: row ("file.jsonl:12"), trace (index in the data), hash (`trace_hash`), correct,
+    teacher, prompt_tokens, completion_tokens (with its end), tokens (scored tokens: those of the
+    completion, without its end if data.eos leaves it out, and without what spans mask), logp_sum,
+    logp_mean and entropy_mean (nats per token, unweighted; float64).
 
     Args:
         recipe: `[model]`, `[data]`, `train.row_tokens` and `train.dtype` are used. If `model.path`
@@ -110,8 +116,11 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
         {
             "row": [tokens.where(index) for index in range(len(tokens))],
             "trace": np.arange(len(tokens)),
+            "hash": [trace_hash(trace) for trace in _traces(recipe, tokens)],
             "correct": tokens.signs > 0,
             "teacher": pa.array(map(tokens.teacher, range(len(tokens))), pa.string()),
+            "prompt_tokens": tokens.prompt_lengths,
+            "completion_tokens": tokens.lengths - tokens.prompt_lengths,
             "tokens": scored,
             "logp_sum": scores.logps,
             "logp_mean": means,
@@ -123,3 +132,24 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
         partial.replace(out)
     except OSError as error:
         raise RunError(f"--out: {out} cannot be written: {error}; the scores are cached") from None
+
+
+def _traces(recipe: Recipe, tokens: TokenizedTraces) -> Iterator[Trace]:
+    """The trace of each index of the tokens, read again; that of a text for each of its pieces.
+
+    Raises:
+        RunError: the data have changed since they were tokenized.
+    """
+    index = 0
+    for row in read_rows(recipe.data.paths, recipe.data.format):
+        for trace in normalise(row, row.format, train_on=recipe.data.train_on):
+            start = index
+            while index < len(tokens) and tokens.where(index) == trace.where:
+                index += 1
+                yield trace
+                if not trace.document:
+                    break
+            if index == start:
+                raise RunError(
+                    f"{trace.where}: the data have changed during the command; repeat it"
+                )

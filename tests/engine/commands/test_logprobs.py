@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redi.engine.cli import main
 from redi.engine.data import cache
+from redi.engine.data.content_hash import trace_hash
+from redi.engine.data.rows import read_rows
+from redi.engine.data.traces import normalise
 from redi.engine.train import score_traces
 
 Steps = Callable[[Path], list[dict[str, Any]]]
@@ -61,6 +64,14 @@ def test_the_table_of_a_run_is_plain_transformers_in_float64_on_its_export(
         assert table[index]["correct"] == (tokens.signs[index] > 0)
         assert table[index]["row"].rpartition("/")[2] == Path(tokens.where(index)).name
         assert table[index]["teacher"] == "t"
+        assert table[index]["prompt_tokens"] == prompt
+    traces = [
+        trace
+        for row in read_rows([str(world / "traces.jsonl")], "auto")
+        for trace in normalise(row)
+    ]
+    assert [row["hash"] for row in table] == [trace_hash(trace) for trace in traces]
+    assert len({row["hash"] for row in table}) == len(table)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def write_scores(data: Path, path: Path) -> pandas.DataFrame:
     table = pandas.DataFrame(
         {
             "hash": [trace_hash(trace) for trace in traces],
-            "tokens": rng.integers(20, 400, len(traces)),
+            "tokens": 1,  # those that are scored
+            "completion_tokens": rng.integers(20, 400, len(traces)),
             "prompt_tokens": rng.integers(10, 90, len(traces)),
             # Of equal scores the first trace counts.
             "logp_mean": rng.integers(-40, 0, len(traces)) / 20,
@@ -94,7 +95,9 @@ def test_a_selection_is_that_of_pandas(
     read = len(frame)
     frame = frame.drop_duplicates(["problem", "correct", "hash"])
     repeated = read - len(frame)
-    mask = (frame.teacher != "Qwen2-7B-Instruct") & (frame.tokens + frame.prompt_tokens < 380)
+    mask = (frame.teacher != "Qwen2-7B-Instruct") & (
+        frame.completion_tokens + frame.prompt_tokens < 380
+    )
     frame = frame[mask & (frame.logp_mean > -1.9)]
     frame = frame[frame.pass_rate.between(0.3, 0.9)]
     frame = frame.sort_values(
