@@ -391,6 +391,7 @@ def logprobs(argv: Sequence[str]) -> None:
         "logprobs",
         "Write each trace's log-prob (sum and mean) and mean entropy under a model, as Parquet.",
         "redi logprobs model --data traces.jsonl --out scores.parquet",
+        "redi logprobs model --data traces.jsonl --out tokens.parquet --tokens",
     )
     parser.add_argument("model", metavar="MODEL", help="run directory, model directory or hub name")
     parser.add_argument(
@@ -403,6 +404,11 @@ def logprobs(argv: Sequence[str]) -> None:
     parser.add_argument("--system_prompt", type=str | None, help="if omitted, the run's")
     parser.add_argument(
         "--row_tokens", type=int, default=32768, help="tokens per pack, as train.row_tokens"
+    )
+    parser.add_argument(
+        "--tokens",
+        action="store_true",
+        help="also write id, log-prob, entropy and place in the trace of each token, as lists",
     )
     args = parse_arguments(parser, argv)
     _announce_hub("model", args.model)
@@ -435,7 +441,7 @@ def logprobs(argv: Sequence[str]) -> None:
         console = Console(active=world.is_main)
         if warning:
             console.warn(warning)
-        write_logprobs(recipe, Path(args.out), world, console)
+        write_logprobs(recipe, Path(args.out), world, console, args.tokens)
     if _rank() == 0:
         print(args.out)
 

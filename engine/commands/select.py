@@ -25,7 +25,6 @@ from redi.engine.commands.select_options import SelectOptions
 from redi.engine.console import Console
 from redi.engine.data.content_hash import prompt_hash, trace_hash
 from redi.engine.data.diversity import farthest_first
-from redi.engine.data.messages import with_thought
 from redi.engine.data.read_position import ReadPosition, ReadProgress
 from redi.engine.data.row import Row, read_id, row_error
 from redi.engine.data.rows import scan_source
@@ -409,7 +408,7 @@ def _row_of(row: Row, trace: Trace) -> dict[str, Any]:
 def _entry_of(trace: Trace) -> dict[str, Any]:
     """An entry of the column `traces`, with the values that are not the default."""
     found: dict[str, Any] = {
-        "text": trace.completion.removeprefix(with_thought(trace.thought, "")),
+        "text": trace.content,
         "correct": trace.sign > 0,
         "teacher": trace.teacher,
     }
@@ -419,4 +418,6 @@ def _entry_of(trace: Trace) -> dict[str, Any]:
         found["weight"] = trace.weight
     if trace.finished is not None:
         found["finished"] = trace.finished
+    if trace.spans:
+        found["spans"] = [list(span) for span in trace.spans]
     return found
