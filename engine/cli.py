@@ -66,6 +66,7 @@ commands:
   logprobs MODEL --data FILE [FILE ...] --out FILE.parquet  score each trace under a model
   select DATA [MORE ...] --out FILE                         choose traces to train on
   export RUN [--step N]                                     convert a checkpoint to Hugging Face
+  merge MODEL:WEIGHT [MORE ...] --out DIR                   write the weighted mean of models
   report RUN [MORE ...]                                     compare runs: a table, curves, a page
   doctor                                                    show versions, devices; test the loss
 
@@ -319,6 +320,37 @@ def export(argv: Sequence[str]) -> None:
         Console().warn(collapsed)
 
 
+def merge(argv: Sequence[str]) -> None:
+    """`redi merge`: write the weighted mean of models."""
+    parser = _parser(
+        "merge",
+        "Write the weighted mean of models of one architecture as a Hugging Face directory.",
+        "redi merge runs/math:0.5 runs/code:0.5 --out merged",
+        "redi merge runs/a runs/b runs/c --out merged             equal weights",
+        "redi merge runs/redi:1.5 runs/sft:-0.5 --out further     beyond runs/redi",
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL:WEIGHT",
+        help="run directories, model directories, hub names or URLs, with weights that add up to 1",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
+    args = parse_arguments(parser, argv)
+
+    from redi.engine.commands.merge import Part, merge, parse_parts
+    from redi.engine.console import Console
+    from redi.engine.train.run_folder import model_path
+
+    parts = []
+    for name, weight in parse_parts(args.models):
+        _announce_hub("model", name)
+        path = model_path(fetch_trained(name, DataConfig().cache_dir), name)
+        parts.append(Part(name, weight, path))
+    merge(parts, Path(args.out), Console())
+    print(args.out)
+
+
 def evaluate(argv: Sequence[str]) -> None:
     """`redi evaluate`: sample completions, check their answers, report pass@k."""
     from redi.engine.evaluate.benchmarks import benchmark_paths
@@ -359,6 +391,7 @@ def logprobs(argv: Sequence[str]) -> None:
         "logprobs",
         "Write each trace's log-prob (sum and mean) and mean entropy under a model, as Parquet.",
         "redi logprobs model --data traces.jsonl --out scores.parquet",
+        "redi logprobs model --data traces.jsonl --out tokens.parquet --tokens",
     )
     parser.add_argument("model", metavar="MODEL", help="run directory, model directory or hub name")
     parser.add_argument(
@@ -371,6 +404,11 @@ def logprobs(argv: Sequence[str]) -> None:
     parser.add_argument("--system_prompt", type=str | None, help="if omitted, the run's")
     parser.add_argument(
         "--row_tokens", type=int, default=32768, help="tokens per pack, as train.row_tokens"
+    )
+    parser.add_argument(
+        "--tokens",
+        action="store_true",
+        help="also write id, log-prob, entropy and place in the trace of each token, as lists",
     )
     args = parse_arguments(parser, argv)
     _announce_hub("model", args.model)
@@ -403,7 +441,7 @@ def logprobs(argv: Sequence[str]) -> None:
         console = Console(active=world.is_main)
         if warning:
             console.warn(warning)
-        write_logprobs(recipe, Path(args.out), world, console)
+        write_logprobs(recipe, Path(args.out), world, console, args.tokens)
     if _rank() == 0:
         print(args.out)
 
@@ -507,6 +545,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate,
     "table": table,
     "export": export,
+    "merge": merge,
     "logprobs": logprobs,
     "select": select,
     "report": report,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers.utils import logging as transformers_logging
 
+from redi.engine.commands.score_table import ScoreTable
 from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
 from redi.engine.data.fingerprints import model_fingerprint
@@ -26,12 +27,18 @@ from redi.engine.train.run_folder import model_path, report_what_ran
 from redi.engine.train.score_traces import model_key, score_traces
 
 
-def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) -> None:
+def write_logprobs(
+    recipe: Recipe, out: Path, world: World, console: Console, per_token: bool = False
+) -> None:
     """Score every trace of `[data]` under `[model]` and write one Parquet row for each.
 
-    Columns: row ("file.jsonl:12"), trace (index in the data), correct, teacher, tokens (scored
-    tokens: the completion with its end, or without it if data.eos leaves it out, and without what
-    spans mask), logp_sum, logp_mean and entropy_mean (nats per token, unweighted; float64).
+    Columns: row ("file.jsonl:12"), trace (index in the data), hash (`trace_hash`), correct,
+    teacher, prompt_tokens, completion_tokens (with its end), tokens (scored tokens: those of the
+    completion, without its end if data.eos leaves it out, and without what spans mask), logp_sum,
+    logp_mean and entropy_mean (nats per token, unweighted; float64). With `per_token` also lists
+    with an entry for each scored token: token_ids (int32), token_logps and token_entropies (nats,
+    float32), token_starts and token_ends (int32; see `Encoder.offsets`; null for texts without a
+    prompt and for tool calls). Memory holds a block of traces.
 
     Args:
         recipe: `[model]`, `[data]`, `train.row_tokens` and `train.dtype` are used. If `model.path`
@@ -39,6 +46,7 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
         out: Parquet file; it is replaced atomically.
         world: this process.
         console: output of warnings and progress.
+        per_token: whether the table has the scores of each token.
 
     Raises:
         InputError: the model or data are invalid, a trace is longer than a pack or than the
@@ -88,38 +96,37 @@ def write_logprobs(recipe: Recipe, out: Path, world: World, console: Console) ->
     world.after_rank0()  # which may have hashed 100 GB
     dtype = compute_dtype(recipe.train.dtype, world.device)
     student, _ = build_student(recipe, config, dtype, world, console)
-    scores = score_traces(
-        student,
-        tokens,
-        np.arange(len(tokens)),
-        lengths,
-        model=model_key(student, recipe.model.path or "", fingerprint, dtype),
-        row_tokens=recipe.train.resolved_row_tokens,
-        cost=training_cost(config),
-        world=world,
-        console=console,
-    )
+    with ExitStack() as stack:
+        table = None
+        if world.is_main:
+            stack.enter_context(_output(partial, out))
+            table = stack.enter_context(ScoreTable(partial, recipe, tokens, lengths, per_token))
+        scores = score_traces(
+            student,
+            tokens,
+            np.arange(len(tokens)),
+            lengths,
+            model=model_key(student, recipe.model.path or "", fingerprint, dtype),
+            row_tokens=recipe.train.resolved_row_tokens,
+            cost=training_cost(config),
+            world=world,
+            console=console,
+            each_block=table.add if table else None,
+            per_token=per_token,
+        )
+    for path in scores.token_files:  # the table has their content
+        path.unlink(missing_ok=True)
     if student.ran is not None:  # None if every score was cached
         report_what_ran(student.ran, None, world, console)
-    if not world.is_main:
-        return
-    scored = tokens.num_targets(np.arange(len(tokens)), lengths)
-    with np.errstate(invalid="ignore"):  # NaN where every token is masked
-        means, entropies = scores.logps / scored, scores.entropies / scored
-    table = pa.table(
-        {
-            "row": [tokens.where(index) for index in range(len(tokens))],
-            "trace": np.arange(len(tokens)),
-            "correct": tokens.signs > 0,
-            "teacher": pa.array(map(tokens.teacher, range(len(tokens))), pa.string()),
-            "tokens": scored,
-            "logp_sum": scores.logps,
-            "logp_mean": means,
-            "entropy_mean": entropies,
-        }
-    )
+
+
+@contextmanager
+def _output(partial: Path, out: Path) -> Iterator[None]:
+    """Replace `out` by `partial` if the block ends without an error."""
     try:
-        pq.write_table(table, partial)
+        yield
         partial.replace(out)
     except OSError as error:
         raise RunError(f"--out: {out} cannot be written: {error}; the scores are cached") from None
+    finally:
+        partial.unlink(missing_ok=True)

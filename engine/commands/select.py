@@ -25,7 +25,6 @@ from redi.engine.commands.select_options import SelectOptions
 from redi.engine.console import Console
 from redi.engine.data.content_hash import prompt_hash, trace_hash
 from redi.engine.data.diversity import farthest_first
-from redi.engine.data.messages import with_thought
 from redi.engine.data.read_position import ReadPosition, ReadProgress
 from redi.engine.data.row import Row, read_id, row_error
 from redi.engine.data.rows import scan_source
@@ -291,10 +290,11 @@ class _Scores:
             # Those about the trace itself are read from the data.
             own = {"hash", "row", "trace", "correct", "teacher"}
             columns = [name for name in names if name in wanted - own]
-            # The names of `where`: the whole trace, its prompt, and the rest, which is scored.
-            self._counted = "prompt_tokens" in names and bool(wanted & set(TRACE_NAMES))
-            if self._counted:
-                columns = list({*columns, "tokens", "prompt_tokens"})
+            # As in `[data] where`, not the number of scored ones.
+            parts = {"prompt_tokens", "completion_tokens"}
+            self._counts_tokens = "tokens" in wanted and parts <= set(names)
+            if self._counts_tokens:
+                columns = list({*columns, *parts} - {"tokens"})
             table = pq.read_table(path, columns=["hash", *columns])
         except (OSError, pa.ArrowException) as error:
             problem = " ".join(str(error).split())
@@ -310,9 +310,8 @@ class _Scores:
         if place is None:
             return None
         found = {name: column[place].as_py() for name, column in self._columns.items()}
-        if self._counted:
-            found["completion_tokens"] = found["tokens"]
-            found["tokens"] += found["prompt_tokens"]
+        if self._counts_tokens:
+            found["tokens"] = found["prompt_tokens"] + found["completion_tokens"]
         return found
 
 
@@ -395,7 +394,7 @@ def _row_of(row: Row, trace: Trace) -> dict[str, Any]:
     if identity is None and trace.group == row.where:
         identity = row.where  # a pair without an id is a problem
     found: dict[str, Any] = {} if identity is None else {"id": identity}
-    found |= {"prompt": prompt_value(trace.prompt)}
+    found["prompt"] = prompt_value(trace.prompt)
     for name in ANSWER_COLUMNS:
         if isinstance(value := row.value.get(name), str | int | float):
             found[name] = str(value)
@@ -409,7 +408,7 @@ def _row_of(row: Row, trace: Trace) -> dict[str, Any]:
 def _entry_of(trace: Trace) -> dict[str, Any]:
     """An entry of the column `traces`, with the values that are not the default."""
     found: dict[str, Any] = {
-        "text": trace.completion.removeprefix(with_thought(trace.thought, "")),
+        "text": trace.content,
         "correct": trace.sign > 0,
         "teacher": trace.teacher,
     }
@@ -419,4 +418,6 @@ def _entry_of(trace: Trace) -> dict[str, Any]:
         found["weight"] = trace.weight
     if trace.finished is not None:
         found["finished"] = trace.finished
+    if trace.spans:
+        found["spans"] = [list(span) for span in trace.spans]
     return found

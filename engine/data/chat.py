@@ -44,6 +44,8 @@ class Texts(NamedTuple):
     completion: str
     spans: tuple[Span, ...] = ()
     """Weights of parts of the completion, in its characters."""
+    at: Placement | None = None
+    """Where the completion has the trace; None if the template has rewritten it (tool calls)."""
 
 
 class ChatTemplate:
@@ -286,7 +288,7 @@ def _framed(prompt: str, frame: tuple[str, str, str], trace: Trace) -> Texts:
     whole = header + completion + (end_of_turn if is_finished(trace) else "")
     at = Placement(len(header) + thought, len(header) + content)
     spans = place_spans(trace.spans, trace.thought, trace.content, at, len(whole))
-    return Texts(prompt, whole, spans)
+    return Texts(prompt, whole, spans, at)
 
 
 _THOUGHT = re.compile(r"\s*<(think|thinking|thought|reasoning)>")

@@ -124,6 +124,17 @@ def place_spans(
     return tuple(span for span in moved if span[0] < span[1])
 
 
+def places_in_trace(places: np.ndarray, thought: str, content: str, where: Placement) -> np.ndarray:
+    """Move places in a rendered completion to characters of `thought + content`; int32.
+
+    A place in text that is not the trace's own becomes the nearest one of the trace.
+    """
+    cut = len(thought)
+    of_thought = np.clip(places - where.thought, 0, cut)
+    of_content = np.minimum(places - where.content + cut, cut + len(content))
+    return np.where(places >= where.content, of_content, of_thought).astype(np.int32)
+
+
 def token_weights(
     text: str, spans: Sequence[Span], offsets: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, list[str]]:

@@ -17,7 +17,7 @@ import xxhash
 
 from redi.engine.data.chat import ChatTemplate, Texts, is_finished
 from redi.engine.data.messages import Message, as_messages
-from redi.engine.data.spans import place_spans, placed_by_tags, token_weights
+from redi.engine.data.spans import place_spans, placed_by_tags, places_in_trace, token_weights
 from redi.engine.data.traces import Trace
 from redi.engine.errors import FaultyRow, InputError
 from redi.engine.hub import NO_HUB_NAME, is_hub_name, quiet_hub_client
@@ -182,9 +182,8 @@ class Encoder:
         completions = self._tokenized([one.completion for one in texts])
         encoded = []
         faults = []
-        for index, (trace, (prompt, completion, spans)) in enumerate(
-            zip(traces, texts, strict=True)
-        ):
+        for index, (trace, text) in enumerate(zip(traces, texts, strict=True)):
+            prompt, completion, spans, _ = text
             start = prompt_ids[prompts[prompt]]
             end = completions["input_ids"][index]
             if not end or not (start or trace.document):
@@ -196,7 +195,7 @@ class Encoder:
             if spans:
                 offsets = completions.encodings[index].offsets
                 weights, split = token_weights(completion, spans, offsets)
-            if is_finished(trace) and not completion.rstrip().endswith(self._eos):
+            if self._adds_end(trace, completion):
                 end = [*end, self._eos_id]
                 if weights is not None:
                     weights = np.append(weights, weights[-1])
@@ -265,6 +264,35 @@ class Encoder:
             return _plain_prompt(prompt, where)
         return self._chat.prompt(prompt, where)
 
+    def offsets(self, traces: Sequence[Trace], texts: Sequence[Texts]) -> list[np.ndarray | None]:
+        """Where each token of a completion is in its trace.
+
+        Args:
+            traces: traces with a prompt.
+            texts: what `texts` returns for them.
+
+        Returns:
+            For each trace int32 [2, tokens]: where a token starts and ends, in characters of the
+            separate thought, if there is one, followed by the content. Tokens of the template are
+            empty. None for a trace whose text the template has rewritten.
+        """
+        completions = self._tokenized([one.completion for one in texts])
+        found: list[np.ndarray | None] = []
+        for index, (trace, text) in enumerate(zip(traces, texts, strict=True)):
+            if text.at is None:
+                found.append(None)
+                continue
+            offsets = list(completions.encodings[index].offsets)
+            if self._adds_end(trace, text.completion):
+                offsets.append((len(text.completion), len(text.completion)))
+            places = np.array(offsets, dtype=np.int64).T
+            found.append(places_in_trace(places, trace.thought, trace.content, text.at))
+        return found
+
+    def _adds_end(self, trace: Trace, completion: str) -> bool:
+        """Whether `encode` adds an end to a completion."""
+        return is_finished(trace) and not completion.rstrip().endswith(self._eos)
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self._tokenized(texts)["input_ids"]
 
@@ -332,7 +360,7 @@ def _without_template(prompt: str, trace: Trace) -> Texts:
     length = len(trace.completion)
     at = placed_by_tags(trace.thought)
     spans = place_spans(trace.spans, trace.thought, trace.content, at, length)
-    return Texts(prompt, trace.completion, spans)
+    return Texts(prompt, trace.completion, spans, at)
 
 
 def _plain_prompt(prompt: tuple[Message, ...] | str, where: str) -> str:

@@ -87,6 +87,7 @@ def _write_parquet(lines: Path, target: Path) -> None:
             *((name, pa.string()) for name in ("text", "reasoning_content", "teacher")),
             *((name, pa.bool_()) for name in ("correct", "finished")),
             ("weight", pa.float32()),
+            ("spans", pa.list_(pa.list_(pa.float64()))),
         ]
     )
     schema = pa.schema(

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -120,18 +121,29 @@ def write_folder(
     Raises:
         RunError: it cannot be written, would not load, or a weight is not finite.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with replaced(folder) as partial:
         _save_config(model.config, partial)
         _save_tokenizer(tokenizer, partial)
         if generation is not None:
             generation.save_pretrained(partial)
         _write_weights(partial, model, files, tensors)
-        _check_loads(partial, len(tokenizer))
+        check_loads(partial, len(tokenizer))
         if hasattr(model.config, SOURCE):
             restore_composite(partial, model)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Replace a directory atomically, by the one that is written within the block.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
@@ -141,7 +153,7 @@ def write_folder(
         raise
     for file in partial.iterdir():
         # safetensors makes its files readable to their owner only.
-        shutil.copymode(partial / "config.json", file)
+        shutil.copymode(partial / "tokenizer_config.json", file)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -200,12 +212,22 @@ def _write_weights(
         save_file(weights, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(weights, file)
         total += sum(tensor.nbytes for tensor in weights.values())
-    if len(files) > 1:
+    write_index(folder, index, total)
+
+
+def write_index(folder: Path, index: dict[str, str], total: int) -> None:
+    """Write the index of a model's weights, if they are in several files.
+
+    Args:
+        index: the file of each weight.
+        total: bytes of all weights.
+    """
+    if len(set(index.values())) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
-def _check_loads(folder: Path, num_tokens: int) -> None:
+def check_loads(folder: Path, num_tokens: int) -> None:
     """Check that a directory's files match its configuration, without loading weights."""
     try:
         model = empty_model(AutoConfig.from_pretrained(folder))

@@ -39,6 +39,8 @@ class PackScores(NamedTuple):
     """float32 [S]: sum over the same targets of the prediction's entropy, in nats."""
     weighted_logps: torch.Tensor
     """float32 [S]: `sequence_logps` with each log-prob multiplied by its token's weight."""
+    tokens: torch.Tensor
+    """float32 [2, N]: log-prob and entropy at each target, in the order of the pack."""
 
 
 class Head(nn.Module):
@@ -137,8 +139,9 @@ class Student(nn.Module):
         weighted = sums
         if batch.token_weights is not None:
             weighted = segment_sum(logps * batch.token_weights, batch.cu_seqlens)
-        entropies = segment_sum(entropies, batch.cu_seqlens)
-        return PackScores(sums, batch.num_targets, entropies, weighted)
+        of_sequences = segment_sum(entropies, batch.cu_seqlens)
+        of_tokens = torch.stack([logps, entropies])[:, batch.valid_index.sort().values]
+        return PackScores(sums, batch.num_targets, of_sequences, weighted, of_tokens)
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Last hidden states [T, D] of a pack; documents do not attend to each other."""

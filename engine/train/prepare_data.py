@@ -134,7 +134,21 @@ def tokenized(
         console: where progress and warnings are shown.
         where: selects traces; None: all, as for held-out ones.
     """
-    settings = TokenSettings(
+    settings = token_settings(recipe, paths, where)
+    cache = recipe.data.cache_dir
+    processes = recipe.data.processes or min(8, os.cpu_count() or 1)
+    tokens = world.from_rank0(
+        lambda: tokenize(settings, cache, processes=processes, console=console),
+        lambda tokens: tokens.files,
+    )
+    return tokens.in_pieces(recipe.data.max_tokens)
+
+
+def token_settings(
+    recipe: Recipe, paths: tuple[str, ...], where: str | None = None
+) -> TokenSettings:
+    """How `tokenized` tokenizes files."""
+    return TokenSettings(
         paths=paths,
         format=recipe.data.format,
         template=recipe.data.template,
@@ -146,13 +160,6 @@ def tokenized(
         control_tokens=recipe.data.control_tokens,
         faulty=recipe.data.faulty,
     )
-    cache = recipe.data.cache_dir
-    processes = recipe.data.processes or min(8, os.cpu_count() or 1)
-    tokens = world.from_rank0(
-        lambda: tokenize(settings, cache, processes=processes, console=console),
-        lambda tokens: tokens.files,
-    )
-    return tokens.in_pieces(recipe.data.max_tokens)
 
 
 def check_positions(

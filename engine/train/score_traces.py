@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ CPU_PACK_TOKENS = 4096
 """Tokens of a pack that is scored on a CPU. Packs of 32,768 took seven times as long, and 5.4 GiB
 instead of 0.6 (1,000 traces of 155 tokens, the quickstart's model)."""
 _KINDS = 3
+_TOKENS = ".tokens.npy"
 _UNREAD_CONFIG = ("_name_or_path", "transformers_version", "dtype", "use_cache")
 
 
@@ -47,6 +49,19 @@ class SequenceScores:
     """Entropies of the model's predictions, in nats."""
     weighted_logps: np.ndarray
     """`logps` with each token's log-prob multiplied by its weight."""
+    token_files: list[Path]
+    """Files with the cached scores of tokens, on rank 0."""
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """Scores of the traces of a block."""
+
+    sums: np.ndarray
+    """float64 [_KINDS, n], as in `SequenceScores`."""
+    tokens: np.ndarray | None
+    """float32 [2, N]: log-prob and entropy of each trained token, trace by trace; on rank 0, if
+    asked for."""
 
 
 def score_traces(
@@ -60,6 +75,8 @@ def score_traces(
     cost: Cost,
     world: World,
     console: Console,
+    each_block: Callable[[BlockScores], None] | None = None,
+    per_token: bool = False,
 ) -> SequenceScores:
     """Score traces, or read scores cached by an earlier pass. Collective.
 
@@ -70,6 +87,8 @@ def score_traces(
         model: identifies the weights and how they are used; see `model_key`. That of rank 0 is
             used.
         row_tokens, cost: as in training.
+        each_block: called on rank 0 with the scores of each BLOCK of `sequences`, in order.
+        per_token: whether `each_block` gets the scores of tokens. They are cached as well.
 
     Raises:
         RunError: the scores cannot be written.
@@ -83,18 +102,26 @@ def score_traces(
     ) as progress:
         for number, start in enumerate(range(0, len(sequences), BLOCK)):
             block = sequences[start : start + BLOCK]
-            scores = _stored(folder / f"{number}.npy", len(block), world)
+            path = folder / f"{number}.npy"
+            counts = tokens.num_targets(block, lengths[block])
+            scores = _stored(path, counts, per_token, world)
             if scores is None:
                 scores = _score_block(
                     student, tokens, block, lengths, row_tokens, cost, world, progress
                 )
                 if world.is_main:
-                    _store(folder / f"{number}.npy", scores)
+                    if per_token and scores.tokens is not None:
+                        _store(_tokens_file(path), scores.tokens)
+                    _store(path, scores.sums)
             else:
                 progress.update(len(block))
-            found[:, start : start + BLOCK] = scores
+            found[:, start : start + BLOCK] = scores.sums
+            if world.is_main and each_block is not None:
+                each_block(scores)
     reshard(student)  # an optimizer created now would otherwise get the gathered weights
-    return SequenceScores(*found)
+    token_files = sorted(folder.glob(f"*{_TOKENS}")) if world.is_main and per_token else []
+    logps, entropies, weighted = found
+    return SequenceScores(logps, entropies, weighted, token_files)
 
 
 def model_key(student: Student, path: str, fingerprint: str | None, dtype: torch.dtype) -> str:
@@ -169,11 +196,13 @@ def _score_block(
     cost: Cost,
     world: World,
     progress: Progress,
-) -> np.ndarray:
-    """The scores of a block, float64 [_KINDS, n] as in `SequenceScores`, on every rank."""
+) -> BlockScores:
+    """Score a block; the scores are on every rank."""
     row_tokens = scoring_pack_tokens(row_tokens, lengths[block], world.device)
     packing = pack(lengths[block], row_tokens=row_tokens, world_size=world.size, cost=cost)
     sums = torch.zeros(_KINDS, len(block), dtype=torch.float64, device=world.device)
+    starts = np.cumsum([0, *tokens.num_targets(block, lengths[block])])
+    of_tokens = torch.zeros(2, starts[-1], device=world.device)
     student.eval()
     for packs in packing.packs:
         positions = packs[world.rank]
@@ -185,24 +214,43 @@ def _score_block(
                 [scores.sequence_logps, scores.sequence_entropies, scores.weighted_logps]
             )
             sums[:, torch.from_numpy(positions).to(world.device)] = of_pack.double()
+            places = np.concatenate([np.arange(starts[p], starts[p + 1]) for p in positions])
+            of_tokens[:, torch.from_numpy(places).to(world.device)] = scores.tokens.float()
         progress.update(sum(map(len, packs)))
     student.train()
     dist.all_reduce(sums)
-    return sums.cpu().numpy()
+    dist.all_reduce(of_tokens)
+    return BlockScores(sums.cpu().numpy(), of_tokens.cpu().numpy())
 
 
-def _stored(path: Path, count: int, world: World) -> np.ndarray | None:
-    """A block written by an earlier pass, or None. Rank 0 reads: others may not see its disk."""
-    read: list[np.ndarray | None] = [None]
+def _stored(path: Path, counts: np.ndarray, per_token: bool, world: World) -> BlockScores | None:
+    """A block written by an earlier pass, or None. Rank 0 reads: others may not see its disk.
+
+    Args:
+        counts: int64 [n], trained tokens of its traces.
+        per_token: whether the scores of its tokens are needed.
+    """
+    sums = tokens = None
     if world.is_main:
-        try:
-            scores = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            scores = None
-        if scores is not None and scores.shape == (_KINDS, count):
-            read[0] = scores
+        sums = _read(path, (_KINDS, len(counts)))
+        if per_token and (tokens := _read(_tokens_file(path), (2, counts.sum()))) is None:
+            sums = None
+    read = [sums]
     dist.broadcast_object_list(read, src=0)
-    return read[0]
+    return None if read[0] is None else BlockScores(read[0], tokens)
+
+
+def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """The array of a file; None if there is none of this shape or it is damaged."""
+    try:
+        scores = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return scores if scores.shape == shape else None
+
+
+def _tokens_file(path: Path) -> Path:
+    return path.with_suffix(_TOKENS)
 
 
 def _store(path: Path, scores: np.ndarray) -> None:

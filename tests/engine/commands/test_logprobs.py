@@ -2,20 +2,28 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from data_cases import save_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redi.engine.cli import main
 from redi.engine.data import cache
+from redi.engine.data.content_hash import trace_hash
+from redi.engine.data.rows import read_rows
+from redi.engine.data.text import Encoder, TokenSettings
+from redi.engine.data.traces import normalise
 from redi.engine.train import score_traces
 
 Steps = Callable[[Path], list[dict[str, Any]]]
@@ -61,6 +69,156 @@ def test_the_table_of_a_run_is_plain_transformers_in_float64_on_its_export(
         assert table[index]["correct"] == (tokens.signs[index] > 0)
         assert table[index]["row"].rpartition("/")[2] == Path(tokens.where(index)).name
         assert table[index]["teacher"] == "t"
+        assert table[index]["prompt_tokens"] == prompt
+    traces = [
+        trace
+        for row in read_rows([str(world / "traces.jsonl")], "auto")
+        for trace in normalise(row)
+    ]
+    assert [row["hash"] for row in table] == [trace_hash(trace) for trace in traces]
+    assert len({row["hash"] for row in table}) == len(table)
+
+
+def write_spans(world: Path, path: Path) -> list[dict[str, Any]]:
+    """Write the small world's rows, the first with a thought, masked parts and no end."""
+    rows = [json.loads(line) for line in (world / "traces.jsonl").read_text().splitlines()]
+    first = rows[0]["traces"][0]
+    first |= {"text": "123456", "spans": [[1, 3, 0.0], [3, 4, 2.0]]}
+    rows[1]["traces"][0] |= {"text": "12", "finished": False}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_the_scores_of_tokens_are_those_of_plain_transformers_with_their_places(
+    world: Path, small_blocks: Path, tmp_path: Path
+) -> None:
+    rows = write_spans(world, tmp_path / "traces.jsonl")
+    given = [(row["prompt"], trace) for row in rows for trace in row["traces"]]
+    out = tmp_path / "tokens.parquet"
+    line = ["logprobs", world / "model", "--data", tmp_path / "traces.jsonl", "--out", out]
+    assert main([*map(str, line), "--tokens", "--row_tokens", "128"]) == 0
+    table = pq.read_table(out)
+    assert table.schema.field("token_logps").type == pa.list_(pa.float32())
+    assert table.schema.field("token_starts").type == pa.list_(pa.int32())
+    assert not list(small_blocks.glob("*/logprobs-*/*.tokens.npy"))
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float64)
+    assert table.num_rows == len(given) > 100
+    for index, ((prompt, trace), found) in enumerate(zip(given, table.to_pylist(), strict=True)):
+        text = trace["text"]
+        kept = [place for place in range(len(text)) if "spans" not in trace or place not in (1, 2)]
+        end = [] if trace.get("finished") is False else [tokenizer.eos_token_id]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + end
+        places = [*kept, *([len(text)] if end else [])]
+        assert found["token_ids"] == [ids[place] for place in places]
+        assert found["token_starts"] == places
+        assert found["token_ends"] == [min(place + 1, len(text)) for place in places]
+        assert [
+            text[a:b] for a, b in zip(found["token_starts"], found["token_ends"], strict=True)
+        ] == [
+            *(text[place] for place in kept),
+            *([""] if end else []),
+        ]
+        assert found["tokens"] == len(places)
+        if index % 9 and index != 1:
+            continue
+        asked = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([asked + ids])).logits[0]
+        logps = logits[len(asked) - 1 : -1].log_softmax(-1)
+        expected = logps.gather(1, torch.tensor(ids)[:, None])[places, 0]
+        entropies = -(logps.exp() * logps).sum(-1)[places]
+        np.testing.assert_allclose(found["token_logps"], expected, rtol=2e-6, atol=2e-7)
+        np.testing.assert_allclose(found["token_entropies"], entropies, rtol=2e-6)
+        assert found["logp_sum"] == pytest.approx(sum(found["token_logps"]), rel=1e-6)
+
+
+def test_places_are_those_of_the_trace_in_a_template_that_opens_its_thought(
+    world: Path, tmp_path: Path
+) -> None:
+    """In characters of the thought, if it is separate, followed by the answer."""
+    model = tmp_path / "model"
+    shutil.copytree(world / "model", model)
+    tokenizer = save_tokenizer(
+        tmp_path / "tokenizer",
+        template="{% for m in messages %}{% if m.role == 'user' %}U{{ m.content }}"
+        "{% else %}A<think>\n{% if m.reasoning_content %}{{ m.reasoning_content }}\n"
+        "</think>\n\n{% endif %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A<think>\n{% endif %}",
+    )
+    traces = [
+        {"text": "<think>\nit is é\n</think>\n\n6", "correct": True},
+        {"text": " 6 \n", "correct": True, "reasoning_content": "it is 😀"},
+    ]
+    row = {"prompt": "2 * 3?", "traces": traces}
+    (tmp_path / "row.jsonl").write_text(json.dumps(row) + "\n")
+    settings = TokenSettings((str(tmp_path / "row.jsonl"),), "auto", "chat", None, tokenizer)
+    encoder = Encoder(settings)
+    read = [one for row in read_rows(settings.paths, "auto") for one in normalise(row)]
+    texts = encoder.texts(read)
+    for trace, encoded, places in zip(
+        read, encoder.encode(read, texts), encoder.offsets(read, texts), strict=True
+    ):
+        assert places is not None
+        assert places.shape[1] == len(encoded.ids) - encoded.prompt_length
+        text = trace.thought + trace.content
+        covered = sorted({place for a, b in places.T.tolist() for place in range(a, b)})
+        opened = 0 if trace.thought else len("<think>\n")  # a part of the prompt
+        assert covered == list(range(opened, len(text)))
+        ids = encoded.ids[encoded.prompt_length :]
+        for token, (a, b) in zip(ids, places.T.tolist(), strict=True):
+            spelled = encoder.tokenizer.decode([token])
+            if a < b and "\ufffd" not in spelled:
+                assert text[a:b] == spelled
+        assert places[:, -1].tolist() == [len(text), len(text)]
+
+
+def test_a_pass_over_tokens_that_was_interrupted_scores_only_what_is_missing(
+    world: Path, small_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "tokens.parquet"
+    line = ["logprobs", world / "model", "--data", world / "traces.jsonl", "--out", out, "--tokens"]
+    score, done = score_traces._score_block, []
+
+    def interrupted(*args: Any) -> score_traces.BlockScores:
+        done.append(len(args[2]))
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(score_traces, "_score_block", interrupted)
+    assert main([*map(str, line)]) == 75
+    assert not list(tmp_path.glob("tokens*"))
+    assert main([*map(str, line)]) == 0
+    table = pq.read_table(out)
+    assert len(done) - 1 == -(-table.num_rows // 32)  # each block is scored once
+    shutil.rmtree(small_blocks)
+    assert main([*map(str, line)]) == 0
+    assert pq.read_table(out).equals(table)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_scores_of_tokens_that_one_writes(
+    world: Path, command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    tables = []
+    for ranks in (0, 2):
+        out = tmp_path / f"{ranks}.parquet"
+        line = ["logprobs", world / "model", "--data", world / "traces.jsonl", "--out", out]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "REDI_CACHE": str(tmp_path / str(ranks)),
+        }
+        subprocess.run(command(*line, "--tokens", ranks=ranks), env=environment, check=True)
+        tables.append(pq.read_table(out))
+    one, two = tables
+    for name in one.schema.names:
+        if "logp" not in name and "entrop" not in name:
+            assert one[name].equals(two[name]), name
+    for name in ("token_logps", "token_entropies"):
+        values = [table[name].combine_chunks().values.to_numpy() for table in tables]
+        np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def write_scores(data: Path, path: Path) -> pandas.DataFrame:
     table = pandas.DataFrame(
         {
             "hash": [trace_hash(trace) for trace in traces],
-            "tokens": rng.integers(20, 400, len(traces)),
+            "tokens": 1,  # those that are scored
+            "completion_tokens": rng.integers(20, 400, len(traces)),
             "prompt_tokens": rng.integers(10, 90, len(traces)),
             # Of equal scores the first trace counts.
             "logp_mean": rng.integers(-40, 0, len(traces)) / 20,
@@ -94,7 +95,9 @@ def test_a_selection_is_that_of_pandas(
     read = len(frame)
     frame = frame.drop_duplicates(["problem", "correct", "hash"])
     repeated = read - len(frame)
-    mask = (frame.teacher != "Qwen2-7B-Instruct") & (frame.tokens + frame.prompt_tokens < 380)
+    mask = (frame.teacher != "Qwen2-7B-Instruct") & (
+        frame.completion_tokens + frame.prompt_tokens < 380
+    )
     frame = frame[mask & (frame.logp_mean > -1.9)]
     frame = frame[frame.pass_rate.between(0.3, 0.9)]
     frame = frame.sort_values(
@@ -156,6 +159,7 @@ ROWS = [
             {"text": "two times three is  6", "correct": True, "teacher": "b", "weight": 0.5},
             {"text": "6", "correct": True, "reasoning_content": "3 + 3"},
             {"text": "7", "correct": False, "teacher": "a", "finished": False},
+            {"text": "8", "correct": False, "spans": [[0, 1, 0.0]], "teacher": "b"},
         ],
     },
     {"prompt": "1+1?", "level": 2, "traces": [{"text": "2", "correct": True, "teacher": "a"}]},
@@ -166,10 +170,10 @@ def test_diverse_traces_of_each_verdict_are_kept(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", ROWS)
     options = ["--diverse", "--max_per_problem", 2]
     rows = select(tmp_path / "rows.jsonl", tmp_path / "out.jsonl", *options)
-    a, _, thought, wrong = ROWS[0]["traces"]  # type: ignore[misc]
-    assert rows[0]["traces"] == [a, {**thought, "teacher": None}, wrong]
+    a, _, thought, *wrong = ROWS[0]["traces"]  # type: ignore[misc]
+    assert rows[0]["traces"] == [a, {**thought, "teacher": None}, *wrong]
     plain = select(tmp_path / "rows.jsonl", tmp_path / "out.jsonl", "--max_per_problem", 2)
-    assert plain[0]["traces"] == [*ROWS[0]["traces"][:2], wrong]  # type: ignore[index]
+    assert plain[0]["traces"] == [*ROWS[0]["traces"][:2], *wrong]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -248,7 +252,7 @@ BAD: dict[str, tuple[list[object], str]] = {
     ),
     "scores of other traces": (
         ["--scores", "other.parquet", "--by", "a", "--top", 1],
-        "scores: other.parquet has none of the 5 traces of rows.jsonl; score these with",
+        "scores: other.parquet has none of the 6 traces of rows.jsonl; score these with",
     ),
     "where that does not apply": (
         ["--where", "'a' in level"],

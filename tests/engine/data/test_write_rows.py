@@ -21,6 +21,7 @@ CONVERSATION: list[dict[str, Any]] = [
 ]
 TRACES = [
     {"text": "7", "correct": True, "teacher": "r1", "reasoning_content": "3 + 4", "weight": 0.5},
+    {"text": "1 2", "correct": True, "spans": [[0, 1, 0.5], [2, 3, -1.0]]},
     {"text": "8\n", "correct": False, "finished": False},
 ]
 
@@ -44,19 +45,19 @@ def test_a_row_is_read_back_as_it_was_written(
     traces = read(given)
     target = tmp_path / f"written.{suffix}"
     with row_writer(target) as write:
-        for row, trace in zip(rows, traces[::2], strict=True):
+        for row, trace in zip(rows, traces[::3], strict=True):
             write({**row, "prompt": prompt_value(trace.prompt)})
         assert not target.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given.jsonl", target.name]
     again = read(target)
-    assert len(again) == 4
+    assert len(again) == 6
     for one, expected in zip(again, traces, strict=True):
         # Columns of a Parquet file have one type: a text there becomes a message of the user.
         if suffix == "parquet" and not isinstance(prompts[1], str):
             assert all(not isinstance(one.prompt, str) for one in again)
         else:
             assert one.prompt == expected.prompt
-        for name in ("completion", "thought", "sign", "weight", "teacher", "finished"):
+        for name in ("completion", "thought", "sign", "weight", "teacher", "finished", "spans"):
             assert getattr(one, name) == getattr(expected, name), name
         assert (one.tools, one.origin) == (expected.tools, expected.origin)
         assert one.group.startswith("7|")
