@@ -183,15 +183,16 @@ def server(world: Path) -> Iterator[ModelServer]:
                 served.open_now += 1
                 served.most_open = max(served.most_open, served.open_now)
                 fault = served.faults.pop(0) if served.faults else None
-            if fault:
-                self.answer(fault[0], {"error": {"message": "too\nmuch"}}, fault[1])
-            else:
+            if not fault:
                 with lock:
                     served.bodies.append(body)
                     found = served.complete(body)
-                self.answer(200, found, {})
             with counted:
                 served.open_now -= 1
+            if fault:
+                self.answer(fault[0], {"error": {"message": "too\nmuch"}}, fault[1])
+            else:
+                self.answer(200, found, {})
 
         def answer(self, status: int, value: dict[str, Any], headers: dict[str, str]) -> None:
             content = json.dumps(value).encode()
