@@ -16,7 +16,9 @@ from redi.engine.cli import main
 
 # What engines.py uses, by class. Checked against the source of vLLM if it is installed.
 USED = {
-    "EngineArgs": ["model", "dtype", "tensor_parallel_size", "generation_config"],
+    "EngineArgs": [
+        *("model", "dtype", "tensor_parallel_size", "max_model_len", "generation_config"),
+    ],
     "SamplingParams": [
         *("max_tokens", "temperature", "top_p", "seed", "stop_token_ids", "output_kind"),
     ],
@@ -77,6 +79,7 @@ class LLMEngine:
                 most_open=self.most_open,
                 tensor_parallel=self.args.tensor_parallel_size,
                 dtype=self.args.dtype,
+                context=self.args.max_model_len,
             )
             with Path(__file__).with_name("seen").open("a") as file:
                 file.write(json.dumps(seen) + "\\n")
@@ -149,6 +152,8 @@ def test_vllm_gets_all_requests_of_a_worker_at_once(
     engines = [json.loads(line) for line in (package / "seen").open()]
     assert sorted(one["gpus"] for one in engines) == ["3,5", "6,7"]
     assert sorted(one["most_open"] for one in engines) == [5, 6]
-    assert {(one["tensor_parallel"], one["dtype"]) for one in engines} == {(2, "float32")}
+    # A prompt of four characters, and five new tokens.
+    others = {(one["tensor_parallel"], one["dtype"], one["context"]) for one in engines}
+    assert others == {(2, "float32", 9)}
     assert main(argv("here", "--engine", "transformers")) == 0
     assert samples("vllm") == samples("here")
