@@ -186,6 +186,7 @@ def _finished(task: Evaluation, done: set[int]) -> Iterator[list[Finished]]:
         dtype=task.dtype,
         device=str(task.device),
         sampling=task.sampling,
+        context=max(len(one.prompt) for one in task.requests) + task.sampling.max_new_tokens,
         batch_size=options.batch_size,
         tensor_parallel=options.tensor_parallel,
     )

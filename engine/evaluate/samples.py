@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,6 +24,7 @@ from redi.engine.generation.judging import Judge
 
 Place = tuple[int, int]
 """(problem, sample)"""
+Written = Callable[[Sequence[dict[str, Any]]], None]
 
 
 def keep_complete(path: Path, places: Sequence[Place], unit: int) -> set[int]:
@@ -107,7 +108,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         written: called with the lines of completions once they are on disk, in another thread.
     """
 
-    def __init__(self, task: Evaluation, path: Path, judge: Judge, written: Any) -> None:
+    def __init__(self, task: Evaluation, path: Path, judge: Judge, written: Written) -> None:
         self._task, self._path, self._judge, self._written = task, path, judge, written
         self._file: IO[str] = path.open("a", encoding="utf-8")
         self._writer = ThreadPoolExecutor(1, "samples")

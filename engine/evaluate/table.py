@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from redi.engine.console import print_table
+from redi.engine.console import Console, print_table
 from redi.engine.errors import InputError
 from redi.engine.evaluate.benchmarks import BENCHMARKS
 
+# Settings that must be equal. Those of prompts may follow the model.
+_SHARED = ("data", "samples", "temperature", "top_p", "max_new_tokens", "checker", "answer_pattern")
 _TITLE = "pass@1 in percent ± its standard error over samples"
 
 
@@ -29,12 +31,24 @@ def compare(folders: Sequence[Path], out: Path | None) -> None:
             raise InputError(f"{folder}: no finished evaluation (no summary.json)") from None
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise InputError(f"{path}: not the summary of an evaluation ({error})") from None
+    for folder, summary in zip(folders[1:], summaries[1:], strict=True):
+        if other := _other_settings(summaries[0], summary):
+            Console().warn(f"{folder}: cannot be compared with {folders[0]}: {other}")
     print_comparison(summaries)
     if out is not None:
         try:
             out.write_text(as_markdown(summaries), encoding="utf-8")
         except OSError as error:
             raise InputError(f"out: {out} cannot be written: {error.strerror}") from None
+
+
+def _other_settings(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """What changes scores and differs between two evaluations; the model may."""
+    pairs = [(name, *(s.get("settings", {}).get(name) for s in (one, other))) for name in _SHARED]
+    found = [f"{name} is {b!r}, not {a!r}" for name, a, b in pairs if name != "data" and a != b]
+    if any(name == "data" and a != b for name, a, b in pairs):
+        found.insert(0, "it has other problems")
+    return ", ".join(found)
 
 
 def print_comparison(summaries: Sequence[dict[str, Any]]) -> None:

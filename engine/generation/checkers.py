@@ -156,8 +156,13 @@ class MathChecker:
 
 
 @contextmanager
-def open_checker(name: str, pattern: str | None = None) -> Iterator[Checker]:
+def open_checker(name: str, pattern: str | None = None, seconds: float = 5.0) -> Iterator[Checker]:
     """Open the checker "math", "exact", or "auto" (exact if there is a pattern, else math).
+
+    Args:
+        name: of the checker.
+        pattern: of the answer, for "exact".
+        seconds: time limit of one comparison, for "math".
 
     Raises:
         ValueError: the name is unknown, or the pattern is invalid or given for the checker "math".
@@ -169,7 +174,7 @@ def open_checker(name: str, pattern: str | None = None) -> Iterator[Checker]:
     if name == "exact" or pattern is not None:
         yield ExactChecker(pattern)
         return
-    with closing(MathChecker()) as checker:
+    with closing(MathChecker(seconds)) as checker:
         yield checker
 
 

@@ -42,6 +42,8 @@ class EngineSettings:
     device: str
     """Of transformers; vLLM runs on CUDA."""
     sampling: Sampling
+    context: int
+    """Of vLLM: most tokens of a prompt with its completion. It reserves memory for so many."""
     batch_size: int
     """Of transformers: sequences generated together. vLLM takes all requests at once."""
     tensor_parallel: int = 1
@@ -100,6 +102,7 @@ def _open_vllm(settings: EngineSettings) -> Generate:
             model=settings.model_path,
             dtype=str(settings.dtype).removeprefix("torch."),
             tensor_parallel_size=settings.tensor_parallel,
+            max_model_len=settings.context,
             generation_config="vllm",  # ignore the model's sampling defaults
         )
     )

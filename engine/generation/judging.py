@@ -17,7 +17,9 @@ Judge = Callable[[str, str, str], Future[CheckResult]]
 
 
 @contextmanager
-def open_judges(name: str, pattern: str | None = None, count: int | None = None) -> Iterator[Judge]:
+def open_judges(
+    name: str, pattern: str | None = None, count: int | None = None, seconds: float = 5.0
+) -> Iterator[Judge]:
     """Open `count` checkers, each in a thread; the checker "math" compares in a process of its own.
 
     The results are those of one checker, in any order. An answer that takes too long ends only the
@@ -25,14 +27,14 @@ def open_judges(name: str, pattern: str | None = None, count: int | None = None)
     checks are finished first.
 
     Args:
-        name, pattern: as for `open_checker`.
+        name, pattern, seconds: as for `open_checker`.
         count: default: half the CPUs, at most MOST_JUDGES.
     """
     opened = threading.local()
     with ExitStack() as checkers:
 
         def start() -> None:
-            opened.check = checkers.enter_context(open_checker(name, pattern))
+            opened.check = checkers.enter_context(open_checker(name, pattern, seconds))
 
         def check(prompt: str, completion: str, answer: str) -> CheckResult:
             checker: Checker = opened.check

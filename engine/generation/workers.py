@@ -14,12 +14,15 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from redi.engine.errors import InputError, RunError
 from redi.engine.generation.engines import EngineSettings, Finished, Item, open_engine
 from redi.engine.generation.processes import end_with_parent
 
 _EXIT_SECONDS = 30.0
+
+Blocks = Iterator[Sequence[Item]]
 
 
 def generate_items(
@@ -43,17 +46,11 @@ def generate_items(
     if settings.kind == "transformers" and workers == 1:
         yield from open_engine(settings)(items)
         return
-    if settings.kind == "vllm":
-        shares = [items[first::workers] for first in range(workers)]
-        blocks = [share for share in shares if share]
-    else:
-        size = settings.batch_size
-        blocks = [items[first : first + size] for first in range(0, len(items), size)]
     running: list[_Worker] = []
     try:
-        count = min(workers, len(blocks))
-        running.extend(_start(settings, number, workers) for number in range(count))
-        yield from _dealt(running, iter(blocks))
+        for number, blocks in enumerate(_dealt(settings, items, workers)):
+            running.append(_start(settings, number, workers, blocks))
+        yield from _completed(running)
         for worker in running:
             worker.process.join(_EXIT_SECONDS)
     finally:
@@ -61,11 +58,23 @@ def generate_items(
             worker.kill()
 
 
+def _dealt(settings: EngineSettings, items: Sequence[Item], workers: int) -> list[Blocks]:
+    """The requests of each worker, in blocks that its engine gets at once; no worker has none."""
+    if settings.kind == "vllm":
+        return [iter([items[first::workers]]) for first in range(min(workers, len(items)))]
+    size = settings.batch_size
+    blocks = [items[first : first + size] for first in range(0, len(items), size)]
+    shared = iter(blocks)  # a worker that is free takes the next one
+    return [shared] * min(workers, len(blocks))
+
+
 @dataclass(frozen=True)
 class _Worker:
     number: int
     process: ForkServerProcess
     connection: Connection
+    blocks: Blocks
+    """Of requests that it has not got."""
 
     def lost(self) -> RunError:
         """The error of a worker that has ended too early."""
@@ -85,10 +94,8 @@ class _Worker:
         self.connection.close()
 
 
-def _dealt(
-    workers: Sequence[_Worker], blocks: Iterator[Sequence[Item]]
-) -> Iterator[list[Finished]]:
-    """Give each worker that is free the next block, and yield what they complete."""
+def _completed(workers: Sequence[_Worker]) -> Iterator[list[Finished]]:
+    """Give each worker that is free the next of its blocks, and yield what they complete."""
     by_connection: dict[Any, _Worker] = {worker.connection: worker for worker in workers}
     by_sentinel: dict[Any, _Worker] = {worker.process.sentinel: worker for worker in workers}
     while by_connection:
@@ -100,7 +107,7 @@ def _dealt(
             try:
                 what, value = worker.connection.recv()
                 if what == "free":
-                    block = next(blocks, None)
+                    block = next(worker.blocks, None)
                     worker.connection.send(block)
             except (EOFError, OSError):
                 raise worker.lost() from None
@@ -112,7 +119,7 @@ def _dealt(
                 del by_connection[worker.connection], by_sentinel[worker.process.sentinel]
 
 
-def _start(settings: EngineSettings, number: int, workers: int) -> _Worker:
+def _start(settings: EngineSettings, number: int, workers: int, blocks: Blocks) -> _Worker:
     # A fork of the command could not use CUDA, and threads of the command may hold locks.
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
@@ -123,7 +130,7 @@ def _start(settings: EngineSettings, number: int, workers: int) -> _Worker:
     )
     process.start()
     theirs.close()
-    return _Worker(number, process, ours)
+    return _Worker(number, process, ours, blocks)
 
 
 def _gpus(settings: EngineSettings, number: int) -> str | None:
@@ -144,6 +151,7 @@ def _work(connection: Connection, settings: EngineSettings, gpus: str | None, th
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # read when CUDA is used for the first time
     torch.set_num_threads(threads)
+    transformers_logging.disable_progress_bar()
     try:
         generate = open_engine(settings)
         connection.send(("free", None))

@@ -198,10 +198,13 @@ def test_the_table_compares_evaluations_with_their_standard_errors(
         (tmp_path / name).mkdir()
         rows = [{"name": b, "pass_at_1": 0.25, "sem_over_samples": 0.012} for b in benchmarks]
         summary = {"model": f"models/{name}", "benchmarks": rows, "average": rows[0]}
+        summary["settings"] = {"data": name, "samples": 16, "temperature": len(rows)}
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
     out = tmp_path / "table.md"
     assert main(["table", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out)]) == 0
-    assert "25.0 ± 1.2" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "25.0 ± 1.2" in shown.out
+    assert "it has other problems, temperature is 1, not 2" in shown.err
     assert out.read_text().splitlines()[2:] == [
         "| model | AIME24 | mine | average |",
         "| --- | ---: | ---: | ---: |",

@@ -477,4 +477,10 @@ def test_the_math_checker_reads_other_spellings_of_a_number(
     found = evaluate(respelled, tmp_path / "respelled")
     numbers = [text.isdigit() for text in drawn]
     assert sum(numbers) > 1
+    doubts = json.loads((tmp_path / "respelled" / "summary.json").read_text())["doubts"]
+    unmarked = [each for each in found if each["doubt"] == "no marked answer"]
+    assert {doubt: one["count"] for doubt, one in doubts.items()} == {
+        "no marked answer": len(unmarked)
+    }
+    assert len(doubts["no marked answer"]["first"]) == min(len(unmarked), 5) > 0
     assert [each["traces"][0]["correct"] for each in found] == [False, *numbers[1:]]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -136,6 +137,20 @@ def test_an_interrupted_command_keeps_what_its_workers_finished(
     assert not any(map(is_alive, started))
 
 
+def test_a_worker_that_cannot_load_the_model_is_one_line(
+    world: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    for out, more in (("one", []), ("two", ["--gpus", "2"])):
+        argv = line(world, problems, tmp_path / out, *more)
+        argv[1] = str(model)
+        assert main(argv) == 2
+        [shown] = capsys.readouterr().err.splitlines()
+        assert shown.startswith(f"redi: MODEL: {model}")
+
+
 @dataclass
 class ModelServer:
     """OpenAI's completions API of a real small model, on a local port."""
@@ -183,15 +198,16 @@ def server(world: Path) -> Iterator[ModelServer]:
                 served.open_now += 1
                 served.most_open = max(served.most_open, served.open_now)
                 fault = served.faults.pop(0) if served.faults else None
-            if fault:
-                self.answer(fault[0], {"error": {"message": "too\nmuch"}}, fault[1])
-            else:
+            if not fault:
                 with lock:
                     served.bodies.append(body)
                     found = served.complete(body)
-                self.answer(200, found, {})
             with counted:
                 served.open_now -= 1
+            if fault:
+                self.answer(fault[0], {"error": {"message": "too\nmuch"}}, fault[1])
+            else:
+                self.answer(200, found, {})
 
         def answer(self, status: int, value: dict[str, Any], headers: dict[str, str]) -> None:
             content = json.dumps(value).encode()
@@ -256,6 +272,12 @@ def test_samples_from_a_server_differ_and_only_missing_ones_are_asked_for_again(
     [
         ((400, {}), 2, "status 400: too much"),
         ((401, {}), 2, "status 401: too much"),
+        pytest.param(
+            (503, {"Retry-After": "1"}),
+            1,
+            "status 503: too much; the same command resumes",
+            marks=pytest.mark.slow,  # eight retries
+        ),
     ],
 )
 def test_an_error_of_the_server_is_one_line(
@@ -269,8 +291,8 @@ def test_an_error_of_the_server_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     server.faults = [fault] * 300
-    argv = line(world, problems, tmp_path / "out", "--server", server.url)
-    assert main(argv) == code
+    options = ["--server", server.url, "--concurrency", "2"]
+    assert main(line(world, problems, tmp_path / "out", *options)) == code
     [shown] = capsys.readouterr().err.splitlines()
     assert said in shown
 

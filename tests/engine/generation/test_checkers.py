@@ -11,7 +11,15 @@ import pytest
 
 from redi.engine.data.final_answer import final_answer
 from redi.engine.generation.answer_forms import split_unit
-from redi.engine.generation.checkers import ExactChecker, MathChecker, open_checker
+from redi.engine.generation.checkers import (
+    NUMBERS_DISAGREE,
+    TEXT_DISAGREES,
+    UNMARKED,
+    ExactChecker,
+    MathChecker,
+    open_checker,
+    opened_thought,
+)
 
 
 @pytest.fixture(scope="module")
@@ -382,6 +390,35 @@ def test_an_answer_that_never_finishes_computing_times_out_as_incorrect(math: Ma
     assert not math("", r"\boxed{9^{9^{9^{9}}}}", "5").correct
     assert time.monotonic() - began < 30
     assert math("", r"\boxed{\frac{10}{2}}", "5").correct  # the next answer is checked normally
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "correct", "doubt"),
+    [
+        ("5", r"\boxed{5}", True, None),
+        (r"\frac12", r"\boxed{0.5}", True, None),
+        ("6", r"\boxed{5}", False, None),
+        ("5", "So it is 5.", True, UNMARKED),
+        ("6", "So it is 5.", False, UNMARKED),
+        (r"a \, b ? c", r"\boxed{ab?c}", False, TEXT_DISAGREES),
+        ("0.3333333", r"\boxed{0.33333331}", True, NUMBERS_DISAGREE),
+        ("2.50", r"\boxed{2.5}", True, None),
+    ],
+)
+def test_a_doubtful_verdict_is_marked_and_not_changed(
+    answer: str, completion: str, correct: bool, doubt: str | None, math: MathChecker
+) -> None:
+    result = math("", completion, answer)
+    assert (result.correct, result.doubt) == (correct, doubt)
+
+
+def test_a_thought_that_the_prompt_opens_is_a_thought(math: MathChecker) -> None:
+    cut_off, closed = r"maybe \boxed{5}", r"maybe \boxed{4} </think> \boxed{5}"
+    for prompt in ("user: 2 + 3? <think>", "user: 2 + 3? <thinking>\n"):
+        assert not math("", opened_thought(prompt, cut_off), "5").correct
+        assert math("", opened_thought(prompt, closed), "5").correct
+    assert opened_thought("user: 2 + 3?", cut_off) == cut_off
+    assert opened_thought("user: 2 + 3? <think>", f"<think>{cut_off}") == f"<think>{cut_off}"
 
 
 # Repeated parts for which a regular expression or a scan of the braces may take quadratic or
