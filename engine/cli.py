@@ -42,6 +42,7 @@ from redi.engine.storage import (
     fetch_trained,
     inside,
     is_remote,
+    shown,
 )
 from redi.engine.train.signals import StopRequest
 
@@ -65,7 +66,7 @@ commands:
   table EVALUATION [MORE ...]                               compare evaluations in one table
   logprobs MODEL --data FILE [FILE ...] --out FILE.parquet  score each trace under a model
   select DATA [MORE ...] --out FILE                         choose traces to train on
-  export RUN [--step N]                                     convert a checkpoint to Hugging Face
+  export RUN [--step N] [--push_to_hub OWNER/NAME]          convert a checkpoint to Hugging Face
   merge MODEL:WEIGHT [MORE ...] --out DIR                   write the weighted mean of models
   report RUN [MORE ...]                                     compare runs: a table, curves, a page
   doctor                                                    show versions, devices; test the loss
@@ -299,23 +300,41 @@ def export(argv: Sequence[str]) -> None:
     """`redi export`: write a checkpoint of a run as a Hugging Face directory."""
     parser = _parser(
         "export",
-        "Write a checkpoint as a Hugging Face model directory, RUN/export-step-N.",
+        "Write a checkpoint and a model card as a Hugging Face directory, RUN/export-step-N.",
         "redi export runs/redi              the newest checkpoint",
         "redi export runs/redi --step 500",
+        "redi export runs/redi --push_to_hub owner/name --private",
     )
     parser.add_argument("run", metavar="RUN", help="run directory or its URL")
     parser.add_argument(
         "--step", type=int | None, help="step of the checkpoint; if omitted, the newest"
     )
+    parser.add_argument(
+        "--push_to_hub",
+        type=str | None,
+        metavar="OWNER/NAME",
+        help="also upload it to this model repository of the Hugging Face hub, made if needed",
+    )
+    parser.add_argument("--private", action="store_true", help="make that repository private")
     args = parse_arguments(parser, argv)
+    if args.private and args.push_to_hub is None:
+        raise InputError("private: needs push_to_hub")
 
-    from redi.engine.commands.export import export_run
+    from redi.engine.commands.export import export_run, find_checkpoint
     from redi.engine.console import Console
     from redi.engine.train.guards import collapse_of
 
     cache = DataConfig().cache_dir
     run_dir = fetch_run(args.run, cache)
-    print(export_run(run_dir, args.step, cache))
+    if args.push_to_hub is not None:
+        from redi.engine.commands.push import open_repository, push
+
+        find_checkpoint(run_dir, args.step)
+        open_repository(args.push_to_hub, args.private)  # before minutes of exporting
+    folder = export_run(run_dir, args.step, cache)
+    print(shown(folder))
+    if args.push_to_hub is not None:
+        print(push(folder, args.push_to_hub, f"Add {run_dir.name}, {folder.name}"))
     if args.step is None and (collapsed := collapse_of(run_dir)):
         Console().warn(collapsed)
 

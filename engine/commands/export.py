@@ -13,16 +13,17 @@ import torch.distributed.checkpoint as dcp
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from redi.engine.commands.model_card import write_card
 from redi.engine.errors import InputError
 from redi.engine.model.composite import SOURCE
 from redi.engine.model.export import architecture_to_export, files_of, write_folder
 from redi.engine.model.load import generation_config, read_config
-from redi.engine.storage import fetch_model, open_run, shown, url_of
+from redi.engine.storage import fetch_model, open_run, shown
 from redi.engine.train.checkpoint import checkpoint_reader, complete_checkpoints
 
 
-def export_run(run_dir: Path, step: int | None, cache_dir: Path) -> str:
-    """Write a checkpoint of a run as a Hugging Face directory.
+def export_run(run_dir: Path, step: int | None, cache_dir: Path) -> Path:
+    """Write a checkpoint of a run as a Hugging Face directory with a model card.
 
     Args:
         run_dir: run directory, or the folder to which a run was fetched from object storage.
@@ -30,20 +31,13 @@ def export_run(run_dir: Path, step: int | None, cache_dir: Path) -> str:
         cache_dir: folder of the cache, for a model that must be fetched from object storage.
 
     Returns:
-        The directory or URL, `RUN/export-step-N`.
+        The directory, `RUN/export-step-N`; of a run on object storage, its copy on this machine.
 
     Raises:
         InputError: there is no such run or checkpoint.
     """
-    if not (run_dir / "recipe.toml").is_file():
-        raise InputError(f"{shown(run_dir)} is not a run directory (it has no recipe.toml)")
-    checkpoints = complete_checkpoints(run_dir)
-    if not checkpoints or (step is not None and step not in checkpoints):
-        have = ", ".join(map(str, sorted(checkpoints))) or "none"
-        wanted = "" if step is None else f" of step {step}"
-        raise InputError(f"{shown(run_dir)} has no complete checkpoint{wanted}; available: {have}")
+    step = find_checkpoint(run_dir, step)
     transformers_logging.disable_progress_bar()
-    step = max(checkpoints) if step is None else step
     recipe = tomllib.loads((run_dir / "recipe.toml").read_text(encoding="utf-8"))
     model = recipe["model"]
     path, tokenizer_path = (
@@ -63,8 +57,25 @@ def export_run(run_dir: Path, step: int | None, cache_dir: Path) -> str:
     run = open_run(run_dir)
     tensors = _checkpointed(run.checkpoint(step), architecture, files)
     write_folder(folder, architecture, files, tensors, tokenizer, generation_config(path))
+    write_card(run_dir, folder, step)
     run.publish_model(folder.name)
-    return url_of(folder) or str(folder)
+    return folder
+
+
+def find_checkpoint(run_dir: Path, step: int | None) -> int:
+    """The step of a complete checkpoint; None: of the newest.
+
+    Raises:
+        InputError: there is no such run or checkpoint.
+    """
+    if not (run_dir / "recipe.toml").is_file():
+        raise InputError(f"{shown(run_dir)} is not a run directory (it has no recipe.toml)")
+    checkpoints = complete_checkpoints(run_dir)
+    if not checkpoints or (step is not None and step not in checkpoints):
+        have = ", ".join(map(str, sorted(checkpoints))) or "none"
+        wanted = "" if step is None else f" of step {step}"
+        raise InputError(f"{shown(run_dir)} has no complete checkpoint{wanted}; available: {have}")
+    return max(checkpoints) if step is None else step
 
 
 def _checkpointed(

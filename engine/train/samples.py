@@ -199,6 +199,7 @@ class HeldOutSamples:
             "system_prompt": recipe.data.system_prompt,
             "template_variables": recipe.data.template_variables,
             "batch_size": problems.batch_size,
+            "judges": 1,
             "engine": "transformers",
             "device": "cpu",
             "dtype": str(self._dtype).removeprefix("torch."),

@@ -220,9 +220,9 @@ class _MLflow:
         self._client.log_batch(self._id, metrics, synchronous=False)
 
     def write_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
-        columns = [list(values) for values in zip(*_table(samples), strict=True)]
-        data = {"step": [step] * len(samples), **dict(zip(COLUMNS, columns, strict=True))}
-        self._client.log_table(self._id, data, "samples.json")
+        # The form of its log_table, which would turn the text "048" into a number.
+        table = {"columns": list(COLUMNS), "data": _table(samples)}
+        self._client.log_dict(self._id, table, f"samples/step-{step}.json")
 
     def close(self) -> None:
         import mlflow

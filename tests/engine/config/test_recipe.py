@@ -105,7 +105,7 @@ MISTAKES = {
     "[model]\npath = 3\n": "model.path: needs text, got 3",
     f"[train]\nmax_steps = 1{'0' * 400}\n[optim]\nwarmup = 2.0\n": "optim.warmup must be in",
     "[optim]\nlr = 10.0\nweight_decay = 0.1\n": "optim.weight_decay * optim.lr must be < 1, got 1",
-    "[run]\ntrackers = 'wandb'\n": "needs a list of ['tensorboard', 'wandb'], got wandb",
+    "[run]\ntrackers = 'wandb'\n": "['tensorboard', 'wandb', 'trackio', 'mlflow'], got wandb",
     "[optim\nlr = 1\n": "not valid TOML",
     "\ufeff[optim]\nlr = 1\n": "begins with a byte order mark; save it as UTF-8 without one",
 }

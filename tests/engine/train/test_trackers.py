@@ -19,7 +19,7 @@ from redi.engine.cli import main
 
 PACKAGES = ("alembic", "mlflow-skinny", "sqlalchemy", "trackio")
 READ = """
-import json, sys
+import json, pathlib
 from mlflow.tracking import MlflowClient
 from trackio.sqlite_storage import SQLiteStorage
 
@@ -27,14 +27,14 @@ client = MlflowClient()
 experiment = client.get_experiment_by_name("redi").experiment_id
 (run,) = client.search_runs([experiment])
 history = client.get_metric_history(run.info.run_id, "train/loss")
-table = json.load(open(client.download_artifacts(run.info.run_id, "samples.json")))
+tables = client.download_artifacts(run.info.run_id, "samples")
 (name,) = SQLiteStorage.get_runs("redi")
 print(json.dumps({
     "status": run.info.status,
     "name": run.info.run_name,
     "alpha": run.data.params["objective.alpha"],
     "mlflow": {one.step: one.value for one in history},
-    "samples": [dict(zip(table["columns"], row)) for row in table["data"]],
+    "tables": {file.stem: json.loads(file.read_text()) for file in pathlib.Path(tables).iterdir()},
     "trackio": SQLiteStorage.get_logs("redi", name),
 }))
 """
@@ -110,9 +110,12 @@ def test_trackio_and_mlflow_hold_the_figures_and_samples_of_a_resumed_run(
         for line in map(json.loads, (tmp_path / "run" / "samples.jsonl").open())
     ]
     assert {line[0] for line in written} == {0, 2, 4}
-    # A table of MLflow is only appended to: the evaluation that the resume repeats is there twice.
-    table = [[row["step"], row["completion"], row["correct"]] for row in found["samples"]]
-    assert [line for line in table if line[0] != 2] == [line for line in written if line[0] != 2]
+    for step in (0, 2, 4):
+        table = found["tables"][f"step-{step}"]
+        rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+        assert [[step, row["completion"], row["correct"]] for row in rows] == [
+            line for line in written if line[0] == step
+        ]
     tables = [line["samples"]["_value"] for line in found["trackio"] if "samples" in line]
     assert [row["completion"] for row in tables[-1]] == [line[1] for line in written[-2:]]
 
