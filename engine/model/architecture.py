@@ -32,6 +32,7 @@ from redi.engine.model.boundaries import pass_boundaries
 from redi.engine.model.document_attention import PLAIN, Pattern, visible
 from redi.engine.model.load import empty_model, first_line
 from redi.engine.model.logits import logits_of
+from redi.engine.model.mixers import has_attention, mixer_of, separate_documents, split_calls
 
 PROBED_LAYERS = 2
 """Least number of layers of a probed model; more if there are more types of layers."""
@@ -39,7 +40,7 @@ PROBED_WINDOW = 3
 PROBED_TOKENS = 6
 """More than the probed window."""
 
-SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention", "linear_attention", "conv"}
 
 DROPOUT_OPS = {"bernoulli", "bernoulli_", "native_dropout"}
 
@@ -69,7 +70,8 @@ def attention_for(
     config: Any, wanted: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, str]:
     """`choose_attention` with the features that a model's layers have."""
-    features = {name for pattern in layer_patterns(config) for name in features_of(pattern)}
+    patterns = filter(None, layer_patterns(config))
+    features = {name for pattern in patterns for name in features_of(pattern)}
     return choose_attention(wanted, device, dtype, sorted(features))
 
 
@@ -119,8 +121,8 @@ def _config_problem(config: Any) -> str | None:
     layers = getattr(config, "layer_types", None)
     if other := set(layers or ()) - SUPPORTED_LAYERS:
         return (
-            f"it has layers of type {', '.join(sorted(other))}; packs need full or sliding "
-            "attention in every layer"
+            f"it has layers of type {', '.join(sorted(other))}; packs need full, sliding or "
+            "linear attention, or convolutions"
         )
     if "dynamic" in rope_types(config):
         return (
@@ -146,8 +148,12 @@ def rope_types(config: Any) -> set[str]:
     return {str(one["rope_type"]) for one in [parameters, *nested] if one.get("rope_type")}
 
 
-def layer_patterns(config: Any) -> tuple[Pattern, ...]:
-    """What each layer's attention has besides causality. InputError: as `check_architecture`."""
+def layer_patterns(config: Any) -> tuple[Pattern | None, ...]:
+    """What each layer's attention has besides causality; None for a layer without attention.
+
+    Raises:
+        InputError: as `check_architecture`.
+    """
     return _probed(config).patterns
 
 
@@ -156,11 +162,17 @@ def drops_boundaries(config: Any) -> bool:
     return _probed(config).drops_boundaries
 
 
+def has_mixers(config: Any) -> bool:
+    """True if a model has layers that run document by document (`mixers.py`)."""
+    return _probed(config).has_mixers
+
+
 class _Probed(NamedTuple):
     """What forwards of a model on the meta device show."""
 
     logits: Logits
-    patterns: tuple[Pattern, ...]
+    patterns: tuple[Pattern | None, ...]
+    has_mixers: bool
     drops_boundaries: bool
 
 
@@ -174,6 +186,8 @@ def _probed(config: Any) -> _Probed:
         model = _probe(config)
         if problem := model_problem(model):
             raise InputError(problem)
+        separate_documents(model)
+        mixers = any(mixer_of(block) for block in model.base_model.layers)
         dropped = False
         try:
             patterns = _patterns(model, config)
@@ -181,7 +195,7 @@ def _probed(config: Any) -> _Probed:
             dropped = True
             pass_boundaries(model)
             patterns = _patterns(model, config)
-        _known[key] = _Probed(logits_of(model), patterns, dropped)
+        _known[key] = _Probed(logits_of(model), patterns, mixers, dropped)
     return _known[key]
 
 
@@ -212,8 +226,10 @@ def model_problem(model: PreTrainedModel) -> str | None:
     """The part of a model that packs, the fused loss or sharding do not support, or None."""
     name = type(model).__name__
     blocks = getattr(model.base_model, "layers", ())
-    if not blocks or not all(hasattr(block, "self_attn") for block in blocks):
+    if not blocks or not all(has_attention(one) or mixer_of(one) for one in blocks):
         return f"{name} is not built of attention blocks, which packs need"
+    if not any(map(has_attention, blocks)):
+        return f"{name} has no layer of attention, which packs need"
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         return f"{name} has no plain lm_head (a bias is not supported)"
@@ -223,7 +239,7 @@ def model_problem(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _patterns(model: PreTrainedModel, config: Any) -> tuple[Pattern, ...]:
+def _patterns(model: PreTrainedModel, config: Any) -> tuple[Pattern | None, ...]:
     """The patterns of a model's layers, by forwards of its first layer of each type.
 
     Raises:
@@ -233,14 +249,20 @@ def _patterns(model: PreTrainedModel, config: Any) -> tuple[Pattern, ...]:
     types = _layer_types(config) or [""] * depth
     calls = _packed_calls(model)
     _check_masks(config, checked=calls is not None)
+    attention = [has_attention(block) for block in model.base_model.layers]
     # If it does not run without values, the first forward of training checks the number of calls.
-    patterns = [call.pattern for call in calls] if calls else [PLAIN] * len(kept)
+    found = iter([PLAIN] * sum(attention) if calls is None else [call.pattern for call in calls])
+    patterns = [next(found) if attends else None for attends in attention]
     of_type = {types[layer]: pattern for layer, pattern in zip(kept, patterns, strict=True)}
     return tuple(of_type[kind] for kind in types)
 
 
 def _packed_calls(model: PreTrainedModel) -> list[AttentionCall] | None:
-    """The calls of attention in a forward of two documents; None if it does not run on meta."""
+    """The calls of attention in a forward of two documents; None if it does not run on meta.
+
+    Raises:
+        InputError: a layer does not call it, or its mixer does not run by document.
+    """
     tokens = torch.arange(PROBED_TOKENS, device="meta")[None]
     boundaries = torch.tensor([0, 4, PROBED_TOKENS], dtype=torch.int32)
     ops = _RandomOps()
@@ -248,12 +270,16 @@ def _packed_calls(model: PreTrainedModel) -> list[AttentionCall] | None:
         calls = _calls_of(model, position_ids=tokens, **document_kwargs(boundaries, 4))
     if calls is None:
         return None
-    name, blocks = type(model).__name__, len(model.base_model.layers)
-    if len(calls) != blocks:
-        raise InputError(f"{name}: {len(calls)} of {blocks} layers call the attention function")
+    name = type(model).__name__
+    attention, mixers = split_calls(calls)
+    if len(attention) != (wanted := sum(map(has_attention, model.base_model.layers))):
+        raise InputError(f"{name}: {len(attention)} of {wanted} layers call the attention function")
+    wanted = sum(mixer_of(block) is not None for block in model.base_model.layers)
+    if len(mixers) != wanted:
+        raise InputError(f"{name}: {len(mixers)} of {wanted} mixers are given document boundaries")
     if ops.random:
         raise InputError(f"{name}: it draws random numbers in training ({ops.random[0]})")
-    return calls
+    return attention
 
 
 def _check_masks(config: Any, checked: bool) -> None:
@@ -274,7 +300,7 @@ def _check_masks(config: Any, checked: bool) -> None:
     tokens = PROBED_TOKENS
     whole = torch.ones(1, tokens, dtype=torch.int64, device="meta")
     calls = _calls_of(model, attention_mask=whole, use_cache=False)
-    if calls is None and set(_layer_types(config) or ()) <= {"full_attention"}:
+    if calls is None and "sliding_attention" not in (_layer_types(config) or ()):
         return
     name = type(model).__name__
     if calls is None or not checked:

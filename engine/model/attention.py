@@ -201,6 +201,12 @@ def recording_calls() -> Iterator[list[AttentionCall]]:
         _calls = None
 
 
+def record_call(call: AttentionCall) -> None:
+    """Append to the list of `recording_calls`, if there is one."""
+    if _calls is not None:
+        _calls.append(call)
+
+
 def document_kwargs(cu_seqlens: torch.Tensor, max_seqlen: int) -> dict[str, Any]:
     """The keyword arguments that carry documents through transformers to the functions here.
 
@@ -233,8 +239,7 @@ def _enter(
     for feature in features_of(pattern):
         if kind not in SUPPORT[feature]:
             raise InputError(f'the model\'s {feature} are not available with attention "{kind}"')
-    if _calls is not None:
-        _calls.append(AttentionCall(kind, pattern, len(cu_seqlens) - 1))
+    record_call(AttentionCall(kind, pattern, len(cu_seqlens) - 1))
     return pattern
 
 
@@ -277,8 +282,7 @@ def _mask_probe(
     attention_mask: torch.Tensor | None,
     **other: Any,
 ) -> tuple[torch.Tensor, None]:
-    if _calls is not None:
-        _calls.append(AttentionCall("mask", _pattern(other), 1, attention_mask))
+    record_call(AttentionCall("mask", _pattern(other), 1, attention_mask))
     return _nothing(query, value), None
 
 

@@ -27,6 +27,7 @@ from redi.engine.model.boundaries import pass_boundaries
 from redi.engine.model.export import check_exportable
 from redi.engine.model.liger import apply_liger
 from redi.engine.model.load import empty_model, generation_config, read_config
+from redi.engine.model.mixers import separate_documents
 from redi.engine.model.sharding import shard
 from redi.engine.model.student import Student
 from redi.engine.model.weights import read_weights
@@ -79,6 +80,7 @@ def build_model(path: str, config: Any, attention: str) -> PreTrainedModel:
     model = empty_model(config, attention=register_attention(attention))
     if problem := model_problem(model):
         raise InputError(f"model.path: {path}: {problem}")
+    separate_documents(model)
     if drops_boundaries(config):
         pass_boundaries(model)
     if (generation := generation_config(path)) is not None:

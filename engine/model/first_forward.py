@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from redi.engine.errors import InputError
 from redi.engine.model.attention import recording_calls
+from redi.engine.model.mixers import has_attention, mixer_of, split_calls
 
 Out = TypeVar("Out")
 
@@ -32,6 +33,8 @@ class ForwardRecord:
     """Number of its calls: one per layer."""
     windows: dict[str, int]
     """Number of calls by sliding window, in tokens; without those that have none."""
+    mixers: int
+    """Number of linear attentions, state spaces and convolutions, run document by document."""
     loss: dict[str, list[str]]
     """Names of backends, by loss op."""
     liger: dict[str, int]
@@ -42,11 +45,12 @@ class ForwardRecord:
         windows = "".join(
             f" ({count} with a window of {tokens})" for tokens, count in self.windows.items()
         )
+        mixers = f", {self.mixers} mixers document by document" if self.mixers else ""
         loss = ", ".join(f"{op} ({', '.join(names)})" for op, names in self.loss.items())
         liger = ", ".join(f"{count} {name}" for name, count in self.liger.items())
         return (
-            f"attention {self.attention} in {self.attention_calls} layers{windows}; loss {loss}; "
-            f"liger-kernel {liger or 'off'}"
+            f"attention {self.attention} in {self.attention_calls} layers{windows}{mixers}; "
+            f"loss {loss}; liger-kernel {liger or 'off'}"
         )
 
 
@@ -80,21 +84,31 @@ def record_forward(model: PreTrainedModel, forward: Callable[[], Out]) -> tuple[
         InputError: a layer did not run packed attention.
     """
     ops = _LossOps()
-    with recording_calls() as calls, torch.compiler.set_stance("force_eager"), ops:
+    with recording_calls() as found, torch.compiler.set_stance("force_eager"), ops:
         out = forward()
     layers = model.base_model.layers
+    calls, by_document = split_calls(found)
     kinds = {call.kind for call in calls}
-    if len(calls) != len(layers) or len(kinds) != 1:
-        others = Counter(_attention_name(layer) for layer in layers)
+    attending = sum(map(has_attention, layers))
+    mixers = sum(mixer_of(layer) is not None for layer in layers)
+    if len(by_document) != mixers:
+        raise InputError(
+            f"model.path: {type(model).__name__}: {len(by_document)} of {mixers} mixers ran "
+            "document by document; it cannot be trained on packs"
+        )
+    if len(calls) != attending or len(kinds) != 1:
+        others = Counter(_attention_name(layer) for layer in layers if has_attention(layer))
         listed = ", ".join(f"{count} of {name}" for name, count in others.items())
         raise InputError(
             f"model.path: {type(model).__name__}: packed attention ran in {len(calls)} of "
-            f"{len(layers)} layers (configured: {listed}); it cannot be trained on packs"
+            f"{attending} layers (configured: {listed}); it cannot be trained on packs"
         )
     # The plain reference backend is not an op.
     loss = ops.backends or {"plain PyTorch": ["reference"]}
     windows = Counter(str(call.pattern.window) for call in calls if call.pattern.window is not None)
-    return out, ForwardRecord(kinds.pop(), len(calls), dict(windows), loss, liger_layers(model))
+    return out, ForwardRecord(
+        kinds.pop(), len(calls), dict(windows), mixers, loss, liger_layers(model)
+    )
 
 
 def liger_layers(model: PreTrainedModel) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 The convention is that of PaLM (arXiv 2204.02311, appendix B): a matrix product of a weight with a
 token costs 2 flops per weight in the forward and 4 in the backward; nothing else is counted but
-attention. Causal attention is counted once, which is half of the square that it masks.
+attention. Causal attention is counted once, which is half of the square that it masks. Of a linear
+attention or state space its projections are counted, not the updates of its state.
 """
 
 from __future__ import annotations
@@ -95,6 +96,8 @@ def model_size(config: PretrainedConfig) -> ModelSize:
     attention: dict[int | None, int] = {None: 0}
     patterns = layer_patterns(config)
     for layer, pattern in zip(model.base_model.layers, patterns, strict=True):
+        if pattern is None:
+            continue
         one = layer.self_attn
         heads = getattr(one, "num_heads", None) or config.num_attention_heads
         key, value = (

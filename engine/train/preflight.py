@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from redi.engine.config.sections import Recipe, check_replicas
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
-from redi.engine.model.architecture import attention_for, check_dropout
+from redi.engine.model.architecture import attention_for, check_dropout, has_mixers
 from redi.engine.model.attention import NOT_IN_GRAPHS
 from redi.engine.model.build import model_config
 from redi.engine.model.checkpointing import NOT_KEPT
@@ -54,13 +54,18 @@ def check_before_data(recipe: Recipe, run_dir: Path, world: World) -> Preflight:
     dtype = compute_dtype(recipe.train.dtype, world.device)
     kind, _ = attention_for(config, recipe.model.attention, world.device, dtype)
     check_dropout(recipe.model.path or "", config, kind)
-    _check_compile(recipe, kind)
+    _check_compile(recipe, kind, config)
     _check_checkpointing(recipe, kind)
     _check_backend(recipe, world.device, dtype)
     return Preflight(config, dtype)
 
 
-def _check_compile(recipe: Recipe, attention: str) -> None:
+def _check_compile(recipe: Recipe, attention: str, config: Any) -> None:
+    if recipe.shard.compile and has_mixers(config):
+        raise InputError(
+            "shard.compile: a model whose linear attention or convolutions run document by "
+            "document cannot be compiled; remove it"
+        )
     recomputed = recipe.shard.checkpointing != "none"
     if recipe.shard.compile and recomputed and attention in NOT_IN_GRAPHS:
         raise InputError(

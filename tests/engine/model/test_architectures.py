@@ -45,5 +45,5 @@ def test_a_refusal_gives_its_reason(kind: str, variant: str, said: str) -> None:
 def test_no_architecture_trains_wrongly_and_the_page_has_what_is_seen() -> None:
     seen = sweep()
     assert [one for one in seen if one.outcome not in ("works", "refused")] == []
-    assert sum(one.outcome == "works" for one in seen if not one.variant) >= 40
+    assert sum(one.outcome == "works" for one in seen if not one.variant) >= 80
     assert PAGE.read_text() == page(seen)

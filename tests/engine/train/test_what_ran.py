@@ -89,7 +89,14 @@ def test_every_layer_of_a_real_run_has_packed_attention_on_each_rank(
     ran = json.loads((tmp_path / "run" / "manifest.json").read_text())["ran"]
     ops = ("token_weights", "signed_cross_entropy", "segment_sum")
     loss = {op: ["torch"] for op in ops}
-    one = {"attention": "sdpa", "attention_calls": LAYERS, "windows": {}, "loss": loss, "liger": {}}
+    one = {
+        "attention": "sdpa",
+        "attention_calls": LAYERS,
+        "windows": {},
+        "mixers": 0,
+        "loss": loss,
+        "liger": {},
+    }
     assert ran == [one] * ranks
     assert f"ran: attention sdpa in {LAYERS} layers; loss token_weights (torch)" in done.stderr
 
