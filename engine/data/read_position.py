@@ -6,7 +6,7 @@ from pathlib import Path
 from redi.engine.console import Console, Progress
 from redi.engine.data.sources import Source, hub_dataset, saved_files
 
-MEGABYTE = 1_000_000
+_MEGABYTE = 1_000_000
 
 
 class ReadPosition:
@@ -46,18 +46,22 @@ def _size(source: Source) -> int:
     return sum(file.stat().st_size for file in files if file.exists())
 
 
+def _megabytes(count: int) -> int:
+    return -(-count // _MEGABYTE)
+
+
 class ReadProgress:
     """A progress line in megabytes of the sources."""
 
     def __init__(self, what: str, position: ReadPosition, console: Console) -> None:
         """`what` is done with the data, such as "tokenizing"."""
-        total = -(-position.total // MEGABYTE)
+        total = _megabytes(position.total)
         self._line: Progress = console.progress(f"{what} MB", total, endpoints=False)
         self._shown = 0
 
     def show(self, done: int, *figures: str) -> None:
         """Show that the bytes up to `done` are finished."""
-        more = done // MEGABYTE - self._shown
+        more = _megabytes(done) - self._shown
         if more > 0:
             self._shown += more
             self._line.update(more, *figures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,11 @@ def _held_out(recipe: Recipe, world: World, console: Console) -> HeldOut | None:
         return None
     tokens = tokenized(recipe, recipe.eval.paths, world, console)
     examples = _examples(recipe, tokens, "pairs" if (tokens.signs < 0).any() else "positives")
+    targets = tokens.num_targets(np.arange(len(tokens)), examples.lengths)
+    scored = (targets[examples.units] > 0).all(axis=1)
+    if not scored.any():
+        raise InputError(f"eval.path: {', '.join(tokens.sources)}: spans mask all that is scored")
+    examples = replace(examples, units=examples.units[scored])
     return HeldOut(tokens, examples, held_out_problems(recipe))
 
 

@@ -58,9 +58,10 @@ def test_progress_has_an_end_and_counts_what_is_done(
     for done in (400_000, 1_000_000, 1_300_000, 2_500_000):
         progress.show(done, "7 traces")
     progress.close()
-    first, second = capfd.readouterr().err.splitlines()
+    first, second, last = capfd.readouterr().err.splitlines()
     assert first == "tokenizing MB 1/3  7 traces"
     assert second.startswith("tokenizing MB 2/3  7 traces  left ")
+    assert last == "tokenizing MB 3/3  7 traces  left 00:00"
 
 
 @pytest.mark.parametrize("indent", [None, 2])

@@ -170,8 +170,8 @@ UNMASKED = [
     count if weights is None else sum(weight != 0 for weight in weights)
     for count, weights in zip(COMPLETIONS, TOKEN_WEIGHTS, strict=True)
 ]
-# Where weighted log-probs in place of log-probs are no formula: w holds the weights. The others,
-# with the mean over unmasked tokens; a sum over the exponential of a mean takes no negative weight.
+# The formulas that are not those of CASES with weighted log-probs in place of log-probs; w and v
+# are the weights of the positive's and of the negative's unmasked tokens.
 SPAN_CASES: dict[str, Callable[..., Tensor]] = {
     "sft-token": lambda y, z, r, q, a, b, w, v: -(w * y).sum() / sum(UNMASKED[::2]),
     "nsr": lambda y, z, r, q, a, b, w, v: 0.6 * (v * z).sum() / sum(UNMASKED),

@@ -133,7 +133,8 @@ def test_ones_are_bitwise_no_spans_and_zeros_train_nothing(
         data = str(world / "traces.jsonl")
         if weight is not None:
             data = write_spans(world, tmp_path / f"{name}.jsonl", lambda *_, w=weight: w)
-        changes = {"data.path": data, "eval.path": data, "eval.every": 4}
+        held_out = str(world / "traces.jsonl") if weight == 0 else data
+        changes = {"data.path": data, "eval.path": held_out, "eval.every": 4}
         recipes.append(recipe(name, {**changes, "optim.weight_decay": 0.0}))
     done = redi("train", *recipes, ranks=2)
     assert done.returncode == 0, done.stderr
@@ -153,6 +154,14 @@ def test_ones_are_bitwise_no_spans_and_zeros_train_nothing(
         assert (line["positive_logp"], line["negative_logp"], line["targets"]) == (None, None, 0)
     weights = [(tmp_path / name / "export" / "model.safetensors") for name in ran]
     assert weights[0].read_bytes() == weights[1].read_bytes() != weights[2].read_bytes()
+
+
+def test_held_out_traces_that_are_all_masked_are_refused(
+    recipe: Callable[..., Path], world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_spans(world, tmp_path / "zeros.jsonl", lambda *_: 0.0)
+    assert main(["prepare", str(recipe("run", {"eval.path": data}))]) == 2
+    assert capsys.readouterr().err == f"redi: eval.path: {data}: spans mask all that is scored\n"
 
 
 @pytest.mark.slow
