@@ -23,12 +23,14 @@ from redi.engine.console import Console
 from redi.engine.data.fingerprints import model_fingerprint
 from redi.engine.errors import InputError, RunError
 from redi.engine.hub import quiet_hub_client
-from redi.engine.model.export import FILE_BYTES, check_loads, replaced, write_index
+from redi.engine.model.export import check_loads, replaced, write_index
 from redi.engine.model.load import empty_model, find_config, first_line
 from redi.engine.model.weights import FLOATS, weight_files
 from redi.engine.train.run_folder import manifest
 
 MANIFEST = "merge.json"
+FILE_BYTES = 2 * 10**9
+"""Maximum bytes of weights in a file, unless a single tensor is larger."""
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
 """Files copied from the first model: configuration, tokenizer and template."""
 _NOT_COPIED = ("*.index.json", MANIFEST)
@@ -100,7 +102,7 @@ def merge(parts: Sequence[Part], out: Path, console: Console) -> None:
     Every weight is the sum of the parts' weights times their factors, in float32, in the dtype of
     the first part; a part with the factor 0 is not read. Configuration, tokenizer and template are
     those of the first part. `merge.json` has the parts, with hashes of their weights, and versions.
-    Memory holds one file of at most FILE_BYTES, and a slice of a tensor.
+    Memory holds one file twice (as tensors and as they are written) and a slice of each part.
 
     Raises:
         InputError: a part is no model, the parts differ in names, shapes, configuration or
