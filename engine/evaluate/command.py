@@ -26,6 +26,7 @@ from redi.engine.console import Console, print_table
 from redi.engine.data.sources import unread_splits
 from redi.engine.data.write_rows import row_writer
 from redi.engine.errors import InputError, Stopped
+from redi.engine.evaluate.benchmarks import benchmark_paths
 from redi.engine.evaluate.options import EvaluateOptions
 from redi.engine.evaluate.samples import Recorder, keep_complete, put_in_order
 from redi.engine.evaluate.table import as_markdown, print_comparison
@@ -87,8 +88,9 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     else:
         if done:
             console.say(f"{folder}: resuming after {len(done)} of {total} samples")
+        generated = _generated(task, done)  # a server that does not answer leaves no folder
         _begin(task)
-        _sample(task, samples, done, console)
+        _sample(task, samples, generated, len(done), console)
     put_in_order(samples, task.places)
     facts = json.loads(_facts_file(folder).read_text(encoding="utf-8"))
     summary = {**facts, **_scores(task, samples)}
@@ -129,7 +131,9 @@ def _begin(task: Evaluation) -> None:
     folder = task.folder
     if _facts_file(folder).is_file():
         return
-    paths = {"model": task.model_path, "data": task.options.data}
+    options = task.options
+    benchmarks = benchmark_paths(options.benchmarks, options.benchmark_dir)
+    paths = {"model": task.model_path, "data": [*options.data, *benchmarks.values()]}
     facts = manifest(1, task.device, **paths, settings=task.settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,10 +146,12 @@ def _facts_file(folder: Path) -> Path:
     return folder / "evaluation.json"
 
 
-def _sample(task: Evaluation, path: Path, done: set[int], console: Console) -> None:
-    """Generate, check and write the samples that are not done."""
+def _sample(
+    task: Evaluation, path: Path, generated: Iterator[list[Finished]], done: int, console: Console
+) -> None:
+    """Check and write the samples that are generated; `done` of them are there already."""
     options = task.options
-    progress = console.progress("sample", len(task.places), len(done))
+    progress = console.progress("sample", len(task.places), done)
     made = correct = tokens = 0
     began = time.monotonic()
 
@@ -162,7 +168,7 @@ def _sample(task: Evaluation, path: Path, done: set[int], console: Console) -> N
             open_judges(options.checker, options.answer_pattern, options.judges) as judge,
             Recorder(task, path, judge, written) as recorder,
         ):
-            for finished in _finished(task, done):
+            for finished in generated:
                 recorder.add(finished)
     except KeyboardInterrupt:
         raise Stopped(
@@ -172,8 +178,12 @@ def _sample(task: Evaluation, path: Path, done: set[int], console: Console) -> N
         progress.close()
 
 
-def _finished(task: Evaluation, done: set[int]) -> Iterator[list[Finished]]:
-    """Generate the samples that are not done; their numbers are the indices of their places."""
+def _generated(task: Evaluation, done: set[int]) -> Iterator[list[Finished]]:
+    """The samples that are not done, as they are asked for; numbers are indices of their places.
+
+    Raises:
+        InputError: the server does not answer.
+    """
     options = task.options
     items = [item for item in enumerate(task.requests) if item[0] not in done]
     if options.server is not None:

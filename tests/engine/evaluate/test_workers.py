@@ -221,7 +221,7 @@ def server(world: Path) -> Iterator[ModelServer]:
             pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     served.url = f"http://127.0.0.1:{http.server_port}"
     yield served
     http.shutdown()
@@ -249,6 +249,7 @@ def test_a_server_generates_what_the_model_does_here(
     assert prompts == {each["rendered_prompt"] for each in found}
 
 
+@pytest.mark.slow
 def test_samples_from_a_server_differ_and_only_missing_ones_are_asked_for_again(
     world: Path, problems: Path, server: ModelServer, tmp_path: Path
 ) -> None:
@@ -320,4 +321,4 @@ def test_wrong_options_for_workers_are_one_line(
     assert main(line(world, problems, out, *options)) == 2
     [shown] = capsys.readouterr().err.splitlines()
     assert said in shown
-    assert lines_in(out) == 0
+    assert not out.exists()
