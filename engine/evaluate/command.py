@@ -183,6 +183,7 @@ def _finished(task: Evaluation, done: set[int]) -> Iterator[list[Finished]]:
     settings = EngineSettings(
         kind=task.engine,
         model_path=task.model_path,
+        adapter=task.adapter,
         dtype=task.dtype,
         device=str(task.device),
         sampling=task.sampling,

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 PARTS = {
-    "masters": "float32 master weights",
+    "masters": "master weights (float32), a frozen model (compute dtype)",
     "moments": "AdamW's moments",
     "gradients": "gradients",
     "gathered": "gathered parameters, gradients in reduction",

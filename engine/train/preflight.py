@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from redi.engine.config.sections import Recipe, check_replicas
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
+from redi.engine.model.adapter import check_adapter
 from redi.engine.model.architecture import attention_for, check_dropout, has_mixers
 from redi.engine.model.attention import NOT_IN_GRAPHS
 from redi.engine.model.build import model_config
@@ -20,6 +21,7 @@ from redi.engine.model.checkpointing import NOT_KEPT
 from redi.engine.model.sharding import compute_dtype
 from redi.engine.storage import open_run
 from redi.engine.train.guards import check_not_collapsed
+from redi.engine.train.optimizer import check_optimizer
 from redi.engine.train.trackers import check_trackers
 from redi.kernels.backends import choose_backend, filtering_backend
 
@@ -54,6 +56,8 @@ def check_before_data(recipe: Recipe, run_dir: Path, world: World) -> Preflight:
     dtype = compute_dtype(recipe.train.dtype, world.device)
     kind, _ = attention_for(config, recipe.model.attention, world.device, dtype)
     check_dropout(recipe.model.path or "", config, kind)
+    check_adapter(recipe, config, dtype)
+    check_optimizer(recipe.optim)
     _check_compile(recipe, kind, config)
     _check_checkpointing(recipe, kind)
     _check_backend(recipe, world.device, dtype)
