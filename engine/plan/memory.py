@@ -43,6 +43,7 @@ from redi.engine.plan.types import StepMemory
 from redi.engine.train.generation_accuracy import HeldOutProblems
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
 from redi.engine.train.step import clip, forward_backward
+from redi.engine.train.tensor_steps import TensorSteps
 from redi.kernels.chunk_sizes import gpu_workspace, padded
 from redi.kernels.experimental.launches import sizes_for_triton_exp
 from redi.kernels.logprobs import GPU_KEEP_SHARE
@@ -212,7 +213,10 @@ def phase_peaks(
             tracker.enter((len(packs), "update"))
             norm = clip(student, recipe.optim.max_grad_norm)
             finite = norm.isfinite()
-            step_if(optimizer, finite)
+            if isinstance(optimizer, TensorSteps):
+                optimizer.step()  # `step_if` reads the value of `finite`, which has none
+            else:
+                step_if(optimizer, finite)
             optimizer.zero_grad()
             squared_update(optimizer, finite)
             del done

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 PARTS = {
     "masters": "master weights (float32), a frozen model (compute dtype)",
-    "moments": "AdamW's moments",
+    "moments": "moments of the optimizer",
     "gradients": "gradients",
     "gathered": "gathered parameters, gradients in reduction",
     "activations": "activations (with transformers' own layers)",

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from redi.engine.config.sections import OptimConfig
-from redi.engine.errors import InputError
+from redi.engine.model.student import Student
 from redi.engine.train.tensor_steps import GatheredMuon, TensorSteps
 
 # transformers.Trainer.get_decay_parameter_names: names that are not decayed.
@@ -27,16 +27,14 @@ Optimizer = torch.optim.AdamW | TensorSteps
 
 
 def make_optimizer(student: nn.Module, section: OptimConfig) -> Optimizer:
-    """The optimizer of sharded fp32 masters; norms and biases get no weight decay, as in
-    transformers.
+    """The optimizer of sharded fp32 masters. As in transformers norms and biases are not decayed.
 
-    Raises:
-        InputError: its package is not installed.
+    Args:
+        student: a `Student` for Muon, which takes the matrices of its blocks.
     """
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    if section.name == "adamw-8bit":
-        return TensorSteps(_adamw_8bit()(_decay_groups(trained, section), **_options(section)))
     if section.name == "muon":
+        assert isinstance(student, Student)
         inside = {id(parameter) for parameter in student.blocks.parameters()}
         matrices = {n: p for n, p in trained.items() if p.dim() == 2 and id(p) in inside}
         rest = {name: p for name, p in trained.items() if name not in matrices}
@@ -69,29 +67,10 @@ def _decay_groups(
     return [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
 
 
-def _adamw_8bit() -> type[torch.optim.Optimizer]:
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError:
-        raise InputError(
-            "optim.name = \"adamw-8bit\" needs torchao: pip install 'redi-engine[torchao]'"
-        ) from None
-    return AdamW8bit
-
-
-def check_optimizer(section: OptimConfig) -> None:
-    """Raise InputError if the package of the optimizer is not installed."""
-    if section.name == "adamw-8bit":
-        _adamw_8bit()
-
-
 def set_rate(optimizer: Optimizer, rate: float) -> None:
     """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):  # of torchao, whose step is compiled
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        group["lr"] = rate
 
 
 def step_if(optimizer: Optimizer, finite: torch.Tensor) -> None:

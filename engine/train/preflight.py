@@ -21,7 +21,6 @@ from redi.engine.model.checkpointing import NOT_KEPT
 from redi.engine.model.sharding import compute_dtype
 from redi.engine.storage import open_run
 from redi.engine.train.guards import check_not_collapsed
-from redi.engine.train.optimizer import check_optimizer
 from redi.engine.train.trackers import check_trackers
 from redi.kernels.backends import choose_backend, filtering_backend
 
@@ -57,7 +56,6 @@ def check_before_data(recipe: Recipe, run_dir: Path, world: World) -> Preflight:
     kind, _ = attention_for(config, recipe.model.attention, world.device, dtype)
     check_dropout(recipe.model.path or "", config, kind)
     check_adapter(recipe, config, dtype)
-    check_optimizer(recipe.optim)
     _check_compile(recipe, kind, config)
     _check_checkpointing(recipe, kind)
     _check_backend(recipe, world.device, dtype)

@@ -1,4 +1,4 @@
-"""Optimizers that update one tensor at a time: Muon, and AdamW with moments in 8 bits."""
+"""Optimizers that update one tensor at a time: Muon, with AdamW for what is no matrix."""
 
 from __future__ import annotations
 
