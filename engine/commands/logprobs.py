@@ -55,8 +55,8 @@ def write_logprobs(
         RunError: the disk is full.
     """
     given = model_path(recipe.model.path or "", "MODEL")
-    path, adapter = model_and_adapter(given, "MODEL", recipe.data.cache_dir)
-    model = replace(recipe.model, path=path, tokenizer=tokenizer_of(path, adapter))
+    base, adapter = model_and_adapter(given, "MODEL", recipe.data.cache_dir)
+    model = replace(recipe.model, path=base, tokenizer=tokenizer_of(base, adapter))
     recipe = replace(recipe, model=model, adapter=AdapterConfig(path=adapter))
     if not out.parent.is_dir():
         raise InputError(f"--out: {out.parent} is not a directory")
