@@ -31,6 +31,7 @@ ENGINE = [
 EXTRAS = {
     "engine": ENGINE,
     "triton": ["triton>=3.6; sys_platform == 'linux'"],
+    "lora": ["peft>=0.18"],
     "liger": ["liger-kernel>=0.8; sys_platform == 'linux'"],
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "storage": ["gcsfs>=2024.2", "s3fs>=2024.2"],  # run.dir = "s3://..." or "gs://..."
@@ -49,6 +50,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "moto[s3]>=5.0",
         "mypy>=1.15",
+        "peft>=0.18",
         "pytest>=8.3",
         "pytest-xdist>=3.6",
         "ruff>=0.12",

@@ -29,7 +29,15 @@ from redi.engine.config.parse import (
     load_recipe,
     train_parser,
 )
-from redi.engine.config.sections import DataConfig, ModelConfig, Recipe, TrainConfig, check_replicas
+from redi.engine.config.sections import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    Recipe,
+    TrainConfig,
+    check_replicas,
+)
+from redi.engine.config.stages import continued, exports_adapter, follow
 from redi.engine.errors import InputError, RunError, Stopped
 from redi.engine.extras import missing_packages
 from redi.engine.failure import RANK_0_SECONDS, describe, end_job
@@ -208,19 +216,33 @@ def _with_models(
         _find_data_of(path, recipe)
     resolved: list[tuple[str, Recipe]] = []
     exports: dict[Path, ModelConfig] = {}  # of runs that need not have started
+    adapters: dict[str | None, AdapterConfig] = {}  # likewise
     for path, recipe in recipes:
-        model = recipe.model
+        model, adapter = recipe.model, recipe.adapter
         if model.path is None:
             if not resolved:
                 raise InputError(f"{path}: model.path is missing: {why}")
-            model = _as_exported(resolved[-1][1].model, model)
+            before = resolved[-1][1]
+            model = _as_exported(before.model, model)
+            if exports_adapter(before):
+                adapter = continued(path, adapter, before.adapter)
         elif not Path(model.path).exists() and Path(model.path) in exports:
             model = _as_exported(exports[Path(model.path)], model)
         elif is_remote(model.path):
             folder = fetch_model(model.path, recipe.data.cache_dir, "model.path", weights=False)
             model = replace(model, path=folder)
-        resolved.append((path, replace(recipe, model=model)))
-        exports[Path(inside(recipe.run.dir or f"runs/{Path(path).stem}", "export"))] = model
+        if adapter.path in adapters and not Path(adapter.path or "").exists():
+            adapter = continued(path, adapter, adapters[adapter.path])
+        elif is_remote(adapter.path):
+            folder = fetch_model(adapter.path, recipe.data.cache_dir, "adapter.path")
+            adapter = replace(adapter, path=folder)
+        recipe = replace(recipe, model=model, adapter=adapter)
+        resolved.append((path, recipe))
+        export = inside(recipe.run.dir or f"runs/{Path(path).stem}", "export")
+        if exports_adapter(recipe):
+            adapters[export] = adapter
+        else:
+            exports[Path(export)] = model
     return resolved
 
 
@@ -282,17 +304,17 @@ def _read_recipes(argv: Sequence[str]) -> tuple[list[Recipe], bool]:
                 f"{path}: run.dir {folder} is also used by an earlier recipe; set a different "
                 "run.dir in each recipe (--run.dir applies to all)"
             )
-        model = recipe.model
-        if model.path is None:
+        if recipe.model.path is None:
             if not resolved:
                 raise InputError(
                     f"{path}: model.path is missing; only a recipe that follows another may "
                     "leave it out"
                 )
-            model = replace(model, path=inside(resolved[-1][1].run.dir or "", "export"))
-        check_available(model.path, "model.path")
+            recipe = follow(path, recipe, resolved[-1][1])
+        check_available(recipe.model.path, "model.path")
+        check_available(recipe.adapter.path, "adapter.path")
         _find_data_of(path, recipe)  # checked before the first recipe trains for hours
-        resolved.append((path, replace(recipe, model=model, run=replace(recipe.run, dir=folder))))
+        resolved.append((path, replace(recipe, run=replace(recipe.run, dir=folder))))
     return [recipe for _, recipe in resolved], arguments.quiet
 
 

@@ -38,7 +38,8 @@ VIEWED = "viewed"
 """Folder of the cache for runs that are looked at: a run in training has its own folder."""
 _WHOLE_BYTES = 1 << 26
 """Smaller files are read before they are sent: metrics.jsonl may grow meanwhile."""
-_MODEL = "config.json"
+_MODELS = ("config.json", "adapter_config.json")
+"""The file that a model, or an adapter alone, is complete with."""
 _FETCHED = ".fetched.json"
 _PROBE = ".probe"
 _NOT_UPLOADED = {CHECKPOINTS, FLIGHT_RECORDER, "wandb", _PROBE}
@@ -217,7 +218,7 @@ class BucketRun(LocalRun):
             for name in filter(_is_small, names):
                 self._bucket.download(name, self.folder)
             export = self.folder / "export"
-            if f"{export.name}/{_MODEL}" in names:
+            if any(f"{export.name}/{last}" in names for last in _MODELS):
                 export.mkdir(exist_ok=True)
             else:  # killed while it was uploaded
                 shutil.rmtree(export, ignore_errors=True)
@@ -276,12 +277,12 @@ class BucketRun(LocalRun):
         bucket, folder = _Bucket(f"{self.url}/{name}"), self.folder / name
         with _explained(f"{bucket.url} cannot be written", RunError):
             old = bucket.versions()
-            bucket.remove([_MODEL] if _MODEL in old else [])
+            bucket.remove([last for last in _MODELS if last in old])
             files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
             files.discard(_FETCHED)
-            bucket.upload(sorted(files - {_MODEL}), folder)
-            bucket.remove(sorted(old.keys() - files))
-            bucket.upload([_MODEL], folder)
+            bucket.upload(sorted(files - set(_MODELS)), folder)
+            bucket.remove(sorted(old.keys() - files - set(_MODELS)))
+            bucket.upload([last for last in _MODELS if last in files], folder)
             (folder / _FETCHED).write_text(json.dumps(bucket.versions()))
 
     def checkpoint(self, step: int) -> Path | str:
@@ -343,9 +344,9 @@ def _fetch_model(path: str, folder: Path, key: str, weights: bool) -> None:
         for name, version in bucket.versions().items()
         if weights or not name.endswith(".safetensors")
     }
-    if _MODEL not in versions:
+    if not any(last in versions for last in _MODELS):
         raise InputError(
-            f"{key}: {path} has no {_MODEL}: it is no model, or its upload has not finished"
+            f"{key}: {path} has no {_MODELS[0]}: it is no model, or its upload has not finished"
         )
     if _recorded(folder) == versions:
         return
@@ -364,7 +365,7 @@ def _fetch_model(path: str, folder: Path, key: str, weights: bool) -> None:
 
 
 def fetch_models(recipe: Recipe, world: World) -> Recipe:
-    """Fetch the model and tokenizer of a recipe to each machine. Collective.
+    """Fetch the model, tokenizer and adapter of a recipe to each machine. Collective.
 
     Returns:
         The recipe with the folders on this machine in place of URLs.
@@ -377,7 +378,13 @@ def fetch_models(recipe: Recipe, world: World) -> Recipe:
     tokenizer = model.tokenizer and fetch_model(
         model.tokenizer, cache, "model.tokenizer", weights=False, world=world
     )
-    return replace(recipe, model=replace(model, path=path, tokenizer=tokenizer))
+    adapter = recipe.adapter
+    start = adapter.path and fetch_model(adapter.path, cache, "adapter.path", world=world)
+    return replace(
+        recipe,
+        model=replace(model, path=path, tokenizer=tokenizer),
+        adapter=replace(adapter, path=start),
+    )
 
 
 def fetch_run(path: str, cache_dir: Path) -> Path:
@@ -406,7 +413,7 @@ def fetch_trained(path: str, cache_dir: Path) -> str:
         return path
     check_available(path, "MODEL")
     with _explained(f"MODEL: {path} cannot be read", InputError):
-        is_model = _Bucket(path).has(_MODEL)
+        is_model = any(map(_Bucket(path).has, _MODELS))
         parent = path.rstrip("/").rpartition("/")[0]
         in_run = is_model and _Bucket(parent).has(RECIPE)
     if in_run:

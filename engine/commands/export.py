@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tomllib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,12 +15,23 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from redi.engine.commands.model_card import write_card
+from redi.engine.config.sections import AdapterConfig
+from redi.engine.data.fingerprints import model_fingerprint
 from redi.engine.errors import InputError
+from redi.engine.model.adapter import (
+    WEIGHTS,
+    adapter_names,
+    add_adapter,
+    lasting_path,
+    merged,
+)
 from redi.engine.model.composite import SOURCE
-from redi.engine.model.export import architecture_to_export, files_of, write_folder
-from redi.engine.model.load import generation_config, read_config
+from redi.engine.model.export import architecture_to_export, files_of, write_adapter, write_folder
+from redi.engine.model.load import empty_model, generation_config, read_config
+from redi.engine.model.weights import read_weights
 from redi.engine.storage import fetch_model, open_run, shown
 from redi.engine.train.checkpoint import checkpoint_reader, complete_checkpoints
+from redi.engine.train.run_folder import check_same_model
 
 
 def export_run(run_dir: Path, step: int | None, cache_dir: Path) -> Path:
@@ -40,23 +52,46 @@ def export_run(run_dir: Path, step: int | None, cache_dir: Path) -> Path:
     transformers_logging.disable_progress_bar()
     recipe = tomllib.loads((run_dir / "recipe.toml").read_text(encoding="utf-8"))
     model = recipe["model"]
+    section = AdapterConfig(**recipe.get("adapter", {}))
+    merges = section.wanted and section.merge
     path, tokenizer_path = (
-        fetch_model(one, cache_dir, "model.path", weights=False)
+        fetch_model(one, cache_dir, "model.path", weights=merges)
         for one in (model["path"], model.get("tokenizer") or model["path"])
     )
     changes = (model.get("rope_theta"), model.get("max_position_embeddings"))
-    config = read_config(path, *changes, weights=False)
+    config = read_config(path, *changes, weights=merges)
     if hasattr(config, SOURCE):  # the export has the composite's other weights too
         path = fetch_model(model["path"], cache_dir, "model.path")
         config = read_config(path)
     manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
-    architecture = architecture_to_export(config, getattr(torch, manifest["dtype"]))
+    dtype = getattr(torch, manifest["dtype"])
+    architecture = architecture_to_export(config, dtype)
     files = files_of(architecture)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    generation = generation_config(path)
     folder = run_dir / f"export-step-{step}"
     run = open_run(run_dir)
-    tensors = _checkpointed(run.checkpoint(step), architecture, files)
-    write_folder(folder, architecture, files, tensors, tokenizer, generation_config(path))
+    checkpoint = run.checkpoint(step)
+    if not section.wanted:
+        tensors = _checkpointed(checkpoint, architecture, files)
+        write_folder(folder, architecture, files, tensors, tokenizer, generation)
+    else:
+        adapted = empty_model(config)
+        if section.path is not None:
+            section = replace(section, path=fetch_model(section.path, cache_dir, "adapter.path"))
+        adapter = add_adapter(adapted, section, dtype)
+        names = adapter_names(adapted.state_dict())
+        tensors = _checkpointed(checkpoint, adapted, {WEIGHTS: names})
+        if merges:
+            check_same_model(model_fingerprint(path, cache_dir), manifest["adapter"], run_dir)
+            _read(adapted, path, names, tensors)
+            state = adapted.state_dict()
+            tensors = (
+                merged(name, adapter, state.__getitem__) for one in files.values() for name in one
+            )
+            write_folder(folder, architecture, files, tensors, tokenizer, generation)
+        else:
+            write_adapter(folder, adapter, names, tensors, tokenizer, lasting_path(model["path"]))
     write_card(run_dir, folder, step)
     run.publish_model(folder.name)
     return folder
@@ -78,8 +113,20 @@ def find_checkpoint(run_dir: Path, step: int | None) -> int:
     return max(checkpoints) if step is None else step
 
 
+@torch.no_grad()
+def _read(
+    model: PreTrainedModel, path: str, names: Sequence[str], tensors: Iterator[torch.Tensor]
+) -> None:
+    """Fill a model: its own weights from `path`, those of its adapter from a checkpoint."""
+    model.to_empty(device="cpu")
+    read_weights(model, path)
+    state = model.state_dict()
+    for name, tensor in zip(names, tensors, strict=True):
+        state[name].copy_(tensor)
+
+
 def _checkpointed(
-    checkpoint: Path | str, model: PreTrainedModel, files: dict[str, list[str]]
+    checkpoint: Path | str, model: PreTrainedModel, files: Mapping[str, Sequence[str]]
 ) -> Iterator[torch.Tensor]:
     """Yield a checkpoint's master weights in the order of `files`; memory holds one file's."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

@@ -11,7 +11,7 @@ import numpy as np
 from transformers.utils import logging as transformers_logging
 
 from redi.engine.commands.score_table import ScoreTable
-from redi.engine.config.sections import Recipe
+from redi.engine.config.sections import AdapterConfig, Recipe
 from redi.engine.console import Console
 from redi.engine.data.fingerprints import model_fingerprint
 from redi.engine.data.schedule import closed_by
@@ -19,6 +19,7 @@ from redi.engine.data.summary import unread_warnings
 from redi.engine.data.text import load_tokenizer
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
+from redi.engine.model.adapter import model_and_adapter, tokenizer_of
 from redi.engine.model.build import build_student, model_config
 from redi.engine.model.flops import training_cost
 from redi.engine.model.sharding import compute_dtype
@@ -53,8 +54,10 @@ def write_logprobs(
             model's context, or `out` cannot be written.
         RunError: the disk is full.
     """
-    model = replace(recipe.model, path=model_path(recipe.model.path or "", "MODEL"))
-    recipe = replace(recipe, model=model)
+    given = model_path(recipe.model.path or "", "MODEL")
+    base, adapter = model_and_adapter(given, "MODEL", recipe.data.cache_dir)
+    model = replace(recipe.model, path=base, tokenizer=tokenizer_of(base, adapter))
+    recipe = replace(recipe, model=model, adapter=AdapterConfig(path=adapter))
     if not out.parent.is_dir():
         raise InputError(f"--out: {out.parent} is not a directory")
     if out.is_dir():
@@ -106,7 +109,7 @@ def write_logprobs(
             tokens,
             np.arange(len(tokens)),
             lengths,
-            model=model_key(student, recipe.model.path or "", fingerprint, dtype),
+            model=model_key(student, recipe, fingerprint, dtype),
             row_tokens=recipe.train.resolved_row_tokens,
             cost=training_cost(config),
             world=world,

@@ -228,7 +228,7 @@ def fill_cache(
     config = model_config(recipe, weights=False)
     check_vocabulary(recipe, config)
     data = prepare_data(recipe, world, console)
-    size = model_size(config)
+    size = model_size(config, recipe.adapter)
     row_tokens = recipe.train.row_tokens
     if row_tokens == "auto":
         row_tokens = rows_without_card(recipe, size, data, ranks)

@@ -40,6 +40,13 @@ ALIASES = {
     "gradient_checkpointing": "shard.checkpointing",
     "save_steps": "run.save_every",
     "eval_steps": "eval.every",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target_modules": "adapter.targets",
+    "target_modules": "adapter.targets",
+    "use_dora": "adapter.dora",
 }
 
 _DOT = "\x1f"

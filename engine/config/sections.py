@@ -155,6 +155,55 @@ class DataConfig(Section, name="data"):
         return Path(self.cache or os.environ.get("REDI_CACHE") or Path.home() / ".cache" / "redi")
 
 
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class AdapterConfig(Section, name="adapter"):
+    """LoRA by peft: the model is frozen, a small adapter is trained (docs/adapters.md)."""
+
+    rank: int | None = ranged(None, AT_LEAST_1)
+    """Rank of a new adapter; default: all weights are trained, without an adapter."""
+    alpha: float | None = ranged(None, POSITIVE)
+    """The adapter's output is scaled by alpha / rank; default: twice the rank."""
+    dropout: float = ranged(0.0, Range(0, 1, open_high=True))
+    """Share of the adapter's inputs set to 0 in training."""
+    targets: str | list[str] = ALL_LINEAR
+    """Names of the linear layers of blocks that are adapted, such as ["q_proj", "v_proj"];
+    all-linear: each of them."""
+    dora: bool = False
+    """Train the magnitudes of the adapted weights separately (DoRA, arXiv 2402.09353)."""
+    path: str | None = None
+    """Folder or URL of a peft LoRA adapter to continue, in place of a new one; rank, alpha, targets
+    and dora are its own. Default: after a recipe with an adapter, and without model.path, its
+    export."""
+    merge: bool = False
+    """Export a whole model with the adapter added to its weights; default: the adapter alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        default = {f.name: f.default for f in fields(self)}
+        changed = [name for name, value in default.items() if getattr(self, name) != value]
+        if changed and self.rank is None and self.path is None:
+            raise ValueError(
+                f"adapter.{changed[0]} needs adapter.rank, of a new adapter, or adapter.path"
+            )
+        if not self.targets or not all(self.targets):
+            raise ValueError('adapter.targets is empty; use "all-linear" or names of layers')
+
+    @property
+    def wanted(self) -> bool:
+        """True if an adapter is trained, not all weights."""
+        return self.rank is not None or self.path is not None
+
+    @property
+    def names(self) -> list[str] | None:
+        """`targets` as a list of names; None: all linear layers."""
+        if self.targets == ALL_LINEAR:
+            return None
+        return [self.targets] if isinstance(self.targets, str) else self.targets
+
+
 # The values for which filtered_redi_loss is implemented, by key.
 FILTERED: dict[str, tuple[object, ...]] = {
     "negative_gamma": (0,),
@@ -233,8 +282,11 @@ class ObjectiveConfig(Section, name="objective"):
 
 @dataclass(frozen=True)
 class OptimConfig(Section, name="optim"):
-    """AdamW and its learning rate schedule."""
+    """The optimizer and its learning rate schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: torch's Muon for the matrices of blocks, scaled to the size of AdamW's updates, and
+    AdamW for all other weights."""
     lr: float = ranged(1e-5, NOT_NEGATIVE)
     """Peak learning rate."""
     weight_decay: float = ranged(1e-4, NOT_NEGATIVE)
@@ -438,6 +490,7 @@ class Recipe:
     """A resolved recipe: every key has its value."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -450,6 +503,7 @@ class Recipe:
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
+    "adapter": AdapterConfig,
     "data": DataConfig,
     "objective": ObjectiveConfig,
     "optim": OptimConfig,

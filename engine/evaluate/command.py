@@ -193,6 +193,7 @@ def _generated(task: Evaluation, done: set[int]) -> Iterator[list[Finished]]:
     settings = EngineSettings(
         kind=task.engine,
         model_path=task.model_path,
+        adapter=task.adapter,
         dtype=task.dtype,
         device=str(task.device),
         sampling=task.sampling,

@@ -19,6 +19,7 @@ from redi.engine.errors import InputError
 from redi.engine.evaluate.benchmarks import BENCHMARKS, PRESETS, benchmark_paths
 from redi.engine.evaluate.options import EvaluateOptions
 from redi.engine.generation.generate import Request, Sampling, encode_prompts, longest_first
+from redi.engine.model.adapter import model_and_adapter, tokenizer_of
 from redi.engine.model.load import find_config
 from redi.engine.model.sharding import compute_dtype
 from redi.engine.train.run_folder import RECIPE, model_path
@@ -53,6 +54,8 @@ class Evaluation:
     """The same completions, as input of the generator."""
     sampling: Sampling
     model_path: str
+    adapter: str | None
+    """Folder of an adapter of the model."""
     model_config: Any
     encoder: Encoder
     engine: str
@@ -70,10 +73,14 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     """
     problems = _problems(options)
     path = model_path(options.model, "MODEL")
+    path, adapter = model_and_adapter(path, "MODEL", DataConfig().cache_dir)
+    tokenizer = tokenizer_of(path, adapter)
     config = find_config(path, "MODEL")
     template = options.template or "chat"
     variables = options.template_variables or {}
-    encoder = Encoder(TokenSettings((), "auto", template, options.system_prompt, path, variables))
+    encoder = Encoder(
+        TokenSettings((), "auto", template, options.system_prompt, tokenizer, variables)
+    )
     rendered = [encoder.prompt_text(problem.prompt, problem.where) for problem in problems]
     prefixes = [_prefix(text, options.assistant_prefix) for text in rendered]
     prompts = [text + prefix for text, prefix in zip(rendered, prefixes, strict=True)]
@@ -86,7 +93,7 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     order = longest_first(requests)
     device = _device(options.device)
     dtype = compute_dtype(options.dtype, device)
-    engine = "server" if options.server else _engine(options, device)
+    engine = "server" if options.server else _engine(options, device, adapter)
     unused = {name for name in _LATER_SETTINGS if not getattr(options, name)}
     free = {*MAY_CHANGE_ON_RESUME, "model", "data", *unused}
     settings = {
@@ -96,6 +103,7 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
         "dtype": str(dtype).removeprefix("torch."),
         # Identified by content, since the files may be moved.
         "model": model_fingerprint(path, DataConfig().cache_dir) or path,
+        **({"adapter": model_fingerprint(adapter, DataConfig().cache_dir)} if adapter else {}),
         "data": xxhash.xxh3_128_hexdigest(repr([(p.prompt, p.answer) for p in problems]).encode()),
         "tokenizer": encoder.fingerprint(),
         "rendered probe": encoder.rendering(),
@@ -110,6 +118,7 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
         requests=[requests[index] for index in order],
         sampling=Sampling(max_new_tokens, options.temperature, options.top_p, options.seed),
         model_path=path,
+        adapter=adapter,
         model_config=config,
         encoder=encoder,
         engine=engine,
@@ -191,13 +200,19 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _engine(options: EvaluateOptions, device: torch.device) -> str:
+def _engine(options: EvaluateOptions, device: torch.device, adapter: str | None) -> str:
     installed = find_spec("vllm") is not None
     engine = options.engine
+    if engine == "vllm" and adapter is not None:
+        raise InputError(
+            "engine: vllm needs a whole model: train with adapter.merge = true, or use "
+            '"transformers"'
+        )
     if engine == "vllm" and not installed:
         raise InputError('engine: vllm is not installed; install it, or use "transformers"')
     if engine == "auto":
-        engine = "vllm" if installed and device.type == "cuda" else "transformers"
+        usable = installed and device.type == "cuda" and adapter is None
+        engine = "vllm" if usable else "transformers"
     if engine == "transformers" and options.tensor_parallel > 1:
         raise InputError("tensor_parallel needs vLLM; with transformers each GPU holds the model")
     if options.gpus > 1 and device.index is not None:

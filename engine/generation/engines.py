@@ -22,6 +22,7 @@ from redi.engine.generation.generate import (
     generate_batches,
     request_seed,
 )
+from redi.engine.model.adapter import load_adapter, tokenizer_of
 from redi.engine.model.load import find_config, load_weights
 
 Item = tuple[int, Request]
@@ -48,6 +49,8 @@ class EngineSettings:
     """Of transformers: sequences generated together. vLLM takes all requests at once."""
     tensor_parallel: int = 1
     """Of vLLM: GPUs that share the model."""
+    adapter: str | None = None
+    """Of transformers: folder of an adapter of the model."""
 
 
 def open_engine(settings: EngineSettings) -> Generate:
@@ -61,10 +64,12 @@ def open_engine(settings: EngineSettings) -> Generate:
 
 
 def _open_transformers(settings: EngineSettings) -> Generate:
-    tokenizer = load_tokenizer(settings.model_path)
+    tokenizer = load_tokenizer(tokenizer_of(settings.model_path, settings.adapter))
     config = find_config(settings.model_path, "MODEL")
     with _memory_errors(settings.batch_size):
         model = load_weights(settings.model_path, "MODEL", config, settings.dtype)
+        if settings.adapter is not None:
+            load_adapter(model, settings.adapter)
         model = model.to(settings.device)
 
     def generate(items: Sequence[Item]) -> Iterator[list[Finished]]:

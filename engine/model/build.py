@@ -15,6 +15,7 @@ from redi.engine.data.text import load_tokenizer
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
 from redi.engine.loss.packed_loss import PLAIN, PackedLoss
+from redi.engine.model.adapter import add_adapter, fill_adapter
 from redi.engine.model.architecture import (
     attention_for,
     check_architecture,
@@ -106,9 +107,15 @@ def build_student(
             check_exportable(model, tokenizer, Path(folder) / "export")
     liger = apply_liger(model, recipe.model.liger, world.device)
     console.say(f"liger-kernel: {liger}")
+    adapter = None
+    if recipe.adapter.wanted:
+        adapter = add_adapter(model, recipe.adapter, dtype)
+        console.say(f"adapter: {adapter.text(model)}")
     model.train()
-    student = Student(model, PackedLoss(recipe.objective))
+    student = Student(model, PackedLoss(recipe.objective), adapter)
     shard(student, recipe.shard, dtype, world.device, recipe.train.resolved_row_tokens)
     student.to_empty(device=world.device)  # allocates the shards alone
     read_weights(model, path)
+    if adapter is not None:
+        fill_adapter(model, recipe.adapter, recipe.train.seed)
     return student, tokenizer

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -32,6 +32,7 @@ from transformers import (
 
 from redi.engine.distributed import World
 from redi.engine.errors import RunError
+from redi.engine.model.adapter import WEIGHTS, Adapter, adapter_names, merged, stored_name
 from redi.engine.model.composite import SOURCE
 from redi.engine.model.composite_export import restore_composite
 from redi.engine.model.load import empty_model
@@ -48,8 +49,13 @@ def export(
     folder: Path,
     dtype: torch.dtype,
     world: World,
+    base: str | None = None,
 ) -> None:
     """Gather the weights tensor by tensor and write them on rank 0. Collective.
+
+    Args:
+        base: path of the model without the student's adapter, to write the adapter alone. None:
+            write a whole model; an adapter is added to its weights.
 
     Raises:
         RunError: the weights are not finite, or the written directory does not load.
@@ -57,6 +63,14 @@ def export(
     state: dict[str, Any] = get_model_state_dict(student)
     model = architecture_to_export(student.model.config, dtype)
     files = files_of(model)
+    adapter = student.adapter
+    if base is not None:
+        files = {WEIGHTS: [name.removeprefix("model.") for name in adapter_names(state)]}
+        adapter = None
+
+    def whole(name: str) -> torch.Tensor:
+        tensor = state[f"model.{name}"]
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def gathered() -> Iterator[torch.Tensor]:
         for names in files.values():
@@ -64,11 +78,15 @@ def export(
             # had begun by then would outlast their timeout.
             world.after_rank0()
             for name in names:
-                yield _whole(state[f"model.{name}"])
+                yield merged(name, adapter, whole)
 
     tensors = gathered()
 
     def write() -> None:
+        if base is not None:
+            assert student.adapter is not None
+            write_adapter(folder, student.adapter, files[WEIGHTS], tensors, tokenizer, base)
+            return
         generation = student.model.generation_config
         write_folder(folder, model, files, tensors, tokenizer, generation)
 
@@ -76,10 +94,6 @@ def export(
         deque(tensors, maxlen=0)
     # Other ranks wait until they see the directory, because a following recipe reads it.
     world.from_rank0(write, lambda _: folder.iterdir())
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def architecture_to_export(config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -130,6 +144,35 @@ def write_folder(
         check_loads(partial, len(tokenizer))
         if hasattr(model.config, SOURCE):
             restore_composite(partial, model)
+
+
+def write_adapter(
+    folder: Path,
+    adapter: Adapter,
+    names: Sequence[str],
+    tensors: Iterator[torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    base: str,
+) -> None:
+    """Write an adapter as peft's folder, in float32, with the tokenizer. Else as `write_folder`.
+
+    Args:
+        names: of the tensors in the adapted model.
+        base: path of the model that the adapter belongs to.
+    """
+    weights = {
+        stored_name(name): tensor.to("cpu", torch.float32)
+        for name, tensor in zip(names, tensors, strict=True)
+    }
+    _check_finite(weights)
+    config = deepcopy(adapter.config)
+    config.base_model_name_or_path = base
+    config.target_modules = sorted(config.target_modules)  # a set has another order each time
+    config.inference_mode = True
+    with replaced(folder) as partial:
+        config.save_pretrained(partial)
+        _save_tokenizer(tokenizer, partial)
+        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
 
 
 @contextmanager
@@ -206,8 +249,7 @@ def _write_weights(
         weights = {}
         for name in names:
             weights[name] = next(tensors).to("cpu", model.dtype)
-            if not weights[name].isfinite().all():
-                raise RunError(f"not exported, weights are not finite: {name}")
+        _check_finite(weights)
         weights = {n: tensor.contiguous() for n, tensor in as_stored(model, weights).items()}
         save_file(weights, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(weights, file)
@@ -225,6 +267,12 @@ def write_index(folder: Path, index: dict[str, str], total: int) -> None:
     if len(set(index.values())) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def _check_finite(weights: dict[str, torch.Tensor]) -> None:
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise RunError(f"not exported, weights are not finite: {name}")
 
 
 def check_loads(folder: Path, num_tokens: int) -> None:

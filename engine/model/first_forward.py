@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from redi.engine.errors import InputError
+from redi.engine.model.adapter import counting_adapters
 from redi.engine.model.attention import recording_calls
 from redi.engine.model.mixers import has_attention, mixer_of, split_calls
 
@@ -39,6 +40,8 @@ class ForwardRecord:
     """Names of backends, by loss op."""
     liger: dict[str, int]
     """Number of modules with liger-kernel's forward, by class; "rope" if its RoPE is used."""
+    adapter: dict[str, int]
+    """Number of layers that ran with an adapter, by name; empty without one."""
 
     def text(self) -> str:
         """One line for the log."""
@@ -48,9 +51,11 @@ class ForwardRecord:
         mixers = f", {self.mixers} mixers document by document" if self.mixers else ""
         loss = ", ".join(f"{op} ({', '.join(names)})" for op, names in self.loss.items())
         liger = ", ".join(f"{count} {name}" for name, count in self.liger.items())
+        adapter = ", ".join(f"{count} {name}" for name, count in self.adapter.items())
         return (
             f"attention {self.attention} in {self.attention_calls} layers{windows}{mixers}; "
             f"loss {loss}; liger-kernel {liger or 'off'}"
+            + (f"; adapter on {adapter}" if adapter else "")
         )
 
 
@@ -84,7 +89,12 @@ def record_forward(model: PreTrainedModel, forward: Callable[[], Out]) -> tuple[
         InputError: a layer did not run packed attention.
     """
     ops = _LossOps()
-    with recording_calls() as found, torch.compiler.set_stance("force_eager"), ops:
+    with (
+        recording_calls() as found,
+        counting_adapters(model) as adapted,
+        torch.compiler.set_stance("force_eager"),
+        ops,
+    ):
         out = forward()
     layers = model.base_model.layers
     calls, by_document = split_calls(found)
@@ -107,7 +117,7 @@ def record_forward(model: PreTrainedModel, forward: Callable[[], Out]) -> tuple[
     loss = ops.backends or {"plain PyTorch": ["reference"]}
     windows = Counter(str(call.pattern.window) for call in calls if call.pattern.window is not None)
     return out, ForwardRecord(
-        kinds.pop(), len(calls), dict(windows), mixers, loss, liger_layers(model)
+        kinds.pop(), len(calls), dict(windows), mixers, loss, liger_layers(model), dict(adapted)
     )
 
 

@@ -8,14 +8,17 @@ attention or state space its projections are counted, not the updates of its sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from redi.engine.config.sections import AdapterConfig
 from redi.engine.data.packing import Cost
+from redi.engine.model.adapter import add_adapter
 from redi.engine.model.architecture import layer_patterns
 from redi.engine.model.load import empty_model
 
@@ -40,11 +43,32 @@ class ModelSize:
     recomputation ends before them."""
     windows: tuple[tuple[int, int], ...] = ()
     """(w, the same sum as `attention`) over the layers with a sliding window of w tokens."""
+    adapter: int = 0
+    """Weights of the adapter that alone is trained; 0: all weights are trained."""
+
+    @property
+    def trained(self) -> int:
+        """Weights that have a gradient."""
+        return self.adapter or self.parameters
+
+    @property
+    def _products(self) -> float:
+        """Flops of a forward and backward per token that use `trunk` and the adapter.
+
+        A frozen weight has no gradient, so its backward is one product, not two.
+        """
+        return 4.0 * self.trunk + 6.0 * self.adapter if self.adapter else 6.0 * self.trunk
+
+    @property
+    def _head_products(self) -> float:
+        return (4.0 if self.adapter else 6.0) * self.head
 
     def step_flops(self, lengths: np.ndarray, targets: int) -> float:
         """Flops of one forward and backward of sequences: what a step needs, not what it executes.
 
             6 trunk T + 6 head targets + 3 attention sum(length²),   T = sum(length)
+
+        With an adapter 4 trunk T + 6 adapter T + 4 head targets in place of the products.
 
         lm_head is computed for trained positions alone, so it counts for those alone. A pair of
         tokens costs a layer's head 2 (key + value) forward and twice that backward; a causal
@@ -55,12 +79,12 @@ class ModelSize:
             lengths: int [S], tokens of each sequence.
             targets: trained tokens of all sequences.
         """
-        trunk = self._cost(6.0 * self.trunk, 3.0)
-        return float(trunk.of(lengths).sum()) + 6.0 * self.head * targets
+        trunk = self._cost(self._products, 3.0)
+        return float(trunk.of(lengths).sum()) + self._head_products * targets
 
     def training_cost(self) -> Cost:
         """Training flops of a sequence, for packing: every token counts as trained."""
-        return self._cost(6.0 * (self.trunk + self.head), 3.0)
+        return self._cost(self._products + self._head_products, 3.0)
 
     def _cost(self, linear: float, two_pairs: float) -> Cost:
         """A cost with flops of two pairs of tokens for each dimension of a key or value."""
@@ -77,11 +101,11 @@ class ModelSize:
         """
         again = 2.0 if checkpointing in ("attention", "full") else 0.0
         attention_again = 2.0 if checkpointing == "full" else 0.0
-        linear = 6.0 * (self.trunk + self.head) + again * (self.trunk - self.spared)
+        linear = self.training_cost().linear + again * (self.trunk - self.spared + self.adapter)
         return self._cost(linear, (6.0 + attention_again) / 2)
 
 
-def model_size(config: PretrainedConfig) -> ModelSize:
+def model_size(config: PretrainedConfig, adapter: AdapterConfig | None = None) -> ModelSize:
     """Count the modules of a model on the meta device, without its weights."""
     model = empty_model(config)
     trunk = 0
@@ -106,7 +130,7 @@ def model_size(config: PretrainedConfig) -> ModelSize:
         )
         window = pattern.window
         attention[window] = attention.get(window, 0) + heads * (key + value)
-    return ModelSize(
+    size = ModelSize(
         trunk=trunk,
         head=model.get_output_embeddings().weight.numel(),
         attention=attention.pop(None),
@@ -115,6 +139,11 @@ def model_size(config: PretrainedConfig) -> ModelSize:
         spared=sum(map(_spared, model.base_model.layers)),
         windows=tuple((window, dims) for window, dims in attention.items() if window is not None),
     )
+    if adapter is None or not adapter.wanted:
+        return size
+    add_adapter(model, adapter, torch.float32)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return replace(size, adapter=trained)
 
 
 def _spared(block: nn.Module) -> int:

@@ -32,6 +32,11 @@ def find_config(path: str, name: str, weights: bool = True) -> Any:
     """
     folder = Path(path)
     if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(
+                f"{name}: {path} is an adapter; give the model that it belongs to, and the adapter "
+                "as adapter.path"
+            )
         if not (folder / "config.json").is_file():
             raise InputError(f"{name}: {path} has no config.json; give a model directory")
         if weights and not any(folder.glob("*.safetensors")):

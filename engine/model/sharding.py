@@ -74,7 +74,8 @@ def shard(
         module.set_gradient_divide_factor(1.0)
     for name, parameter in student.named_parameters():
         # A bf16 master would round away updates at a learning rate of 1e-6.
-        assert parameter.dtype == torch.float32, f"master weight {name} is {parameter.dtype}"
+        is_master = parameter.dtype == torch.float32 or not parameter.requires_grad
+        assert is_master, f"master weight {name} is {parameter.dtype}"
     return student
 
 

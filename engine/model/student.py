@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.packed_loss import PackedLoss, StepTotals
+from redi.engine.model.adapter import Adapter
 from redi.engine.model.attention import NAME, document_kwargs
 from redi.engine.model.first_forward import ForwardRecord, record_forward
 from redi.engine.model.logits import logits_of
@@ -68,9 +69,13 @@ class Head(nn.Module):
 class Student(nn.Module):
     """A causal LM whose forward returns a pack's share of the step's loss."""
 
-    def __init__(self, model: PreTrainedModel, objective: PackedLoss) -> None:
+    def __init__(
+        self, model: PreTrainedModel, objective: PackedLoss, adapter: Adapter | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.adapter = adapter
+        """What alone is trained, if it was added to the model."""
         self.objective = objective
         self.ran: ForwardRecord | None = None
         """Record of the first training forward, or of the first forward if there was none."""

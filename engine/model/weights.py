@@ -30,6 +30,8 @@ from redi.engine.model.load import first_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_NAME = re.compile(r"\.lora_(?:A|B|magnitude_vector)\.default\.")
+"""In the names of an adapter's tensors in a model. peft keeps the adapted layer as `base_layer`."""
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -84,6 +86,15 @@ def weight_files(path: str) -> dict[Path, list[str]]:
     return names
 
 
+def base_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Tensors of a model without those of an adapter, with the names that they have without it."""
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if not ADAPTER_NAME.search(name)
+    }
+
+
 def as_stored(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of a model with the names, and in the pieces, of its files."""
     if not extract_weight_conversions_for_model(model):
@@ -98,19 +109,19 @@ def check_weights(model: PreTrainedModel, files: Mapping[Path, Iterable[str]]) -
         ValueError: weights are missing or unexpected, or a shape or dtype does not match.
         OSError, SafetensorError: a file is missing or damaged.
     """
-    stored = as_stored(model, model.state_dict())
+    stored = as_stored(model, base_weights(model))
     wanted = {name: list(tensor.shape) for name, tensor in stored.items()}
     found: set[str] = set()
     for file, names in files.items():
         with safe_open(file, "pt") as content:
             for name in names:
                 if name in wanted:
-                    _check_tensor(name, content.get_slice(name), wanted[name], file.name)
+                    check_tensor(name, content.get_slice(name), wanted[name], file.name)
                 found.add(name)
     _check_names(model, wanted.keys(), found)
 
 
-def _check_tensor(name: str, header: Any, shape: list[int] | None, file: str) -> None:
+def check_tensor(name: str, header: Any, shape: list[int] | None, file: str) -> None:
     """Raise ValueError if a tensor of a file has another shape (None: any), or is quantized."""
     if shape is not None and header.get_shape() != shape:
         raise ValueError(f"{name} is {header.get_shape()} in {file}, but {shape} in the model")
@@ -136,7 +147,7 @@ def _check_names(model: PreTrainedModel, wanted: Set[str], found: set[str]) -> N
 
 def _read_converted(model: PreTrainedModel, files: Mapping[Path, list[str]]) -> None:
     """Read weights that transformers renames or merges."""
-    wanted = model.state_dict()
+    wanted = base_weights(model)
     file_of = {name: file for file, names in files.items() for name in names}
     renamed, merged, unknown = translate(model, file_of)
     targets = {target for one in merged for target in one.targets}
@@ -156,7 +167,7 @@ def _read_text_model(model: PreTrainedModel, files: Mapping[Path, list[str]]) ->
     """Read the weights of a composite's text model."""
     names = text_names(files)
     found = {name for own in names.values() for name in own.values()}
-    _check_names(model, model.state_dict().keys(), found)
+    _check_names(model, base_weights(model).keys(), found)
     _read(model, names)
 
 
@@ -168,7 +179,7 @@ def _read_merged(
 ) -> None:
     """Read and merge: this rank's experts if they are stacked, else the weights of a layer."""
     whole = wanted[merged.first]
-    local, own = _local_shard(whole)
+    local, own = local_shard(whole)
     stacked = merged.stacks(len(whole))
     if stacked and not local.numel():
         return
@@ -181,7 +192,7 @@ def _read_merged(
                 file = file_of[name]
                 if file not in opened:
                     opened[file] = stack.enter_context(safe_open(file, "pt"))
-                _check_tensor(name, opened[file].get_slice(name), None, file.name)
+                check_tensor(name, opened[file].get_slice(name), None, file.name)
                 tensors[pattern].append(opened[file].get_tensor(name))
         try:
             made = merged.make(model, tensors)
@@ -189,7 +200,7 @@ def _read_merged(
             raise ValueError(f"{merged.first} cannot be merged: {first_line(error)}") from None
         del tensors
     for name, tensor in made.items():
-        local, own = _local_shard(wanted[name])
+        local, own = local_shard(wanted[name])
         shape = list(local.shape if stacked else wanted[name].shape)
         if list(tensor.shape) != shape:
             raise ValueError(
@@ -200,7 +211,7 @@ def _read_merged(
 
 def _read(model: PreTrainedModel, files: Mapping[Path, Mapping[str, str]]) -> None:
     """Read tensors of files: for each file name -> name in the model."""
-    wanted = model.state_dict()
+    wanted = base_weights(model)
     tied = model.all_tied_weights_keys
     done: set[str] = set()
     for file, names in files.items():
@@ -209,10 +220,10 @@ def _read(model: PreTrainedModel, files: Mapping[Path, Mapping[str, str]]) -> No
                 if target not in wanted:
                     continue
                 header = content.get_slice(name)
-                _check_tensor(name, header, list(wanted[target].shape), file.name)
+                check_tensor(name, header, list(wanted[target].shape), file.name)
                 source = tied.get(target, target)
                 if source not in done:
-                    _copy_shard(wanted[target], header)
+                    copy_shard(wanted[target], header)
                     done.add(source)
                 elif not _same_shard(wanted[target], header):
                     raise ValueError(
@@ -221,18 +232,18 @@ def _read(model: PreTrainedModel, files: Mapping[Path, Mapping[str, str]]) -> No
                     )
 
 
-def _copy_shard(tensor: torch.Tensor, source: Any) -> None:
-    local, part = _local_shard(tensor)
+def copy_shard(tensor: torch.Tensor, source: Any) -> None:
+    local, part = local_shard(tensor)
     if local.numel():
         local.copy_(source[part if tensor.dim() else ...])  # a buffer may have no dimension
 
 
 def _same_shard(tensor: torch.Tensor, source: Any) -> bool:
-    local, part = _local_shard(tensor)
+    local, part = local_shard(tensor)
     return not local.numel() or torch.equal(local, source[part].to(local))
 
 
-def _local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
+def local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
     """This rank's shard of a tensor, and its slice of the whole tensor's first dimension."""
     if not isinstance(tensor, DTensor):
         return tensor, slice(None)

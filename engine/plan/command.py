@@ -11,14 +11,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
 from redi.engine.data.summary import show, warnings
 from redi.engine.distributed import join_world
 from redi.engine.errors import InputError
+from redi.engine.model.adapter import check_adapter
 from redi.engine.model.architecture import check_dropout
 from redi.engine.model.build import check_vocabulary, model_config
 from redi.engine.model.flops import ModelSize, model_size
+from redi.engine.model.sharding import compute_dtype
 from redi.engine.plan.auto_rows import auto_rows, with_rows
 from redi.engine.plan.cards import Cluster
 from redi.engine.plan.display import show_plan
@@ -51,6 +55,7 @@ def plan_recipes(
         chosen = recipe.model.attention
         check_dropout(recipe.model.path or "", config, "varlen" if chosen == "auto" else chosen)
         config.attention_dropout = 0.0  # takes no memory, and the plan's attention has none
+        check_adapter(recipe, config, compute_dtype(recipe.train.dtype, torch.device("cuda")))
         with join_world() as world:
             data = prepare_data(recipe, world, console)
         check_positions(
@@ -60,7 +65,7 @@ def plan_recipes(
             config,
             "lower data.max_tokens to {}, or raise model.max_position_embeddings",
         )
-        size = model_size(config)
+        size = model_size(config, recipe.adapter)
         if recipe.train.row_tokens == "auto":
             recipe = with_rows(
                 recipe, auto_rows(recipe, size, data, Gpus.of(cluster, config), console)

@@ -30,6 +30,7 @@ from redi.engine.config.sections import Recipe
 from redi.engine.data.loader import StepBatches
 from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.packed_loss import PLAIN, PackedLoss
+from redi.engine.model.adapter import add_adapter
 from redi.engine.model.attention import PLANNED
 from redi.engine.model.build import build_model
 from redi.engine.model.flops import ModelSize, head_dim
@@ -42,6 +43,7 @@ from redi.engine.plan.types import StepMemory
 from redi.engine.train.generation_accuracy import HeldOutProblems
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
 from redi.engine.train.step import clip, forward_backward
+from redi.engine.train.tensor_steps import TensorSteps
 from redi.kernels.chunk_sizes import gpu_workspace, padded
 from redi.kernels.experimental.launches import sizes_for_triton_exp
 from redi.kernels.logprobs import GPU_KEEP_SHARE
@@ -109,7 +111,7 @@ def generation_memory(
     They are its shard of masters and moments, all weights in the compute dtype, keys and values.
     """
     dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))
-    weights = size.parameters * dtype.itemsize
+    weights = (size.parameters + size.adapter) * dtype.itemsize
     cache = cache_memory(recipe, config, problems)
     return step.parts["masters"] + step.parts["moments"] + weights + cache
 
@@ -165,6 +167,9 @@ def phase_peaks(
     device = torch.device("cpu")  # not CUDA: FSDP2 would need its streams
     dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))
     model = build_model(recipe.model.path or "", config, PLANNED)
+    adapter = None
+    if recipe.adapter.wanted:
+        adapter = add_adapter(model, recipe.adapter, dtype)
     model.train()
     section = recipe.objective
     filters = section.filter_epsilon > 0
@@ -172,7 +177,7 @@ def phase_peaks(
     if section.kind.reference:
         traces = int(load.pack.sequence_ids.max()) + 1
         objective = replace(objective, reference=torch.zeros(traces))
-    student = Student(model, objective)
+    student = Student(model, objective, adapter)
     exp_gemm = student.logits == PLAIN and _uses_exp_gemm(recipe, card, dtype, config.hidden_size)
     # The second micro-step starts with what the first has left, like any later one.
     packs = [load.pack] * min(load.micro_steps, 2)
@@ -187,7 +192,8 @@ def phase_peaks(
             tracker.settle("masters")
             optimizer = make_optimizer(student, recipe.optim)
             for parameter in student.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             optimizer.zero_grad()
             tracker.settle("moments")
@@ -207,7 +213,10 @@ def phase_peaks(
             tracker.enter((len(packs), "update"))
             norm = clip(student, recipe.optim.max_grad_norm)
             finite = norm.isfinite()
-            step_if(optimizer, finite)
+            if isinstance(optimizer, TensorSteps):
+                optimizer.step()  # `step_if` reads the value of `finite`, which has none
+            else:
+                step_if(optimizer, finite)
             optimizer.zero_grad()
             squared_update(optimizer, finite)
             del done

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 PARTS = {
-    "masters": "float32 master weights",
-    "moments": "AdamW's moments",
+    "masters": "master weights (float32), a frozen model (compute dtype)",
+    "moments": "moments of the optimizer",
     "gradients": "gradients",
     "gathered": "gathered parameters, gradients in reduction",
     "activations": "activations (with transformers' own layers)",

@@ -186,7 +186,7 @@ def fastest(
         key=lambda candidate: candidate.order,
     )
     group = gpus.ranks // recipe.shard.replicate
-    counts = _Counts(gpus, data, console, 4 * size.parameters // group)
+    counts = _Counts(gpus, data, console, 4 * size.trained // group)
     shortest = min(candidate.row_tokens for candidate in candidates)
     thrifty = [candidate for candidate in candidates if candidate.row_tokens == shortest]
     for best in candidates:

@@ -49,7 +49,11 @@ class Traffic:
 
 
 def step_bytes(
-    parameters: int, ranks: int, shard: ShardConfig, weight_bytes: int = 2
+    parameters: int,
+    ranks: int,
+    shard: ShardConfig,
+    weight_bytes: int = 2,
+    trained: int | None = None,
 ) -> tuple[Traffic, Traffic]:
     """Bytes within a group of shards, and between the replicas of a shard.
 
@@ -58,11 +62,12 @@ def step_bytes(
         ranks: of the run; `shard.replicate` divides them.
         shard: its gather, reduce and replicate count.
         weight_bytes: bytes of a gathered weight.
+        trained: parameters with a gradient; None: all.
     """
     group = ranks // shard.replicate
     others = (group - 1) / group
     gathered = weight_bytes * parameters * others
-    reduced = REDUCED_BYTES * parameters * others
+    reduced = REDUCED_BYTES * (trained or parameters) * others
     in_micro_step = in_step = 0.0
     if shard.gather == "step":
         in_step += gathered
@@ -74,7 +79,7 @@ def step_bytes(
         in_micro_step += reduced
     copies = shard.replicate
     # An all-reduce is a reduce-scatter and a gather.
-    replicas = 2 * REDUCED_BYTES * parameters / group * (copies - 1) / copies
+    replicas = 2 * REDUCED_BYTES * (trained or parameters) / group * (copies - 1) / copies
     return Traffic(in_micro_step, in_step), Traffic(0.0, replicas)
 
 
@@ -86,7 +91,7 @@ def step_traffic(size: ModelSize, ranks: int, shard: ShardConfig) -> Traffic:
     each GPU reduces a different shard, through its adapter.
     """
     group = ranks // shard.replicate
-    within, between = step_bytes(size.parameters, ranks, shard)
+    within, between = step_bytes(size.parameters + size.adapter, ranks, shard, trained=size.trained)
     one_machine = group <= GPUS_PER_MACHINE
     speed = ACHIEVED * (NVLINK if one_machine else min(NVLINK, GPUS_PER_MACHINE * NETWORK))
     replica_speed = ACHIEVED * (NVLINK if ranks <= GPUS_PER_MACHINE else NETWORK)

@@ -13,7 +13,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -35,9 +35,13 @@ from redi.engine.distributed import World, await_files
 from redi.engine.errors import InputError, RunError
 from redi.engine.model.student import Student
 from redi.engine.storage import CHECKPOINTS, LocalRun, open_run, shown
+from redi.engine.train.optimizer import Optimizer
+from redi.engine.train.tensor_steps import TensorSteps
 
 # CheckpointException derives from BaseException, not from Exception.
 FAILURES = (Exception, CheckpointException)
+TRAINED = StateDictOptions(ignore_frozen_params=True)
+"""A checkpoint of an adapter does not repeat the model."""
 
 
 def complete_checkpoints(run_dir: Path) -> list[int]:
@@ -169,7 +173,7 @@ class Checkpointer:
         complete: Collection[int],
         keep: int,
         student: Student,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         world: World,
         console: Console,
     ) -> None:
@@ -177,7 +181,9 @@ class Checkpointer:
         self.complete = set(complete)
         self.keep = keep
         self.student = student
-        self.optimizer = optimizer
+        self.optimizers = (
+            optimizer.optimizers if isinstance(optimizer, TensorSteps) else (optimizer,)
+        )
         self.world = world
         self.console = console
         self._pending: Future[Any] | None = None
@@ -293,8 +299,10 @@ class Checkpointer:
                 f"{checkpoint} cannot be read ({_cause(error)}); remove it to resume from "
                 "the checkpoint before it"
             ) from error
-        set_model_state_dict(self.student, state["model"])
-        set_optimizer_state_dict(self.student, self.optimizer, state["optimizer"])
+        # Frozen weights are not in it: the model is read from `model.path`.
+        options = StateDictOptions(strict=self.student.adapter is None)
+        set_model_state_dict(self.student, state["model"], options=options)
+        set_optimizer_state_dict(self.student, self.optimizers, state["optimizer"])
         return step
 
     def _writer(self, checkpoint: Path | str) -> dcp.StorageWriter:
@@ -304,8 +312,8 @@ class Checkpointer:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "model": get_model_state_dict(self.student),
-            "optimizer": get_optimizer_state_dict(self.student, self.optimizer),
+            "model": get_model_state_dict(self.student, options=TRAINED),
+            "optimizer": get_optimizer_state_dict(self.student, self.optimizers),
         }
 
 

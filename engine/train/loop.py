@@ -32,6 +32,7 @@ from redi.engine.train.garbage import (
 from redi.engine.train.guards import GuardEvent, Guards, last_good, name_rows, skip_message
 from redi.engine.train.metrics import MetricsLog, timed
 from redi.engine.train.mfu import Utilization
+from redi.engine.train.optimizer import Optimizer, set_rate
 from redi.engine.train.prepare_data import PreparedData
 from redi.engine.train.profile import profiling
 from redi.engine.train.run_folder import file_errors_named, report_what_ran
@@ -61,7 +62,7 @@ class Training:
     """Processes that build packs ahead."""
     student: Student
     """Sharded."""
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
 
 
 def train(
@@ -154,8 +155,7 @@ def train(
             # Dropout, if any, depends on seed, step and rank alone: no state has to be saved.
             drawn = np.random.SeedSequence([recipe.train.seed, step, world.rank])
             torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]))
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step)
+            set_rate(optimizer, rate(step))
             result, packs = train_step(
                 student,
                 optimizer,

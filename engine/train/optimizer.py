@@ -1,10 +1,11 @@
-"""AdamW with transformers' weight-decay groups, and the learning rate as a function of the step."""
+"""The optimizer with transformers' weight-decay groups, and the learning rate of each step."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from redi.engine.config.sections import OptimConfig
+from redi.engine.model.student import Student
+from redi.engine.train.tensor_steps import GatheredMuon, TensorSteps
 
 # transformers.Trainer.get_decay_parameter_names: names that are not decayed.
 NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -20,39 +23,76 @@ BLOCK = 2**24
 """Elements whose update is computed at a time: 64 MiB in float32."""
 
 
-def make_optimizer(student: nn.Module, section: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over sharded fp32 masters; norms and biases get no weight decay, as in transformers."""
+Optimizer = torch.optim.AdamW | TensorSteps
+
+
+def make_optimizer(student: nn.Module, section: OptimConfig) -> Optimizer:
+    """The optimizer of sharded fp32 masters. As in transformers norms and biases are not decayed.
+
+    Args:
+        student: a `Student` for Muon, which takes the matrices of its blocks.
+    """
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    if section.name == "muon":
+        assert isinstance(student, Student)
+        inside = {id(parameter) for parameter in student.blocks.parameters()}
+        matrices = {n: p for n, p in trained.items() if p.dim() == 2 and id(p) in inside}
+        rest = {name: p for name, p in trained.items() if name not in matrices}
+        muon = GatheredMuon(
+            matrices.values(),
+            lr=section.lr,
+            weight_decay=section.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        return TensorSteps(muon, *([_adamw(rest, section)] if rest else []))
+    return _adamw(trained, section)
+
+
+def _adamw(parameters: Mapping[str, nn.Parameter], section: OptimConfig) -> torch.optim.AdamW:
+    # Fused is the only form that can skip a step on the device: see `step_if`.
+    return torch.optim.AdamW(_decay_groups(parameters, section), **_options(section), fused=True)
+
+
+def _options(section: OptimConfig) -> dict[str, Any]:
+    return {"lr": section.lr, "betas": section.betas, "eps": section.eps}
+
+
+def _decay_groups(
+    parameters: Mapping[str, nn.Parameter], section: OptimConfig
+) -> list[dict[str, Any]]:
     groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            decay = 0.0 if NOT_DECAYED.search(name.lower()) else section.weight_decay
-            groups.setdefault(decay, []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": group, "weight_decay": decay} for decay, group in groups.items()],
-        lr=section.lr,
-        betas=section.betas,
-        eps=section.eps,
-        fused=True,  # the only form that can skip a step on the device: see `step_if`
-    )
+    for name, parameter in parameters.items():
+        decay = 0.0 if NOT_DECAYED.search(name.lower()) else section.weight_decay
+        groups.setdefault(decay, []).append(parameter)
+    return [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
 
 
-def step_if(optimizer: torch.optim.AdamW, finite: torch.Tensor) -> None:
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def step_if(optimizer: Optimizer, finite: torch.Tensor) -> None:
     """Take the step if `finite` (bool scalar on the device) is true, else change nothing.
 
-    The host does not wait for the value: the fused kernels read it, as they do for loss scaling,
-    and change neither weights nor moments nor the step count if it is false.
+    With fused AdamW the host does not wait for the value: its kernels read it, as they do for loss
+    scaling, and change neither weights nor moments nor the step count if it is false.
     """
+    if isinstance(optimizer, TensorSteps):
+        optimizer.step_if(finite)
+        return
     optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     optimizer.step()
 
 
 @torch.no_grad()
-def squared_update(optimizer: torch.optim.AdamW, finite: torch.Tensor) -> torch.Tensor:
+def squared_update(optimizer: Optimizer, finite: torch.Tensor) -> torch.Tensor:
     """Sum of squares of the parameter change of the step just taken, of this rank's shards.
 
-    Computed from AdamW's moments, so that no copy of the previous weights is kept. Computed by
-    foreach operations over blocks of `BLOCK` elements: their number, and the extra memory, do not
-    depend on the number of parameters.
+    Computed from fused AdamW's moments, so that no copy of the previous weights is kept, by foreach
+    operations over blocks of `BLOCK` elements: their number, and the extra memory, do not depend on
+    the number of parameters.
 
     Args:
         optimizer: all parameters of a group have taken the same number of steps; parameters
@@ -62,6 +102,8 @@ def squared_update(optimizer: torch.optim.AdamW, finite: torch.Tensor) -> torch.
     Returns:
         A float64 scalar on the device.
     """
+    if isinstance(optimizer, TensorSteps):
+        return optimizer.squared
     total = torch.zeros((), dtype=torch.float64, device=finite.device)
     for group in optimizer.param_groups:
         (beta1, beta2), rate, decay = group["betas"], group["lr"], group["weight_decay"]

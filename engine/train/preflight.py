@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from redi.engine.config.sections import Recipe, check_replicas
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
+from redi.engine.model.adapter import check_adapter
 from redi.engine.model.architecture import attention_for, check_dropout, has_mixers
 from redi.engine.model.attention import NOT_IN_GRAPHS
 from redi.engine.model.build import model_config
@@ -54,6 +55,7 @@ def check_before_data(recipe: Recipe, run_dir: Path, world: World) -> Preflight:
     dtype = compute_dtype(recipe.train.dtype, world.device)
     kind, _ = attention_for(config, recipe.model.attention, world.device, dtype)
     check_dropout(recipe.model.path or "", config, kind)
+    check_adapter(recipe, config, dtype)
     _check_compile(recipe, kind, config)
     _check_checkpointing(recipe, kind)
     _check_backend(recipe, world.device, dtype)

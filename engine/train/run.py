@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from redi.engine.config.sections import Recipe
+from redi.engine.config.stages import exports_adapter
 from redi.engine.console import Console
 from redi.engine.data.fingerprints import model_fingerprint
 from redi.engine.data.loader import default_workers, start_worker_server
@@ -19,6 +20,7 @@ from redi.engine.data.packing import Cost
 from redi.engine.data.summary import show, warnings
 from redi.engine.data.tokens import file_fingerprints
 from redi.engine.distributed import World
+from redi.engine.model.adapter import lasting_path
 from redi.engine.model.architecture import router_loss
 from redi.engine.model.build import build_student
 from redi.engine.model.export import export
@@ -31,7 +33,7 @@ from redi.engine.train.attention_cost import calibrated
 from redi.engine.train.checkpoint import check_not_damaged
 from redi.engine.train.garbage import collected_at_the_end
 from redi.engine.train.loop import Training, train
-from redi.engine.train.optimizer import learning_rate, make_optimizer
+from redi.engine.train.optimizer import Optimizer, learning_rate, make_optimizer
 from redi.engine.train.preflight import Preflight, check_before_data
 from redi.engine.train.prepare_data import PreparedData, check_positions, prepare_data
 from redi.engine.train.run_folder import (
@@ -81,7 +83,7 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
 
 def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> bool:
     """`run_recipe`; what it allocates is unreachable when it returns."""
-    named = recipe.model  # by URL if it is on object storage
+    named = recipe  # by URL if it is on object storage
     run_dir = working_folder(recipe.run.dir or "", recipe.data.cache_dir)
     run = open_run(run_dir)
 
@@ -124,7 +126,7 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         'set data.max_tokens = {} with data.overlong = "drop" or "truncate", or raise '
         "model.max_position_embeddings",
     )
-    size = model_size(found.config)
+    size = model_size(found.config, recipe.adapter)
     cost, attention_cost = calibrated(
         size.training_cost(), recipe, found.config, run_dir, world, console
     )
@@ -136,17 +138,17 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         console.warn(warning)
 
     with stop.interruptible(world.size == 1):
-        weights = None
+        weights = adapter = None
         if world.is_main:
-            weights = model_fingerprint(recipe.model.path or "", recipe.data.cache_dir)
-            check_same_model(weights, run_dir)
+            weights, adapter = _fingerprints(recipe)
+            check_same_model(weights, adapter, run_dir)
         world.after_rank0()  # which may have hashed 100 GB
         student, tokenizer, optimizer = _build(recipe, found, data, weights, cost, world, console)
     with file_errors_named(run_dir):
         if world.is_main:
-            facts: dict[str, Any] = {"model": weights, "parts": data.parts}
+            facts: dict[str, Any] = {"model": weights, "adapter": adapter, "parts": data.parts}
             keys = data.keys | facts | {ATTENTION_COST: attention_cost}
-            written = replace(recipe, model=named)
+            written = replace(recipe, model=named.model, adapter=named.adapter)
             write_run_dir(written, keys, summary, found.dtype, run_dir, world, old_total)
             run.publish()
         record_flight(run_dir, world)
@@ -157,10 +159,13 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         with run.published() if world.is_main else nullcontext():
             finished = train(training, previous.complete, world, console, stop)
         if finished:
-            export(student, tokenizer, run_dir / "export", found.dtype, world)
+            alone = exports_adapter(recipe)
+            base = lasting_path(named.model.path or "") if alone else None
+            export(student, tokenizer, run_dir / "export", found.dtype, world, base)
             world.from_rank0(lambda: _finish(run))
+            what = "adapter" if alone else "model"
             console.say(
-                f"{shown(run_dir)}: done; the model is in {inside(recipe.run.dir or '', 'export')}"
+                f"{shown(run_dir)}: done; the {what} is in {inside(recipe.run.dir or '', 'export')}"
             )
     return finished
 
@@ -202,7 +207,7 @@ def _build(
     cost: Cost,
     world: World,
     console: Console,
-) -> tuple[Student, PreTrainedTokenizerBase, torch.optim.AdamW]:
+) -> tuple[Student, PreTrainedTokenizerBase, Optimizer]:
     """The sharded student (with the reference of its objective), its tokenizer and optimizer."""
     student, tokenizer = build_student(recipe, found.config, found.dtype, world, console)
     if recipe.objective.kind.reference:
@@ -221,12 +226,19 @@ def _build(
     return student, tokenizer, make_optimizer(student, recipe.optim)
 
 
+def _fingerprints(recipe: Recipe) -> tuple[str | None, str | None]:
+    """Hashes of the model's weights and of the adapter that is continued."""
+    cache, adapter = recipe.data.cache_dir, recipe.adapter.path
+    weights = model_fingerprint(recipe.model.path or "", cache)
+    return weights, model_fingerprint(adapter, cache) if adapter else None
+
+
 def _report_finished(recipe: Recipe, run_dir: Path, world: World, console: Console) -> None:
     """Say that nothing is left to do; InputError if the model or the data has changed since."""
     path = recipe.model.path or ""
     if world.is_main:
         if Path(path).exists():
-            check_same_model(model_fingerprint(path, recipe.data.cache_dir), run_dir)
+            check_same_model(*_fingerprints(recipe), run_dir)
         check_same_files(file_fingerprints(recipe.data.paths, recipe.data.cache_dir), run_dir)
     console.say(
         f"{shown(run_dir)}: finished already; the model is in {inside(shown(run_dir), 'export')}"

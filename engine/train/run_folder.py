@@ -321,21 +321,23 @@ def what_changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return ", ".join(found)
 
 
-def check_same_model(fingerprint: str | None, run_dir: Path) -> None:
+def check_same_model(fingerprint: str | None, adapter: str | None, run_dir: Path) -> None:
     """Check that the initial weights of a run are unchanged: they are also the reference of DPO.
 
     Args:
         fingerprint: of the weights that are in `model.path` now; None for a hub name.
+        adapter: of those in `adapter.path`; None if there is none.
 
     Raises:
         InputError: they have changed.
     """
     old = read_manifest(run_dir)
-    if old and old["model"] != fingerprint:
-        raise InputError(
-            f"model.path: the weights have changed since {shown(run_dir)} was started; choose "
-            "another run.dir, or restore them to resume"
-        )
+    for name, now in (("model", fingerprint), ("adapter", adapter)):
+        if old and old.get(name) != now:
+            raise InputError(
+                f"{name}.path: the weights have changed since {shown(run_dir)} was started; choose "
+                "another run.dir, or restore them to resume"
+            )
 
 
 def write_run_dir(
@@ -433,6 +435,7 @@ def manifest(world_size: int, device: torch.device, **facts: Any) -> dict[str, A
         "triton",
         "flash-attn",
         "liger-kernel",
+        "peft",
         "math-verify",
         "vllm",
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,9 +22,11 @@ import xxhash
 from redi.engine.config.sections import Recipe
 from redi.engine.console import Console, Progress
 from redi.engine.data.cache import TokenizedTraces
+from redi.engine.data.fingerprints import model_fingerprint
 from redi.engine.data.packing import Cost, build_batch, pack
 from redi.engine.distributed import World
 from redi.engine.errors import RunError
+from redi.engine.model.adapter import adapter_off
 from redi.engine.model.sharding import reshard
 from redi.engine.model.student import Student
 
@@ -124,16 +126,19 @@ def score_traces(
     return SequenceScores(logps, entropies, weighted, token_files)
 
 
-def model_key(student: Student, path: str, fingerprint: str | None, dtype: torch.dtype) -> str:
+def model_key(student: Student, recipe: Recipe, fingerprint: str | None, dtype: torch.dtype) -> str:
     """Identifies all that a model's log-probs depend on: weights, configuration, dtype.
 
     Args:
+        recipe: its model and the adapter that it continues. A new adapter changes nothing yet.
         fingerprint: of the weights (`model_fingerprint`); None for a hub name, which is identified
             by its commit.
     """
     config = student.model.config
     facts = {k: v for k, v in config.to_dict().items() if k not in _UNREAD_CONFIG}
-    weights = fingerprint or f"{path}@{getattr(config, '_commit_hash', None)}"
+    weights = fingerprint or f"{recipe.model.path}@{getattr(config, '_commit_hash', None)}"
+    if recipe.adapter.path:
+        weights += f" {model_fingerprint(recipe.adapter.path, recipe.data.cache_dir)}"
     return json.dumps([weights, facts, str(dtype)], sort_keys=True, default=str)
 
 
@@ -152,23 +157,27 @@ def set_reference(
 ) -> None:
     """Set the objective's reference (of DPO): log-probs under the student's current weights.
 
+    A new adapter is off meanwhile.
+
     Args:
         units: int64 [n, 2], the pairs that are trained.
         lengths: int64 [traces], tokens kept of each.
         fingerprint: see `model_key`.
     """
     sequences = np.unique(units)
-    scores = score_traces(
-        student,
-        tokens,
-        sequences,
-        lengths,
-        model=model_key(student, recipe.model.path or "", fingerprint, dtype),
-        row_tokens=recipe.train.resolved_row_tokens,
-        cost=cost,
-        world=world,
-        console=console,
-    )
+    is_new = student.adapter is not None and student.adapter.is_new
+    with adapter_off(student) if is_new else nullcontext():
+        scores = score_traces(
+            student,
+            tokens,
+            sequences,
+            lengths,
+            model=model_key(student, recipe, fingerprint, dtype),
+            row_tokens=recipe.train.resolved_row_tokens,
+            cost=cost,
+            world=world,
+            console=console,
+        )
     reference = torch.zeros(len(tokens))
     reference[torch.from_numpy(sequences)] = torch.from_numpy(scores.weighted_logps).float()
     student.objective = replace(student.objective, reference=reference.to(world.device))

@@ -19,7 +19,7 @@ from redi.engine.model.sharding import gather_once
 from redi.engine.model.student import Student
 from redi.engine.train.guards import PackResult
 from redi.engine.train.metrics import memory_figures
-from redi.engine.train.optimizer import squared_update, step_if
+from redi.engine.train.optimizer import Optimizer, squared_update, step_if
 from redi.kernels import FilteredRediLoss
 
 
@@ -52,7 +52,7 @@ class StepResult:
 
 def train_step(
     student: Student,
-    optimizer: torch.optim.AdamW,
+    optimizer: Optimizer,
     batches: StepBatches,
     recipe: Recipe,
     world: World,

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from redi.engine.cli import main
 from redi.engine.config.sections import (
+    AdapterConfig,
     ModelConfig,
     ObjectiveConfig,
     Recipe,
@@ -32,6 +33,7 @@ from redi.engine.data.loader import StepBatches
 from redi.engine.data.packing import PackedBatch
 from redi.engine.distributed import join_world
 from redi.engine.loss.packed_loss import PackedLoss
+from redi.engine.model.adapter import add_adapter
 from redi.engine.model.build import build_model
 from redi.engine.model.checkpointing import checkpoint_blocks
 from redi.engine.model.flops import model_size
@@ -50,17 +52,16 @@ TOKENS = 1024
 
 def small_model(folder: Path, layers: int, **changes: Any) -> Path:
     """Config with a small vocabulary, because the loss's memory differs between devices."""
-    config = Qwen2Config(
-        hidden_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        intermediate_size=192,
-        vocab_size=64,
-        max_position_embeddings=TOKENS,
-        tie_word_embeddings=False,
-        **changes,
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 192,
+        "vocab_size": 64,
+        "max_position_embeddings": TOKENS,
+        "tie_word_embeddings": False,
+    }
+    config = Qwen2Config(num_hidden_layers=layers, **sizes | changes)
     config.save_pretrained(folder)
     return folder
 
@@ -90,13 +91,17 @@ class RealStep:
         with join_world():
             model = build_model(recipe.model.path or "", config, "sdpa")
             objective = PackedLoss(recipe.objective, reference=torch.zeros(2))
-            student = Student(model.train(), objective)
+            adapter = None
+            if recipe.adapter.wanted:
+                adapter = add_adapter(model, recipe.adapter, torch.float32)
+            student = Student(model.train(), objective, adapter)
             shard(student, recipe.shard, torch.float32, CPU, TOKENS)
             student.to_empty(device=CPU)
             parameters = list(student.parameters())
             for parameter in parameters:
                 torch.nn.init.constant_(parameter, 0.01)
-                parameter.grad = torch.zeros_like(parameter)
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
             optimizer = make_optimizer(student, recipe.optim)
             optimizer.step()
             optimizer.zero_grad()
@@ -117,7 +122,8 @@ class RealStep:
             )
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
                 forward_backward(student, batches, CPU, recipe.shard)
-                self.gradients = sum(p.grad.to_local().nbytes for p in parameters)
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                self.gradients = sum(gradient.to_local().nbytes for gradient in gradients)
                 norm = clip(student, recipe.optim.max_grad_norm)
                 step_if(optimizer, norm.isfinite())
                 optimizer.zero_grad()
@@ -161,6 +167,52 @@ def test_the_planned_memory_equals_that_of_a_real_step(
     assert in_step == pytest.approx(real.peak, rel=0.04)
     without_gradients = in_step - real.gradients
     assert without_gradients != pytest.approx(real.peak, rel=0.04)
+
+
+@pytest.mark.slow
+def test_an_adapters_memory_equals_that_of_a_real_step(tmp_path: Path) -> None:
+    """Moments and gradients are the adapter's alone."""
+    recipe = recipe_of(small_model(tmp_path, layers=SHALLOW), ShardConfig(checkpointing="full"))
+    recipe = replace(recipe, adapter=AdapterConfig(rank=4))
+    config = read_config(str(tmp_path), weights=False)
+    planned = step_memory(recipe, config, LOAD, 1, CARDS["h100"])
+    real = RealStep(recipe)
+    assert planned.parts["masters"] == pytest.approx(real.masters, abs=1024)
+    assert planned.parts["moments"] == pytest.approx(real.moments, abs=1024)
+    size = model_size(config, recipe.adapter)
+    assert real.moments == pytest.approx(8 * size.adapter, rel=1e-2)
+    assert real.masters == 4 * (size.parameters + size.adapter)
+    in_step = planned.total - planned.parts["masters"] - planned.parts["moments"]
+    assert in_step == pytest.approx(real.peak, rel=0.04)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_7b_fits_one_card_of_80_gb(tmp_path: Path) -> None:
+    """With traces of 32,768 tokens; all weights do not fit it."""
+    small_model(
+        tmp_path,
+        layers=28,
+        vocab_size=152_064,
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=32_768,
+    )
+    config = read_config(str(tmp_path), weights=False)
+    tokens = 32_768
+    load = Load(packed_row((tokens // 2, tokens // 2), 0, 64), frozenset([tokens - 2]), 2)
+    recipe = recipe_of(tmp_path, ShardConfig(checkpointing="full"))
+    recipe = replace(recipe, train=TrainConfig(row_tokens=tokens, dtype="bfloat16"))
+    adapted = replace(recipe, adapter=AdapterConfig(rank=16))
+    size = model_size(config, adapted.adapter)
+    assert size.parameters == pytest.approx(7.6e9, rel=0.01)
+    usable = CARDS["h100"].usable_memory
+    found = step_memory(adapted, config, load, 1, CARDS["h100"])
+    assert found.parts["masters"] == pytest.approx(2 * size.parameters + 4 * size.adapter, rel=1e-4)
+    assert found.parts["moments"] == pytest.approx(8 * size.adapter, rel=1e-2)
+    assert found.total < usable
+    assert step_memory(recipe, config, load, 1, CARDS["h100"]).total > usable
 
 
 @pytest.mark.slow

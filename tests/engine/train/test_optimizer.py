@@ -1,13 +1,22 @@
 """The update norm: equal to the change of the weights, in few device operations."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from muon_cases import OPTIONS, drawn, sharded_steps
+from rank_pool import RankPool
+from run_cases import untimed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from redi.engine.config.sections import OptimConfig
+from redi.engine.cli import main
+from redi.engine.config.sections import ObjectiveConfig, OptimConfig
+from redi.engine.loss.packed_loss import PackedLoss
+from redi.engine.model.student import Student
 from redi.engine.train import optimizer as optimizer_module
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
 
@@ -114,3 +123,87 @@ def test_block_size_bounds_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [(torch.arange(n), torch.arange(n)) for n in (30, 0, 250, 60, 40, 1)]
     sizes = [[piece[0].numel() for piece in block] for block in optimizer_module._blocks(tensors)]
     assert sizes == [[30], [100], [100], [50], [60, 40], [1]]
+
+
+MUON = {"optim.name": "muon", "train.max_steps": 3, "run.save_every": 1, "run.keep": 0}
+MUON |= {"optim.eps": 1e-3, "optim.schedule": "constant", "optim.warmup": 0.0}
+
+
+@pytest.fixture(scope="module")
+def muon_run(write_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("muon")
+    assert main(["train", str(write_recipe(folder, "run", MUON))]) == 0
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_muon_on_two_ranks_is_torchs_on_one() -> None:
+    """Torch's own fails on sharded matrices of one row, and rounds partial sums of others."""
+    pool = RankPool(2)
+    try:
+        ours = pool.run(sharded_steps)
+    finally:
+        pool.close()
+    for index, (matrix, *gradients) in enumerate(drawn()):
+        plain = nn.Parameter(matrix)
+        optimizer = torch.optim.Muon([plain], **OPTIONS)
+        for gradient in gradients:
+            plain.grad = gradient
+            optimizer.step()
+        for rank in ours:
+            torch.testing.assert_close(rank[index], plain.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_muon_takes_matrices_of_blocks_and_skips_what_is_not_finite() -> None:
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads))
+    student = Student(model, PackedLoss(ObjectiveConfig(name="sft")))
+    optimizer = make_optimizer(student, OptimConfig(name="muon", lr=1e-2))
+    muon, adamw = optimizer.optimizers
+    assert len(muon.param_groups[0]["params"]) == 2 * 7
+    rest = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert id(student.head.weight) in rest
+    assert id(model.model.embed_tokens.weight) in rest
+    assert sum(len(group["params"]) for group in adamw.param_groups) + 14 == len(
+        list(student.parameters())
+    )
+    for finite in (False, True):
+        before = [p.detach().clone() for p in student.parameters()]
+        for parameter in student.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        step_if(optimizer, torch.tensor(finite))
+        optimizer.zero_grad()
+        changed = squared_update(optimizer, torch.tensor(finite)).item()
+        assert changed == pytest.approx(squared_difference(student, before), rel=1e-6)
+        assert (changed > 0) == finite
+        assert bool(muon.state) == finite
+
+
+@pytest.mark.slow
+def test_a_run_with_muon_resumes_bit_equal(
+    muon_run: Path, write_recipe: Any, tmp_path: Path, steps: Any
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(muon_run, run, ignore=shutil.ignore_patterns("export", "step-2", "step-3"))
+    assert main(["train", str(write_recipe(tmp_path, "run", MUON))]) == 0
+    weights = [folder / "export" / "model.safetensors" for folder in (run, muon_run)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert untimed(steps(run)) == untimed(steps(muon_run))
+    assert len(steps(run)) == 3
+
+
+@pytest.mark.slow
+def test_a_run_with_muon_does_not_depend_on_the_ranks(
+    muon_run: Path, write_recipe: Any, redi: Any, tmp_path: Path, steps: Any
+) -> None:
+    """But for rounding, which is that of bfloat16: torch orthogonalizes in it."""
+    changes = {"train.row_tokens": 64}
+    paths = [write_recipe(tmp_path, "two", MUON | changes)]
+    paths.append(write_recipe(tmp_path, "replicated", MUON | changes | {"shard.replicate": 2}))
+    done = redi("train", *paths, ranks=2)
+    assert done.returncode == 0, done.stderr
+    for path in paths:
+        for ours, theirs in zip(steps(path.with_suffix("")), steps(muon_run), strict=True):
+            assert ours["update_norm"] == pytest.approx(theirs["update_norm"], rel=2**-8)
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=2**-8)

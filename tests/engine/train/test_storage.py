@@ -106,6 +106,27 @@ def assert_same(url: str, local: Path, cache: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.slow
+def test_an_adapter_in_a_bucket_is_continued_scored_and_evaluated(
+    recipe: WriteRecipe, memory: str, tmp_path: Path, world: Path
+) -> None:
+    """Its model is there too."""
+    for file in (world / "model").iterdir():
+        fsspec.filesystem("memory").pipe_file(f"bucket/model/{file.name}", file.read_bytes())
+    settings = SETTINGS | {"adapter.rank": 4, "data.cache": str(tmp_path / "cache")}
+    first = settings | {"model.path": f"{memory}/model", "run.dir": f"{memory}/first"}
+    second = settings | {"model.path": None, "run.dir": f"{memory}/second"}
+    paths = [str(recipe("first", first)), str(recipe("second", second))]
+    assert main(["train", *paths]) == 0
+    assert "adapter_config.json" in names(f"{memory}/second/export")
+    assert f'path = "{memory}/first/export"' in text(f"{memory}/second/recipe.toml")
+    assert main(["train", *paths]) == 0  # finished already
+    data = tmp_path / "problems.jsonl"
+    data.write_text('{"prompt": "12=", "answer": "1"}\n')
+    out = ["--data", str(data), "--out", str(tmp_path / "out"), "--answer_pattern", "(.)$"]
+    assert main(["evaluate", f"{memory}/second", *out, "--max_new_tokens", "4"]) == 0
+
+
 def test_a_run_in_a_bucket_equals_a_local_one_and_is_found_finished_on_another_machine(
     recipe: WriteRecipe,
     local: Path,

@@ -96,6 +96,7 @@ def test_every_layer_of_a_real_run_has_packed_attention_on_each_rank(
         "mixers": 0,
         "loss": loss,
         "liger": {},
+        "adapter": {},
     }
     assert ran == [one] * ranks
     assert f"ran: attention sdpa in {LAYERS} layers; loss token_weights (torch)" in done.stderr
