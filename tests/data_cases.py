@@ -172,6 +172,7 @@ def packed_row(lengths: Sequence[int], first_id: int, end_id: int) -> PackedBatc
         weights=None,
         valid_index=(targets >= 0).nonzero()[:, 0],
         num_positive_targets=int(num_targets[signs > 0].sum()),
+        target_counts=(*num_targets[signs > 0].tolist(), *num_targets[signs < 0].tolist()),
         num_targets=num_targets,
         full_targets=num_targets,
         sequence_ids=torch.arange(len(lengths)),

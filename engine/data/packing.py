@@ -409,6 +409,8 @@ class PackedBatch:
     """int64 [N]: positions whose target is not IGNORE; those of positives come first."""
     num_positive_targets: int
     """Number of entries of `valid_index` that belong to positives."""
+    target_counts: tuple[int, ...]
+    """Trained tokens of each document on the host, in the order of `valid_index`."""
     num_targets: Tensor
     """int64 [S]: trained tokens of each document, |y|."""
     full_targets: Tensor
@@ -496,17 +498,19 @@ def build_batch(
     positive = np.repeat(tokens.signs[sequence_ids] > 0, lengths)[valid_index]
     valid_index = np.concatenate([valid_index[positive], valid_index[~positive]])
 
-    weights = tokens.weights[sequence_ids]
+    weights, signs = tokens.weights[sequence_ids], tokens.signs[sequence_ids]
+    num_targets = tokens.num_targets(sequence_ids, lengths)
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         targets=torch.from_numpy(targets),
-        signs=torch.from_numpy(tokens.signs[sequence_ids].astype(np.int64)),
+        signs=torch.from_numpy(signs.astype(np.int64)),
         weights=None if np.all(weights == 1) else torch.from_numpy(weights),
         valid_index=torch.from_numpy(valid_index),
         num_positive_targets=int(positive.sum()),
-        num_targets=torch.from_numpy(tokens.num_targets(sequence_ids, lengths)),
+        target_counts=(*num_targets[signs > 0].tolist(), *num_targets[signs <= 0].tolist()),
+        num_targets=torch.from_numpy(num_targets),
         full_targets=torch.from_numpy(
             tokens.num_targets(sequence_ids, tokens.lengths[sequence_ids])
         ),
@@ -549,6 +553,7 @@ def _dummy_batch() -> PackedBatch:
         weights=None,
         valid_index=torch.zeros(0, dtype=torch.int64),
         num_positive_targets=0,
+        target_counts=(0,),
         num_targets=torch.zeros(1, dtype=torch.int64),
         full_targets=torch.zeros(1, dtype=torch.int64),
         sequence_ids=torch.full((1,), -1, dtype=torch.int64),

@@ -7,7 +7,8 @@ kinds:
                 forward pass. It takes one fused pass of three matrix products. With `coefficient`
                 the loss of a token may also depend on its own log-prob, at the same cost.
     terms       a function from the sequences' log-probs (`Sequences`) to the loss of each sequence
-                or pair. The log-probs are computed first, then a backward scaled per sequence.
+                or pair. The log-probs are computed first, then a backward scaled per sequence. With
+                `exponential_weights` too, one fused pass does both.
 
 `packed_loss.py` computes a pack's share of the step's loss from either.
 """
@@ -57,6 +58,8 @@ class Formula:
     """See `redi.kernels.signed_cross_entropy`."""
     terms: Callable[[ObjectiveConfig, Sequences], Tensor] | None = None
     """Returns [S], or [S / 2] for units "margins"."""
+    exponential_weights: tuple[float, float] | None = None
+    """Of correct and of incorrect traces, if `terms` is minus a weight times exp(mean log-prob)."""
 
 
 def _positives(section: ObjectiveConfig) -> tuple[float, float]:
@@ -126,7 +129,7 @@ FORMULAS = {
     "signed": Formula(_signed),
     "dft": Formula(_positives, "dft"),
     "unlikelihood": Formula(_redi, "unlikelihood"),
-    "simper": Formula(terms=_simper),
+    "simper": Formula(terms=_simper, exponential_weights=(1.0, -1.0)),
     "simpo": Formula(terms=_simpo),
     "dpo": Formula(terms=_dpo),
 }

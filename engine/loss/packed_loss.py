@@ -25,6 +25,7 @@ from redi.kernels import (
     linear_logprobs,
     redi_loss,
     segment_sum,
+    sequence_loss,
     signed_cross_entropy,
 )
 
@@ -84,6 +85,10 @@ class PackedLoss:
             logits: how the model computes its logits. A filter needs the default.
         """
         declared = formula(self.section)
+        if declared.exponential_weights is not None and batch.token_weights is None:
+            return self._exponential(
+                declared.exponential_weights, hidden, weight, batch, totals, logits
+            )
         if declared.weights is None:
             return self._from_sequences(declared, hidden, weight, batch, totals, logits)
         positive, negative = declared.weights(self.section)
@@ -158,6 +163,33 @@ class PackedLoss:
             return totals.units * lengths
         count = totals.targets if self.section.normalisation == "token" else totals.units
         return torch.full_like(lengths, count)
+
+    def _exponential(
+        self,
+        weights: tuple[float, float],
+        hidden: Tensor,
+        weight: Tensor,
+        batch: PackedBatch,
+        totals: StepTotals,
+        logits: Logits,
+    ) -> RediLoss:
+        """The mean over units of - w exp(mean log-prob), with w by the verdict."""
+        wanted = torch.where(batch.signs > 0, *weights) * (batch.signs != 0) / totals.units
+        if batch.weights is not None:
+            wanted = wanted * batch.weights
+        return sequence_loss(
+            hidden,
+            weight,
+            batch.targets,
+            batch.cu_seqlens,
+            torch.zeros_like(wanted),
+            wanted,
+            denominators=self._lengths(batch),
+            valid_index=batch.valid_index,
+            exponential_lengths=batch.target_counts,
+            backend=self.section.backend,
+            **logits._asdict(),
+        )
 
     def _from_sequences(
         self,

@@ -30,7 +30,12 @@ PARTS = {
 Phase = tuple[Any, ...]
 """Name of a part of a step, chosen by the caller that runs the step."""
 
-_CHUNKED = {"signed_cross_entropy", "linear_logprobs", "linear_logprobs_backward"}
+_CHUNKED = {
+    "signed_cross_entropy",
+    "sequence_loss",
+    "linear_logprobs",
+    "linear_logprobs_backward",
+}
 """Ops that process the vocabulary in chunks."""
 
 
@@ -172,7 +177,9 @@ class MemoryTracker(TorchDispatchMode):
         """Add what a loss op uses on a GPU in addition to its results; fake ops do not show it."""
         loss = self._loss
         kept, inside = 0, loss.workspace
-        if name == "linear_logprobs":
+        if name == "sequence_loss":
+            inside += 4 * args[1].numel()  # at most, for sequences longer than a chunk
+        elif name == "linear_logprobs":
             kept = loss.kept - result[1].nbytes  # on the CPU it may keep less
             inside = loss.forward - loss.kept
             self._add("loss", kept)

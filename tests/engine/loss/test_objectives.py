@@ -301,6 +301,27 @@ def test_ones_run_the_ops_of_no_spans_and_masks_too(tmp_path: Path) -> None:
     assert not torch.equal(found[0][2], found[2][2])
 
 
+def test_simper_is_one_fused_pass_unless_spans_weight_its_tokens(tmp_path: Path) -> None:
+    weights = [None, [0.5, *[1.0] * 8], *[None] * 8]
+    ran = []
+    for name, of_tokens in (("plain", None), ("weighted", weights)):
+        tokens = make_tokens(
+            tmp_path / name,
+            PROMPTS,
+            COMPLETIONS,
+            SIGNS,
+            np.repeat(range(5), 2),
+            token_weights=of_tokens,
+        )
+        (batch, _) = packs_of(tokens, section("simper"), 1000)
+        hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids]).float()
+        head = torch.randn(V, D, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        with OpCounter() as ops:
+            PackedLoss(section("simper"))(hidden, head, batch, StepTotals(5, 1)).loss.backward()
+        ran.append((ops.ran["redi::sequence_loss"], ops.ran["redi::linear_logprobs"]))
+    assert ran == [(1, 0), (0, 1)]
+
+
 def test_dpo_before_any_step_is_ln_2(tmp_path: Path) -> None:
     """The margin is 0 if the reference is the policy."""
     tokens = make_tokens(tmp_path / "set", PROMPTS, COMPLETIONS, SIGNS, np.repeat(range(5), 2))

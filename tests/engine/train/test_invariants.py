@@ -28,11 +28,13 @@ OBJECTIVES = {
 CASES = [("sft", "model"), ("redi", "tied"), ("alpha0", "tied")]
 MORE_CASES = [("sft", "tied"), ("token", "model"), ("redi", "model")]
 ALL_CASES = [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)]
-# One objective per kind: weights of traces, a token's log-prob, a sequence's, a pair in one pack.
+# One objective per kind: weights of traces, a token's log-prob, a sequence's (by autograd, and in
+# one pass), a pair in one pack.
 SIBLINGS = {
     "signed": {"objective.name": "signed"},
     "unlikelihood": {"objective.name": "unlikelihood"},
     "discounted": {"objective.name": "redi", "objective.negative_gamma": 0.5},
+    "simper": {"objective.name": "simper"},
     "simpo": {"objective.name": "simpo", "objective.beta": 2.0},
 }
 # Fewer sequences than ranks: of 2 ranks one has only a dummy, or only a negative. (The slow test on
