@@ -293,7 +293,8 @@ def _generation_state(model: PreTrainedModel, config: GenerationConfig) -> Itera
     model.eval()
     model.generation_config = config
     if attention == PACKED_ATTENTION:
-        model.set_attn_implementation("sdpa")
+        # SDPA has no soft cap and no sinks.
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
         yield
     finally:

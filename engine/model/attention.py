@@ -236,6 +236,8 @@ def _enter(
     if dropout and kind not in WITH_DROPOUT:
         raise InputError(f'attention_dropout is not available with attention "{kind}"')
     pattern = _pattern(other)
+    if dropout and pattern.softcap is not None and kind != "sdpa":
+        raise InputError("attention_dropout is not available with soft-capped scores on a GPU")
     for feature in features_of(pattern):
         if kind not in SUPPORT[feature]:
             raise InputError(f'the model\'s {feature} are not available with attention "{kind}"')

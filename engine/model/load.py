@@ -12,7 +12,14 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from redi.engine.errors import InputError
 from redi.engine.hub import NO_HUB_NAME, is_hub_name, quiet_hub_client
@@ -103,8 +110,11 @@ def load_weights(
     Raises:
         InputError: the weights do not fit the configuration.
     """
+    # Not all composites whose text model is trained are causal language models to transformers.
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type not in TESTED
+    auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             path,
             config=config,
             dtype=dtype,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from redi.engine.errors import InputError
@@ -70,7 +71,10 @@ def _by_document(
         raise InputError("the model passes its own mask to its attention")
     record_call(AttentionCall(KIND, PLAIN, len(cu_seq_lens_q) - 1))
     options = {name: value for name, value in kwargs.items() if name not in DOCUMENT_KWARGS}
-    lengths = cu_seq_lens_q.diff().tolist()
+    if isinstance(hidden_states, FakeTensor):  # planned: memory depends on the tokens alone
+        lengths = [hidden_states.shape[1]]
+    else:
+        lengths = cu_seq_lens_q.diff().tolist()
     parts = [forward(one, *args, **options) for one in hidden_states.split(lengths, dim=1)]
     if not all(isinstance(part, torch.Tensor) for part in parts):
         raise InputError("the model has a mixer that returns more than its result")

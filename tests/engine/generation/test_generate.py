@@ -185,6 +185,29 @@ def test_a_model_in_training_generates_the_same_and_is_restored(
     assert all(parameter.requires_grad for parameter in packed.parameters())
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+def test_a_model_that_sdpa_cannot_run_generates_as_plain_transformers(
+    kind: str, tokenizer: Any
+) -> None:
+    from architecture_cases import draw_weights, tiny_config
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = tiny_config(kind)
+    config.vocab_size = len(tokenizer)
+    plain, packed = (
+        AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=torch.float32)
+        for name in ("eager", register_attention("sdpa"))
+    )
+    draw_weights(plain)
+    packed.load_state_dict(plain.state_dict())
+    expected, found = (
+        generate(one, tokenizer, PROMPTS, Sampling(15)) for one in (plain, packed.train())
+    )
+    assert found == expected
+    assert packed.config._attn_implementation == "redi_packed"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

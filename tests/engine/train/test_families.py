@@ -14,6 +14,8 @@ from architecture_cases import draw_weights, tiny_config
 from first_step import plain_first_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from redi.engine.cli import main
+
 # Family -> layers by window, as the manifest has them.
 FAMILIES: dict[str, dict[str, int]] = {
     "granite": {},
@@ -76,3 +78,12 @@ def test_a_real_run_s_first_step_is_plain_transformers(
     assert [one["windows"] for one in ran] == [FAMILIES[kind]] * 2
     exported = AutoModelForCausalLM.from_pretrained(trained / kind / "export")
     assert type(exported.config) is type(tiny_config(kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_family_can_be_planned(kind: str, trained: Path, tmp_path: Path) -> None:
+    found = tmp_path / "plan.json"
+    assert main(["plan", str(trained / f"{kind}.toml"), "--json", str(found)]) == 0
+    (plan,) = json.loads(found.read_text())
+    assert plan["fits"]
