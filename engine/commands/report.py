@@ -13,7 +13,7 @@ from typing import Any
 
 from redi.engine.console import print_table
 from redi.engine.errors import InputError
-from redi.engine.storage import shown
+from redi.engine.storage import MANIFEST, shown
 from redi.engine.train.metrics import read_metrics
 from redi.engine.train.run_folder import is_finished
 
@@ -41,7 +41,7 @@ def read_run(run_dir: Path) -> Curves:
     """Read the metrics of a run directory.
 
     Raises:
-        InputError: it is not a run directory, has no step yet, or metrics.jsonl is damaged.
+        InputError: it is not a run directory, has no step yet, or its files are damaged.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
@@ -55,7 +55,11 @@ def read_run(run_dir: Path) -> Curves:
             raise InputError(f"{path}: step {line['step']} is damaged")
     held_out = [line for line in lines if line.get("event") == "eval"]
     guard_events = [line for line in lines if line.get("event") in ("collapse", "not_finite")]
-    return Curves(run_dir.name, steps, held_out, guard_events, is_finished(run_dir))
+    try:
+        finished = is_finished(run_dir)
+    except ValueError:
+        raise InputError(f"{run_dir / MANIFEST}: damaged (not valid JSON)") from None
+    return Curves(run_dir.name, steps, held_out, guard_events, finished)
 
 
 def report_runs(run_dirs: Sequence[Path], out: Path | None = None) -> list[Path]:

@@ -150,6 +150,13 @@ def test_a_long_run_is_drawn_by_means_and_extremes_without_what_is_not_finite() 
     assert len(_series(nothing, "loss")[0]) == 0
 
 
+def test_a_damaged_manifest_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "manifest.json").write_text('{"device": ')
+    assert main(["report", str(run)]) == 2
+    assert capsys.readouterr().err == f"redi: {run}/manifest.json: damaged (not valid JSON)\n"
+
+
 @pytest.mark.parametrize("heights", [[0.5] * 3, [0.0, 0.99, 1.0, 1.0], [0.3] * 40])
 def test_labels_stay_apart_and_inside_the_panel(heights: list[float]) -> None:
     moved = _apart(heights)
