@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -296,8 +298,8 @@ def _mean(name: str, like: torch.Tensor, models: Sequence[_Model]) -> torch.Tens
     precise = torch.promote_types(like.dtype, torch.float32)
     used = [model for model in models if model.weight]
     for rows in _slices(list(like.shape)):
-        total = sum(model.weight * model.read(name, rows).to(precise) for model in used)
-        assert isinstance(total, torch.Tensor), "the weights add up to 1"
+        # Not `sum`, which begins with 0: it would turn -0 into 0.
+        total = reduce(add, (one.weight * one.read(name, rows).to(precise) for one in used))
         mean[... if rows is None else rows] = total
     if not mean.isfinite().all():
         raise RunError(f"not merged, weights are not finite: {name}")

@@ -194,9 +194,11 @@ def replaced(folder: Path) -> Iterator[Path]:
                 f"{folder} cannot be written: {error}; the same command resumes with the export"
             ) from error
         raise
-    for file in partial.iterdir():
-        # safetensors makes its files readable to their owner only.
-        shutil.copymode(partial / "tokenizer_config.json", file)
+    # safetensors makes its files readable to their owner only, and copies have their source's mode.
+    mode = partial.stat().st_mode & 0o666
+    for file in partial.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

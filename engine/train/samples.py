@@ -239,7 +239,11 @@ class HeldOutSamples:
             "tokens": fmean(line["tokens"] for line in lines),
         }
         self._metrics.write({"event": "samples", "step": self._step, **figures})
-        self._metrics.write_samples(self._step, lines)
         self._console.say(
             f"samples after step {self._step}: {sum(correct)} of {len(lines)} right; {self._file}"
         )
+        try:
+            self._metrics.write_samples(self._step, lines)
+        except Exception as error:  # each tracker has other types; a server's must not end a run
+            problem = " ".join(str(error).split())
+            self._console.warn(f"samples after step {self._step}: not in the trackers: {problem}")

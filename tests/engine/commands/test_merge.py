@@ -59,12 +59,28 @@ def test_a_mean_is_that_of_each_weight_in_float32(models: Path, capsys: Any) -> 
 
 
 def test_a_weight_of_1_and_one_of_0_is_the_first_model_bit_for_bit(models: Path) -> None:
+    change(Path("a"), lambda weights: {k: v.where(v > 0, -0.0) for k, v in weights.items()})
     change(Path("b"), lambda weights: {k: v * torch.inf for k, v in weights.items()})
     assert main(["merge", "a:1", "b:0", "--out", "out"]) == 0
     a, mean = weights_of("a"), weights_of("out")
     assert mean.keys() == a.keys()
     for name, found in mean.items():
         assert torch.equal(found.view(torch.int16), a[name].view(torch.int16)), name
+
+
+def test_files_have_the_usual_modes_whatever_those_of_the_first_model(models: Path) -> None:
+    templates = Path("a/additional_chat_templates")
+    templates.mkdir()
+    (templates / "rag.jinja").write_text("{{ messages }}")
+    for file in (templates / "rag.jinja", Path("a/tokenizer_config.json")):
+        file.chmod(0o400)
+    assert main(["merge", "a", "b", "--out", "out"]) == 0
+    Path("usual").mkdir()
+    Path("usual/file").touch()
+    for path in Path("out").rglob("*"):
+        usual = Path("usual") if path.is_dir() else Path("usual/file")
+        assert path.stat().st_mode == usual.stat().st_mode, path
+    assert (Path("out") / "additional_chat_templates" / "rag.jinja").is_file()
 
 
 def test_many_slices_and_files_hold_the_same_weights(

@@ -188,3 +188,22 @@ def test_a_process_that_fails_is_a_warning_with_its_reason(
     err = capsys.readouterr().err
     assert "warning: samples after step 4: none: no memory left" in err
     assert not (tmp_path / "run" / "samples.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_tracker_without_its_server_does_not_end_training(
+    recipe: WriteRecipe,
+    problems: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise ConnectionError("the server\nis down")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_text", fail)
+    path = recipe("run", changes(problems, **{"run.trackers": ["tensorboard"]}))
+    assert main(["train", str(path)]) == 0
+    err = capsys.readouterr().err
+    assert "warning: samples after step 4: not in the trackers: the server is down" in err
+    assert {one["step"] for one in lines(tmp_path / "run" / "samples.jsonl")} >= {4}
