@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-
-from redi.engine.model.weights import local_shard
+from torch.distributed.tensor import DTensor, Replicate
 
 
 class TensorSteps:
@@ -54,7 +52,7 @@ class TensorSteps:
         for optimizer in self.optimizers:
             for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
                 if (gradient := gradients.pop(parameter, None)) is not None:
-                    shard, _ = local_shard(parameter.detach())
+                    shard = _local(parameter.detach())
                     before = shard.clone()
                     parameter.grad = gradient
                     optimizer.step()
@@ -90,8 +88,9 @@ class GatheredMuon(torch.optim.Muon):
                 average = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
                 update = parameter.grad.lerp(average, momentum)  # Nesterov's
                 change = _orthogonal(update, group)
-                shard, own = local_shard(parameter)
-                shard.mul_(1 - group["lr"] * group["weight_decay"]).add_(change[own])
+                shard = _local(parameter)
+                shard.mul_(1 - group["lr"] * group["weight_decay"])
+                shard.add_(_rows(change, parameter))
 
 
 def _orthogonal(update: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
@@ -109,3 +108,16 @@ def _orthogonal(update: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         **options,
     ).step()
     return change.detach()
+
+
+def _rows(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The part of a whole tensor that belongs to this rank's shard of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    mesh = parameter.device_mesh
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=parameter.placements).to_local()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
