@@ -56,7 +56,10 @@ def find_server(url: str, concurrency: int, model: str | None = None) -> Server:
     Raises:
         InputError: it cannot be reached, or does not serve the model.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # such as "http://[x"
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError(f"server: {url!r} is not a URL such as http://localhost:8000/v1")
     url = url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")

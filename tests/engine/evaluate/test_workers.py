@@ -303,6 +303,7 @@ def test_an_error_of_the_server_is_one_line(
     [
         (["--server", "http://127.0.0.1:9"], "cannot be used: "),
         (["--server", "localhost:8000"], "is not a URL such as"),
+        (["--server", "http://[x"], "is not a URL such as"),
         (["--server", "http://h", "--gpus", "2"], "server generates elsewhere"),
         (["--served_model", "m"], "not used without server"),
         (["--gpus", "3", "--tensor_parallel", "2"], "gpus = 3 is not a multiple of"),
