@@ -271,6 +271,7 @@ def test_variables_are_given_to_the_chat_template(
         make(path, tokenizer, template_variables={"messages": "x"})
 
 
+@pytest.mark.slow
 def test_a_run_trains_what_its_recipe_selects(
     recipe: Callable[..., Path],
     redi: Callable[..., subprocess.CompletedProcess[str]],

@@ -71,6 +71,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_two_workers_yield_the_bits_of_one(
     world: Path, problems: Path, alone: Path, tmp_path: Path
 ) -> None:

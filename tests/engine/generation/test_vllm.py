@@ -126,6 +126,7 @@ def test_vllm_has_what_is_used() -> None:
         assert set(used) <= names_of(root / files[name], name), name
 
 
+@pytest.mark.slow
 def test_vllm_gets_all_requests_of_a_worker_at_once(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
