@@ -36,9 +36,9 @@ class Cost:
 
     linear: float
     quadratic: float
-    """Of two pairs of tokens, in the layers without a window."""
+    """Of half a pair of tokens, in the layers without a window."""
     windows: tuple[tuple[int, float], ...] = ()
-    """(w, cost of two pairs) of the layers with a window of w tokens."""
+    """(w, cost of half a pair) of the layers with a window of w tokens."""
 
     def __post_init__(self) -> None:
         attention = [self.quadratic, *(cost for _, cost in self.windows)]
@@ -49,9 +49,9 @@ class Cost:
         """Cost of each sequence, float64 [S]. The cost of a pack is the sum over its sequences."""
         lengths = np.asarray(lengths, dtype=np.float64)
         cost = self.linear * lengths + self.quadratic * lengths * lengths
-        for window, two_pairs in self.windows:
+        for window, half_pair in self.windows:
             seen = np.minimum(lengths, window)
-            cost += two_pairs * seen * (2 * lengths - seen)
+            cost += half_pair * seen * (2 * lengths - seen)
         return cost
 
     def attention_times(self, factor: float) -> "Cost":

@@ -5,6 +5,7 @@ them to the text as it is rendered, `token_weights` maps them to the tokens of t
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -76,7 +77,9 @@ def _span(row: Row, column: str, value: Any, length: int) -> Span:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)

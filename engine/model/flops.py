@@ -86,10 +86,10 @@ class ModelSize:
         """Training flops of a sequence, for packing: every token counts as trained."""
         return self._cost(self._products + self._head_products, 3.0)
 
-    def _cost(self, linear: float, two_pairs: float) -> Cost:
-        """A cost with flops of two pairs of tokens for each dimension of a key or value."""
-        windows = tuple((window, two_pairs * dims) for window, dims in self.windows)
-        return Cost(linear, two_pairs * self.attention, windows)
+    def _cost(self, linear: float, half_pair: float) -> Cost:
+        """A cost with flops of half a pair of tokens for each dimension of a key or value."""
+        windows = tuple((window, half_pair * dims) for window, dims in self.windows)
+        return Cost(linear, half_pair * self.attention, windows)
 
     def run_cost(self, checkpointing: str) -> Cost:
         """Flops executed for a sequence: those of training, plus recomputation.

@@ -88,6 +88,8 @@ class HeldOutSamples:
         if self._world.from_rank0(lambda: self._is_free(step)):
             weights = self._folder / "export"
             export(self._student, self._problems.tokenizer, weights, self._dtype, self._world)
+            # A rank that sees the files later waits for them: they must not be removed before.
+            self._world.any_rank(False)
             self._step = step
             if self._world.is_main:
                 self._process = self._start(weights)
