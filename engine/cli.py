@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -400,7 +400,7 @@ def evaluate(argv: Sequence[str]) -> None:
     options = parse_evaluate(argv)
     _announce_hub("model", options.model)
     benchmarks = benchmark_paths(options.benchmarks, options.benchmark_dir)
-    _find_data(*options.data, *benchmarks.values())
+    _find_data(*options.data, *benchmarks.values(), kept_from={"traces": options.traces})
     if is_remote(options.model) and options.out is None:
         raise InputError(f"out is missing: the samples of {options.model} need a folder here")
     options = replace(options, model=fetch_trained(options.model, DataConfig().cache_dir))
@@ -453,7 +453,7 @@ def logprobs(argv: Sequence[str]) -> None:
     )
     args = parse_arguments(parser, argv)
     _announce_hub("model", args.model)
-    _find_data(*args.data)
+    _find_data(*args.data, kept_from={"out": args.out})
 
     from redi.engine.train.run_folder import trained_prompts, trained_variables
 
@@ -492,7 +492,10 @@ def select(argv: Sequence[str]) -> None:
     from redi.engine.commands.select_options import parse_select
 
     options = parse_select(argv)
-    _find_data(*options.data, *options.samples)
+    kept_from = {"out": options.out}
+    _find_data(*options.data, kept_from=kept_from)
+    if options.samples:  # they may be the data itself
+        _find_data(*options.samples, kept_from=kept_from)
 
     from redi.engine.commands.select import select as select_traces
     from redi.engine.console import Console
@@ -557,11 +560,22 @@ def _find_data_of(path: str, recipe: Recipe) -> None:
         _find_data(*recipe.eval.paths)
 
 
-def _find_data(*paths: str) -> None:
-    """Raise InputError for a missing file, before importing torch, which takes seconds."""
+def _find_data(*paths: str, kept_from: Mapping[str, str | None] | None = None) -> None:
+    """Raise InputError for a missing file, before importing torch, which takes seconds.
+
+    Args:
+        kept_from: option -> file that the command writes, which must not replace one of the data.
+    """
     from redi.engine.data.sources import find_sources
 
-    hub = [source.name for source in find_sources(paths) if source.kind == "hub"]
+    sources = find_sources(paths)
+    hub = [source.name for source in sources if source.kind == "hub"]
+    read = {Path(source.name).resolve() for source in sources if source.kind != "hub"}
+    for option, target in (kept_from or {}).items():
+        if target is not None and Path(target).resolve() in read:
+            raise InputError(
+                f"{option}: {target} is read as data, and would be replaced; name another file"
+            )
     _announce_hub("dataset", *(name.partition(":")[0] for name in hub))
 
 

@@ -200,7 +200,7 @@ class _Selection:
             value = values.get(by)
             try:
                 order = math.nan if value is None else float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise InputError(f"by: {row.where}: {by} is {value!r:.60}, no number") from None
             if math.isnan(order):
                 self._dropped[f"no {by}"][trace.teacher] += 1

@@ -133,7 +133,11 @@ def _problems(options: EvaluateOptions) -> list[Problem]:
     problems = read_problems(options.data, options.limit) if options.data else []
     for name, path in benchmark_paths(options.benchmarks, options.benchmark_dir).items():
         one = BENCHMARKS[name]
-        problems += read_benchmark(name, path, one.prompt, one.answer, one.where, options.limit)
+        try:
+            problems += read_benchmark(name, path, one.prompt, one.answer, one.where, options.limit)
+        except InputError as error:
+            hint = "" if options.benchmark_dir else "; --benchmark_dir reads copies on this machine"
+            raise InputError(f"{error}{hint}") from None
     return problems
 
 

@@ -128,8 +128,9 @@ def train(
             return False
         metrics.write({"event": "eval", "step": step, **scores})
         console.say(f"held out after step {step}: {_held_out_figures(scores)}")
-        with world.timeout(START_TIMEOUT):
-            samples.start(step)
+        if step < total:  # `finish` starts the last ones, after those before have ended
+            with world.timeout(START_TIMEOUT):
+                samples.start(step)
         return True
 
     with (

@@ -258,6 +258,22 @@ BAD: dict[str, tuple[list[object], str]] = {
         ["--where", "'a' in level"],
         "where = \"'a' in level\" does not apply to this row, whose level is 4",
     ),
+    "order beyond any float": (
+        ["long.jsonl", "--by", "level", "--top", 1],
+        "by: long.jsonl:1: level is 1000",
+    ),
+    "where beyond any float": (
+        ["long.jsonl", "--where", "level > 2"],
+        "long.jsonl:1: where = 'level > 2' does not apply to this row",
+    ),
+    "the data replaced": (
+        ["out.jsonl"],
+        "out: out.jsonl is read as data, and would be replaced; name another file",
+    ),
+    "the samples replaced": (
+        ["--samples", "out.jsonl", "--pass_rate", "0:1"],
+        "out: out.jsonl is read as data, and would be replaced; name another file",
+    ),
     "a document": (["text.jsonl"], "text.jsonl:1: column 'text' is a document, not the trace"),
 }
 
@@ -272,6 +288,7 @@ def test_what_cannot_be_selected_is_one_line(
     monkeypatch.chdir(tmp_path)
     write_rows(Path("rows.jsonl"), ROWS)
     write_rows(Path("text.jsonl"), [{"text": "a story"}])
+    write_rows(Path("long.jsonl"), [{**ROWS[0], "prompt": "9?", "level": 10**400}])
     pq.write_table(pa.table({"a": [1.0]}), "plain.parquet")
     pq.write_table(pa.table({"a": [1.0], "hash": ["0"]}), "other.parquet")
     Path("out.jsonl").write_text("old")

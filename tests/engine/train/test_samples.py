@@ -99,6 +99,7 @@ def test_samples_are_written_logged_and_leave_training_as_it_is(
         (step, problem) for step in (0, 4) for problem in range(8)
     ]
     assert "samples after step 2: skipped, those after step 0 are still being" in done.stderr
+    assert "samples after step 4: skipped" not in done.stderr
     assert [one["prompt"] for one in written[:2]] == ["0=", "7="]
     for one in written:
         assert one["traces"][0]["teacher"] == f"with step {one['step']}"
