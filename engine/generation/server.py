@@ -68,10 +68,11 @@ def find_server(url: str, concurrency: int, model: str | None = None) -> Server:
             response = session.get(f"{url}/models", timeout=_CONNECT_SECONDS)
             response.raise_for_status()
             served = {one["id"]: one.get("owned_by") for one in response.json()["data"]}
+        # JSONDecodeError is a RequestException: a page of another server is not a lost connection.
+        except (requests.JSONDecodeError, KeyError, TypeError):
+            raise InputError(f"server: {url}/models is not OpenAI's API") from None
         except requests.RequestException as error:
             raise InputError(f"server: {url} cannot be used: {_line(error)}") from None
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"server: {url}/models is not OpenAI's API") from None
     names = ", ".join(served) or "none"
     if model is None and len(served) != 1:
         raise InputError(f"server: {url} serves {names}; choose one by served_model")

@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import pytest
 from processes import Run
 
 from redi.engine.cli import main
+from redi.engine.errors import InputError
 from redi.engine.generation.generate import Request, Sampling, generate_batches
+from redi.engine.generation.server import find_server
 from redi.engine.quickstart.task import make_problems, solve
 
 OPTIONS = ["--samples", "4", "--max_new_tokens", "7", "--answer_pattern", "(.)$", "--seed", "3"]
@@ -297,6 +300,17 @@ def test_an_error_of_the_server_is_one_line(
     assert main(line(world, problems, tmp_path / "out", *options)) == code
     [shown] = capsys.readouterr().err.splitlines()
     assert said in shown
+
+
+def test_a_page_of_another_server_is_not_an_api(tmp_path: Path) -> None:
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1/models").write_text("<html>")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        with pytest.raises(InputError, match="/models is not OpenAI's API"):
+            find_server(f"http://127.0.0.1:{served.server_port}", 1)
+        served.shutdown()
 
 
 @pytest.mark.parametrize(
