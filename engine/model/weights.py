@@ -149,7 +149,7 @@ def _read_converted(model: PreTrainedModel, files: Mapping[Path, list[str]]) -> 
     """Read weights that transformers renames or merges."""
     wanted = base_weights(model)
     file_of = {name: file for file, names in files.items() for name in names}
-    renamed, merged, unknown = translate(model, file_of)
+    renamed, merged, unknown = translate(model, wanted, file_of)
     targets = {target for one in merged for target in one.targets}
     _check_names(model, wanted.keys(), {*renamed.values(), *targets, *unknown})
     for one in merged:

@@ -116,7 +116,7 @@ def test_the_text_model_is_trained_and_the_rest_is_exported_untouched(
     assert all(torch.equal(again[name], after[name]) for name in after)
 
 
-def test_a_composite_s_config_is_not_changed(
+def test_a_composite_s_config_is_not_changed_and_its_adapter_is_merged(
     tokenizer: Any, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert {"gemma3", "mistral3"} == TESTED
@@ -124,5 +124,8 @@ def test_a_composite_s_config_is_not_changed(
     changes = {"model.path": str(tmp_path / "gemma3"), "model.rope_theta": 1e5}
     assert main(["train", str(recipe("run", changes))]) == 2
     assert "is a composite model" in capsys.readouterr().err
+    changes = {"model.path": str(tmp_path / "gemma3"), "adapter.rank": 4}
+    assert main(["train", str(recipe("adapted", changes))]) == 2
+    assert "set adapter.merge = true" in capsys.readouterr().err
     content = json.loads((tmp_path / "gemma3" / "config.json").read_text())
     assert "text_config" in content
