@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from redi.engine.config.sections import ALL_LINEAR, AdapterConfig, Recipe
+from redi.engine.config.sections import AdapterConfig, Recipe
 from redi.engine.errors import InputError
+from redi.engine.model.composite import SOURCE
 from redi.engine.model.load import empty_model, first_line
 from redi.engine.model.weights import ADAPTER_NAME, check_tensor, copy_shard, local_shard
 from redi.engine.storage import fetch_model
@@ -80,17 +81,24 @@ def add_adapter(model: PreTrainedModel, section: AdapterConfig, dtype: torch.dty
             "adapter: peft is not installed: pip install 'redi-engine[lora]'"
         ) from None
     where = "adapter.targets" if section.path is None else f"adapter.path: {section.path}"
-    config = new_config(section) if section.path is None else stored_config(section)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)  # not the buffers: rotary frequencies are float32
     linear = _linear_layers(model)
-    known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+    names = sorted({name.rpartition(".")[2] for name in linear})
+    targets = [name for name in names if not _means_experts(name, model)]
+    known = ", ".join(targets)
     for target in section.names or ():
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise InputError(
                 f"{where}: no linear layer of a block is called {target}; there are {known}"
             )
+        if _means_experts(target, model):
+            raise InputError(
+                f"{where}: peft takes {target} for the stacked experts, which cannot be adapted; "
+                f"use some of {known}"
+            )
+    config = new_config(section, targets) if section.path is None else stored_config(section)
     try:
         inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
     except ValueError as error:
@@ -110,6 +118,11 @@ def check_adapter(recipe: Recipe, config: Any, dtype: torch.dtype) -> None:
     """Raise InputError if the recipe's adapter does not fit its model, before data is read."""
     if not recipe.adapter.wanted:
         return
+    if hasattr(config, SOURCE) and not recipe.adapter.merge:
+        raise InputError(
+            f"adapter: {recipe.model.path} is a composite model, for which peft would not find the "
+            "adapter of its text model; set adapter.merge = true to export a whole model"
+        )
     for name in ("rope_theta", "max_position_embeddings"):
         if getattr(recipe.model, name) is not None and not recipe.adapter.merge:
             raise InputError(
@@ -119,8 +132,8 @@ def check_adapter(recipe: Recipe, config: Any, dtype: torch.dtype) -> None:
     add_adapter(empty_model(config), recipe.adapter, dtype)
 
 
-def new_config(section: AdapterConfig) -> LoraConfig:
-    """peft's configuration of a new adapter."""
+def new_config(section: AdapterConfig, all_linear: Sequence[str]) -> LoraConfig:
+    """peft's configuration of a new adapter; `all_linear` is what that target stands for."""
     from peft import LoraConfig
 
     assert section.rank is not None
@@ -128,7 +141,7 @@ def new_config(section: AdapterConfig) -> LoraConfig:
         r=section.rank,
         lora_alpha=2 * section.rank if section.alpha is None else section.alpha,
         lora_dropout=section.dropout,
-        target_modules=ALL_LINEAR if section.names is None else section.names,
+        target_modules=list(all_linear) if section.names is None else section.names,
         use_dora=section.dora,
         task_type="CAUSAL_LM",
     )
@@ -181,6 +194,22 @@ def _linear_layers(model: PreTrainedModel) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and id(module) in inside
     }
+
+
+def _means_experts(target: str, model: PreTrainedModel) -> bool:
+    """True if peft takes a target for experts that transformers stacks, here and on loading.
+
+    A mixture may also have linear layers of that name: shared experts, dense blocks.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=[target])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # it needs the names that are stacked together with this one
+        return True
+    return bool(config.target_parameters)
 
 
 @torch.no_grad()

@@ -35,16 +35,13 @@ ATTENTION_OPS = {
     "flash_attn_3::fwd",  # of releases in which the former is no op
 }
 
-# Products with weights; the grouped ones are those of a mixture's experts.
-PRODUCTS = {
-    "aten::mm",
-    "aten::addmm",
-    "aten::_grouped_mm",
-    "transformers::grouped_mm_fallback",
-}
+PRODUCTS = {"aten::mm", "aten::addmm"}
+
+# Products with the stacked weights of a mixture's experts.
+GROUPED = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}
 
 # Ops whose results are kept. Recomputing all others costs little time.
-KEPT_OPS = {"attention": ATTENTION_OPS, "selective": ATTENTION_OPS | PRODUCTS}
+KEPT_OPS = {"attention": ATTENTION_OPS, "selective": ATTENTION_OPS | PRODUCTS | GROUPED}
 
 # Kinds of attention that are no registered op, so that their results cannot be kept.
 NOT_KEPT = {"flash-4"}
@@ -62,7 +59,7 @@ def checkpoint_blocks(model: PreTrainedModel, how: str, offload: Offload | None 
         return
     options: dict[str, Any] = {}
     if how in KEPT_OPS:
-        policy = partial(_policy, KEPT_OPS[how])
+        policy = partial(_policy, _kept_ops(model, how))
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     blocks = model.base_model.layers
     for index, block in enumerate(blocks):
@@ -70,6 +67,12 @@ def checkpoint_blocks(model: PreTrainedModel, how: str, offload: Offload | None 
             blocks[index] = checkpoint_wrapper(block, **options)
         else:
             blocks[index] = OffloadedBlock(block, index, offload, **options)
+
+
+def _kept_ops(model: PreTrainedModel, how: str) -> set[str]:
+    # transformers adds the bias of experts (gpt-oss) to their product in place: it cannot be kept.
+    biased = any(getattr(module, "has_bias", False) for module in model.modules())
+    return KEPT_OPS[how] - GROUPED if biased else KEPT_OPS[how]
 
 
 def _policy(kept: set[str], _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

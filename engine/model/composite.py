@@ -20,6 +20,9 @@ TESTED = {"gemma3", "mistral3"}
 SOURCE = "redi_composite_source"
 """Attribute of a text model's configuration: directory or hub name of the composite."""
 
+CARRIED = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Files of the source that the export has too, unless it writes them itself."""
+
 # Beginnings of a text model's names in files of transformers 5 and 4 -> in the text model.
 PREFIXES = {
     "model.language_model.": "model.",

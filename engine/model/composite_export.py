@@ -12,11 +12,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from redi.engine.errors import RunError
-from redi.engine.model.composite import SOURCE, text_name
+from redi.engine.model.composite import CARRIED, SOURCE, text_name
 from redi.engine.model.weights import INDEX, weight_files
-
-CARRIED = ("*.json", "*.jinja", "*.model", "*.txt")
-"""Files of the source that the export has too, unless it writes them itself."""
 
 
 def restore_composite(folder: Path, model: PreTrainedModel) -> None:

@@ -64,12 +64,13 @@ class Merged:
 
 
 def translate(
-    model: PreTrainedModel, names: Iterable[str]
+    model: PreTrainedModel, wanted: Mapping[str, Tensor], names: Iterable[str]
 ) -> tuple[dict[str, str], list[Merged], set[str]]:
     """How transformers loads the tensors of a model's files.
 
     Args:
         model: sharded or not.
+        wanted: its tensors, by the names that they have without an adapter.
         names: of the tensors in the files.
 
     Returns:
@@ -80,7 +81,6 @@ def translate(
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    wanted = model.state_dict()
     prefix = model.base_model_prefix
     renamed: dict[str, str] = {}
     sources: dict[tuple[str, int], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))

@@ -24,7 +24,7 @@ from transformers.conversion_mapping import extract_weight_conversions_for_model
 from transformers.core_model_loading import revert_weight_conversion
 
 from redi.engine.errors import InputError
-from redi.engine.model.composite import SOURCE, text_names
+from redi.engine.model.composite import CARRIED, SOURCE, text_names
 from redi.engine.model.conversions import Merged, translate
 from redi.engine.model.load import first_line
 
@@ -70,7 +70,7 @@ def weight_files(path: str) -> dict[Path, list[str]]:
     """
     folder = Path(path)
     if not folder.is_dir():
-        patterns = ["*.safetensors", INDEX]
+        patterns = ["*.safetensors", *CARRIED]  # also what a composite's export needs
         folder = Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns="*/*"))
     if (folder / SINGLE).is_file():
         with safe_open(folder / SINGLE, "pt") as file:
@@ -149,7 +149,7 @@ def _read_converted(model: PreTrainedModel, files: Mapping[Path, list[str]]) -> 
     """Read weights that transformers renames or merges."""
     wanted = base_weights(model)
     file_of = {name: file for file, names in files.items() for name in names}
-    renamed, merged, unknown = translate(model, file_of)
+    renamed, merged, unknown = translate(model, wanted, file_of)
     targets = {target for one in merged for target in one.targets}
     _check_names(model, wanted.keys(), {*renamed.values(), *targets, *unknown})
     for one in merged:

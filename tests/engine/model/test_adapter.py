@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from architecture_cases import draw_weights, tiny_config
 from data_cases import packed_row
 from peft import PeftModel
 from run_cases import untimed
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redi.engine.cli import main
 from redi.engine.config.parse import load_recipe, train_parser
@@ -83,6 +84,31 @@ def test_a_new_adapter_changes_no_bit(recipe: Callable[..., Path]) -> None:
         adapted = student_of(recipe(name, LORA | changes))(batch, totals)
         assert torch.equal(adapted.loss, plain.loss)
         assert torch.equal(adapted.sequence_logps, plain.sequence_logps)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("qwen3_moe", marks=pytest.mark.slow), "deepseek_v3"])
+def test_a_mixture_is_adapted_but_for_its_experts(
+    kind: str, recipe: Callable[..., Path], world: Path, tmp_path: Path, capfd: Any
+) -> None:
+    """Its files have a tensor per expert. deepseek_v3 has linear layers named as its experts."""
+    torch.manual_seed(0)
+    config = tiny_config(kind)
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    config.vocab_size = len(tokenizer)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    draw_weights(model)
+    model.save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    here = {"model.path": str(tmp_path / kind)}
+    batch, totals = packed_row((9, 7), 3, 12), StepTotals(units=1, targets=14)
+    plain = student_of(recipe("plain", here))(batch, totals)
+    student = student_of(recipe("lora", LORA | here))
+    assert torch.equal(student(batch, totals).loss, plain.loss)
+    assert all(".self_attn." in name for name in student.adapter.scalings)  # type: ignore[union-attr]
+    PeftModel(model, student.adapter.config)  # type: ignore[union-attr]
+    assert main(["train", str(recipe("no", LORA | here | {"adapter.targets": "gate_proj"}))]) == 2
+    named = "is called" if kind == "qwen3_moe" else "takes gate_proj for the stacked experts"
+    assert named in capfd.readouterr().err
 
 
 def test_the_adapter_alone_is_trained_saved_and_counted(runs: Path, world: Path) -> None:

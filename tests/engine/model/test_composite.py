@@ -1,6 +1,7 @@
 """A composite's text model is trained; the rest is in the export, bit by bit."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import pytest
 import torch
 from architecture_cases import draw_weights, tiny_config
 from first_step import plain_first_step
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from redi.engine.cli import main
+from redi.engine.model import weights
 from redi.engine.model.composite import TESTED, text_name
 
 VISION = {
@@ -116,7 +119,7 @@ def test_the_text_model_is_trained_and_the_rest_is_exported_untouched(
     assert all(torch.equal(again[name], after[name]) for name in after)
 
 
-def test_a_composite_s_config_is_not_changed(
+def test_a_composite_s_config_is_not_changed_and_its_adapter_is_merged(
     tokenizer: Any, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert {"gemma3", "mistral3"} == TESTED
@@ -124,5 +127,26 @@ def test_a_composite_s_config_is_not_changed(
     changes = {"model.path": str(tmp_path / "gemma3"), "model.rope_theta": 1e5}
     assert main(["train", str(recipe("run", changes))]) == 2
     assert "is a composite model" in capsys.readouterr().err
+    changes = {"model.path": str(tmp_path / "gemma3"), "adapter.rank": 4}
+    assert main(["train", str(recipe("adapted", changes))]) == 2
+    assert "set adapter.merge = true" in capsys.readouterr().err
     content = json.loads((tmp_path / "gemma3" / "config.json").read_text())
     assert "text_config" in content
+
+
+def test_a_composite_of_the_hub_is_fetched_with_its_processor(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The export copies it from the files that were fetched with the weights."""
+    write_composite(tmp_path / "source", "gemma3", tokenizer)
+    (tmp_path / "snapshot").mkdir()
+
+    def snapshot_download(_: str, **patterns: Any) -> str:
+        names = [file.name for file in (tmp_path / "source").iterdir()]
+        for name in filter_repo_objects(names, **patterns):
+            shutil.copyfile(tmp_path / "source" / name, tmp_path / "snapshot" / name)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(weights, "snapshot_download", snapshot_download)
+    (file,) = weights.weight_files("owner/gemma")
+    assert (file.parent / "preprocessor_config.json").is_file()

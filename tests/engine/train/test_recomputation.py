@@ -11,6 +11,7 @@ from typing import Any
 import op_counter
 import pytest
 import torch
+from architecture_cases import draw_weights, tiny_config
 from data_cases import packed_row
 from op_counter import OpCounter
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -154,6 +156,27 @@ def test_selective_keeps_the_products_of_experts(
         counts[mode] = sum(count for op, count in ran.items() if op in GROUPED)
     assert counts["none"] == counts["selective"] > 0
     assert counts["full"] > counts["none"]
+
+
+@pytest.mark.slow
+def test_experts_with_a_bias_are_recomputed(
+    world: Path, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """transformers adds it to their product in place, so that the product cannot be kept."""
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    torch.manual_seed(0)
+    config = tiny_config("gpt_oss")
+    config.vocab_size = len(tokenizer)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    draw_weights(model)
+    model.save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    weights = []
+    for mode in ("none", "selective"):
+        changes = {"model.path": str(tmp_path / "moe"), "shard.checkpointing": mode}
+        train(recipe(mode, changes | {"train.max_steps": 2, "optim.warmup": 0.0}))
+        weights.append((tmp_path / mode / "export" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(("mode", "times"), [("none", 1), ("attention", 1), ("full", 2)])
