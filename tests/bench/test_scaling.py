@@ -18,6 +18,7 @@ def found() -> list[scaling.Prediction]:
     return scaling.predict_all((8, 64), steps=1)
 
 
+@pytest.mark.slow
 def test_flops_do_not_depend_on_ranks_or_layout(found: list[scaling.Prediction]) -> None:
     """A rank's share of the same 256 pairs, times the ranks, is the same work."""
     for model in scaling.MODELS:
@@ -94,6 +95,7 @@ def test_a_slow_network_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.isclose(slow.busy, fast.busy)
 
 
+@pytest.mark.slow
 def test_the_program_writes_a_table_a_record_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,7 +30,11 @@ TARGETS = [Target("torch", "cpu"), *EXP_TARGETS]
 BIAS, ONES = 0, 1  # dimensions of `common_words`
 
 
-@pytest.fixture(params=TARGETS, ids="-".join)
+# In the interpreter the experimental kernels take half a minute.
+SLOW_TARGETS = [pytest.param(target, marks=pytest.mark.slow) for target in EXP_TARGETS]
+
+
+@pytest.fixture(params=[TARGETS[0], *SLOW_TARGETS], ids="-".join)
 def target(request: pytest.FixtureRequest) -> Target:
     """Hides the fixture of all backends."""
     return request.param
@@ -208,7 +212,7 @@ def test_what_is_left_out_is_not_written_and_what_takes_part_is() -> None:
 
 
 @pytest.mark.skipif(not EXP_TARGETS, reason="Triton has neither a card nor its interpreter")
-@pytest.mark.parametrize("repaired", [False, True])
+@pytest.mark.parametrize("repaired", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_both_backends_leave_the_same_out(repaired: bool) -> None:
     """On the interpreter their tiles are alike; a card's are larger, and it leaves out less."""
     got = []

@@ -44,24 +44,33 @@ BOUNDS = {
     "4 ranks": [0, FIRST, LAST + 1, NEXT, VOCAB],
     "4 ranks, ragged": [0, 0, 1, 1, VOCAB],
 }
+# Four processes take the time of the others again.
+FOUR = [pytest.param(name, marks=pytest.mark.slow) for name in BOUNDS if name[0] == "4"]
 COEFFICIENTS = ["weight", "dft", "unlikelihood"]
 
 
+class Pools(dict[int, RankPool]):
+    """Processes by their number, started when they are first used."""
+
+    def __missing__(self, count: int) -> RankPool:
+        self[count] = RankPool(count)
+        return self[count]
+
+
 @pytest.fixture(scope="module")
-def pools() -> Iterator[dict[int, RankPool]]:
-    """Processes by their number."""
-    started = {count: RankPool(count) for count in (2, 4)}
+def pools() -> Iterator[Pools]:
+    started = Pools()
     yield started
     for pool in started.values():
         pool.close()
 
 
-@pytest.fixture(params=BOUNDS)
+@pytest.fixture(params=[*(name for name in BOUNDS if name[0] == "2"), *FOUR])
 def bounds(request: pytest.FixtureRequest) -> list[int]:
     return BOUNDS[request.param]
 
 
-def pool_for(pools: dict[int, RankPool], bounds: list[int]) -> RankPool:
+def pool_for(pools: Pools, bounds: list[int]) -> RankPool:
     return pools[len(bounds) - 1]
 
 
@@ -85,23 +94,21 @@ def whole(results: list[tuple[Any, ...]]) -> Gradients:
     ids=str,
 )
 @pytest.mark.parametrize("logits", LOGITS)
-@pytest.mark.parametrize("name", ["2 ranks", "4 ranks, ragged"])
+@pytest.mark.parametrize("name", ["2 ranks", FOUR[1]])
 def test_redi_loss_is_exact_for_every_kind_of_logits(
-    pools: dict[int, RankPool], name: str, logits: str, dtype: torch.dtype, target: Target
+    pools: Pools, name: str, logits: str, dtype: torch.dtype, target: Target
 ) -> None:
     assert_redi_loss_is_exact(pools, name, logits, dtype, target)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("target", TRITON, ids="-".join)
-def test_redi_loss_is_exact_in_triton(
-    pools: dict[int, RankPool], dtype: torch.dtype, target: Target
-) -> None:
+def test_redi_loss_is_exact_in_triton(pools: Pools, dtype: torch.dtype, target: Target) -> None:
     assert_redi_loss_is_exact(pools, "2 ranks", "random", dtype, target)
 
 
 def assert_redi_loss_is_exact(
-    pools: dict[int, RankPool], name: str, logits: str, dtype: torch.dtype, target: Target
+    pools: Pools, name: str, logits: str, dtype: torch.dtype, target: Target
 ) -> None:
     """By the rule that `redi_loss` has to keep, and the mutants that the rule rejects."""
     case = make_case(dtype, logits=logits, device=target.device)
@@ -131,7 +138,7 @@ def assert_redi_loss_is_exact(
 @pytest.mark.parametrize("coefficient", COEFFICIENTS)
 @pytest.mark.parametrize("logits", ["random", "confident", "logp -500"])
 def test_float64_is_that_of_one_process_to_1e_12(
-    pools: dict[int, RankPool], bounds: list[int], coefficient: str, logits: str
+    pools: Pools, bounds: list[int], coefficient: str, logits: str
 ) -> None:
     case = make_case(torch.float64, logits=logits)
     weights = torch.linspace(-1, 1, len(case.targets), dtype=torch.float64)
@@ -158,23 +165,21 @@ def test_float64_is_that_of_one_process_to_1e_12(
 @pytest.mark.parametrize("target", SWEPT, ids="-".join)
 @pytest.mark.parametrize("coefficient", COEFFICIENTS)
 @pytest.mark.parametrize("logits", ["random", "confident", "logp -80"])
-@pytest.mark.parametrize("name", ["2 ranks, one empty", "4 ranks"])
+@pytest.mark.parametrize("name", ["2 ranks, one empty", FOUR[0]])
 def test_every_coefficient_is_exact_in_float32(
-    pools: dict[int, RankPool], name: str, logits: str, coefficient: str, target: Target
+    pools: Pools, name: str, logits: str, coefficient: str, target: Target
 ) -> None:
     assert_coefficient_is_exact(pools, name, logits, coefficient, target)
 
 
-@pytest.mark.parametrize("name", ["2 ranks, one empty", "4 ranks"])
+@pytest.mark.parametrize("name", ["2 ranks, one empty", FOUR[0]])
 @pytest.mark.parametrize("target", TRITON, ids="-".join)
-def test_unlikelihood_is_exact_in_triton(
-    pools: dict[int, RankPool], name: str, target: Target
-) -> None:
+def test_unlikelihood_is_exact_in_triton(pools: Pools, name: str, target: Target) -> None:
     assert_coefficient_is_exact(pools, name, "confident", "unlikelihood", target)
 
 
 def assert_coefficient_is_exact(
-    pools: dict[int, RankPool], name: str, logits: str, coefficient: str, target: Target
+    pools: Pools, name: str, logits: str, coefficient: str, target: Target
 ) -> None:
     """Bounds as in test_exactness.py."""
     bounds = BOUNDS[name]
@@ -227,7 +232,7 @@ def terms_of(options: dict[str, Any], like: Tensor) -> dict[str, Any]:
 
 @pytest.mark.parametrize("options", TERMS, ids="+".join)
 def test_terms_are_those_of_one_process_to_1e_12(
-    pools: dict[int, RankPool], bounds: list[int], options: dict[str, Any]
+    pools: Pools, bounds: list[int], options: dict[str, Any]
 ) -> None:
     case = make_case(torch.float64)
     weights = torch.linspace(-1, 1, len(case.targets), dtype=torch.float64)
@@ -250,10 +255,8 @@ def test_terms_are_those_of_one_process_to_1e_12(
 
 
 @pytest.mark.parametrize("target", TRITON, ids="-".join)
-@pytest.mark.parametrize("name", ["2 ranks, one empty", "4 ranks"])
-def test_all_terms_are_exact_in_triton(
-    pools: dict[int, RankPool], name: str, target: Target
-) -> None:
+@pytest.mark.parametrize("name", ["2 ranks, one empty", FOUR[0]])
+def test_all_terms_are_exact_in_triton(pools: Pools, name: str, target: Target) -> None:
     case, bounds = make_case(torch.float32, device=target.device), BOUNDS[name]
     weights = torch.linspace(-1, 1, len(case.targets), device=target.device)
     options = terms_of(TERMS[-1], weights) | {"entropy": True}
@@ -274,7 +277,7 @@ def test_all_terms_are_exact_in_triton(
 
 
 def test_an_entropy_s_gradient_is_exact_where_another_token_is_nearly_certain(
-    pools: dict[int, RankPool],
+    pools: Pools,
 ) -> None:
     """As over a whole vocabulary: see `test_terms.py`."""
     logits = torch.tensor([[0.0, -18, -19, -20, -19, -18.5, -18, -19]])
@@ -293,7 +296,7 @@ def test_an_entropy_s_gradient_is_exact_where_another_token_is_nearly_certain(
         assert relative_error(dhidden, true) < 4e-3
 
 
-def test_logprobs_and_redi_take_scale_and_softcap(pools: dict[int, RankPool]) -> None:
+def test_logprobs_and_redi_take_scale_and_softcap(pools: Pools) -> None:
     case, bounds = make_case(torch.float64), BOUNDS["2 ranks"]
     options: dict[str, Any] = {"logit_scale": 1.5, "softcap": 4.0}
     dlogps = torch.linspace(-1, 1, len(case.targets), dtype=torch.float64)
@@ -316,7 +319,7 @@ def test_logprobs_and_redi_take_scale_and_softcap(pools: dict[int, RankPool]) ->
 
 
 def test_tokens_may_have_several_dimensions_and_another_ignored_index(
-    pools: dict[int, RankPool],
+    pools: Pools,
 ) -> None:
     case = make_case(lengths=(12,), signs=(1,))
     weights = torch.linspace(-1, 1, 12)
@@ -343,7 +346,7 @@ def test_tokens_may_have_several_dimensions_and_another_ignored_index(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("logits", ["random", "confident", "logp -500"])
 def test_logprobs_are_exact_for_any_upstream_gradient(
-    pools: dict[int, RankPool], logits: str, dtype: torch.dtype, target: Target
+    pools: Pools, logits: str, dtype: torch.dtype, target: Target
 ) -> None:
     """With REDI's own weights from above, so that the rule and the mutants apply."""
     case = make_case(dtype, logits=logits, device=target.device)
@@ -360,7 +363,7 @@ def test_logprobs_are_exact_for_any_upstream_gradient(
 
 
 def test_a_group_of_one_rank_gives_the_bits_of_the_plain_functions(
-    pools: dict[int, RankPool],
+    pools: Pools,
 ) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         case = make_case(dtype)
@@ -370,8 +373,9 @@ def test_a_group_of_one_rank_gives_the_bits_of_the_plain_functions(
             assert all(torch.equal(a, b) for a, b in zip(parallel, plain, strict=True))
 
 
+@pytest.mark.slow
 def test_groups_within_a_larger_world_each_compute_their_own_row(
-    pools: dict[int, RankPool],
+    pools: Pools,
 ) -> None:
     """Two groups of two ranks: tensor parallelism times data parallelism."""
     cases = [make_case(torch.float64, seed=seed) for seed in (1, 2)]
@@ -387,10 +391,8 @@ def test_groups_within_a_larger_world_each_compute_their_own_row(
         assert relative_error(got.dweight, expected.dweight) < 1e-12
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_dtensor_is_named_and_its_local_rows_are_taken(
-    pools: dict[int, RankPool], ranks: int
-) -> None:
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_dtensor_is_named_and_its_local_rows_are_taken(pools: Pools, ranks: int) -> None:
     """331 rows, 83 a rank at most: torch's own division, whose last shard is shorter."""
     case = make_case(torch.float64)
     weights = torch.linspace(-1, 1, len(case.targets), dtype=torch.float64)
@@ -405,9 +407,7 @@ def test_a_dtensor_is_named_and_its_local_rows_are_taken(
         assert relative_error(dweight, expected.dweight) < 1e-12
 
 
-def test_a_tied_shard_gets_the_gradients_of_both_uses(
-    pools: dict[int, RankPool], bounds: list[int]
-) -> None:
+def test_a_tied_shard_gets_the_gradients_of_both_uses(pools: Pools, bounds: list[int]) -> None:
     """The shard is the embedding's too; the sum is that of one process with the whole matrix."""
     torch.manual_seed(0)
     weight = torch.randn(VOCAB, 16, dtype=torch.float64, requires_grad=True)
@@ -424,7 +424,7 @@ def test_a_tied_shard_gets_the_gradients_of_both_uses(
 @pytest.mark.parametrize("target", TARGETS, ids="-".join)
 @pytest.mark.parametrize(("lengths", "masked"), [((), 0.0), ((0, 0), 0.0), ((3, 4), 1.0)], ids=str)
 def test_rows_without_unmasked_tokens_contribute_nothing(
-    pools: dict[int, RankPool], lengths: tuple[int, ...], masked: float, target: Target
+    pools: Pools, lengths: tuple[int, ...], masked: float, target: Target
 ) -> None:
     case = make_case(lengths=lengths, signs=(1, -1)[: len(lengths)], device=target.device)
     if masked:
@@ -438,8 +438,9 @@ def test_rows_without_unmasked_tokens_contribute_nothing(
     assert not got.dweight.any()
 
 
+@pytest.mark.slow
 def test_a_chunk_takes_one_gather_of_its_sums_and_one_sum_of_its_states(
-    pools: dict[int, RankPool],
+    pools: Pools,
 ) -> None:
     """Counted, and their sizes: nothing as large as a chunk's logits is ever sent."""
     case = make_case(lengths=(40,), signs=(1,), masked=0.0)
@@ -457,7 +458,7 @@ def test_a_chunk_takes_one_gather_of_its_sums_and_one_sum_of_its_states(
             assert chunks == [*chunk, *chunk, ("all_gather", rows * 10, torch.float32)]
 
 
-def test_without_a_gradient_only_sums_are_exchanged(pools: dict[int, RankPool]) -> None:
+def test_without_a_gradient_only_sums_are_exchanged(pools: Pools) -> None:
     case = make_case(lengths=(30,), signs=(1,), masked=0.0)
     weights = torch.ones(30)
     results = pools[2].run(on_ranks.without_gradient, case, BOUNDS["2 ranks"], weights)
@@ -468,7 +469,7 @@ def test_without_a_gradient_only_sums_are_exchanged(pools: dict[int, RankPool]) 
 
 
 def test_memory_for_a_step_does_not_grow_with_tokens_times_vocabulary(
-    pools: dict[int, RankPool],
+    pools: Pools,
 ) -> None:
     """Peak of live allocations of each rank, far below a whole [N, V / 2] tensor."""
     vocab, tokens = 8192, 4096
@@ -479,7 +480,7 @@ def test_memory_for_a_step_does_not_grow_with_tokens_times_vocabulary(
 
 
 def test_the_ops_are_opaque_to_compile_and_autocast_and_differentiable_once(
-    pools: dict[int, RankPool],
+    pools: Pools,
 ) -> None:
     case = make_case(vocab=23, hidden=6, lengths=(5, 7), signs=(1, -1))
     weights = torch.linspace(-1, 1, 12)
@@ -542,20 +543,20 @@ SMALL = make_case(vocab=23, hidden=6, lengths=(5, 7), signs=(1, -1), masked=0.0)
     ids=["T", "D", "dtype", "targets", "weights", "order", "coefficient", "gradient"],
 )
 def test_ranks_that_differ_all_raise_one_line_and_none_hangs(
-    pools: dict[int, RankPool], changes: dict[str, Any], message: str
+    pools: Pools, changes: dict[str, Any], message: str
 ) -> None:
     errors = pools[2].run(on_ranks.error_of, [{}, changes], SMALL, [0, 10, 23])
     assert errors == [message, message]
     assert pools[2].run(on_ranks.error_of, [{}, {}], SMALL, [0, 10, 23]) == ["", ""]
 
 
-def test_chunks_have_the_least_size_that_a_rank_asks_for(pools: dict[int, RankPool]) -> None:
+def test_chunks_have_the_least_size_that_a_rank_asks_for(pools: Pools) -> None:
     changes = [{"chunk_tokens": 5}, {"chunk_tokens": 3}]
     assert pools[2].run(on_ranks.error_of, changes, SMALL, [0, 10, 23]) == ["", ""]
 
 
 def test_a_target_beyond_the_vocabulary_of_all_ranks_is_an_error_on_each(
-    pools: dict[int, RankPool],
+    pools: Pools,
 ) -> None:
     changes = [{"targets": SMALL.targets.clamp(min=0).index_fill(0, torch.tensor([4]), 23)}] * 2
     errors = pools[2].run(on_ranks.error_of, changes, SMALL, [0, 10, 23])
@@ -565,7 +566,7 @@ def test_a_target_beyond_the_vocabulary_of_all_ranks_is_an_error_on_each(
 @pytest.mark.parametrize("coefficient", COEFFICIENTS)
 @pytest.mark.parametrize("wrong", [-1, 23])
 def test_a_target_out_of_range_that_nobody_checked_is_nan(
-    pools: dict[int, RankPool], wrong: int, coefficient: str
+    pools: Pools, wrong: int, coefficient: str
 ) -> None:
     """As in one process. (A weight below 0: "unlikelihood" has nothing against no token.)"""
     targets = SMALL.targets.index_fill(0, torch.tensor([4]), wrong)
@@ -579,7 +580,7 @@ def test_a_target_out_of_range_that_nobody_checked_is_nan(
         assert dhidden.isnan().all(1).tolist() == [position == 4 for position in range(12)]
 
 
-def test_a_vocabulary_without_rows_is_an_error(pools: dict[int, RankPool]) -> None:
+def test_a_vocabulary_without_rows_is_an_error(pools: Pools) -> None:
     changes = [{"weight": torch.ones(0, 6)}] * 2
     for error in pools[2].run(on_ranks.error_of, changes, SMALL, [0, 10, 23]):
         assert error == (
@@ -588,7 +589,7 @@ def test_a_vocabulary_without_rows_is_an_error(pools: dict[int, RankPool]) -> No
 
 
 def test_upstream_gradients_that_differ_are_an_error_on_each_rank(
-    pools: dict[int, RankPool],
+    pools: Pools,
 ) -> None:
     for error in pools[2].run(on_ranks.error_in_backward, SMALL, [0, 10, 23]):
         assert error.startswith("token_weights must be the same on all ranks of the group")

@@ -86,7 +86,7 @@ MISTAKES = {
     "[objective]\nalhpa = 0.5\n": "did you mean objective.alpha?",
     "[training]\nseed = 1\n": "did you mean train.seed?",
     "[wandb]\nproject = 'x'\n": "the sections are model, adapter, data, objective",
-    "[optim]\nfoo = 1\n": "[optim] has lr, weight_decay",
+    "[optim]\nfoo = 1\n": "[optim] has name, lr, weight_decay",
     "seed = 1\n": "did you mean train.seed?",
     "[optim]\nlr = 'fast'\n": "optim.lr: needs a number, got fast",
     "[optim]\nlr = -1.0\n": "optim.lr must be >= 0, got -1.0",

@@ -81,7 +81,8 @@ def lines_of_redi(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("redi: ")]
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_of_one_rank_ends_the_job(rank: int, recipe: WriteRecipe, tmp_path: Path) -> None:
     path = recipe("run", {"run.save_every": 2})
     code, output, seconds = train(path, tmp_path, 'raise RunError("the disk is gone")', rank)
