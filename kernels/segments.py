@@ -29,13 +29,18 @@ def token_weights(
     1 / (num_pairs |y|) for sign +1, -alpha / (num_pairs |y|) for -1, 0 for 0.
     """
     valid = targets != IGNORE_INDEX
-    counts = torch.zeros(targets.shape[0] + 1, dtype=torch.int64, device=targets.device)
-    torch.cumsum(valid, 0, out=counts[1:])
-    lengths = counts[cu_seqlens.long()].diff()
+    lengths = sequence_lengths(valid, cu_seqlens)
     signs = signs.to(dtype)
     wanted = torch.where(signs < 0, alpha * signs, signs) * (1 / num_pairs)
     weights = spread_segments(wanted / lengths.clamp(min=1), cu_seqlens, targets.shape[0])
     return weights.masked_fill(~valid, 0.0), lengths
+
+
+def sequence_lengths(valid: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[S] int64: the number of unmasked targets of each sequence; `valid` is bool [T]."""
+    counts = torch.zeros(valid.shape[0] + 1, dtype=torch.int64, device=valid.device)
+    torch.cumsum(valid, 0, out=counts[1:])
+    return counts[cu_seqlens.long()].diff()
 
 
 def sum_segments(values: Tensor, cu_seqlens: Tensor) -> Tensor:

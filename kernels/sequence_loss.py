@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from redi.kernels import reference
-from redi.kernels.backends import choose_backend, kernels_of
+from redi.kernels.backends import Kernels, choose_backend, kernels_of
 from redi.kernels.chunk_sizes import chunk_buffer, default_chunk_tokens, split
 from redi.kernels.chunked import (
     HALF_EXPONENT,
@@ -38,6 +38,7 @@ from redi.kernels.loss_ops import (
     scale_gradients,
 )
 from redi.kernels.reference import IGNORE_INDEX, Backend, RediLoss, accumulation_dtype
+from redi.kernels.segments import sequence_lengths
 from redi.kernels.softmax import GradientRows, Terms
 from redi.kernels.validate import (
     check_cu_seqlens,
@@ -163,10 +164,8 @@ def sequence_loss_op(
         dhidden=new_gradient(hidden, True) if needs[0] else None,
         dweight=new_gradient(weight, True) if needs[1] else None,
     )
-    bounds = cu_seqlens.long()
     valid = targets != IGNORE_INDEX
-    counts = torch.nn.functional.pad(valid.cumsum(0), (1, 0))
-    lengths = counts[bounds].diff()
+    lengths = sequence_lengths(valid, cu_seqlens)
     if denominators is None:
         denominators = lengths.clamp(min=1)
     per_sequence = Sequences(
@@ -194,7 +193,7 @@ def sequence_loss_op(
             list(exponential_lengths),
             out,
             chunk_tokens,
-            backend,
+            kernels,
             Terms(logit_scale, softcap),
         )
         loop.run()
@@ -329,14 +328,12 @@ class _Loop:
         exponential_lengths: list[int],
         out: Outputs,
         chunk_tokens: int | None,
-        backend: str,
+        kernels: Kernels,
         terms: Terms,
     ) -> None:
         self.hidden, self.weight, self.targets = hidden, weight, targets
         self.sequences, self.order, self.out, self.terms = sequences, order, out, terms
-        self.kernels = kernels_of(backend)
-        if not terms.are_plain:
-            self.kernels = replace(self.kernels, exp_gemm=None)
+        self.kernels = kernels if terms.are_plain else replace(kernels, exp_gemm=None)
         self.dtype = accumulation_dtype(hidden.dtype)
         self.operand = product_operand(weight)
         buffer_dtype = self.dtype if self.kernels.exp_gemm is None else hidden.dtype
