@@ -98,9 +98,9 @@ def peak_resident(step: Step) -> float:
     return max(0.0, peak_resident_bytes() - before) / 2**20
 
 
-def peak_resident_bytes() -> int:
-    """The high-water mark of this process's resident set."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_resident_bytes(who: int = resource.RUSAGE_SELF) -> int:
+    """The high-water mark of this process's resident set, or of its largest ended child's."""
+    peak = resource.getrusage(who).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
