@@ -31,6 +31,12 @@ def test_importing_the_kernels_imports_nothing_else_of_the_project() -> None:
     assert not others & set(modules)
 
 
+def test_the_version_is_the_same_everywhere() -> None:
+    (version,) = re.findall(r'version="(.+)"', (ROOT / "setup.py").read_text())
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version} (" in (ROOT / "CHANGELOG.md").read_text()
+
+
 class Environment:
     """A virtual environment that begins empty; its programs run in `folder`, not in the checkout.
 
