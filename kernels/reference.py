@@ -10,6 +10,7 @@ Dimensions, here and in every other file:
     T   tokens of a packed row           N   tokens whose target is not masked (N <= T)
     S   sequences of the row             C   tokens of one chunk
     D   hidden size                      V   vocabulary size
+    K   entries of a teacher's distribution at each token
 
 Names: `hidden` [T, D] enters the lm_head, `weight` [V, D] is the lm_head, z are the logits,
 p = softmax(z), and logp_t = log p_t[targets_t]. A token's weight w_t says how much its log-prob is
@@ -19,6 +20,7 @@ The logits are z = softcap tanh(logit_scale hidden weight^T / softcap), without 
 z = logit_scale hidden weight^T.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -29,7 +31,11 @@ from torch import Tensor
 IGNORE_INDEX = -100  # the target of a token that takes no part, as in torch.nn.functional
 
 Coefficient = Literal["weight", "dft", "unlikelihood"]
+Direction = Literal["forward", "reverse", "jsd"]
+Tail = Literal["ignore", "bucket"]
 Backend = Literal["auto", "reference", "torch", "triton", "triton-exp"]
+
+MIN_TAIL = 2.0**-100  # the least that a teacher's tail counts as: its logarithm stays finite
 
 
 class RediLoss(NamedTuple):
@@ -41,6 +47,17 @@ class RediLoss(NamedTuple):
     """[S], the loss's dtype: sum of the log-probs of each sequence's unmasked tokens, detached."""
     sequence_lengths: Tensor
     """[S] int64: each sequence's number of unmasked tokens |y_s|."""
+
+
+class TopkDivergence(NamedTuple):
+    """What `topk_divergence` returns."""
+
+    loss: Tensor
+    """Scalar float32 (float64 for float64 inputs), differentiable."""
+    token_divergences: Tensor
+    """[T], the loss's dtype: each token's D, detached; 0 where masked."""
+    token_logps: Tensor | None
+    """[T] likewise: the targets' log-probs at temperature 1; None without targets."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -269,3 +286,104 @@ def redi_value_and_grad(
     new_dweight = new_dweight.to(accumulation_dtype(weight.dtype))
     dweight = new_dweight if dweight is None else dweight.add_(new_dweight)
     return RediLoss(out.loss.detach(), out.sequence_logps, out.sequence_lengths), dhidden, dweight
+
+
+def teacher_tails(ids: Tensor, logps: Tensor, vocab: int) -> Tensor:
+    """q_t = 1 - sum_k q_k of each row of ids [T, K] and logps [T, K]; [T] float64.
+
+    It counts as at least what the rounding of the log-probs in their dtype may have taken from it,
+    half a unit of the last place of each, and 2^-100: else a rounded teacher with nothing left
+    would make log(p_t / q_t) infinite. 0 where the K ids are the whole vocabulary.
+    """
+    present = ids >= 0
+    exact = logps.double().masked_fill(~present, -torch.inf)
+    q = exact.exp()
+    rounding = -torch.finfo(logps.dtype).eps / 2 * torch.xlogy(q, q).sum(-1)
+    tails = torch.maximum(1 - q.sum(-1), rounding.clamp(min=MIN_TAIL))
+    return tails.masked_fill(present.sum(-1) == vocab, 0.0)
+
+
+def teacher_targets(ids: Tensor) -> Tensor:
+    """[T] targets for tokens that have none: IGNORE_INDEX, which masks, where all ids are -1."""
+    return torch.where((ids >= 0).any(-1), 0, IGNORE_INDEX)
+
+
+def _divergence(logp: Tensor, logq: Tensor, direction: Direction, skew: float) -> Tensor:
+    """[..., outcomes]: each outcome's part of D; see `topk_divergence`."""
+    p, q = logp.exp(), logq.exp()
+    if direction == "jsd":
+        logm = torch.logaddexp(logp, logq) - math.log(2)
+        return (torch.xlogy(q, q) - q * logm + p * (logp - logm)) / 2
+    near, far = (logq, logp) if direction == "forward" else (logp, logq)
+    logm = far
+    if skew:
+        logm = torch.logaddexp(near + math.log(skew), far + math.log1p(-skew))
+    if direction == "forward":
+        return torch.xlogy(q, q) - q * logm
+    return p * (logp - logm) + logm.exp() - p
+
+
+def topk_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logps: Tensor,
+    token_weights: Tensor,
+    *,
+    direction: Direction = "forward",
+    temperature: float = 1.0,
+    tail: Tail = "ignore",
+    skew: float = 0.0,
+    targets: Tensor | None = None,
+    target_weights: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    valid_index: Tensor | None = None,
+    num_with_grad: int | None = None,
+    backend: Backend = "reference",
+    chunk_tokens: int | None = None,
+) -> TopkDivergence:
+    """loss = sum_t w_t D_t - sum_t v_t logp_t, with the token weights w and target weights v.
+
+    q are the teacher's probabilities of the K ids, p = softmax(z / temperature) the student's, and
+    m = skew q + (1 - skew) p (reverse: skew p + (1 - skew) q). Over the K ids, and with
+    tail="bucket" over all other entries of the vocabulary as one more outcome:
+
+    forward  D = sum q log(q / m)
+    reverse  D = sum p log(p / m) - p + m   (the last two cancel in a sum over all outcomes)
+    jsd      D = sum 1/2 q log(q / m) + 1/2 p log(p / m), m = (p + q) / 2
+
+    logp_t is at temperature 1. Masked tokens are those of `targets`; without them, rows of ids that
+    are all -1.
+    """
+    takes_part = teacher_targets(teacher_ids) if targets is None else targets
+    valid, logits = _valid_logits(hidden, weight, takes_part, logit_scale, softcap, ignore_index)
+    ids, given = teacher_ids[valid].long(), teacher_logps[valid]
+    weights = token_weights[valid].to(logits.dtype)
+    present = ids >= 0
+    columns = ids.clamp(min=0)
+    z = logits / temperature
+    log_sum_exps = z.logsumexp(-1, keepdim=True)
+    logp = (z.gather(1, columns) - log_sum_exps).masked_fill(~present, 0.0)
+    logq = given.to(logits.dtype).masked_fill(~present, 0.0)
+    parts = _divergence(logp, logq, direction, skew).masked_fill(~present, 0.0)
+    divergences = parts.sum(-1)
+    if tail == "bucket":
+        q_tail = teacher_tails(ids, given, weight.shape[0]).to(logits.dtype)
+        taken = torch.zeros_like(z).scatter_add(1, columns, present.to(z.dtype)) > 0
+        # Where there is no tail, any finite number: it is left out.
+        others = z.masked_fill(taken & (q_tail > 0)[:, None], -torch.inf)
+        logp_tail = others.logsumexp(-1) - log_sum_exps[:, 0]
+        logq_tail = q_tail.masked_fill(q_tail == 0, 1.0).log()
+        part = _divergence(logp_tail, logq_tail, direction, skew)
+        divergences = divergences + part.masked_fill(q_tail == 0, 0.0)
+    loss = (weights * divergences).masked_fill(weights == 0, 0.0).sum()
+    divergences = _place(divergences.detach(), valid)
+    if targets is None:
+        return TopkDivergence(loss, divergences, None)
+    logps = torch.log_softmax(logits, -1).gather(1, targets[valid][:, None])[:, 0]
+    if target_weights is not None:
+        of_targets = target_weights[valid].to(logits.dtype)
+        loss = loss - (of_targets * logps).masked_fill(of_targets == 0, 0.0).sum()
+    return TopkDivergence(loss, divergences, _place(logps.detach(), valid))

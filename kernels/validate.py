@@ -21,6 +21,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 INDICES = (torch.int32, torch.int64)
 
+# A teacher's probabilities may sum to this: bfloat16 log-probs of an entropy of 2.5 nats may.
+MOST_MASS = 1.01
+
 
 def check_operands(
     hidden: Tensor,
@@ -74,6 +77,26 @@ def check_token_weights(name: str, values: Tensor, targets: Tensor) -> Tensor:
     if values.requires_grad:
         raise ValueError(f"{name} gets no gradient from this op: pass {name}.detach()")
     return values.flatten()
+
+
+def check_teacher(ids: Tensor, logps: Tensor, token_weights: Tensor) -> None:
+    """`ids` [..., K] and `logps` [..., K] of tokens as many as `token_weights` [...]."""
+    _check_tensor("token_weights", token_weights, ("...",), FLOATS)
+    _check_tensor("teacher_ids", ids, ("...", "K"), INDICES)
+    _check_tensor("teacher_logps", logps, ("...", "K"), FLOATS)
+    if ids.shape[:-1] != token_weights.shape:
+        raise ValueError(
+            f"teacher_ids must have K entries for each of token_weights {_shape(token_weights)}, "
+            f"got {_shape(ids)}"
+        )
+    if logps.shape != ids.shape:
+        raise ValueError(
+            f"teacher_logps must have the shape of teacher_ids {_shape(ids)}, got {_shape(logps)}"
+        )
+    if logps.requires_grad:
+        raise ValueError("teacher_logps gets no gradient from this op: pass teacher_logps.detach()")
+    check_same_device("teacher_ids", ids, token_weights)
+    check_same_device("teacher_logps", logps, token_weights)
 
 
 def check_sequences(cu_seqlens: Tensor, signs: Tensor, hidden: Tensor) -> None:
@@ -192,6 +215,20 @@ def check_terms(coefficient: str, label_smoothing: float, z_loss: float) -> None
     check_number("z_loss", z_loss)
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be finite and >= 0, got {z_loss}")
+
+
+def check_divergence(direction: str, temperature: float, tail: str, skew: float) -> None:
+    """`temperature` finite and > 0; `skew` in [0, 1), above 0 not for "jsd"."""
+    check_choice("direction", direction, ("forward", "reverse", "jsd"))
+    check_choice("tail", tail, ("ignore", "bucket"))
+    check_number("temperature", temperature)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
+    check_number("skew", skew)
+    if not 0 <= skew < 1:
+        raise ValueError(f"skew must be in [0, 1), got {skew}")
+    if skew > 0 and direction == "jsd":
+        raise ValueError('skew has no meaning for direction="jsd", which mixes by 1/2: use 0')
 
 
 def check_number(
@@ -324,6 +361,48 @@ def check_weight_values(
             f"valid_index must name the tokens that have a gradient first: after the first "
             f"num_with_grad = {num_with_grad}, {int(rest.count_nonzero())} have a weight "
             f"in {name}"
+        )
+
+
+def check_teacher_values(
+    ids: Tensor, logps: Tensor, targets: Tensor, vocab_size: int, need_positive: bool
+) -> None:
+    """Of unmasked tokens: ids -1 or in [0, V), each once; log-probs at most 0, -inf where the id is
+    -1, of a sum at most MOST_MASS. With `need_positive` all of other ids are finite. Reads them.
+
+    Args:
+        ids, logps: [T, K].
+        targets: [T], -100 masks.
+    """
+    if not may_read(ids):
+        return
+    rows = (targets != IGNORE_INDEX)[:, None]
+    padding = ids == -1
+
+    def refuse(wrong: Tensor, requirement: str, values: Tensor) -> None:
+        if (wrong & rows).any():
+            t, k = (wrong & rows).nonzero()[0].tolist()
+            raise ValueError(f"{requirement}, got {values[t, k].item()} at token {t}, entry {k}")
+
+    outside = ~padding & ((ids < 0) | (ids >= vocab_size))
+    refuse(outside, f"teacher_ids must be in [0, {vocab_size}) or -1", ids)
+    in_order, places = ids.sort(-1)
+    repeated = torch.zeros_like(padding)
+    repeated[:, 1:] = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != -1)
+    repeated = torch.zeros_like(padding).scatter(-1, places, repeated)
+    refuse(repeated, "teacher_ids must name an entry once per token", ids)
+    refuse(~(logps <= 0), "teacher_logps must be log-probs, at most 0", logps)
+    filled = padding & (logps != -math.inf)
+    refuse(filled, "teacher_logps must be -inf where teacher_ids is -1", logps)
+    if need_positive:
+        zero = ~padding & (logps == -math.inf)
+        refuse(zero, 'teacher_logps must be finite for direction="reverse" without skew', logps)
+    masses = logps.double().exp().sum(-1, keepdim=True)
+    if ((masses > MOST_MASS) & rows).any():
+        t = int(((masses > MOST_MASS) & rows).nonzero()[0, 0])
+        raise ValueError(
+            f"teacher_logps must be of probabilities that sum to at most 1 (and rounding, "
+            f"{MOST_MASS}), got {masses[t].item():.4g} at token {t}"
         )
 
 
