@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from redi.bench.learning.prediction import count_habit, share_by_contexts, share_by_one_row
-from redi.bench.learning.students import METHODS, RATES, TEMPERATURE, cell_path
+from redi.bench.learning.students import RATES, TEMPERATURE, StudyMethod, cell_path
 from redi.bench.learning.tasks import HABIT, TASKS
 from redi.bench.learning.trial import read_pairs
 from redi.bench.report import environment
@@ -23,13 +23,13 @@ ALPHAS = {CONTROL: 0.0, "REDI 0.2": 0.2, "REDI 0.5": 0.5, "REDI 0.8": 0.8, "REDI
 Record = dict[str, Any]
 
 
-def collect(folder: Path, task: str, seeds: int) -> Record:
+def collect(folder: Path, task: str, seeds: int, study: Sequence[StudyMethod]) -> Record:
     """All figures of a task's runs: test results by seed, means over seeds of the curves."""
     trials = [folder / f"{task}-{seed}" for seed in range(1, seeds + 1)]
     starts = [_read(trial / "stage-1.json") for trial in trials]
     methods = {}
     runs = []
-    for method in METHODS:
+    for method in study:
         rates = {}
         for rate in RATES:
             found = [_read(cell_path(trial, method.name, rate)) for trial in trials]
@@ -48,7 +48,7 @@ def collect(folder: Path, task: str, seeds: int) -> Record:
         "stage 1": _by_seed([_figures(start) for start in starts]),
         "methods": methods,
     }
-    if task == HABIT.name:
+    if task == HABIT.name and methods.keys() >= ALPHAS.keys():
         record["predicted fault"] = _predictions(trials)
     return record
 
@@ -171,10 +171,17 @@ def _percent(value: tuple[float, float], sign: str = "") -> str:
     return f"{100 * value[0]:{sign}.1f}±{100 * value[1]:.1f}"
 
 
-def report(folder: Path, tasks: Sequence[str], seeds: int, out: Path | None) -> None:
+def report(
+    folder: Path,
+    study: str,
+    tasks: Sequence[str],
+    methods: Sequence[StudyMethod],
+    seeds: int,
+    out: Path | None,
+) -> None:
     """Print the tables of each task; write its record and picture to `out`, if given."""
     for task in tasks:
-        record = collect(folder, task, seeds)
+        record = collect(folder, task, seeds, methods)
         title = (
             f"{TASKS[task].title}. Sampled at T = {TEMPERATURE}; Δ: minus the control's; "
             f"fault: {TASKS[task].fault}, at T = 1"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from redi.bench.learning.losses import AnchoredSimper, TaperedLoss
 from redi.bench.learning.trial import ROW_TOKENS, Trial, select_units, whole_folder
 from redi.engine.config.sections import ObjectiveConfig, OptimConfig
 from redi.engine.data.loader import StepLoader
@@ -42,6 +43,8 @@ class StudyMethod:
     objective: ObjectiveConfig
     batches: int = 1
     """Units of a step, as a multiple of `StudySizes.batch`."""
+    loss: type[PackedLoss] = PackedLoss
+    """A loss that is no objective of the engine reads alpha from `objective`."""
 
 
 METHODS = (
@@ -57,6 +60,35 @@ METHODS = (
     StudyMethod("SimPER", ObjectiveConfig("simper")),
     StudyMethod("unlikelihood", ObjectiveConfig("unlikelihood", alpha=1.0)),
 )
+"""Of the study of alpha, docs/when-negatives-help.md."""
+
+
+def _bounded(alpha: float, temperature: float = 1.0) -> StudyMethod:
+    objective = ObjectiveConfig("bounded_redi", alpha=alpha, temperature=temperature)
+    name = f"bounded {alpha:g}" + (f" T{temperature:g}" if temperature != 1 else "")
+    return StudyMethod(name, objective)
+
+
+def _own(name: str, loss: type[PackedLoss], alpha: float) -> StudyMethod:
+    return StudyMethod(f"{name} {alpha:g}", ObjectiveConfig("redi", alpha=alpha), loss=loss)
+
+
+_SHARED = ("control", "control 2x", "REDI 0.2", "REDI 0.8", "SimPER")
+BOUNDED_METHODS = (
+    *(method for method in METHODS if method.name in _SHARED),
+    *(_bounded(alpha) for alpha in (0.5, 1.0, 2.0, 4.0)),
+    *(_bounded(alpha, 0.5) for alpha in (2.0, 4.0, 8.0)),
+    *(_bounded(alpha, 2.0) for alpha in (0.5, 1.0)),
+    *(_own("tapered", TaperedLoss, alpha) for alpha in (0.8, 2.0)),
+    *(_own("anchored SimPER", AnchoredSimper, alpha) for alpha in (1.0, 2.0, 4.0)),
+    *(
+        StudyMethod(f"REDI 0.8 gamma {g:g}", ObjectiveConfig("redi", alpha=0.8, negative_gamma=g))
+        for g in (0.5, 1.0)
+    ),
+    StudyMethod("TOPR 0.8", ObjectiveConfig("topr", alpha=0.8)),
+    StudyMethod("ORPO", ObjectiveConfig("orpo", beta=1.0)),
+)
+"""Of the study of bounded terms for incorrect traces."""
 RATES = (2e-5, 1e-4, 5e-4, 2.5e-3)
 """Peak learning rates of stage 2, the same for every method."""
 
@@ -185,7 +217,7 @@ def teach_stage_2(
     """
     model, sizes = teach_stage_1(trial), trial.sizes
     needed = method.objective.kind.reference
-    objective = PackedLoss(method.objective, reference() if needed else None)
+    objective = method.loss(method.objective, reference() if needed else None)
     optim = OptimConfig(lr=rate, weight_decay=0.0)
     steps, looks = [], [{"step": 0, **look(trial, model)}]
     for line in train(

@@ -1,14 +1,17 @@
 """When do incorrect traces help? A study of small students, with error bars.
 
-For each of the three teachers of `tasks.py`, `python -m redi.bench.learning` trains students of
-several seeds on correct traces (stage 1). From each student it runs every method of `students.py`
-at every learning rate of one grid: REDI with alpha from 0, the control, to 1, and other objectives.
-A method's learning rate is the best one on validation problems, over all seeds; the results are
-measured on other problems.
+For each of the teachers of `tasks.py`, `python -m redi.bench.learning` trains students of several
+seeds on correct traces (stage 1). From each student it runs every method at every learning rate of
+one grid. A method's learning rate is the best one on validation problems, over all seeds; the
+results are measured on other problems. There are two sets of methods (`students.py`):
 
-The default takes about 70 minutes of CPU time, in two processes. The same command resumes: each run
-of stage 2 is saved when it is complete. A finished study prints its tables again. Needs the extra
-`engine`.
+    --study alpha     REDI with alpha from 0, the control, to 1, and other objectives; three tasks
+    --study bounded   bounded terms for incorrect traces beside control and REDI; five tasks
+
+The first takes about 70 minutes of CPU time in two processes, the second three times as much. The
+same command resumes: each run of stage 2 is saved when it is complete, and a study that was stopped
+is continued with the first of its seeds that lack runs. A finished study prints its tables again.
+Needs the extra `engine`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import multiprocessing
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
 from functools import cache
@@ -31,8 +35,10 @@ from transformers.utils import logging as transformers_logging
 
 from redi.bench.learning.report import report
 from redi.bench.learning.students import (
+    BOUNDED_METHODS,
     METHODS,
     RATES,
+    StudyMethod,
     cell_path,
     examine,
     look,
@@ -49,6 +55,11 @@ from redi.bench.learning.trial import (
     write_trial,
 )
 
+STUDIES = {
+    "alpha": (METHODS, ("habit", "slips", "pits")),
+    "bounded": (BOUNDED_METHODS, tuple(TASKS)),
+}
+"""Methods and tasks by the name of the study."""
 TINY = StudySizes(
     problems=80,
     validation=8,
@@ -65,7 +76,14 @@ TINY = StudySizes(
 )
 
 
-def run_seed(task: str, seed: int, sizes: StudySizes, folder: Path, device: str) -> None:
+def run_seed(
+    task: str,
+    seed: int,
+    methods: Sequence[StudyMethod],
+    sizes: StudySizes,
+    folder: Path,
+    device: str,
+) -> None:
     """Run what is missing of one task and seed, one record after another."""
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
@@ -87,7 +105,7 @@ def run_seed(task: str, seed: int, sizes: StudySizes, folder: Path, device: str)
     def reference() -> torch.Tensor:
         return reference_logps(trial, teach_stage_1(trial))
 
-    for method in METHODS:
+    for method in methods:
         for rate in RATES:
             path = cell_path(own, method.name, rate)
             if not path.exists():
@@ -105,13 +123,19 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 
 
 def run_study(
-    tasks: list[str], seeds: int, sizes: StudySizes, folder: Path, device: str, workers: int
+    tasks: Sequence[str],
+    seeds: int,
+    methods: Sequence[StudyMethod],
+    sizes: StudySizes,
+    folder: Path,
+    device: str,
+    workers: int,
 ) -> None:
     """Run what is missing, one task and seed per worker at a time, with a progress bar."""
     cells = {
         (task, seed): [
             cell_path(folder / f"{task}-{seed}", method.name, rate)
-            for method in METHODS
+            for method in methods
             for rate in RATES
         ]
         for seed in range(1, seeds + 1)
@@ -129,7 +153,7 @@ def run_study(
         # Workers inherit the blocked signal, so that only this process handles Ctrl-C.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         pending = {
-            pool.submit(run_seed, *trial, sizes, folder, device)
+            pool.submit(run_seed, *trial, methods, sizes, folder, device)
             for trial, own in cells.items()
             if not all(cell.exists() for cell in own)
         }
@@ -173,8 +197,9 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--study", choices=STUDIES, default="alpha", help="the set of methods")
     parser.add_argument("--folder", type=Path, default=Path("runs/learning"), help="of all runs")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: those of the study")
     parser.add_argument("--seeds", type=int, default=5, help="students of each task")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--device", default="cpu", help="for example cuda")
@@ -193,10 +218,12 @@ def main() -> None:
         sizes = replace(TINY if args.tiny else StudySizes(), **given)
     except ValueError as error:
         parser.error(str(error))
+    methods, tasks = STUDIES[args.study]
+    tasks = args.tasks or tasks
     check_settings(args.folder, sizes, args.device)
     try:
-        run_study(args.tasks, args.seeds, sizes, args.folder, args.device, args.workers)
+        run_study(tasks, args.seeds, methods, sizes, args.folder, args.device, args.workers)
     except KeyboardInterrupt:
         print("stopped; the same command resumes after the finished runs", file=sys.stderr)
         raise SystemExit(130) from None
-    report(args.folder, args.tasks, args.seeds, args.out)
+    report(args.folder, args.study, tasks, methods, args.seeds, args.out)

@@ -1,4 +1,4 @@
-"""Three teachers who err in different ways: the tasks of `python -m redi.bench.learning`.
+"""Five teachers who err in different ways: the tasks of `python -m redi.bench.learning`.
 
 A task draws problems, lets its teacher attempt them, and judges any trace; every problem and trace
 is a string of single-character tokens. The tasks differ in the faults of their incorrect traces:
@@ -9,6 +9,11 @@ is a string of single-character tokens. The tasks differ in the faults of their 
   avoid, and most of their tokens are right.
 - pits: a walker falls into a pit, which ends its trace: incorrect traces are shorter, and end where
   a correct trace never does.
+- choice: a guesser writes one of two letters at each step, and is correct with three of six right.
+  Both kinds of trace have the same letters equally often, so no habit can be counted: a letter is
+  wrong by its place alone.
+- late: a careful teacher writes nine boxes and often errs in the last one. Correct and incorrect
+  traces of a problem share all tokens but one or two.
 """
 
 from __future__ import annotations
@@ -205,4 +210,122 @@ PITFALLS = Task(
     stage_1_steps=200,
 )
 
-TASKS = {task.name: task for task in (HABIT, SLIPS, PITFALLS)}
+
+# Choice: for each of six digits, whether it is at least 5 ("u") or not ("d").
+
+CHOICES = "du"
+RIGHT_PROBABILITY = 0.35
+"""Of each letter."""
+NEEDED = 3
+"""Right letters of a correct trace, of six."""
+
+
+def right_choices(problem: str) -> str:
+    """The right letter of each of the six steps."""
+    return "".join(CHOICES[int(digit) >= 5] for digit in problem[1:-1])
+
+
+def choice_share(problem: str, trace: str) -> float:
+    """Share of the six letters that are wrong; missing ones count too."""
+    wanted = right_choices(problem)
+    right = sum(one == other for one, other in zip(wanted, trace, strict=False))
+    return 1 - right / len(wanted)
+
+
+def is_choice(problem: str, trace: str) -> bool:
+    """True if it is six letters."""
+    return len(trace) == quickstart.DIGITS - 1 and set(trace) <= set(CHOICES)
+
+
+def is_right_choice(problem: str, trace: str) -> bool:
+    """True if it is six letters of which enough are right."""
+    wanted = right_choices(problem)
+    right = sum(one == other for one, other in zip(wanted, trace, strict=False))
+    return is_choice(problem, trace) and right >= NEEDED
+
+
+def attempt_guess(problem: str, rng: random.Random) -> Attempt:
+    """Six letters, most of them wrong."""
+    trace = "".join(
+        right if rng.random() < RIGHT_PROBABILITY else CHOICES[1 - CHOICES.index(right)]
+        for right in right_choices(problem)
+    )
+    return Attempt(trace, is_right_choice(problem, trace))
+
+
+CHOICE = Task(
+    name="choice",
+    title="Choice: a teacher who guesses",
+    characters="0123456789=" + CHOICES,
+    draw_problem=quickstart.draw_problem,
+    attempt=attempt_guess,
+    answer=lambda problem: "",
+    is_correct=is_right_choice,
+    is_well_formed=is_choice,
+    fault="wrong letters",
+    fault_share=choice_share,
+    longest_trace=quickstart.DIGITS - 1,
+    stage_1_steps=500,
+)
+
+
+# Late: the quickstart's rule over ten digits, all boxes written, the last one often wrong.
+
+LATE_DIGITS = 10
+EARLY_SLIP, LATE_SLIP = 0.01, 0.5
+"""Probabilities of a wrong box before the last one, and of a wrong last box."""
+
+
+def draw_long_problem(rng: random.Random) -> str:
+    """Draw a problem of ten digits."""
+    return "".join(rng.choice("0123456789") for _ in range(LATE_DIGITS)) + "="
+
+
+def last_value(problem: str) -> str:
+    """The value after the last digit."""
+    value = int(problem[0])
+    for digit in problem[1:-1]:
+        value = abs(value - int(digit))
+    return str(value)
+
+
+def is_late_correct(problem: str, trace: str) -> bool:
+    """True if it has nine boxes of which the last is correct."""
+    return len(trace) == LATE_DIGITS - 1 and trace[-1] == last_value(problem)
+
+
+def attempt_until_late(problem: str, rng: random.Random) -> Attempt:
+    """All nine running values; a random one may be wrong, most often the last."""
+    value, boxes = int(problem[0]), ""
+    for place, digit in enumerate(problem[1:-1]):
+        value = abs(value - int(digit))
+        if rng.random() < (LATE_SLIP if place == LATE_DIGITS - 2 else EARLY_SLIP):
+            value = rng.choice([wrong for wrong in range(10) if wrong != value])
+        boxes += str(value)
+    return Attempt(boxes, is_late_correct(problem, boxes))
+
+
+def late_share(problem: str, trace: str) -> float:
+    """1 if the last box does not follow from the one before or is missing, else 0."""
+    before, last = trace[-2:-1], trace[-1:]
+    if len(trace) != LATE_DIGITS - 1 or not (before + last).isdecimal():
+        return 1.0
+    return float(abs(int(before) - int(problem[-2])) != int(last))
+
+
+LATE = Task(
+    name="late",
+    title="Late: an error at the end",
+    characters="0123456789=",
+    draw_problem=draw_long_problem,
+    attempt=attempt_until_late,
+    answer=last_value,
+    is_correct=is_late_correct,
+    is_well_formed=lambda problem, trace: re.fullmatch(r"[0-9]{9}", trace) is not None,
+    fault="last boxes that do not follow",
+    fault_share=late_share,
+    longest_trace=LATE_DIGITS - 1,
+    stage_1_steps=220,
+)
+
+TASKS = {task.name: task for task in (HABIT, SLIPS, PITFALLS, CHOICE, LATE)}

@@ -23,6 +23,8 @@ class ObjectiveKind:
     """The keys of `[objective]` that only some objectives read."""
     normalisations: tuple[str, ...] = ("sequence",)
     """The values of `normalisation` it accepts; one value if the formula fixes the mean."""
+    exponential: bool = False
+    """True if the loss has the exponential of mean log-probs, which must not be above 0."""
     reference: bool = False
     """True if the loss needs the log-probs of the model as it was before step 1."""
 
@@ -41,7 +43,10 @@ OBJECTIVES = {
     ),
     "dft": ObjectiveKind("positives", ("length",), ("sequence", "token")),
     "unlikelihood": ObjectiveKind("pairs", ("alpha", "length")),
-    "simper": ObjectiveKind("pairs", ("length",)),
+    "bounded_redi": ObjectiveKind("pairs", ("alpha", "temperature", "length"), exponential=True),
+    "simper": ObjectiveKind("pairs", ("length",), exponential=True),
+    "topr": ObjectiveKind("pairs", ("alpha", "length"), reference=True),
     "simpo": ObjectiveKind("margins", ("beta", "margin", "length")),
+    "orpo": ObjectiveKind("margins", ("beta", "length"), exponential=True),
     "dpo": ObjectiveKind("margins", ("beta", "label_smoothing"), reference=True),
 }

@@ -219,14 +219,17 @@ class ObjectiveConfig(Section, name="objective"):
 
     name: str = "sft"
     """sft: -log p of correct traces. redi: the same plus alpha * log p of incorrect ones. signed:
-    each trace separately, with the weight of its row. dft, unlikelihood, simper, simpo, dpo: as in
-    their papers."""
+    each trace separately, with the weight of its row. bounded_redi: redi with a bounded term of
+    incorrect traces. dft, unlikelihood, simper, simpo, dpo: as in their papers."""
     alpha: float = ranged(0.8, NOT_NEGATIVE)
     """Weight of the incorrect traces (arXiv 2505.24850); 0: only positives are trained."""
     positive_weight: float = ranged(1.0, NOT_NEGATIVE)
     """Weight of the correct traces (signed)."""
     negative_gamma: float = ranged(0.0, NOT_NEGATIVE)
     """Multiplies a negative's term by exp(negative_gamma * mean log-prob) (redi); 0: off."""
+    temperature: float = ranged(1.0, POSITIVE)
+    """The term of an incorrect trace is temperature * exp(mean log-prob / temperature)
+    (bounded_redi); the higher, the closer to redi."""
     beta: float | None = ranged(None, POSITIVE)
     """Scale of the margin of log-probs; required by dpo and simpo."""
     margin: float = ranged(1.0, FINITE)

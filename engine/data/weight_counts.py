@@ -53,14 +53,14 @@ def check_weights(section: ObjectiveConfig, tokens: TokenizedTraces, counts: Wei
     Raises:
         InputError: names the key and the first row.
     """
-    exponential = section.name == "simper" or section.negative_gamma > 0
+    exponential = section.kind.exponential or section.negative_gamma > 0
     if section.filter_epsilon > 0 and counts.first_weighted is not None:
         raise InputError(
             f"{tokens.where(counts.first_weighted)}: the spans have weights other than 0 and 1, "
             "which objective.filter_epsilon cannot be used with: set it to 0"
         )
     if exponential and counts.first_negative is not None:
-        key = 'name = "simper"' if section.name == "simper" else "negative_gamma"
+        key = f'name = "{section.name}"' if section.kind.exponential else "negative_gamma"
         raise InputError(
             f"{tokens.where(counts.first_negative)}: the spans have a negative weight, but "
             f"objective.{key} takes the exponential of a trace's mean log-prob, which such weights "

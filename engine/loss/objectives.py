@@ -1,14 +1,15 @@
 """The formulas of the objectives.
 
-`config/objectives.py` declares each objective's name, keys and units. Its formula is one of two
+`config/objectives.py` declares each objective's name, keys and units. Its formula is one of three
 kinds:
 
     weights     the weights of the log-probs of correct and of incorrect traces, known before the
                 forward pass. It takes one fused pass of three matrix products. With `coefficient`
                 the loss of a token may also depend on its own log-prob, at the same cost.
+    exponential the weights of the mean log-probs of traces and of their exponentials. It takes one
+                fused pass of three products too, unless spans weight tokens.
     terms       a function from the sequences' log-probs (`Sequences`) to the loss of each sequence
-                or pair. The log-probs are computed first, then a backward scaled per sequence. With
-                `exponential_weights` too, one fused pass does both.
+                or pair. The log-probs are computed first, then a backward scaled per sequence.
 
 `packed_loss.py` computes a pack's share of the step's loss from either.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -48,18 +50,38 @@ class Sequences:
         return self.logps / self.lengths
 
 
+class ExponentialWeights(NamedTuple):
+    """The loss - (a m + b tau exp(m / tau)) of a trace with mean log-prob m, by its verdict."""
+
+    linear: tuple[float, float]
+    """a of correct and of incorrect traces."""
+    exponential: tuple[float, float]
+    """b, likewise."""
+    temperature: float = 1.0
+    """tau."""
+
+    def terms(self, sequences: Sequences) -> Tensor:
+        """[S]: the loss of each sequence."""
+        means, positive = sequences.means, sequences.signs > 0
+        linear, exponential = (
+            means.new_tensor(pair[1]).where(~positive, pair[0])
+            for pair in (self.linear, self.exponential)
+        )
+        tau = self.temperature
+        return -(linear * means + exponential * tau * (means / tau).exp())
+
+
 @dataclass(frozen=True)
 class Formula:
-    """The formula of an objective: either `weights` or `terms` is set."""
+    """The formula of an objective: one of `weights`, `exponential` and `terms` is set."""
 
     weights: Callable[[ObjectiveConfig], tuple[float, float]] | None = None
     """Weights of the log-probs of correct and of incorrect traces."""
     coefficient: Coefficient = "weight"
     """See `redi.kernels.signed_cross_entropy`."""
+    exponential: Callable[[ObjectiveConfig], ExponentialWeights] | None = None
     terms: Callable[[ObjectiveConfig, Sequences], Tensor] | None = None
     """Returns [S], or [S / 2] for units "margins"."""
-    exponential_weights: tuple[float, float] | None = None
-    """Of correct and of incorrect traces, if `terms` is minus a weight times exp(mean log-prob)."""
 
 
 def _positives(section: ObjectiveConfig) -> tuple[float, float]:
@@ -91,9 +113,42 @@ def _discounted_redi(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
     return (-means).where(sequences.signs > 0, negative)
 
 
-def _simper(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
+def _bounded_redi(section: ObjectiveConfig) -> ExponentialWeights:
+    """REDI with tau exp(mean log-prob / tau) in place of an incorrect trace's mean log-prob.
+
+    Its gradient is REDI's times exp(mean / tau): the less likely a negative is, the weaker. The
+    term is bounded by alpha tau from above and by 0 from below. As tau grows it approaches REDI's.
+    """
+    return ExponentialWeights((1.0, 0.0), (0.0, -section.alpha), section.temperature)
+
+
+def _simper(section: ObjectiveConfig) -> ExponentialWeights:
     """-exp(mean log-prob) for a positive, +exp for a negative (SimPER, arXiv 2502.00883)."""
-    return -sequences.signs * sequences.means.exp()
+    return ExponentialWeights((0.0, 0.0), (1.0, -1.0))
+
+
+def _topr(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
+    """REDI with each negative's term multiplied by min(1, p/p_ref), detached.
+
+    The taper of TOPR (arXiv 2503.14286, equation 8 with its limits 0 and 1): a negative that has
+    become less likely than under the reference is pushed less. Log-probs are means per token.
+    """
+    assert sequences.reference is not None
+    taper = (sequences.logps.detach() - sequences.reference).clamp(max=0).exp()
+    means = sequences.means
+    return (-means).where(sequences.signs > 0, section.alpha * taper * means)
+
+
+def _orpo(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
+    """-mean_w - beta log sigmoid(log odds_w - log odds_l) (ORPO, arXiv 2403.07691, equation 6).
+
+    The odds p / (1 - p) are those of p = exp(mean log-prob). 1 - p counts as at least 2^-100.
+    """
+    assert section.beta is not None
+    means = sequences.means
+    log_odds = means - (-means.expm1()).clamp(min=2.0**-100).log()
+    positive, negative = pairs(log_odds)
+    return -pairs(means)[0] - section.beta * logsigmoid(positive - negative)
 
 
 def _simpo(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
@@ -129,8 +184,11 @@ FORMULAS = {
     "signed": Formula(_signed),
     "dft": Formula(_positives, "dft"),
     "unlikelihood": Formula(_redi, "unlikelihood"),
-    "simper": Formula(terms=_simper, exponential_weights=(1.0, -1.0)),
+    "bounded_redi": Formula(exponential=_bounded_redi),
+    "simper": Formula(exponential=_simper),
+    "topr": Formula(terms=_topr),
     "simpo": Formula(terms=_simpo),
+    "orpo": Formula(terms=_orpo),
     "dpo": Formula(terms=_dpo),
 }
 _DISCOUNTED_REDI = Formula(terms=_discounted_redi)
@@ -140,4 +198,6 @@ def formula(section: ObjectiveConfig) -> Formula:
     """The formula of a recipe's objective."""
     if section.name == "redi" and section.negative_gamma:
         return _DISCOUNTED_REDI
+    if section.name == "bounded_redi" and section.alpha == 0:
+        return FORMULAS["redi"]  # incorrect traces are only measured, in one product
     return FORMULAS[section.name]

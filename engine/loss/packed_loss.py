@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from redi.engine.config.sections import ObjectiveConfig
 from redi.engine.data.packing import PackedBatch
-from redi.engine.loss.objectives import Formula, Sequences, formula, pairs
+from redi.engine.loss.objectives import ExponentialWeights, Formula, Sequences, formula, pairs
 from redi.kernels import (
     FilteredRediLoss,
     RediLoss,
@@ -85,10 +86,9 @@ class PackedLoss:
             logits: how the model computes its logits. A filter needs the default.
         """
         declared = formula(self.section)
-        if declared.exponential_weights is not None and batch.token_weights is None:
-            return self._exponential(
-                declared.exponential_weights, hidden, weight, batch, totals, logits
-            )
+        if declared.exponential is not None and batch.token_weights is None:
+            weights = declared.exponential(self.section)
+            return self._exponential(weights, hidden, weight, batch, totals, logits)
         if declared.weights is None:
             return self._from_sequences(declared, hidden, weight, batch, totals, logits)
         positive, negative = declared.weights(self.section)
@@ -166,27 +166,37 @@ class PackedLoss:
 
     def _exponential(
         self,
-        weights: tuple[float, float],
+        weights: ExponentialWeights,
         hidden: Tensor,
         weight: Tensor,
         batch: PackedBatch,
         totals: StepTotals,
         logits: Logits,
     ) -> RediLoss:
-        """The mean over units of - w exp(mean log-prob), with w by the verdict."""
-        wanted = torch.where(batch.signs > 0, *weights) * (batch.signs != 0) / totals.units
+        """The mean over units of the traces' losses, in one pass."""
+        of_sequence = (batch.signs != 0) / totals.units
         if batch.weights is not None:
-            wanted = wanted * batch.weights
+            of_sequence = of_sequence * batch.weights
+        linear, exponential = (
+            torch.where(batch.signs > 0, *pair) * of_sequence
+            for pair in (weights.linear, weights.exponential)
+        )
+        counts = batch.target_counts
+        if weights.exponential[0] == 0:
+            # The op needs to know whole sequences only where it has exponential weights.
+            ends = list(accumulate(counts, initial=0))
+            counts = counts[ends.index(batch.num_positive_targets) :]
         return sequence_loss(
             hidden,
             weight,
             batch.targets,
             batch.cu_seqlens,
-            torch.zeros_like(wanted),
-            wanted,
+            linear,
+            exponential,
+            temperature=weights.temperature,
             denominators=self._lengths(batch),
             valid_index=batch.valid_index,
-            exponential_lengths=batch.target_counts,
+            exponential_lengths=counts,
             backend=self.section.backend,
             **logits._asdict(),
         )
@@ -200,8 +210,7 @@ class PackedLoss:
         totals: StepTotals,
         logits: Logits,
     ) -> RediLoss:
-        """The mean over units of the formula's `terms`."""
-        assert declared.terms is not None
+        """The mean over units of the formula's losses of traces or pairs."""
         token_logps = linear_logprobs(
             hidden,
             weight,
@@ -217,8 +226,12 @@ class PackedLoss:
         if self.section.kind.reference:
             assert self.reference is not None, "set_reference was not called"
             reference = self.reference[batch.sequence_ids]
-        lengths = self._lengths(batch)
-        terms = declared.terms(self.section, Sequences(weighted, lengths, batch.signs, reference))
+        sequences = Sequences(weighted, self._lengths(batch), batch.signs, reference)
+        if declared.exponential is not None:
+            terms = declared.exponential(self.section).terms(sequences)
+        else:
+            assert declared.terms is not None
+            terms = declared.terms(self.section, sequences)
         if self.section.kind.units != "margins":
             terms = terms * (batch.signs != 0)
             if batch.weights is not None:

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from redi.bench.learning.prediction import (
     with_floor,
     without_floor,
 )
-from redi.bench.learning.students import METHODS, load_student, train
+from redi.bench.learning.students import METHODS, StudyMethod, load_student, train
 from redi.bench.learning.tasks import (
+    CHOICE,
     HABIT,
+    LATE,
     LONGEST_WALK,
     PITFALLS,
     SLIP_PROBABILITY,
@@ -150,6 +152,41 @@ def test_incorrect_walks_are_shorter_and_habits_are_in_both_kinds_of_trace() -> 
     for problem, done in attempts(HABIT, 300):
         blank[done.correct].append(HABIT.fault_share(problem, done.text))
     assert 0.35 < statistics.fmean(blank[True]) < statistics.fmean(blank[False]) - 0.05
+
+
+def test_choices_of_both_kinds_of_trace_have_the_same_letters_at_other_places() -> None:
+    high, wrong = {True: [], False: []}, {True: [], False: []}
+    for problem, done in attempts(CHOICE, 600):
+        digits = map(int, problem[1:7])
+        errors = sum(
+            (digit >= 5) != (letter == "u") for digit, letter in zip(digits, done.text, strict=True)
+        )
+        assert CHOICE.fault_share(problem, done.text) == pytest.approx(errors / 6)
+        assert done.correct == (errors <= 3)
+        high[done.correct].append(done.text.count("u") / 6)
+        wrong[done.correct].append(errors / 6)
+    assert abs(statistics.fmean(high[True]) - statistics.fmean(high[False])) < 0.02
+    for correct, counts in ((True, range(3, 7)), (False, range(3))):
+        chances = {n: math.comb(6, n) * 0.35**n * 0.65 ** (6 - n) for n in counts}
+        expected = sum((6 - n) / 6 * chance for n, chance in chances.items())
+        assert statistics.fmean(wrong[correct]) == pytest.approx(
+            expected / sum(chances.values()), abs=0.02
+        )
+
+
+def test_late_traces_of_a_problem_share_all_but_the_end() -> None:
+    shared = []
+    for problem, done in attempts(LATE, 300):
+        values = [int(problem[0])]
+        for digit in problem[1:10]:
+            values.append(abs(values[-1] - int(digit)))
+        right = "".join(map(str, values[1:]))
+        assert done.correct == (done.text[-1] == right[-1])
+        follows = abs(int(done.text[7]) - int(problem[9])) == int(done.text[8])
+        assert LATE.fault_share(problem, done.text) == (not follows)
+        shared.append(done.text[:8] == right[:8])
+    assert statistics.fmean(shared) > 0.88  # 0.99 to the eighth power is 0.92
+    assert LATE.fault_share("2914177001=", "7") == 1
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -322,9 +359,9 @@ def test_the_study_trains_as_the_product_does(tmp_path: Path) -> None:
             assert value == pytest.approx(line[key], rel=1e-4, abs=1e-7), key
 
 
-def run_seed(folder: Path) -> dict[str, Any]:
+def run_seed(folder: Path, methods: Sequence[StudyMethod]) -> dict[str, Any]:
     """A tiny seed of the habit task; every record but for its time."""
-    study.run_seed("habit", 1, TINY, folder, "cpu")
+    study.run_seed("habit", 1, methods, TINY, folder, "cpu")
     found = {}
     for path in sorted((folder / "habit-1").rglob("*.json")):
         if path.name == "stage-1.json" or path.parent.name == "cells":
@@ -336,9 +373,9 @@ def test_a_seed_run_again_makes_what_is_missing_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = {"control 2x", "DPO"}
-    monkeypatch.setattr(study, "METHODS", [one for one in METHODS if one.name in wanted])
+    methods = [one for one in METHODS if one.name in wanted]
     monkeypatch.setattr(study, "RATES", (1e-3,))
-    first = run_seed(tmp_path)
+    first = run_seed(tmp_path, methods)
     assert list(first) == ["DPO_0.001.json", "control-2x_0.001.json", "stage-1.json"]
     cells = tmp_path / "habit-1" / "cells"
     kept = (cells / "DPO_0.001.json").stat().st_mtime_ns
@@ -346,7 +383,7 @@ def test_a_seed_run_again_makes_what_is_missing_and_nothing_else(
     (cells / "control-2x_0.001.json").rename(cells / "control-2x_0.001.unfinished")
     (tmp_path / "habit-1" / "student").rename(tmp_path / "habit-1" / "student.unfinished")
     (tmp_path / "habit-1" / "stage-1.json").unlink()
-    assert run_seed(tmp_path) == first
+    assert run_seed(tmp_path, methods) == first
     assert (cells / "DPO_0.001.json").stat().st_mtime_ns == kept
 
 

@@ -35,8 +35,13 @@ UNITS = {"positives": 5, "traces": 10, "pairs": 5, "margins": 5}
 
 
 def section(name: str, **options: Any) -> ObjectiveConfig:
-    needed = {"beta": BETA} if name in ("simpo", "dpo") else {}
-    return ObjectiveConfig(name=name, alpha=ALPHA, **{**needed, **options})  # type: ignore[arg-type]
+    needed = {"beta": BETA} if "beta" in OBJECTIVES[name].parameters else {}
+    return ObjectiveConfig(name=name, **{"alpha": ALPHA, **needed, **options})  # type: ignore[arg-type]
+
+
+def log_odds(logps: Tensor) -> Tensor:
+    p = logps.mean().exp()
+    return torch.log(p / (1 - p).clamp(min=2.0**-100))
 
 
 # name: section, and the loss as a function of the log-probs of the tokens of each positive y and
@@ -75,9 +80,29 @@ CASES: dict[str, tuple[ObjectiveConfig, Callable[..., Tensor]]] = {
         section("unlikelihood"),
         lambda y, z, r, q, a, b: (-a * y.mean() - b * 0.6 * torch.log1p(-z.exp()).mean()) / 5,
     ),
+    "bounded_redi": (
+        section("bounded_redi"),
+        lambda y, z, r, q, a, b: (-a * y.mean() + b * 0.6 * z.mean().exp()) / 5,
+    ),
+    "bounded_redi-hot": (
+        section("bounded_redi", temperature=2.5),
+        lambda y, z, r, q, a, b: (-a * y.mean() + b * 0.6 * 2.5 * (z.mean() / 2.5).exp()) / 5,
+    ),
     "simper": (
         section("simper"),
         lambda y, z, r, q, a, b: (-a * y.mean().exp() + b * z.mean().exp()) / 5,
+    ),
+    "topr": (
+        section("topr"),
+        lambda y, z, r, q, a, b: (
+            (-a * y.mean() + b * 0.6 * (z.sum().detach() - q).exp().clamp(max=1) * z.mean()) / 5
+        ),
+    ),
+    "orpo": (
+        section("orpo"),
+        lambda y, z, r, q, a, b: (
+            (a + b) / 2 * (-y.mean() - BETA * logsigmoid(log_odds(y) - log_odds(z))) / 5
+        ),
     ),
     "simpo": (
         section("simpo", margin=MARGIN),
@@ -192,7 +217,7 @@ def unlikelihood(logps: Tensor, weights: Tensor) -> Tensor:
 def test_spans_weight_the_tokens_of_the_formula(case: str, row_tokens: int, tmp_path: Path) -> None:
     """Masked tokens are left out of sums and of |y|, other weights multiply the coefficients."""
     of, formula_of_pairs = CASES[case]
-    exponential = case in ("simper", "redi-gamma")
+    exponential = of.kind.exponential or case == "redi-gamma"
     weights = [
         found and [abs(weight) if exponential else weight for weight in found]
         for found in TOKEN_WEIGHTS
@@ -301,25 +326,35 @@ def test_ones_run_the_ops_of_no_spans_and_masks_too(tmp_path: Path) -> None:
     assert not torch.equal(found[0][2], found[2][2])
 
 
-def test_simper_is_one_fused_pass_unless_spans_weight_its_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["simper", "bounded_redi"])
+def test_exponentials_are_one_fused_pass_unless_spans_weight_tokens(
+    name: str, tmp_path: Path
+) -> None:
     weights = [None, [0.5, *[1.0] * 8], *[None] * 8]
-    ran = []
-    for name, of_tokens in (("plain", None), ("weighted", weights)):
-        tokens = make_tokens(
-            tmp_path / name,
-            PROMPTS,
-            COMPLETIONS,
-            SIGNS,
-            np.repeat(range(5), 2),
-            token_weights=of_tokens,
-        )
-        (batch, _) = packs_of(tokens, section("simper"), 1000)
-        hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids]).float()
-        head = torch.randn(V, D, generator=torch.Generator().manual_seed(1), requires_grad=True)
-        with OpCounter() as ops:
-            PackedLoss(section("simper"))(hidden, head, batch, StepTotals(5, 1)).loss.backward()
-        ran.append((ops.ran["redi::sequence_loss"], ops.ran["redi::linear_logprobs"]))
-    assert ran == [(1, 0), (0, 1)]
+    plain, weighted = (
+        ops_of(section(name), tmp_path / str(number), given)
+        for number, given in enumerate((None, weights))
+    )
+    assert (plain["redi::sequence_loss"], plain["redi::linear_logprobs"]) == (1, 0)
+    assert (weighted["redi::sequence_loss"], weighted["redi::linear_logprobs"]) == (0, 1)
+
+
+def test_without_weight_bounded_redi_only_measures_incorrect_traces(tmp_path: Path) -> None:
+    """One product for their tokens, as with `redi` at alpha 0."""
+    ran = ops_of(section("bounded_redi", alpha=0.0), tmp_path, None)
+    assert (ran["redi::signed_cross_entropy"], ran["redi::sequence_loss"]) == (1, 0)
+
+
+def ops_of(of: ObjectiveConfig, folder: Path, weights: list[list[float] | None] | None) -> Any:
+    """Counts of the ops that forward and backward of a pack run."""
+    groups = np.repeat(range(5), 2)
+    tokens = make_tokens(folder, PROMPTS, COMPLETIONS, SIGNS, groups, token_weights=weights)
+    (batch, _) = packs_of(tokens, of, 1000)
+    hidden = torch.cat([states_of(tokens, int(i)) for i in batch.sequence_ids]).float()
+    head = torch.randn(V, D, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    with OpCounter() as ops:
+        PackedLoss(of)(hidden, head, batch, StepTotals(5, 1)).loss.backward()
+    return ops.ran
 
 
 def test_dpo_before_any_step_is_ln_2(tmp_path: Path) -> None:
@@ -402,7 +437,7 @@ USERS_MISTAKES = {
     "name = 'dpo'": "objective.beta is missing: dpo needs it",
     "name = 'dpo'\nbeta = 0.0": "objective.beta must be > 0, got 0.0",
     "name = 'dpo'\nbeta = 0.1\nlabel_smoothing = 0.5": "label_smoothing must be in [0, 0.5)",
-    "name = 'redi'\nbeta = 0.1": "objective.beta is not used by redi (but by simpo, dpo)",
+    "name = 'redi'\nbeta = 0.1": "objective.beta is not used by redi (but by simpo, orpo, dpo)",
     "name = 'sft'\nalpha = 0.5": "objective.alpha is not used by sft",
     "name = 'simpo'\nbeta = 2.0\nmargin = inf": "objective.margin must be finite",
     "name = 'dpo'\nbeta = 1.0\nnormalisation = 'token'": "normalisation must be sequence for dpo",

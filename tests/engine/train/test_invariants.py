@@ -34,6 +34,7 @@ SIBLINGS = {
     "signed": {"objective.name": "signed"},
     "unlikelihood": {"objective.name": "unlikelihood"},
     "discounted": {"objective.name": "redi", "objective.negative_gamma": 0.5},
+    "bounded": {"objective.name": "bounded_redi"},
     "simper": {"objective.name": "simper"},
     "simpo": {"objective.name": "simpo", "objective.beta": 2.0},
 }

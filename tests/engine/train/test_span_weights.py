@@ -195,6 +195,11 @@ def test_logprobs_leave_out_what_is_masked(
     [
         ({"objective.name": "simper"}, 'objective.name = "simper" takes the exponential'),
         pytest.param(
+            {"objective.name": "bounded_redi"},
+            'objective.name = "bounded_redi" takes the exponential',
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             {"objective.negative_gamma": 0.5},
             "objective.negative_gamma takes the exponential",
             marks=pytest.mark.slow,
