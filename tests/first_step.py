@@ -1,6 +1,7 @@
 """The first step of a recipe by plain transformers in float64, one sequence at a time."""
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,11 +57,17 @@ def plain_first_step(
     model.config._experts_implementation = "eager"  # the grouped products have no float64
     loss = torch.zeros((), dtype=torch.float64)
     means: dict[int, list[float]] = {1: [], -1: []}
+    routers: list[Any] = []
+    coefficient = recipe.train.router_aux_loss
     for index in data.examples.units[batches.units].flatten().tolist():
         ids = torch.from_numpy(data.tokens.ids(index).astype("int64"))
         prompt = int(data.tokens.prompt_lengths[index])
         sign = int(data.tokens.signs[index])
-        logp = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        options = {"output_router_logits": True} if coefficient else {}
+        out = model(input_ids=ids[None], **options)
+        if coefficient:
+            routers.append(out.router_logits)
+        logp = out.logits[0, :-1].log_softmax(-1)
         logps = logp.gather(1, ids[1:, None])[prompt - 1 :, 0]
         means[sign].append(logps.mean().item())
         if recipe.objective.normalisation == "token":
@@ -68,6 +75,10 @@ def plain_first_step(
         else:
             alpha = recipe.objective.alpha
             loss = loss + (-1.0 if sign > 0 else alpha) * logps.mean() / len(batches.units)
+    if coefficient:
+        layers = tuple(torch.cat(layer) for layer in zip(*routers, strict=True))
+        balance = sys.modules[type(model).__module__].load_balancing_loss_func
+        loss = loss + coefficient * balance(layers, model.num_experts, model.num_experts_per_tok)
     loss.backward()
     grads = [p.grad for name, p in model.named_parameters() if trained(name) and p.grad is not None]
     norm = math.sqrt(sum(grad.square().sum().item() for grad in grads))

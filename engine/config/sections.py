@@ -332,6 +332,9 @@ class TrainConfig(Section, name="train"):
     """Seed of the order of the data and of dropout."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of computation (master weights are fp32) and of the export; auto: bfloat16 on CUDA."""
+    router_aux_loss: float | None = ranged(None, NOT_NEGATIVE)
+    """Coefficient of the load-balancing loss of a mixture's routers, over all tokens of a step;
+    default: the model's router_aux_loss_coef if it has output_router_logits = true, else 0."""
     deterministic: bool = False
     """Make runs on CUDA bitwise reproducible, at some cost in speed (runs on a CPU always are)."""
 

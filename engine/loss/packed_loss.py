@@ -49,10 +49,15 @@ class StepTotals:
     Attributes:
         units: number of pairs, or of sequences if the objective has no pairs: B.
         targets: number of trained tokens.
+        tokens: number of all tokens; a router loss needs it.
+        expert_counts: int64 [E], tokens that choose each expert, over all routers; None if the step
+            has one pack per rank, whose forward counts them.
     """
 
     units: int
     targets: int
+    tokens: int = 0
+    expert_counts: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -92,17 +92,6 @@ def check_dropout(path: str, config: Any, attention: str) -> None:
         )
 
 
-def router_loss(config: Any) -> str | None:
-    """A warning if a mixture of experts has a router loss, which is not trained."""
-    coefficient = getattr(config, "router_aux_loss_coef", None)
-    if not coefficient or not getattr(config, "output_router_logits", False):
-        return None
-    return (
-        f"the model's router loss (router_aux_loss_coef = {coefficient:g}, output_router_logits = "
-        "true) is not trained: only the objective is"
-    )
-
-
 def _config_problem(config: Any) -> str | None:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):

@@ -29,6 +29,7 @@ from redi.engine.model.export import check_exportable
 from redi.engine.model.liger import apply_liger
 from redi.engine.model.load import empty_model, generation_config, read_config
 from redi.engine.model.mixers import separate_documents
+from redi.engine.model.router_loss import router_loss
 from redi.engine.model.sharding import shard
 from redi.engine.model.student import Student
 from redi.engine.model.weights import read_weights
@@ -111,8 +112,11 @@ def build_student(
     if recipe.adapter.wanted:
         adapter = add_adapter(model, recipe.adapter, dtype)
         console.say(f"adapter: {adapter.text(model)}")
+    router = router_loss(recipe, model)
+    if router is not None:
+        console.say(f"router loss: {router.coefficient:g} x that of {router.routers} routers")
     model.train()
-    student = Student(model, PackedLoss(recipe.objective), adapter)
+    student = Student(model, PackedLoss(recipe.objective), adapter, router)
     shard(student, recipe.shard, dtype, world.device, recipe.train.resolved_row_tokens)
     student.to_empty(device=world.device)  # allocates the shards alone
     read_weights(model, path)

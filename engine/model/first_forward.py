@@ -42,6 +42,8 @@ class ForwardRecord:
     """Number of modules with liger-kernel's forward, by class; "rope" if its RoPE is used."""
     adapter: dict[str, int]
     """Number of layers that ran with an adapter, by name; empty without one."""
+    routers: int = 0
+    """Number of routers whose load-balancing loss is trained."""
 
     def text(self) -> str:
         """One line for the log."""
@@ -56,6 +58,7 @@ class ForwardRecord:
             f"attention {self.attention} in {self.attention_calls} layers{windows}{mixers}; "
             f"loss {loss}; liger-kernel {liger or 'off'}"
             + (f"; adapter on {adapter}" if adapter else "")
+            + (f"; loss of {self.routers} routers" if self.routers else "")
         )
 
 

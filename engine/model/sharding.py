@@ -9,7 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from redi.engine.config.sections import ShardConfig
 from redi.engine.model.checkpointing import checkpoint_blocks
@@ -68,6 +73,7 @@ def shard(
     if student.head.weight is not student.model.get_input_embeddings().weight:
         fully_shard(student.head, **options, reshard_after_forward=False)
     fully_shard(student, **options)
+    register_fsdp_forward_method(student, "expert_counts")
     for module in _groups(student):
         # Sum over ranks, because denominators are global counts. gloo supports only sums.
         module.set_force_sum_reduction_for_comms(True)

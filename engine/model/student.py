@@ -8,6 +8,8 @@ mix plain tensors with sharded ones.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -24,6 +26,7 @@ from redi.engine.model.attention import NAME, document_kwargs
 from redi.engine.model.first_forward import ForwardRecord, record_forward
 from redi.engine.model.logits import logits_of
 from redi.engine.model.offload import Offload
+from redi.engine.model.router_loss import RouterLoss, RouterSums
 from redi.kernels import FilteredRediLoss, RediLoss, segment_sum, signed_cross_entropy
 
 Out = TypeVar("Out")
@@ -70,13 +73,19 @@ class Student(nn.Module):
     """A causal LM whose forward returns a pack's share of the step's loss."""
 
     def __init__(
-        self, model: PreTrainedModel, objective: PackedLoss, adapter: Adapter | None = None
+        self,
+        model: PreTrainedModel,
+        objective: PackedLoss,
+        adapter: Adapter | None = None,
+        router_loss: RouterLoss | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.adapter = adapter
         """What alone is trained, if it was added to the model."""
         self.objective = objective
+        self.router_loss = router_loss
+        """Added to the objective, if the model is a mixture of experts."""
         self.ran: ForwardRecord | None = None
         """Record of the first training forward, or of the first forward if there was none."""
         self._trained = False
@@ -116,18 +125,39 @@ class Student(nn.Module):
             return self.score_or_loss(batch, totals)
         out, self.ran = record_forward(self.model, partial(self.score_or_loss, batch, totals))
         self._trained = training
+        if training and self.router_loss is not None:
+            self.ran = replace(self.ran, routers=self.router_loss.recorded)
         return out
 
     def score_or_loss(
         self, batch: PackedBatch, totals: StepTotals | None
     ) -> RediLoss | FilteredRediLoss | PackScores:
         """`forward` without recording what ran."""
-        hidden = self.hidden_states(batch)
         if totals is None:
-            return self.head(hidden.detach(), partial(self._score, batch=batch))
+            hidden = self.hidden_states(batch).detach()
+            return self.head(hidden, partial(self._score, batch=batch))
+        router_loss = self.router_loss
+        recording: AbstractContextManager[list[RouterSums]] = (
+            router_loss.recording() if router_loss else nullcontext([])
+        )
+        with recording as routers:
+            hidden = self.hidden_states(batch)
         with record_function("redi.loss"):
             loss = partial(self.objective, batch=batch, totals=totals, logits=self.logits)
-            return self.head(hidden, loss)
+            out = self.head(hidden, loss)
+            if router_loss is None:
+                return out
+            return out._replace(
+                loss=out.loss + router_loss.of_pack(routers, totals, batch.is_dummy)
+            )
+
+    def expert_counts(self, batch: PackedBatch) -> torch.Tensor:
+        """Tokens of a pack that choose each expert, over all routers, int64 [E]."""
+        assert self.router_loss is not None
+        with self.router_loss.recording() as routers:
+            self.hidden_states(batch)
+        counts = torch.stack([one.counts for one in routers]).sum(0)
+        return torch.zeros_like(counts) if batch.is_dummy else counts
 
     def _score(self, hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> PackScores:
         _, logps, entropies = signed_cross_entropy(

@@ -35,6 +35,7 @@ from redi.engine.model.attention import PLANNED
 from redi.engine.model.build import build_model
 from redi.engine.model.flops import ModelSize, head_dim
 from redi.engine.model.offload import host_memory
+from redi.engine.model.router_loss import router_loss
 from redi.engine.model.sharding import compute_dtype, reshard, shard
 from redi.engine.model.student import Student
 from redi.engine.plan.cards import Card
@@ -170,6 +171,7 @@ def phase_peaks(
     adapter = None
     if recipe.adapter.wanted:
         adapter = add_adapter(model, recipe.adapter, dtype)
+    router = router_loss(recipe, model)
     model.train()
     section = recipe.objective
     filters = section.filter_epsilon > 0
@@ -177,7 +179,7 @@ def phase_peaks(
     if section.kind.reference:
         traces = int(load.pack.sequence_ids.max()) + 1
         objective = replace(objective, reference=torch.zeros(traces))
-    student = Student(model, objective, adapter)
+    student = Student(model, objective, adapter, router)
     exp_gemm = student.logits == PLAIN and _uses_exp_gemm(recipe, card, dtype, config.hidden_size)
     # The second micro-step starts with what the first has left, like any later one.
     packs = [load.pack] * min(load.micro_steps, 2)
@@ -316,7 +318,8 @@ def _watch(student: Student, tracker: MemoryTracker) -> None:
 
         def output(_: torch.nn.Module, __: Any, out: Tensor | tuple[Tensor, ...]) -> None:
             hidden = out if isinstance(out, Tensor) else out[0]
-            hidden.register_hook(backward)
+            if hidden.requires_grad:  # not while experts are counted
+                hidden.register_hook(backward)
 
         module.register_forward_pre_hook(forward)
         module.register_forward_hook(output)

@@ -63,6 +63,8 @@ class PackResult:
     """int64 [S]."""
     dropped: torch.Tensor | None
     """float64 [S]: mean share of a token's probability that a filter excluded from the gradient."""
+    router_loss: torch.Tensor | None = None
+    """The part of `loss` that is the routers'."""
 
 
 @dataclass(frozen=True)

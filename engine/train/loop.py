@@ -242,6 +242,8 @@ def _metrics_line(
     if result.filtered:
         line["positive_dropped"] = result.positive_dropped
         line["negative_dropped"] = result.negative_dropped
+    if result.router_aux_loss is not None:
+        line["router_aux_loss"] = result.router_aux_loss
     return line
 
 

@@ -18,6 +18,7 @@ from redi.engine.model.architecture import attention_for, check_dropout, has_mix
 from redi.engine.model.attention import NOT_IN_GRAPHS
 from redi.engine.model.build import model_config
 from redi.engine.model.checkpointing import NOT_KEPT
+from redi.engine.model.router_loss import router_coefficient
 from redi.engine.model.sharding import compute_dtype
 from redi.engine.storage import open_run
 from redi.engine.train.guards import check_not_collapsed
@@ -67,6 +68,11 @@ def _check_compile(recipe: Recipe, attention: str, config: Any) -> None:
         raise InputError(
             "shard.compile: a model whose linear attention or convolutions run document by "
             "document cannot be compiled; remove it"
+        )
+    if router_coefficient(recipe, config) and recipe.shard.compile:
+        raise InputError(
+            "shard.compile: the router loss reads the routers inside of blocks, which a compiled "
+            "block does not show; remove it, or set train.router_aux_loss = 0"
         )
     recomputed = recipe.shard.checkpointing != "none"
     if recipe.shard.compile and recomputed and attention in NOT_IN_GRAPHS:

@@ -21,7 +21,6 @@ from redi.engine.data.summary import show, warnings
 from redi.engine.data.tokens import file_fingerprints
 from redi.engine.distributed import World
 from redi.engine.model.adapter import lasting_path
-from redi.engine.model.architecture import router_loss
 from redi.engine.model.build import build_student
 from redi.engine.model.export import export
 from redi.engine.model.flops import model_size
@@ -134,7 +133,7 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
     row_tokens = recipe.train.resolved_row_tokens
     summary = data.summarize(row_tokens, world.size, cost, recipe.shard.gather)
     show(summary, str(run_dir), console)
-    for warning in [*warnings(summary), *_recipe_warnings(recipe, found.config, total)]:
+    for warning in [*warnings(summary), *_recipe_warnings(recipe, total)]:
         console.warn(warning)
 
     with stop.interruptible(world.size == 1):
@@ -176,7 +175,7 @@ def _finish(run: LocalRun) -> None:
     run.publish()
 
 
-def _recipe_warnings(recipe: Recipe, config: Any, total: int) -> list[str]:
+def _recipe_warnings(recipe: Recipe, total: int) -> list[str]:
     """Warnings about the recipe, printed before hours of training."""
     found = []
     if (profiled := recipe.run.profile_steps) and profiled.start > total:
@@ -189,8 +188,6 @@ def _recipe_warnings(recipe: Recipe, config: Any, total: int) -> list[str]:
             f"objective.filter_epsilon = {epsilon:g}: the gradient is approximate; see "
             "positive_dropped and negative_dropped in the metrics"
         )
-    if router := router_loss(config):
-        found.append(router)
     if recipe.objective.name == "redi" and recipe.objective.alpha > 1:
         found.append(
             f"objective.alpha = {recipe.objective.alpha}: incorrect traces weigh more than correct "

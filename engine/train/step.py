@@ -17,6 +17,7 @@ from redi.engine.distributed import World
 from redi.engine.loss.packed_loss import StepTotals
 from redi.engine.model.sharding import gather_once
 from redi.engine.model.student import Student
+from redi.engine.train.expert_counts import count_experts
 from redi.engine.train.guards import PackResult
 from redi.engine.train.metrics import memory_figures
 from redi.engine.train.optimizer import Optimizer, squared_update, step_if
@@ -48,6 +49,8 @@ class StepResult:
     """The largest value over the ranks of `data_seconds` and of each of `memory_figures`."""
     filtered: bool
     """True if a filter excluded vocabulary entries from the gradient."""
+    router_aux_loss: float | None
+    """Without its coefficient; None without a router loss."""
 
 
 def train_step(
@@ -89,12 +92,10 @@ def train_step(
         for index, value in enumerate(figures.values()):
             largest[index] = value  # not torch.tensor(values): that copy would wait for the device
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        loss, positive, negative, dropped_positive, dropped_negative, stops, failures, *rest = (
-            torch.cat(
-                [sums, torch.stack([grad_norm.double(), update_norm, finite.double()]), largest]
-            ).tolist()
-        )
-    norm, update, taken, *of_ranks = rest
+        loss, positive, negative, dropped_positive, dropped_negative, router, *rest = torch.cat(
+            [sums, torch.stack([grad_norm.double(), update_norm, finite.double()]), largest]
+        ).tolist()
+    stops, failures, norm, update, taken, *of_ranks = rest
     result = StepResult(
         loss=loss,
         positive_logp=_mean(positive, batches.num_positives),
@@ -108,6 +109,7 @@ def train_step(
         save_failed=failures > 0,
         largest=dict(zip(figures, of_ranks, strict=True)),
         filtered=recipe.objective.filter_epsilon > 0,
+        router_aux_loss=router / student.router_loss.coefficient if student.router_loss else None,
     )
     return result, packs
 
@@ -124,7 +126,12 @@ def _run_packs(
     student: Student, batches: StepBatches, device: torch.device, reduce: str
 ) -> list[PackResult]:
     assert isinstance(student, FSDPModule)
-    totals = StepTotals(units=len(batches.units), targets=batches.num_targets)
+    totals = StepTotals(
+        units=len(batches.units),
+        targets=batches.num_targets,
+        tokens=batches.num_tokens,
+        expert_counts=count_experts(student, batches, device),
+    )
     packs = []
     for index, batch in enumerate(batches.micro_batches):
         on_device = batch.to(device, non_blocking=True)
@@ -141,7 +148,14 @@ def _run_packs(
         if isinstance(out, FilteredRediLoss):
             dropped = out.sequence_dropped.double() / lengths
         packs.append(
-            PackResult(batch.sequence_ids, out.loss.detach(), means, on_device.signs, dropped)
+            PackResult(
+                batch.sequence_ids,
+                out.loss.detach(),
+                means,
+                on_device.signs,
+                dropped,
+                student.router_loss.share if student.router_loss else None,
+            )
         )
     return packs
 
@@ -160,15 +174,17 @@ def clip(student: Student, max_norm: float) -> torch.Tensor:
 def _step_sums(
     packs: list[PackResult], stop_requested: bool, save_failed: bool, device: torch.device
 ) -> torch.Tensor:
-    """Sums over the packs of all ranks, float64 [7] on the device.
+    """Sums over the packs of all ranks, float64 [8] on the device.
 
     Loss; mean log-probs of positives and of negatives; probability that a filter excluded, of
-    positives and of negatives; stop requests; failed saves.
+    positives and of negatives; router loss; stop requests; failed saves.
     """
-    sums = torch.zeros(7, dtype=torch.float64, device=device)
-    sums[5], sums[6] = stop_requested, save_failed
+    sums = torch.zeros(8, dtype=torch.float64, device=device)
+    sums[6], sums[7] = stop_requested, save_failed
     for one in packs:
         sums[0] += one.loss
+        if one.router_loss is not None:
+            sums[5] += one.router_loss
         for first, values in ((1, one.means), (3, one.dropped)):
             if values is not None:
                 # Not values[signs > 0]: boolean indexing would wait for the device.
