@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from redi.kernels import segments, softmax
+from redi.kernels import segments, softmax, topk_softmax
 from redi.kernels.reference import Backend
 from redi.kernels.softmax import GradientRows
 from redi.kernels.validate import check_choice
@@ -25,6 +25,8 @@ class Kernels:
 
     softmax: Callable[..., Tensor | None]
     """See `softmax.softmax`."""
+    topk_softmax: Callable[..., Tensor | None]
+    """See `topk_softmax.topk_softmax`."""
     token_weights: Callable[..., tuple[Tensor, Tensor]]
     """See `segments.token_weights`."""
     sum_segments: Callable[[Tensor, Tensor], Tensor]
@@ -119,6 +121,7 @@ def kernels_of(backend: str) -> Kernels:
     if backend == "torch":
         return Kernels(
             softmax.softmax,
+            topk_softmax.topk_softmax,
             segments.token_weights,
             segments.sum_segments,
             segments.spread_segments,
@@ -128,6 +131,7 @@ def kernels_of(backend: str) -> Kernels:
 
     kernels = Kernels(
         softmax_triton.softmax,
+        topk_softmax.topk_softmax,
         segments_triton.token_weights,
         segments_triton.sum_segments,
         segments_triton.spread_segments,

@@ -48,6 +48,8 @@ class Outputs:
     """[T] likewise: log-sum-exps."""
     mean_logps: Tensor | None = None
     """[T] likewise: means over the vocabulary of its log-probs."""
+    divergences: Tensor | None = None
+    """[T] likewise, of a teacher: along with `Terms.teacher`."""
     dropped: Tensor | None = None
     """[T], a filter's: the share of each token's probability that was left out."""
     dhidden: Tensor | None = None
@@ -192,7 +194,7 @@ def gradient_rows(
         weight: [V, D], for the softmax kernel a `product_operand`.
         token_weights: [T], or None for log-probs alone.
         logps: [T], written at the chunk's tokens.
-        statistics: of which entropies, log-sum-exps and mean log-probs are filled in.
+        statistics: of which all but log-probs are filled in.
         room: [C, V], overwritten: logits, or the exponentials in their place.
         dlogits: [C, V], where the softmax kernel writes the gradient; None: it chooses.
     """
@@ -208,11 +210,17 @@ def gradient_rows(
             logit_scale=terms.logit_scale,
         )
     out = Outputs() if statistics is None else statistics
+    logits, dtype = matmul(chunk.hidden, weight.T, room), chunk.hidden.dtype
+    if terms.teacher is not None:
+        gradient = kernels.topk_softmax(
+            logits, *where, dtype=dtype, logps=logps, divergences=out.divergences, terms=terms
+        )
+        return None if gradient is None else GradientRows(gradient)
     gradient = kernels.softmax(
-        matmul(chunk.hidden, weight.T, room),
+        logits,
         *where,
         coefficient=coefficient,
-        dtype=chunk.hidden.dtype,
+        dtype=dtype,
         logps=logps,
         terms=terms,
         entropies=out.entropies,
@@ -251,7 +259,7 @@ def cross_entropy_chunks(
     `valid_index` without `num_with_grad` does not know them and treats all tokens alike.)
     """
     kept, dtype = out.kept, accumulation_dtype(hidden.dtype)
-    statistics = out.entropies, out.lses, out.mean_logps
+    statistics = out.entropies, out.lses, out.mean_logps, out.divergences
     if not terms.are_plain or any(values is not None for values in statistics):
         kernels = replace(kernels, exp_gemm=None)
     if kept is not None:

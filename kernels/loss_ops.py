@@ -244,6 +244,9 @@ def total_loss(
     losses = token_losses(out.logps, of_targets, coefficient)
     added = term_losses(terms, weights, out.entropies, out.lses, out.mean_logps)
     losses = losses if added is None else losses + added
+    if terms.teacher is not None:
+        assert out.divergences is not None
+        losses = losses + terms.teacher.losses(out.divergences)
     return losses.masked_fill(targets == IGNORE_INDEX, 0.0).sum()
 
 

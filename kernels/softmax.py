@@ -7,9 +7,13 @@ are the same: read this one first.
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from redi.kernels.topk_softmax import Teacher
 
 # 1 - p counts as at least this: the unlikelihood of a certain token stays finite, and so does the
 # product of its coefficient, weight / 2^-100, with the (underflowing) other columns.
@@ -72,11 +76,13 @@ class Terms:
     """l: adds sum_t l_t lse_t, lse the row's log-sum-exp."""
     z_weights: Tensor | None = None
     """q: adds sum_t q_t lse_t^2."""
+    teacher: "Teacher | None" = None
+    """Adds its divergences; computed by `topk_softmax`, which takes no other term."""
 
     @property
     def are_plain(self) -> bool:
         """Whether there is at most a scale, which `exp_gemm` computes too."""
-        weights = self.entropy_weights, self.lse_weights, self.z_weights
+        weights = self.entropy_weights, self.lse_weights, self.z_weights, self.teacher
         numbers = self.softcap, self.label_smoothing
         return numbers == (None, 0.0) and all(values is None for values in weights)
 
@@ -91,6 +97,7 @@ class Terms:
             entropy_weights=times(self.entropy_weights),
             lse_weights=times(self.lse_weights),
             z_weights=times(self.z_weights),
+            teacher=None if self.teacher is None else self.teacher.scaled(factor),
         )
 
     def lse_gradients(self, tokens: Tensor, lses: Tensor) -> Tensor | None:
@@ -114,6 +121,8 @@ class Terms:
         ):
             if values is not None:
                 bounds = bounds.abs() + factor * values.abs()
+        if self.teacher is not None:
+            bounds = bounds.abs() + self.teacher.gradient_bounds()
         return bounds
 
 

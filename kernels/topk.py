@@ -4,19 +4,43 @@ They are known before the forward pass, so forward and backward are three produc
 cross-entropy, which may be added in the same pass.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from redi.kernels import reference
-from redi.kernels.backends import choose_backend
-from redi.kernels.reference import IGNORE_INDEX, Backend, Direction, Tail, TopkDivergence
+from redi.kernels.backends import choose_backend, kernels_of
+from redi.kernels.chunked import Outputs, TokenSchedule, cross_entropy_chunks
+from redi.kernels.loss_ops import (
+    needs_grad,
+    new_gradient,
+    optional_float,
+    save_gradients,
+    scale_gradients,
+    total_loss,
+)
+from redi.kernels.reference import (
+    IGNORE_INDEX,
+    Backend,
+    Direction,
+    Tail,
+    TopkDivergence,
+    accumulation_dtype,
+)
+from redi.kernels.softmax import Terms
+from redi.kernels.topk_softmax import Teacher
 from redi.kernels.validate import (
     check_divergence,
     check_logits,
     check_operands,
     check_schedule,
+    check_target_values,
     check_teacher,
     check_teacher_values,
     check_token_weights,
+    check_weight_values,
 )
 
 
@@ -105,23 +129,109 @@ def topk_divergence(
     check_logits(logit_scale, softcap)
     check_schedule(valid_index, chunk_tokens, hidden, num_with_grad)
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
-    teacher = teacher_ids.flatten(0, -2), teacher_logps.flatten(0, -2)
-    needs_positive = direction == "reverse" and not skew
-    check_teacher_values(*teacher, takes_part, weight.shape[0], needs_positive)
-    made = reference.topk_divergence(
-        hidden,
-        weight,
-        *teacher,
-        token_weights,
-        direction=direction,
-        temperature=temperature,
-        tail=tail,
-        skew=skew,
-        targets=takes_part,
-        target_weights=target_weights,
-        logit_scale=logit_scale,
-        softcap=softcap,
+    teacher = teacher_ids.flatten(0, -2), teacher_logps.flatten(0, -2), token_weights
+    if backend == "reference":
+        check_teacher_values(*teacher[:2], takes_part, weight.shape[0], direction, skew)
+        made = reference.topk_divergence(
+            hidden,
+            weight,
+            *teacher,
+            direction=direction,
+            temperature=temperature,
+            tail=tail,
+            skew=skew,
+            targets=takes_part,
+            target_weights=target_weights,
+            logit_scale=logit_scale,
+            softcap=softcap,
+        )
+        loss, divergences, logps = made.loss, made.token_divergences, made.token_logps
+        assert logps is not None
+    else:
+        schedule = valid_index, num_with_grad, chunk_tokens
+        loss, divergences, logps, *_ = _topk_divergence_op(
+            hidden, weight, takes_part, *teacher, target_weights, *schedule, backend,
+            direction, float(temperature), tail == "bucket", float(skew),
+            needs_grad(hidden, weight), float(logit_scale), optional_float(softcap),
+        )  # fmt: skip
+    token_logps = None if targets is None else logps.view(shape)
+    return TopkDivergence(loss, divergences.view(shape), token_logps)
+
+
+_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("redi::topk_divergence", mutates_args=())
+def _topk_divergence_op(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    teacher_ids: Tensor,
+    teacher_logps: Tensor,
+    token_weights: Tensor,
+    target_weights: Tensor | None,
+    valid_index: Tensor | None,
+    num_with_grad: int | None,
+    chunk_tokens: int | None,
+    backend: str,
+    direction: str,
+    temperature: float,
+    bucket: bool,
+    skew: float,
+    needs: Sequence[bool],
+    logit_scale: float,
+    softcap: float | None,
+) -> _Results:
+    """(loss, token_divergences, token_logps, dhidden, dweight); `needs` is of the last two."""
+    schedule = TokenSchedule(valid_index, num_with_grad, chunk_tokens)
+    check_target_values(targets, weight.shape[0], valid_index)
+    check_teacher_values(teacher_ids, teacher_logps, targets, weight.shape[0], direction, skew)
+    check_weight_values("token_weights", token_weights, targets, *schedule[:2])
+    if target_weights is None:
+        target_weights = torch.zeros_like(token_weights)
+    else:
+        check_weight_values("target_weights", target_weights, targets, *schedule[:2])
+    loss, divergences, logps, dhidden, dweight = results = _new_results(hidden, weight, needs)
+    teacher = Teacher(
+        teacher_ids,
+        teacher_logps,
+        token_weights.to(logps.dtype),
+        direction,
+        temperature,
+        bucket,
+        skew,
     )
-    assert made.token_logps is not None
-    logps = None if targets is None else made.token_logps.view(shape)
-    return TopkDivergence(made.loss, made.token_divergences.view(shape), logps)
+    terms = Terms(logit_scale, softcap, teacher=teacher)
+    need_dhidden, need_dweight = needs
+    out = Outputs(
+        logps=logps,
+        divergences=divergences,
+        dhidden=dhidden if need_dhidden else None,
+        dweight=dweight if need_dweight else None,
+    )
+    of_targets = target_weights.to(logps.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        cross_entropy_chunks(
+            hidden, weight, targets, of_targets, out, schedule, kernels_of(backend), terms=terms
+        )
+        loss.copy_(total_loss(out, of_targets, targets, "weight", terms))
+    return results
+
+
+def _new_results(hidden: Tensor, weight: Tensor, needs: Sequence[bool]) -> _Results:
+    """Uninitialised results of the op."""
+    dtype = accumulation_dtype(hidden.dtype)
+    loss, divergences, logps = (
+        hidden.new_empty(shape, dtype=dtype) for shape in ((), hidden.shape[:1], hidden.shape[:1])
+    )
+    need_dhidden, need_dweight = needs
+    gradients = new_gradient(hidden, need_dhidden), new_gradient(weight, need_dweight)
+    return loss, divergences, logps, *gradients
+
+
+@_topk_divergence_op.register_fake
+def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> _Results:
+    return _new_results(hidden, weight, arguments[-3])
+
+
+_topk_divergence_op.register_autograd(scale_gradients, setup_context=save_gradients)

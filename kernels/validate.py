@@ -89,6 +89,8 @@ def check_teacher(ids: Tensor, logps: Tensor, token_weights: Tensor) -> None:
             f"teacher_ids must have K entries for each of token_weights {_shape(token_weights)}, "
             f"got {_shape(ids)}"
         )
+    if ids.shape[-1] == 0:
+        raise ValueError(f"teacher_ids must have K >= 1 entries for each token, got {_shape(ids)}")
     if logps.shape != ids.shape:
         raise ValueError(
             f"teacher_logps must have the shape of teacher_ids {_shape(ids)}, got {_shape(logps)}"
@@ -365,10 +367,10 @@ def check_weight_values(
 
 
 def check_teacher_values(
-    ids: Tensor, logps: Tensor, targets: Tensor, vocab_size: int, need_positive: bool
+    ids: Tensor, logps: Tensor, targets: Tensor, vocab_size: int, direction: str, skew: float
 ) -> None:
     """Of unmasked tokens: ids -1 or in [0, V), each once; log-probs at most 0, -inf where the id is
-    -1, of a sum at most MOST_MASS. With `need_positive` all of other ids are finite. Reads them.
+    -1, of a sum at most MOST_MASS; finite where the direction divides by q. Reads the tensors.
 
     Args:
         ids, logps: [T, K].
@@ -394,7 +396,7 @@ def check_teacher_values(
     refuse(~(logps <= 0), "teacher_logps must be log-probs, at most 0", logps)
     filled = padding & (logps != -math.inf)
     refuse(filled, "teacher_logps must be -inf where teacher_ids is -1", logps)
-    if need_positive:
+    if direction == "reverse" and not skew:
         zero = ~padding & (logps == -math.inf)
         refuse(zero, 'teacher_logps must be finite for direction="reverse" without skew', logps)
     masses = logps.double().exp().sum(-1, keepdim=True)

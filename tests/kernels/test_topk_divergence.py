@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import Gradients, gradients, relative_error
+from kernel_cases import Gradients, Target, gradients, relative_error
 from torch import Tensor
 
 from redi.kernels import reference, signed_cross_entropy, topk_divergence
@@ -151,6 +151,55 @@ def test_gradients_are_finite_differences(form: str) -> None:
         ).loss
 
     assert torch.autograd.gradcheck(loss, (case.hidden, case.weight))
+
+
+def limit_of(case: TeacherCase, true: Gradients, **options: Any) -> float:
+    """Relative error of a gradient; float32 logits of up to 30 are off by 2e-6 themselves.
+
+    bfloat16: a tenth more than if an exact gradient by the logits were rounded, and the products.
+    """
+    dtype = case.hidden.dtype
+    if dtype != torch.bfloat16:
+        return {torch.float64: 1e-12, torch.float16: 1e-3}.get(dtype, 2e-5)
+    s = (case.hidden.double() @ case.weight.double().T).detach().requires_grad_()
+    identity = torch.eye(s.shape[1], dtype=torch.float64)
+    made = reference.topk_divergence(s, identity, *case.arguments[2:], **options)
+    dlogits = torch.autograd.grad(made.loss, s)[0].to(dtype)
+    rounded = Gradients(dlogits @ case.weight, dlogits.T @ case.hidden)
+    return 1.1 * max(relative_error(*pair) for pair in zip(rounded, true, strict=True))
+
+
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+LOGITS = {"scale": {"logit_scale": 0.7}, "softcap": {"logit_scale": 1.3, "softcap": 6.0}}
+
+
+def assert_exact(target: Target, case: TeacherCase, dtype: torch.dtype, **options: Any) -> None:
+    """Loss, divergences, log-probs and gradients are those of the float64 reference."""
+    case = case.to(dtype)
+    made, got = value_and_gradients(case, backend=target.backend, chunk_tokens=6, **options)
+    exact, true = value_and_gradients(case.to(torch.float64), backend="reference", **options)
+    expected_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    for value, expected in zip(made, exact, strict=True):
+        if expected is None:
+            assert value is None
+            continue
+        assert value.dtype == expected_dtype
+        rtol, atol = (1e-11, 1e-12) if dtype == torch.float64 else (2e-5, 5e-6)
+        torch.testing.assert_close(value.double(), expected, rtol=rtol, atol=atol)
+    assert_equal(got, true, limit_of(case, true, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_exact_in_every_form(target: Target, form: str, dtype: torch.dtype) -> None:
+    """With and without targets, at two temperatures, for a near and a far teacher."""
+    if dtype == torch.float64 and target.backend != "torch":
+        pytest.skip("Triton computes in float32")
+    for distance, sharpness, temperature in ((0.1, 1.0, 1.0), (1.0, 0.5, 1.7)):
+        case = teacher_case(distance=distance, sharpness=sharpness)
+        options = {**FORMS[form], "temperature": temperature}
+        assert_exact(target, case, dtype, **options)
+        assert_exact(target, case, dtype, **options, **case.mixed, **LOGITS["softcap"])
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
