@@ -18,6 +18,7 @@ ENGINE = [
     "math-verify>=0.8",
     "matplotlib>=3.9",
     "pyarrow>=18",
+    "pyyaml>=6.0",
     "rapidfuzz>=3.10",
     "requests>=2.32",
     "rich>=13",

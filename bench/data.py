@@ -56,6 +56,7 @@ def write(folder: Path, lengths: np.ndarray) -> None:
                 "row": number + 1,
                 "digest": number,
                 "prompt_digest": number // 2,
+                "hash": [one.to_bytes(16) for one in number.tolist()],
                 "token_weights": pa.nulls(len(some), pa.list_(pa.float32())),
                 "group": number // 2,
             }

@@ -433,6 +433,7 @@ def logprobs(argv: Sequence[str]) -> None:
         "Write each trace's log-prob (sum and mean) and mean entropy under a model, as Parquet.",
         "redi logprobs model --data traces.jsonl --out scores.parquet",
         "redi logprobs model --data traces.jsonl --out tokens.parquet --tokens",
+        "redi logprobs teacher --data traces.jsonl --out teacher.parquet --top 64",
     )
     parser.add_argument("model", metavar="MODEL", help="run directory, model directory or hub name")
     parser.add_argument(
@@ -451,7 +452,16 @@ def logprobs(argv: Sequence[str]) -> None:
         action="store_true",
         help="also write id, log-prob, entropy and place in the trace of each token, as lists",
     )
+    parser.add_argument(
+        "--top",
+        type=int,
+        default=0,
+        metavar="K",
+        help="also write the K most likely tokens at each token and their log-probs, to distill",
+    )
     args = parse_arguments(parser, argv)
+    if args.top < 0:
+        raise InputError(f"--top must be >= 1, got {args.top}")
     _announce_hub("model", args.model)
     _find_data(*args.data, kept_from={"out": args.out})
 
@@ -482,7 +492,7 @@ def logprobs(argv: Sequence[str]) -> None:
         console = Console(active=world.is_main)
         if warning:
             console.warn(warning)
-        write_logprobs(recipe, Path(args.out), world, console, args.tokens)
+        write_logprobs(recipe, Path(args.out), world, console, args.tokens, args.top)
     if _rank() == 0:
         print(args.out)
 

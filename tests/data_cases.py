@@ -117,6 +117,7 @@ def make_tokens(
         "row": range(1, n + 1),
         "digest": range(n),
         "prompt_digest": range(n),
+        "hash": [number.to_bytes(16) for number in range(n)],
         "unknown": [0] * n,
         "control": [0] * n,
         "token_weights": [None] * n if token_weights is None else token_weights,

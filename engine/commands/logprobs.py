@@ -29,7 +29,12 @@ from redi.engine.train.score_traces import model_key, score_traces
 
 
 def write_logprobs(
-    recipe: Recipe, out: Path, world: World, console: Console, per_token: bool = False
+    recipe: Recipe,
+    out: Path,
+    world: World,
+    console: Console,
+    per_token: bool = False,
+    top: int = 0,
 ) -> None:
     """Score every trace of `[data]` under `[model]` and write one Parquet row for each.
 
@@ -39,7 +44,9 @@ def write_logprobs(
     logp_mean and entropy_mean (nats per token, unweighted; float64). With `per_token` also lists
     with an entry for each scored token: token_ids (int32), token_logps and token_entropies (nats,
     float32), token_starts and token_ends (int32; see `Encoder.offsets`; null for texts without a
-    prompt and for tool calls). Memory holds a block of traces.
+    prompt and for tool calls). With `top` these columns too, and top_ids (int32) and top_logps
+    (float16), whose entry for each scored token is the list of the K most likely tokens there and
+    of their log-probs, most likely first. Memory holds a block of traces.
 
     Args:
         recipe: `[model]`, `[data]`, `train.row_tokens` and `train.dtype` are used. If `model.path`
@@ -48,6 +55,7 @@ def write_logprobs(
         world: this process.
         console: output of warnings and progress.
         per_token: whether the table has the scores of each token.
+        top: K; 0: without the most likely tokens.
 
     Raises:
         InputError: the model or data are invalid, a trace is longer than a pack or than the
@@ -73,6 +81,10 @@ def write_logprobs(
             raise InputError(f"--out: {out} cannot be written: {error.strerror}") from None
     transformers_logging.disable_progress_bar()
     config = model_config(recipe)
+    vocabulary = config.get_text_config().vocab_size
+    if top > vocabulary:
+        raise InputError(f"--top {top}: the model has only {vocabulary} tokens")
+    per_token = per_token or top > 0
     tokens = tokenized(recipe, recipe.data.paths, world, console)
     for line in unread_warnings(tokens.unread):
         console.warn(line)
@@ -103,7 +115,9 @@ def write_logprobs(
         table = None
         if world.is_main:
             stack.enter_context(_output(partial, out))
-            table = stack.enter_context(ScoreTable(partial, recipe, tokens, lengths, per_token))
+            table = stack.enter_context(
+                ScoreTable(partial, recipe, tokens, lengths, per_token, top > 0)
+            )
         scores = score_traces(
             student,
             tokens,
@@ -116,6 +130,7 @@ def write_logprobs(
             console=console,
             each_block=table.add if table else None,
             per_token=per_token,
+            top=top,
         )
     for path in scores.token_files:  # the table has their content
         path.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 from redi.engine.config.sections import Recipe
 from redi.engine.data.cache import TokenizedTraces
-from redi.engine.data.content_hash import trace_hash
 from redi.engine.data.rows import read_rows
 from redi.engine.data.text import Encoder
 from redi.engine.data.traces import Trace, normalise
@@ -36,6 +35,10 @@ _OF_TOKENS = [
     ("token_starts", pa.list_(pa.int32())),
     ("token_ends", pa.list_(pa.int32())),
 ]
+_TOP = [
+    ("top_ids", pa.list_(pa.list_(pa.int32()))),
+    ("top_logps", pa.list_(pa.list_(pa.float16()))),
+]
 
 
 class ScoreTable:
@@ -51,6 +54,7 @@ class ScoreTable:
         tokens: TokenizedTraces,
         lengths: np.ndarray,
         per_token: bool,
+        top: bool = False,
     ) -> None:
         """Begin the file.
 
@@ -58,14 +62,17 @@ class ScoreTable:
             recipe: its `[data]` and `[model]`, by which `tokens` were made.
             lengths: int64 [traces], tokens kept of each.
             per_token: whether it has the columns of tokens.
+            top: whether it has those of the most likely tokens too.
         """
         self._tokens = tokens
         self._lengths = lengths
         self._settings = token_settings(recipe, recipe.data.paths) if per_token else None
-        self._traces = _traces(recipe, tokens)
+        self._traces = _traces(recipe, tokens)  # read only for the places of tokens
         self._encoder: Encoder | None = None
         self._next = 0
-        self._schema = pa.schema(_OF_TRACES + (_OF_TOKENS if per_token else []))
+        self._schema = pa.schema(
+            _OF_TRACES + (_OF_TOKENS if per_token else []) + (_TOP if top else [])
+        )
         self._waiting: list[pa.Table] = []
         self._writer = pq.ParquetWriter(path, self._schema)
 
@@ -81,7 +88,6 @@ class ScoreTable:
         count = scores.sums.shape[1]
         indices = np.arange(self._next, self._next + count)
         self._next += count
-        traces = list(islice(self._traces, count))
         counts = self._tokens.num_targets(indices, self._lengths[indices])
         logps, entropies = scores.sums[:2]
         with np.errstate(invalid="ignore"):  # NaN where every token is masked
@@ -90,7 +96,7 @@ class ScoreTable:
         columns: dict[str, Any] = {
             "row": [self._tokens.where(index) for index in indices.tolist()],
             "trace": indices,
-            "hash": [trace_hash(trace) for trace in traces],
+            "hash": [self._tokens.hash(index) for index in indices.tolist()],
             "correct": self._tokens.signs[indices] > 0,
             "teacher": [self._tokens.teacher(index) for index in indices.tolist()],
             "prompt_tokens": prompts,
@@ -105,7 +111,10 @@ class ScoreTable:
             parts = np.split(scores.tokens, np.cumsum(counts)[:-1], axis=1)
             columns["token_logps"] = [logps for logps, _ in parts]
             columns["token_entropies"] = [entropies for _, entropies in parts]
-            columns |= self._token_columns(indices, traces)
+            columns |= self._token_columns(indices, list(islice(self._traces, count)))
+        if scores.top_ids is not None and scores.top_logps is not None:
+            columns["top_ids"] = _nested(scores.top_ids, counts)
+            columns["top_logps"] = _nested(scores.top_logps, counts)
         self._waiting.append(pa.table(columns).select(self._schema.names).cast(self._schema))
         if sum(table.nbytes for table in self._waiting) > _GROUP_BYTES:
             self._flush()
@@ -145,6 +154,15 @@ class ScoreTable:
         ]
         found = iter(self._encoder.offsets(with_prompt, texts))
         return [None if trace.document else next(found) for trace in traces]
+
+
+def _nested(values: np.ndarray, counts: np.ndarray) -> pa.ListArray:
+    """[N, K] as a list for each trace of a list for each of its tokens."""
+    tokens, kept = values.shape
+    inner = pa.ListArray.from_arrays(
+        pa.array(kept * np.arange(tokens + 1), pa.int32()), pa.array(values.reshape(-1))
+    )
+    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *counts]), pa.int32()), inner)
 
 
 def _traces(recipe: Recipe, tokens: TokenizedTraces) -> Iterator[Trace]:

@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("row", pa.int64()),
         ("digest", pa.uint64()),
         ("prompt_digest", pa.uint64()),
+        ("hash", pa.binary(16)),
         ("unknown", pa.int32()),
         ("control", pa.int32()),
         ("token_weights", pa.list_(pa.float32())),
@@ -305,6 +306,11 @@ class TokenizedTraces:
         """The row of a trace, for messages: "file.jsonl:12"."""
         self._locate(index)
         return f"{self.sources[self.source_numbers[index]]}:{self._row_numbers[index]}"
+
+    def hash(self, index: int) -> str:
+        """The `trace_hash` of a trace; of the whole text for a piece of a document."""
+        batch, position = self._locate(index)
+        return self._batches[batch]["hash"][position].as_py().hex()
 
     def teacher(self, index: int) -> str | None:
         """The trace's teacher, or None."""

@@ -23,6 +23,9 @@ _ROLES = {
     **dict.fromkeys(("observation", "function_response", "tool"), "tool"),
     "function_call": "function_call",
 }
+DISTRIBUTION_COLUMNS = ("prompt_logprobs", "logprobs", "target_token_ids")
+"""Columns with a teacher's distributions of an answer's tokens; see `redi.engine.distill.columns`.
+"""
 TOOL_KEYS = ("tool_call_id", "name")
 """Keys of a tool's message that templates read."""
 
@@ -44,6 +47,10 @@ class Message:
     spans: tuple[str, Any] | None = field(default=None, repr=False, compare=False)
     """Column and value of the answer's spans, unchecked; see `read_spans`. They are no part of a
     prompt, so messages that differ in them alone are equal."""
+    distributions: tuple[str, dict[str, Any]] | None = field(
+        default=None, repr=False, compare=False
+    )
+    """Prefix of the columns and the unchecked values of DISTRIBUTION_COLUMNS; likewise."""
 
     def __repr__(self) -> str:
         # Evaluations identify their problems by it: a plain message looks as it always has.
@@ -132,7 +139,7 @@ def _message(row: Row, name: str, message: Any) -> Message:
 
 
 def add_keys(row: Row, message: Message, keys: dict[str, Any], place: str = "") -> Message:
-    """The message with what further keys have of it: its thought and its spans.
+    """The message with what further keys have of it: its thought, spans and distributions.
 
     Args:
         row: the row, for messages.
@@ -144,6 +151,9 @@ def add_keys(row: Row, message: Message, keys: dict[str, Any], place: str = "") 
         FaultyRow: the thought is no text, there are two different ones, the message has spans
             already, or its role has neither.
     """
+    found = {name: keys[name] for name in DISTRIBUTION_COLUMNS if keys.get(name) is not None}
+    if found and found.keys() != {"target_token_ids"}:
+        message = replace(message, distributions=(place, found))
     return _add_thought(row, add_spans(row, message, keys, place), keys, place)
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from redi.engine.data.messages import THOUGHT_KEYS, TOOL_KEYS
+from redi.engine.data.messages import DISTRIBUTION_COLUMNS, THOUGHT_KEYS, TOOL_KEYS
 from redi.engine.data.read_position import ReadPosition
 from redi.engine.data.row import Row
 from redi.engine.data.sources import Source, find_sources, hub_dataset, saved_dataset
@@ -34,7 +34,7 @@ UNREAD_COLUMNS = frozenset(
         *("mask", "loss_mask", "completion_mask", "assistant_masks", "token_weights", "spans"),
         *("loss_weights", "sample_weight", "weights", "label", "labels", "margin"),
         *("step_rewards", "step_labels", "step_scores", "process_rewards", "rewards", "scores"),
-        *("target_logprobs", "teacher_logprobs", "logprobs", "token_logprobs"),
+        *("target_logprobs", "teacher_logprobs", "token_logprobs", *DISTRIBUTION_COLUMNS),
         *("ref_chosen_logps", "ref_rejected_logps", "score_chosen", "score_rejected"),
         *("chosen", "rejected", "completions", "traces"),
         *VERDICT_COLUMNS,
@@ -51,6 +51,8 @@ UNREAD_MESSAGE_KEYS = frozenset(
 # A CSV cell is text; in these columns the text is JSON.
 _CSV_JSON_COLUMNS = ("messages", "conversations", "traces", "generations", "correctness")
 _PARQUET_ROWS = 64
+_PARQUET_ROWS_OF_DISTRIBUTIONS = 4
+"""A row may have 64 entries for each of 10,000 tokens."""
 _BLOCK = 1 << 20
 """Bytes of a JSON list that are read at a time."""
 _CR_ALONE = "lines end in CR alone, as on old Macs; save it with LF line ends"
@@ -229,9 +231,11 @@ def _parquet_values(
     parquet = pq.ParquetFile(mapped)
     columns = _wanted_columns(parquet.schema_arrow.names, format, source.name, more)
     others = _unread_columns(parquet.schema_arrow.names, columns)
+    wide = not set(DISTRIBUTION_COLUMNS).isdisjoint(columns)
+    rows = _PARQUET_ROWS_OF_DISTRIBUTIONS if wide else _PARQUET_ROWS
 
     def values() -> Iterator[Any]:
-        for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=[*columns, *others]):
+        for batch in parquet.iter_batches(batch_size=rows, columns=[*columns, *others]):
             # Columns that are not read are not converted to Python objects.
             unread.update(name for name in others if batch[name].null_count < len(batch))
             yield from batch.select(columns).to_pylist()

@@ -22,6 +22,7 @@ import xxhash
 from redi.engine.console import Console
 from redi.engine.data.cache import SCHEMA, Meta, TokenizedTraces, open_cache, write_cache
 from redi.engine.data.chat import Texts, is_finished
+from redi.engine.data.content_hash import trace_hash
 from redi.engine.data.fingerprints import source_fingerprint, tokenizer_fingerprint
 from redi.engine.data.read_position import ReadPosition, ReadProgress
 from redi.engine.data.row import Row
@@ -34,7 +35,7 @@ from redi.engine.errors import MOST_FAULTS, FaultyRow, InputError, faulty_rows
 
 __all__ = ["TokenSettings", "TokenizedTraces", "tokenize"]
 
-CACHE_VERSION = 9
+CACHE_VERSION = 10
 """Increase it whenever the same input would give other tokens or another file layout."""
 _CHUNK_ROWS = 128
 _CHUNK_CHARACTERS = 1 << 22
@@ -453,6 +454,7 @@ class _Tokenizer:
             [row.number for row in rows],
             [_digest(one) for one in ids],
             [xxhash.xxh3_64_intdigest(one.ids[: one.prompt_length].tobytes()) for one in ids],
+            [bytes.fromhex(trace_hash(trace)) for trace in traces],
             [one.unknown for one in ids],
             [spelled.total() for spelled in control_tokens],
             [one.weights for one in ids],

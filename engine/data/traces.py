@@ -5,7 +5,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import xxhash
@@ -68,6 +68,10 @@ class Trace:
     """A text without a prompt: all of it is trained, in pieces."""
     spans: tuple[Span, ...] = ()
     """Weights of its parts, in characters of the separate thought followed by the rest."""
+    distributions: tuple[str, dict[str, Any]] | None = field(
+        default=None, repr=False, compare=False
+    )
+    """A teacher's distributions of its tokens, as the row has them; see `Message`."""
 
     @property
     def content(self) -> str:
@@ -473,6 +477,7 @@ def _trace(
         tools=read_tools(row) if "tools" in FORMATS[row.format].optional else "",
         document=document,
         spans=read_spans(row, answer),
+        distributions=answer.distributions,
     )
 
 

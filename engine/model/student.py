@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.packed_loss import PackedLoss, StepTotals
+from redi.engine.loss.top_logprobs import top_logprobs
 from redi.engine.model.adapter import Adapter
 from redi.engine.model.attention import NAME, document_kwargs
 from redi.engine.model.first_forward import ForwardRecord, record_forward
@@ -45,6 +46,8 @@ class PackScores(NamedTuple):
     """float32 [S]: `sequence_logps` with each log-prob multiplied by its token's weight."""
     tokens: torch.Tensor
     """float32 [2, N]: log-prob and entropy at each target, in the order of the pack."""
+    top: tuple[torch.Tensor, torch.Tensor] | None = None
+    """int32 and float32 [N, K]: the most likely tokens at each target and their log-probs."""
 
 
 class Head(nn.Module):
@@ -105,7 +108,7 @@ class Student(nn.Module):
         return self.model.get_output_embeddings()
 
     def forward(
-        self, batch: PackedBatch, totals: StepTotals | None
+        self, batch: PackedBatch, totals: StepTotals | None, top: int = 0
     ) -> RediLoss | FilteredRediLoss | PackScores:
         """Share of the loss, and log-prob sums per sequence, of one pack.
 
@@ -113,6 +116,7 @@ class Student(nn.Module):
             batch: one pack, on the student's device.
             totals: global counts of the optimizer step, the denominators of the loss. None: only
                 score the pack (one matrix product with the vocabulary, no gradient).
+            top: K, the number of most likely tokens that a score has too (a second product).
 
         Returns:
             The result of the objective, or PackScores without `totals`.
@@ -122,20 +126,21 @@ class Student(nn.Module):
         """
         training = totals is not None
         if self.ran and (self._trained or not training):
-            return self.score_or_loss(batch, totals)
-        out, self.ran = record_forward(self.model, partial(self.score_or_loss, batch, totals))
+            return self.score_or_loss(batch, totals, top)
+        run = partial(self.score_or_loss, batch, totals, top)
+        out, self.ran = record_forward(self.model, run)
         self._trained = training
         if training and self.router_loss is not None:
             self.ran = replace(self.ran, routers=self.router_loss.recorded)
         return out
 
     def score_or_loss(
-        self, batch: PackedBatch, totals: StepTotals | None
+        self, batch: PackedBatch, totals: StepTotals | None, top: int = 0
     ) -> RediLoss | FilteredRediLoss | PackScores:
         """`forward` without recording what ran."""
         if totals is None:
             hidden = self.hidden_states(batch).detach()
-            return self.head(hidden, partial(self._score, batch=batch))
+            return self.head(hidden, partial(self._score, batch=batch, top=top))
         router_loss = self.router_loss
         recording: AbstractContextManager[list[RouterSums]] = (
             router_loss.recording() if router_loss else nullcontext([])
@@ -159,7 +164,9 @@ class Student(nn.Module):
         counts = torch.stack([one.counts for one in routers]).sum(0)
         return torch.zeros_like(counts) if batch.is_dummy else counts
 
-    def _score(self, hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> PackScores:
+    def _score(
+        self, hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch, top: int
+    ) -> PackScores:
         _, logps, entropies = signed_cross_entropy(
             hidden,
             weight.detach(),
@@ -175,8 +182,10 @@ class Student(nn.Module):
         if batch.token_weights is not None:
             weighted = segment_sum(logps * batch.token_weights, batch.cu_seqlens)
         of_sequences = segment_sum(entropies, batch.cu_seqlens)
-        of_tokens = torch.stack([logps, entropies])[:, batch.valid_index.sort().values]
-        return PackScores(sums, batch.num_targets, of_sequences, weighted, of_tokens)
+        targets = batch.valid_index.sort().values
+        of_tokens = torch.stack([logps, entropies])[:, targets]
+        likely = top_logprobs(hidden[targets], weight, top, self.logits) if top else None
+        return PackScores(sums, batch.num_targets, of_sequences, weighted, of_tokens, likely)
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Last hidden states [T, D] of a pack; documents do not attend to each other."""

@@ -32,13 +32,15 @@ from redi.engine.model.student import Student
 
 BLOCK = 256
 """Traces in a block: the most that a killed pass has to repeat."""
+TOP_BLOCK = 32
+"""The same if the most likely tokens are wanted: memory holds those of a block."""
 VERSION = "2"
 """Increase it if the same input would give other scores."""
 CPU_PACK_TOKENS = 4096
 """Tokens of a pack that is scored on a CPU. Packs of 32,768 took seven times as long, and 5.4 GiB
 instead of 0.6 (1,000 traces of 155 tokens, the quickstart's model)."""
 _KINDS = 3
-_TOKENS = ".tokens.npy"
+_TOKENS, _TOP_IDS, _TOP_LOGPS = ".tokens.npy", ".top_ids.npy", ".top_logps.npy"
 _UNREAD_CONFIG = ("_name_or_path", "transformers_version", "dtype", "use_cache")
 
 
@@ -64,6 +66,10 @@ class BlockScores:
     tokens: np.ndarray | None
     """float32 [2, N]: log-prob and entropy of each trained token, trace by trace; on rank 0, if
     asked for."""
+    top_ids: np.ndarray | None = None
+    """int32 [N, K]: the most likely tokens at each of them, most likely first; likewise."""
+    top_logps: np.ndarray | None = None
+    """float16 [N, K]: their log-probs."""
 
 
 def score_traces(
@@ -79,6 +85,7 @@ def score_traces(
     console: Console,
     each_block: Callable[[BlockScores], None] | None = None,
     per_token: bool = False,
+    top: int = 0,
 ) -> SequenceScores:
     """Score traces, or read scores cached by an earlier pass. Collective.
 
@@ -91,37 +98,43 @@ def score_traces(
         row_tokens, cost: as in training.
         each_block: called on rank 0 with the scores of each BLOCK of `sequences`, in order.
         per_token: whether `each_block` gets the scores of tokens. They are cached as well.
+        top: K, the number of most likely tokens that it gets with them.
 
     Raises:
         RunError: the scores cannot be written.
     """
-    digest = xxhash.xxh3_128("\n".join([VERSION, str(BLOCK), model, tokens.key]).encode())
+    size = min(BLOCK, TOP_BLOCK) if top else BLOCK
+    named = [VERSION, str(size), model, tokens.key] + ([f"top {top}"] if top else [])
+    digest = xxhash.xxh3_128("\n".join(named).encode())
     digest.update(np.stack([sequences, lengths[sequences]]).tobytes())
     folder = tokens.folder / f"logprobs-{digest.hexdigest()}"
     found = np.empty((_KINDS, len(sequences)))
     with closing(
         console.progress("log-probs of trace", len(sequences), endpoints=False)
     ) as progress:
-        for number, start in enumerate(range(0, len(sequences), BLOCK)):
-            block = sequences[start : start + BLOCK]
+        for number, start in enumerate(range(0, len(sequences), size)):
+            block = sequences[start : start + size]
             path = folder / f"{number}.npy"
             counts = tokens.num_targets(block, lengths[block])
-            scores = _stored(path, counts, per_token, world)
+            scores = _stored(path, counts, per_token, top, world)
             if scores is None:
                 scores = _score_block(
-                    student, tokens, block, lengths, row_tokens, cost, world, progress
+                    student, tokens, block, lengths, row_tokens, cost, world, progress, top
                 )
                 if world.is_main:
-                    if per_token and scores.tokens is not None:
-                        _store(_tokens_file(path), scores.tokens)
+                    for suffix, values in _of_tokens(scores) if per_token else ():
+                        _store(path.with_suffix(suffix), values)
                     _store(path, scores.sums)
             else:
                 progress.update(len(block))
-            found[:, start : start + BLOCK] = scores.sums
+            found[:, start : start + size] = scores.sums
             if world.is_main and each_block is not None:
                 each_block(scores)
     reshard(student)  # an optimizer created now would otherwise get the gathered weights
-    token_files = sorted(folder.glob(f"*{_TOKENS}")) if world.is_main and per_token else []
+    token_files = []
+    if world.is_main and per_token:
+        for suffix in (_TOKENS, _TOP_IDS, _TOP_LOGPS):
+            token_files += sorted(folder.glob(f"*{suffix}"))
     logps, entropies, weighted = found
     return SequenceScores(logps, entropies, weighted, token_files)
 
@@ -205,6 +218,7 @@ def _score_block(
     cost: Cost,
     world: World,
     progress: Progress,
+    top: int = 0,
 ) -> BlockScores:
     """Score a block; the scores are on every rank."""
     row_tokens = scoring_pack_tokens(row_tokens, lengths[block], world.device)
@@ -212,41 +226,73 @@ def _score_block(
     sums = torch.zeros(_KINDS, len(block), dtype=torch.float64, device=world.device)
     starts = np.cumsum([0, *tokens.num_targets(block, lengths[block])])
     of_tokens = torch.zeros(2, starts[-1], device=world.device)
+    top_ids = torch.zeros(starts[-1], top, dtype=torch.int32, device=world.device)
+    top_logps = torch.zeros(starts[-1], top, device=world.device)
     student.eval()
     for packs in packing.packs:
         positions = packs[world.rank]
         traces = block[positions]
         batch = build_batch(tokens, traces, lengths[traces]).to(world.device)
-        scores = student(batch, None)
+        scores = student(batch, None, top)
         if not batch.is_dummy:
             of_pack = torch.stack(
                 [scores.sequence_logps, scores.sequence_entropies, scores.weighted_logps]
             )
             sums[:, torch.from_numpy(positions).to(world.device)] = of_pack.double()
             places = np.concatenate([np.arange(starts[p], starts[p + 1]) for p in positions])
-            of_tokens[:, torch.from_numpy(places).to(world.device)] = scores.tokens.float()
+            at = torch.from_numpy(places).to(world.device)
+            of_tokens[:, at] = scores.tokens.float()
+            if scores.top is not None:
+                top_ids[at], top_logps[at] = scores.top
         progress.update(sum(map(len, packs)))
     student.train()
     dist.all_reduce(sums)
     dist.all_reduce(of_tokens)
-    return BlockScores(sums.cpu().numpy(), of_tokens.cpu().numpy())
+    if not top:
+        return BlockScores(sums.cpu().numpy(), of_tokens.cpu().numpy())
+    dist.all_reduce(top_ids)
+    dist.all_reduce(top_logps)
+    return BlockScores(
+        sums.cpu().numpy(),
+        of_tokens.cpu().numpy(),
+        top_ids.cpu().numpy(),
+        top_logps.half().cpu().numpy(),
+    )
 
 
-def _stored(path: Path, counts: np.ndarray, per_token: bool, world: World) -> BlockScores | None:
+def _of_tokens(scores: BlockScores) -> list[tuple[str, np.ndarray]]:
+    """The scores of tokens that a block has, with the suffix of the file of each."""
+    parts = (
+        (_TOKENS, scores.tokens),
+        (_TOP_IDS, scores.top_ids),
+        (_TOP_LOGPS, scores.top_logps),
+    )
+    return [(suffix, values) for suffix, values in parts if values is not None]
+
+
+def _stored(
+    path: Path, counts: np.ndarray, per_token: bool, top: int, world: World
+) -> BlockScores | None:
     """A block written by an earlier pass, or None. Rank 0 reads: others may not see its disk.
 
     Args:
         counts: int64 [n], trained tokens of its traces.
         per_token: whether the scores of its tokens are needed.
+        top: K, the number of most likely tokens that are needed.
     """
-    sums = tokens = None
+    sums = None
+    of_tokens: list[np.ndarray | None] = []
     if world.is_main:
         sums = _read(path, (_KINDS, len(counts)))
-        if per_token and (tokens := _read(_tokens_file(path), (2, counts.sum()))) is None:
+        number = int(counts.sum())
+        shapes = {_TOKENS: (2, number), _TOP_IDS: (number, top), _TOP_LOGPS: (number, top)}
+        for suffix, shape in list(shapes.items())[: 3 if top else int(per_token)]:
+            of_tokens.append(_read(path.with_suffix(suffix), shape))
+        if any(one is None for one in of_tokens):
             sums = None
     read = [sums]
     dist.broadcast_object_list(read, src=0)
-    return None if read[0] is None else BlockScores(read[0], tokens)
+    return None if read[0] is None else BlockScores(read[0], *(of_tokens or [None]))
 
 
 def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
@@ -256,10 +302,6 @@ def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     except (OSError, ValueError, EOFError):
         return None
     return scores if scores.shape == shape else None
-
-
-def _tokens_file(path: Path) -> Path:
-    return path.with_suffix(_TOKENS)
 
 
 def _store(path: Path, scores: np.ndarray) -> None:

@@ -197,6 +197,67 @@ def test_a_pass_over_tokens_that_was_interrupted_scores_only_what_is_missing(
     assert pq.read_table(out).equals(table)
 
 
+def test_the_most_likely_tokens_are_those_of_plain_transformers(
+    world: Path, small_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after the pass was interrupted; and K = V is the whole distribution."""
+    write_spans(world, tmp_path / "traces.jsonl")
+    out = tmp_path / "teacher.parquet"
+    line = ["logprobs", world / "model", "--data", tmp_path / "traces.jsonl", "--out", out]
+    score, done = score_traces._score_block, []
+
+    def interrupted(*args: Any) -> score_traces.BlockScores:
+        done.append(len(args[2]))
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(score_traces, "_score_block", interrupted)
+    assert main([*map(str, line), "--top", "4"]) == 75
+    assert main([*map(str, line), "--top", "4"]) == 0
+    table = pq.read_table(out)
+    assert len(done) - 1 == -(-table.num_rows // 32)
+    assert table.schema.field("top_logps").type == pa.list_(pa.list_(pa.float16()))
+    assert not list(small_blocks.glob("*/logprobs-*/*.top_*.npy"))
+    (folder,) = [path for path in small_blocks.iterdir() if path.is_dir()]
+    tokens = cache.open_cache(folder)
+    assert tokens is not None
+    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float64)
+    vocabulary = model.config.vocab_size
+    assert main([*map(str, line), "--top", str(vocabulary)]) == 0
+    whole = pq.read_table(out)
+    for index in (0, 3, table.num_rows - 1):
+        ids = torch.from_numpy(tokens.ids(index).astype("int64"))
+        prompt = int(tokens.prompt_lengths[index])
+        weights = tokens.token_weights(index)
+        kept = slice(None) if weights is None else np.flatnonzero(weights)
+        with torch.no_grad():
+            logps = model(input_ids=ids[None]).logits[0, prompt - 1 : -1].log_softmax(-1)[kept]
+        values, places = logps.topk(4)
+        assert table["token_ids"][index].as_py() == ids[prompt:][kept].tolist()
+        assert table["top_ids"][index].as_py() == places.tolist()
+        found = np.array(table["top_logps"][index].as_py(), np.float64)
+        np.testing.assert_allclose(found, values, rtol=2**-11 * 1.01)
+        found = np.array(whole["top_logps"][index].as_py(), np.float64)
+        order = np.argsort(whole["top_ids"][index].as_py(), axis=1)
+        np.testing.assert_allclose(
+            np.take_along_axis(found, order, axis=1), logps, rtol=2**-11 * 1.01
+        )
+
+
+@pytest.mark.parametrize(
+    ("count", "problem"), [("-1", "must be >= 1"), ("99999", "the model has only")]
+)
+def test_a_number_of_likely_tokens_that_cannot_be_is_an_error(
+    world: Path, tmp_path: Path, count: str, problem: str, capsys: Any
+) -> None:
+    line = ["logprobs", world / "model", "--data", world / "traces.jsonl"]
+    assert main([*map(str, line), "--out", str(tmp_path / "t.parquet"), "--top", count]) == 2
+    message = capsys.readouterr().err
+    assert problem in message
+    assert "--top" in message
+
+
 @pytest.mark.slow
 def test_two_ranks_write_the_scores_of_tokens_that_one_writes(
     world: Path, command: Callable[..., list[str]], tmp_path: Path
@@ -210,7 +271,7 @@ def test_two_ranks_write_the_scores_of_tokens_that_one_writes(
             "OMP_NUM_THREADS": "1",
             "REDI_CACHE": str(tmp_path / str(ranks)),
         }
-        subprocess.run(command(*line, "--tokens", ranks=ranks), env=environment, check=True)
+        subprocess.run(command(*line, "--top", 3, ranks=ranks), env=environment, check=True)
         tables.append(pq.read_table(out))
     one, two = tables
     for name in one.schema.names:
@@ -219,6 +280,8 @@ def test_two_ranks_write_the_scores_of_tokens_that_one_writes(
     for name in ("token_logps", "token_entropies"):
         values = [table[name].combine_chunks().values.to_numpy() for table in tables]
         np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-6)
+    values = [table["top_logps"].combine_chunks().flatten().flatten() for table in tables]
+    np.testing.assert_allclose(*(one.to_numpy() for one in values), rtol=2**-10, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Teachers' distributions: their formats, their alignment with traces, their cache."""
