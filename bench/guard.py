@@ -9,6 +9,7 @@ micro-step (`check_train`).
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -43,13 +44,14 @@ LOSS = LossSizes(
 )
 PADDED_STEPS = 2
 
-LIMITS = {"operations": 26_000, "loss_time": 1.8, "step_time": 0.4, "peak_memory": 0.9}
+LIMITS = {"operations": 26_000, "loss_time": 1.8, "step_time": 0.5, "peak_memory": 0.9}
 """The most that each figure may be; seen on two cores with other jobs: 24,703, 1.0 to 1.3, 0.20 and
 0.76. With transformers' dense attention over the pack step_time is 1.05 and peak_memory 1.07.
 
 operations: of two profiled steps of the run, exact for a version of torch.
 loss_time: forward and backward of the loss over its three matrix products alone.
-step_time: seconds per trained token of the run's steps over those of the padded loop.
+step_time: seconds per trained token of the run's fastest step over those of the padded loop's.
+    Other load only adds to a step; on one thread each.
 peak_memory: the largest resident set of the run over that of the padded loop.
 """
 
@@ -62,7 +64,7 @@ def measure_run(folder: Path) -> tuple[dict[str, float], list[str]]:
     lines = step_lines(run)[PROFILED[1] - 1 :]
     figures = {
         "operations": sum(what_was_profiled(run)["ops"].values()),
-        "seconds": statistics.median(line["seconds"] / line["targets"] for line in lines),
+        "seconds": min(line["seconds"] / line["targets"] for line in lines),
         "peak": peak,
     }
     return figures, problems
@@ -102,7 +104,7 @@ def padded(folder: Path) -> dict[str, float]:
         began = time.perf_counter()
         targets = step(rows[start : start + PAIRS])
         taken.append((time.perf_counter() - began) / targets)
-    return {"seconds": statistics.median(taken), "peak": peak_resident_bytes()}
+    return {"seconds": min(taken), "peak": peak_resident_bytes()}
 
 
 def loss_time(repeats: int = 7) -> float:
@@ -124,6 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for a record, guard.json")
     parser.add_argument("--padded", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that this one starts
     if args.padded:
         print(json.dumps(padded(args.padded)))
         return 0
