@@ -21,6 +21,7 @@ MAY_CHANGE_ON_RESUME = (
     "run.resume",
     "run.profile",
     "shard.replicate",
+    "shard.context",
     "shard.reduce",
     "shard.gather",
     "shard.checkpointing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -351,6 +352,9 @@ class ShardConfig(Section, name="shard"):
 
     replicate: int = ranged(1, AT_LEAST_1)
     """Copies of the sharded model (HSDP); 1: shard over all ranks."""
+    context: int = ranged(1, AT_LEAST_1)
+    """Ranks that share each pack (context parallelism): each has 1 / context of its tokens, and in
+    attention of the heads. It divides the query heads (docs/long-traces.md)."""
     reduce: Literal["step", "micro_step"] = "step"
     """When gradients are summed over ranks. step: once per step; each rank holds all gradients in
     float32 between micro-steps. micro_step: after each one, for models too large for that."""
@@ -529,10 +533,18 @@ TABLES = tuple(
 """Keys whose value is a table of named numbers."""
 
 
+GROUPS = ("replicate", "context")
+"""Keys of `[shard]` that group ranks."""
+
+
 def check_replicas(section: ShardConfig, world_size: int) -> None:
-    """Raise InputError unless `replicate` divides the number of ranks."""
-    if world_size % section.replicate:
+    """Raise InputError unless `replicate` and `context` divide the number of ranks."""
+    groups = {f"shard.{key} = {getattr(section, key)}": getattr(section, key) for key in GROUPS}
+    for name, count in groups.items():
+        if world_size % count:
+            raise InputError(f"{name} does not divide the {world_size} ranks of this run")
+    if world_size % math.prod(groups.values()):
         raise InputError(
-            f"shard.replicate = {section.replicate} does not divide the {world_size} ranks of "
-            "this run"
+            f"{' times '.join(groups)} does not divide the {world_size} ranks of this run: the "
+            "ranks that share a pack are of one replica"
         )

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from redi.engine.data.cache import TokenizedTraces
+from redi.engine.data.context_slice import slice_pack
 from redi.engine.data.packing import Cost, PackedBatch, build_batch, pack
 from redi.engine.data.schedule import Examples, Schedule
 
@@ -89,12 +90,15 @@ class StepLoader(Dataset[StepBatches]):
     row_tokens: int
     """Most tokens in a pack."""
     rank: int
-    """The rank whose packs are built."""
+    """The rank (or context group) whose packs are built."""
     world_size: int
+    """Number of ranks (or context groups)."""
     cost: Cost
     """What packing balances."""
     gather: str = "micro_step"
     """As `[shard] gather`."""
+    slice: tuple[int, int] = (0, 1)
+    """(index, count): the slice of each pack that is built; see `slice_pack`."""
     workers: int = 0
     """Processes that build steps ahead; 0: each step is built when it is needed."""
     pin: bool = False
@@ -126,7 +130,8 @@ class StepLoader(Dataset[StepBatches]):
         return StepBatches(
             step=step,
             micro_batches=[
-                build_batch(self.tokens, sequences[pack], lengths[pack]) for pack in own
+                slice_pack(build_batch(self.tokens, sequences[pack], lengths[pack]), *self.slice)
+                for pack in own
             ],
             units=units,
             num_sequences=len(sequences),

@@ -424,6 +424,14 @@ class PackedBatch:
     token_weights: Tensor | None = None
     """float32 [T], the weight of each target; None if all in `valid_index` are 1. A token of weight
     0 is no target."""
+    row_cu_seqlens: Tensor | None = None
+    """int32: boundaries of the documents of the whole pack if this is a slice of it (`slice_pack`),
+    with those of its padding."""
+
+    @property
+    def documents(self) -> Tensor:
+        """int32: boundaries of the documents that attention runs on."""
+        return self.cu_seqlens if self.row_cu_seqlens is None else self.row_cu_seqlens
 
     @property
     def num_tokens(self) -> int:

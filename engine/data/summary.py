@@ -118,6 +118,8 @@ class Summary:
     rank_efficiency_bound: float
     """Upper bound for any packing, by each step's longest sequence; mean over the same steps."""
     world_size: int
+    context: int = 1
+    """Ranks that share a pack."""
 
 
 def summarize(
@@ -130,13 +132,15 @@ def summarize(
     world_size: int,
     cost: Cost,
     gather: str = "micro_step",
+    context: int = 1,
 ) -> Summary:
     """Summarize the data set, its units and their packing.
 
     Args:
         tokens, examples, schedule: the data set, its units and their order.
         held_out: the traces of `[eval]` and the units that are scored, if any.
-        row_tokens, world_size, cost, gather: as for `pack`.
+        row_tokens, cost, gather: as for `pack`.
+        world_size, context: number of ranks, and of those that share a pack.
     """
     in_use = np.zeros(len(tokens), dtype=bool)
     in_use[examples.units] = True
@@ -158,7 +162,7 @@ def summarize(
             pack(
                 lengths,
                 row_tokens=row_tokens,
-                world_size=world_size,
+                world_size=max(1, world_size // context),
                 cost=cost,
                 keep_pairs_together=examples.keep_pairs_together,
                 gather=gather,
@@ -208,6 +212,7 @@ def summarize(
         rank_efficiency=float(np.mean([packing.rank_efficiency for packing in packings])),
         rank_efficiency_bound=float(np.mean([packing.bound for packing in packings])),
         world_size=world_size,
+        context=context,
     )
 
 
@@ -314,6 +319,8 @@ def count_rows(summary: Summary) -> list[tuple[str, str]]:
             ("held-out traces that are trained", f"{both.trained_traces:,} of {both.traces:,}"),
         ]
     ranks = f"{summary.world_size} rank{'s' if summary.world_size > 1 else ''}"
+    if summary.context > 1:
+        ranks += f", {summary.context} a pack"
     rows += [
         (f"steps of {summary.batch} {unit}", f"{summary.steps:,}"),
         ("epochs", f"{summary.epochs:.2f}"),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from redi.engine.config.sections import ObjectiveConfig
+from redi.engine.context import ALONE, ContextGroup
 from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.objectives import ExponentialWeights, Formula, Sequences, formula, pairs
 from redi.kernels import (
@@ -68,10 +69,13 @@ class PackedLoss:
         section: name and parameters.
         reference: float32 [traces] on the student's device, log-probs under the reference model by
             trace index. It must be set before the first call if the objective has a reference.
+        context: the ranks that share a pack. A pack is then a slice (`slice_pack`), and what is
+            returned is its share of the pack's sums.
     """
 
     section: ObjectiveConfig
     reference: Tensor | None = None
+    context: ContextGroup = ALONE
 
     def __call__(
         self,
@@ -91,7 +95,8 @@ class PackedLoss:
             logits: how the model computes its logits. A filter needs the default.
         """
         declared = formula(self.section)
-        if declared.exponential is not None and batch.token_weights is None:
+        in_one_pass = self.context.size == 1 and batch.token_weights is None
+        if declared.exponential is not None and in_one_pass:
             weights = declared.exponential(self.section)
             return self._exponential(weights, hidden, weight, batch, totals, logits)
         if declared.weights is None:
@@ -148,7 +153,8 @@ class PackedLoss:
         SFT with a mean per sequence is REDI without negatives.
         """
         return (
-            declared.coefficient == "weight"
+            self.context.size == 1  # it counts |y| in the slice
+            and declared.coefficient == "weight"
             and positive == 1
             and self.section.normalisation == "sequence"
             and self.section.length == "trained"
@@ -224,9 +230,12 @@ class PackedLoss:
             backend=self.section.backend,
             **logits._asdict(),
         )
+        if self.context.size > 1:
+            token_logps = token_logps.double()  # else rounded in each slice
         logps = weighted = segment_sum(token_logps, batch.cu_seqlens)
         if batch.token_weights is not None:
             weighted = segment_sum(token_logps * batch.token_weights, batch.cu_seqlens)
+        weighted = self.context.sum(weighted)
         reference = None
         if self.section.kind.reference:
             assert self.reference is not None, "set_reference was not called"
@@ -244,4 +253,6 @@ class PackedLoss:
         elif batch.weights is not None:
             positive, negative = pairs(batch.weights)
             terms = terms * (positive + negative) / 2
-        return RediLoss(terms.sum() / totals.units, logps.detach(), batch.num_targets)
+        # Each rank of a context group has all terms, and counts its share of them.
+        loss = terms.sum().float() / (totals.units * self.context.size)
+        return RediLoss(loss, logps.detach(), batch.num_targets)

@@ -29,6 +29,7 @@ from redi.engine.model.attention import (
     register_probe,
 )
 from redi.engine.model.boundaries import pass_boundaries
+from redi.engine.model.context_attention import check_heads
 from redi.engine.model.document_attention import PLAIN, Pattern, visible
 from redi.engine.model.load import empty_model, first_line
 from redi.engine.model.logits import logits_of
@@ -90,6 +91,24 @@ def check_dropout(path: str, config: Any, attention: str) -> None:
             f"model.path: {path}: attention_dropout = {dropout:g} is not available with attention "
             f'"{attention}"; set it to 0 in config.json, or model.attention to "sdpa"'
         )
+
+
+def slice_problem(config: Any) -> str | None:
+    """Why the ranks of a context group cannot share packs of a model, or None."""
+    if has_mixers(config):
+        return "its linear attention, state spaces or convolutions need whole documents"
+    if "longrope" in rope_types(config):
+        return "its longrope chooses the factors of a whole document by its length"
+    return None
+
+
+def check_context(path: str, config: Any, ranks: int) -> None:
+    """Raise InputError unless `ranks` ranks can share packs of a model (`[shard] context`)."""
+    if ranks == 1:
+        return
+    if problem := slice_problem(config):
+        raise InputError(f"shard.context: not available for {path}: {problem}; remove it")
+    check_heads(config.num_attention_heads, ranks)
 
 
 def _config_problem(config: Any) -> str | None:

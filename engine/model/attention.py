@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from redi.engine.context import ALONE, ContextGroup
 from redi.engine.errors import InputError
+from redi.engine.model.context_attention import Attention, share_heads
 from redi.engine.model.document_attention import Pattern, attend_document
 
 NAME = "redi_packed"
@@ -134,17 +136,19 @@ def find_flash(major: int) -> tuple[str | None, str]:
     return None, "; ".join(problems) or f"there is no flash-attn for sm_{major}x"
 
 
-def register_attention(kind: str) -> str:
+def register_attention(kind: str, context: ContextGroup = ALONE) -> str:
     """Register packed attention of a kind returned by `choose_attention`.
+
+    Args:
+        context: the ranks that share a pack.
 
     Returns:
         The name to load a model with (`attn_implementation`).
     """
-    if kind == "sdpa":
-        AttentionInterface.register(NAME, _sdpa)
-    else:
-        varlen = _flash_varlen(kind) if kind in FLASH else _torch_varlen()
-        AttentionInterface.register(NAME, _whole_pack(varlen, kind))
+    attend: Attention = _sdpa
+    if kind != "sdpa":
+        attend = _whole_pack(_flash_varlen(kind) if kind in FLASH else _torch_varlen(), kind)
+    AttentionInterface.register(NAME, share_heads(attend, context))
     return NAME
 
 
@@ -185,6 +189,8 @@ class AttentionCall(NamedTuple):
     documents: int
     mask: torch.Tensor | None = None
     """What the mask probe was given."""
+    context_ranks: int = 1
+    """Ranks that shared its heads."""
 
 
 _calls: list[AttentionCall] | None = None
@@ -241,7 +247,8 @@ def _enter(
     for feature in features_of(pattern):
         if kind not in SUPPORT[feature]:
             raise InputError(f'the model\'s {feature} are not available with attention "{kind}"')
-    record_call(AttentionCall(kind, pattern, len(cu_seqlens) - 1))
+    ranks = other.get("context_ranks", 1)
+    record_call(AttentionCall(kind, pattern, len(cu_seqlens) - 1, context_ranks=ranks))
     return pattern
 
 
@@ -337,7 +344,7 @@ Varlen = Callable[
 [T, heads, d]; causal."""
 
 
-def _whole_pack(varlen: Varlen, kind: str) -> Callable[..., tuple[torch.Tensor, None]]:
+def _whole_pack(varlen: Varlen, kind: str) -> Attention:
     """Wrap a varlen function, with the signature that transformers calls. CUDA only."""
 
     def attend(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
+from redi.engine.context import ALONE, ContextGroup
 from redi.engine.data.text import load_tokenizer
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
@@ -68,18 +69,21 @@ def check_vocabulary(recipe: Recipe, config: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_model(path: str, config: Any, attention: str) -> PreTrainedModel:
+def build_model(
+    path: str, config: Any, attention: str, context: ContextGroup = ALONE
+) -> PreTrainedModel:
     """A model to train, on the meta device without weights, with packed attention.
 
     Args:
         path: directory or hub name.
         config: the model's configuration.
         attention: a name returned by `choose_attention`.
+        context: the ranks that share a pack.
 
     Raises:
         InputError: packs, the fused loss or sharding do not support it.
     """
-    model = empty_model(config, attention=register_attention(attention))
+    model = empty_model(config, attention=register_attention(attention, context))
     if problem := model_problem(model):
         raise InputError(f"model.path: {path}: {problem}")
     separate_documents(model)
@@ -100,7 +104,8 @@ def build_student(
     precision = str(dtype).removeprefix("torch.")
     show = console.warn if slow else console.say
     show(f"attention: {kind} ({reason}); compute dtype {precision}")
-    model = build_model(path, config, kind)
+    context = ContextGroup.join(recipe.shard.context)
+    model = build_model(path, config, kind, context)
     per_document_rope(model, config)  # not on the meta device: it reads positions
     tokenizer = check_vocabulary(recipe, model.config)
     if world.is_main:
@@ -116,7 +121,7 @@ def build_student(
     if router is not None:
         console.say(f"router loss: {router.coefficient:g} x that of {router.routers} routers")
     model.train()
-    student = Student(model, PackedLoss(recipe.objective), adapter, router)
+    student = Student(model, PackedLoss(recipe.objective, context=context), adapter, router)
     shard(student, recipe.shard, dtype, world.device, recipe.train.resolved_row_tokens)
     student.to_empty(device=world.device)  # allocates the shards alone
     read_weights(model, path)

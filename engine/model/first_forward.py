@@ -32,6 +32,8 @@ class ForwardRecord:
     """Kind of the packed attention, a name returned by `choose_attention`."""
     attention_calls: int
     """Number of its calls: one per layer."""
+    context_ranks: int
+    """Ranks that shared the heads of attention, and the tokens of the pack."""
     windows: dict[str, int]
     """Number of calls by sliding window, in tokens; without those that have none."""
     mixers: int
@@ -54,8 +56,10 @@ class ForwardRecord:
         loss = ", ".join(f"{op} ({', '.join(names)})" for op, names in self.loss.items())
         liger = ", ".join(f"{count} {name}" for name, count in self.liger.items())
         adapter = ", ".join(f"{count} {name}" for name, count in self.adapter.items())
+        shared = f", shared by {self.context_ranks} ranks" if self.context_ranks > 1 else ""
         return (
-            f"attention {self.attention} in {self.attention_calls} layers{windows}{mixers}; "
+            f"attention {self.attention} in {self.attention_calls} layers{windows}{shared}"
+            f"{mixers}; "
             f"loss {loss}; liger-kernel {liger or 'off'}"
             + (f"; adapter on {adapter}" if adapter else "")
             + (f"; loss of {self.routers} routers" if self.routers else "")
@@ -120,7 +124,14 @@ def record_forward(model: PreTrainedModel, forward: Callable[[], Out]) -> tuple[
     loss = ops.backends or {"plain PyTorch": ["reference"]}
     windows = Counter(str(call.pattern.window) for call in calls if call.pattern.window is not None)
     return out, ForwardRecord(
-        kinds.pop(), len(calls), dict(windows), mixers, loss, liger_layers(model), dict(adapted)
+        attention=kinds.pop(),
+        attention_calls=len(calls),
+        context_ranks=min(call.context_ranks for call in calls),
+        windows=dict(windows),
+        mixers=mixers,
+        loss=loss,
+        liger=liger_layers(model),
+        adapter=dict(adapted),
     )
 
 

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from redi.engine.config.sections import AdapterConfig
 from redi.engine.data.packing import Cost
 from redi.engine.model.adapter import add_adapter
-from redi.engine.model.architecture import layer_patterns
+from redi.engine.model.architecture import layer_patterns, slice_problem
 from redi.engine.model.load import empty_model
 
 
@@ -45,6 +45,11 @@ class ModelSize:
     """(w, the same sum as `attention`) over the layers with a sliding window of w tokens."""
     adapter: int = 0
     """Weights of the adapter that alone is trained; 0: all weights are trained."""
+    heads: int = 1
+    """Query heads of a layer, of which ranks can have equal shares (`[shard] context`); 1 if ranks
+    cannot share packs of this model."""
+    key_value_heads: int = 1
+    """Heads of keys and values of a layer."""
 
     @property
     def trained(self) -> int:
@@ -138,6 +143,8 @@ def model_size(config: PretrainedConfig, adapter: AdapterConfig | None = None) -
         layers=len(model.base_model.layers),
         spared=sum(map(_spared, model.base_model.layers)),
         windows=tuple((window, dims) for window, dims in attention.items() if window is not None),
+        heads=1 if slice_problem(config) else config.num_attention_heads,
+        key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
     )
     if adapter is None or not adapter.wanted:
         return size

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import (
 )
 
 from redi.engine.config.sections import ShardConfig
+from redi.engine.data.context_slice import slice_tokens
 from redi.engine.model.checkpointing import checkpoint_blocks
 from redi.engine.model.offload import Offload
 from redi.engine.model.student import Student
@@ -53,7 +54,8 @@ def shard(
     """
     world = dist.get_world_size()
     if section.offload:
-        student.offload = Offload(len(student.blocks), device, row_tokens)
+        tokens = slice_tokens(row_tokens, section.context)
+        student.offload = Offload(len(student.blocks), device, tokens)
     checkpoint_blocks(student.model, section.checkpointing, student.offload)
     if section.compile:
         for block in student.blocks:

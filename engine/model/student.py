@@ -19,6 +19,7 @@ from torch import nn
 from torch.profiler import record_function
 from transformers import PreTrainedModel
 
+from redi.engine.context import ContextGroup
 from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.packed_loss import PackedLoss, StepTotals
 from redi.engine.loss.top_logprobs import top_logprobs
@@ -34,7 +35,10 @@ Out = TypeVar("Out")
 
 
 class PackScores(NamedTuple):
-    """Log-probs and entropies of the traces of a pack, without a gradient."""
+    """Log-probs and entropies of the traces of a pack, without a gradient.
+
+    Of a slice: sums over its tokens alone, and the lengths of whole sequences.
+    """
 
     sequence_logps: torch.Tensor
     """float32 [S]: sum of log-probs over each sequence's targets."""
@@ -96,6 +100,11 @@ class Student(nn.Module):
         """Set by sharding if the inputs of blocks are offloaded."""
         self.logits = logits_of(model)
         model.set_output_embeddings(Head(model.get_output_embeddings().weight))
+
+    @property
+    def context(self) -> ContextGroup:
+        """The ranks that share a pack; batches are slices then."""
+        return self.objective.context
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -193,6 +202,6 @@ class Student(nn.Module):
         output = self.model.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
-            **document_kwargs(batch.cu_seqlens, batch.max_seqlen),
+            **document_kwargs(batch.documents, batch.max_seqlen),
         )
         return output.last_hidden_state[0]

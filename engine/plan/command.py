@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from redi.engine.config.sections import Recipe
+from redi.engine.config.sections import Recipe, check_replicas
 from redi.engine.console import Console
 from redi.engine.data.summary import show, warnings
 from redi.engine.distributed import join_world
 from redi.engine.errors import InputError
 from redi.engine.model.adapter import check_adapter
-from redi.engine.model.architecture import check_dropout
+from redi.engine.model.architecture import check_context, check_dropout
 from redi.engine.model.build import check_vocabulary, model_config
 from redi.engine.model.flops import ModelSize, model_size
 from redi.engine.model.sharding import compute_dtype
@@ -55,6 +55,8 @@ def plan_recipes(
         chosen = recipe.model.attention
         check_dropout(recipe.model.path or "", config, "varlen" if chosen == "auto" else chosen)
         config.attention_dropout = 0.0  # takes no memory, and the plan's attention has none
+        check_replicas(recipe.shard, cluster.ranks)
+        check_context(recipe.model.path or "", config, recipe.shard.context)
         check_adapter(recipe, config, compute_dtype(recipe.train.dtype, torch.device("cuda")))
         with join_world() as world:
             data = prepare_data(recipe, world, console)
@@ -71,9 +73,7 @@ def plan_recipes(
                 recipe, auto_rows(recipe, size, data, Gpus.of(cluster, config), console)
             )
         row_tokens = recipe.train.resolved_row_tokens
-        summary = data.summarize(
-            row_tokens, cluster.ranks, size.training_cost(), recipe.shard.gather
-        )
+        summary = data.summarize(row_tokens, cluster.ranks, size.training_cost(), recipe.shard)
         show(summary, path, console)
         for warning in warnings(summary):
             console.warn(warning)

@@ -27,6 +27,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from redi.engine.config.sections import Recipe
+from redi.engine.context import ContextGroup
+from redi.engine.data.context_slice import slice_pack, slice_tokens
 from redi.engine.data.loader import StepBatches
 from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.packed_loss import PLAIN, PackedLoss
@@ -70,6 +72,17 @@ class Load:
     micro_steps: int
     """Maximum per step."""
 
+    def of_rank(self, context: int) -> Load:
+        """What a rank has if `context` ranks share each pack: the slice with most targets."""
+        if context == 1:
+            return self
+        slices = [slice_pack(self.pack, index, context) for index in range(context)]
+        fullest = max(slices, key=lambda pack: len(pack.valid_index))
+        most = len(fullest.input_ids)
+        return Load(
+            fullest, frozenset(min(count, most) for count in self.targets), self.micro_steps
+        )
+
 
 def step_memory(recipe: Recipe, config: Any, load: Load, ranks: int, card: Card) -> StepMemory:
     """Peak memory of a rank in one training step.
@@ -99,7 +112,8 @@ def step_memory(recipe: Recipe, config: Any, load: Load, ranks: int, card: Card)
     host = 0
     if recipe.shard.offload:
         dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))
-        an_input = recipe.train.resolved_row_tokens * config.hidden_size * dtype.itemsize
+        tokens = slice_tokens(recipe.train.resolved_row_tokens, recipe.shard.context)
+        an_input = tokens * config.hidden_size * dtype.itemsize
         host = host_memory(depth, an_input)
     return StepMemory({name: parts[name] for name in PARTS}, phase[1], host)
 
@@ -167,23 +181,27 @@ def phase_peaks(
     """
     device = torch.device("cpu")  # not CUDA: FSDP2 would need its streams
     dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))
-    model = build_model(recipe.model.path or "", config, PLANNED)
-    adapter = None
-    if recipe.adapter.wanted:
-        adapter = add_adapter(model, recipe.adapter, dtype)
-    router = router_loss(recipe, model)
-    model.train()
+    load = load.of_rank(recipe.shard.context)
     section = recipe.objective
     filters = section.filter_epsilon > 0
-    objective = PackedLoss(replace(section, backend="torch"))
-    if section.kind.reference:
-        traces = int(load.pack.sequence_ids.max()) + 1
-        objective = replace(objective, reference=torch.zeros(traces))
-    student = Student(model, objective, adapter, router)
-    exp_gemm = student.logits == PLAIN and _uses_exp_gemm(recipe, card, dtype, config.hidden_size)
     # The second micro-step starts with what the first has left, like any later one.
     packs = [load.pack] * min(load.micro_steps, 2)
     with _ranks(ranks):
+        context = ContextGroup.join(recipe.shard.context)
+        model = build_model(recipe.model.path or "", config, PLANNED, context)
+        adapter = None
+        if recipe.adapter.wanted:
+            adapter = add_adapter(model, recipe.adapter, dtype)
+        router = router_loss(recipe, model)
+        model.train()
+        objective = PackedLoss(replace(section, backend="torch"), context=context)
+        if section.kind.reference:
+            traces = int(load.pack.sequence_ids.max()) + 1
+            objective = replace(objective, reference=torch.zeros(traces))
+        student = Student(model, objective, adapter, router)
+        exp_gemm = student.logits == PLAIN and _uses_exp_gemm(
+            recipe, card, dtype, config.hidden_size
+        )
         uncompiled = replace(recipe.shard, compile=False)
         shard(student, uncompiled, dtype, device, recipe.train.resolved_row_tokens)
         tracker = MemoryTracker(

@@ -12,7 +12,7 @@ from redi.engine.data.packing import Cost, Packing, build_batch, pack
 from redi.engine.model.flops import ModelSize
 from redi.engine.plan.cards import Cluster
 from redi.engine.plan.memory import Load
-from redi.engine.plan.step_time import step_seconds
+from redi.engine.plan.step_time import pack_seconds, step_seconds
 from redi.engine.plan.types import PackedRun, WorstStep
 from redi.engine.train.prepare_data import PreparedData
 
@@ -27,12 +27,12 @@ class PackedStep:
     step: int
     packing: Packing
     packs: list[np.ndarray]
-    """Indices of the traces in each pack, of all micro-steps and ranks."""
+    """Indices of the traces in each pack, of all micro-steps and ranks (or context groups)."""
     lengths: np.ndarray
     """float64 [S], of the step's traces."""
 
-    def flops(self, cost: Cost) -> np.ndarray:
-        """Of each pack, float64 [micro-steps, ranks]."""
+    def costs(self, cost: Cost) -> np.ndarray:
+        """Of each pack, float64 [micro-steps, ranks or context groups]."""
         return pack_sums(self.packing, cost.of(self.lengths))
 
 
@@ -88,9 +88,10 @@ def pack_run(
     packs = [traces for step in steps for traces in step.packs if len(traces)]
     fullest = max(packs, key=lambda traces: int(lengths[traces].sum()))
     trained = lengths - data.tokens.prompt_lengths
-    flops = [step.flops(runs) for step in steps]
-    waits = [slowest(packs, shard.gather) for packs in flops]
-    seconds = [step_seconds(each / cluster.flops_per_second, size, ranks, shard) for each in waits]
+    flops = [step.costs(runs) for step in steps]
+    takes = pack_seconds(size, shard, cluster.flops_per_second)
+    waits = [slowest(step.costs(takes), shard.gather) for step in steps]
+    seconds = [step_seconds(each, size, ranks, shard) for each in waits]
     run = PackedRun(
         steps=total,
         tokens=sum(int(lengths[_traces(step, data)].sum()) for step in range(1, total + 1)),
@@ -101,7 +102,8 @@ def pack_run(
         worst=WorstStep(worst.step, worst.packing.rank_efficiency, worst.packing.bound),
         fullest_pack=int(lengths[fullest].sum()),
         flops=float(np.mean([packs.sum() for packs in flops])),
-        slowest_flops=float(np.mean([each.sum() for each in waits])),
+        slowest_flops=float(np.mean([slowest(each, shard.gather).sum() for each in flops]))
+        / shard.context,
         seconds=float(np.mean(seconds)),
     )
     return run, Load(
@@ -118,7 +120,7 @@ def pack_step(step: int, data: PreparedData, recipe: Recipe, ranks: int, cost: C
     packing = pack(
         lengths,
         row_tokens=recipe.train.resolved_row_tokens,
-        world_size=ranks,
+        world_size=ranks // recipe.shard.context,
         cost=cost,
         keep_pairs_together=data.examples.keep_pairs_together,
         gather=recipe.shard.gather,

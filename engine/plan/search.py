@@ -23,7 +23,7 @@ from redi.engine.model.flops import ModelSize
 from redi.engine.plan.cards import Cluster
 from redi.engine.plan.memory import Load, step_memory
 from redi.engine.plan.packed_run import PackedStep, evenly_spaced, pack_step, slowest
-from redi.engine.plan.step_time import step_seconds
+from redi.engine.plan.step_time import pack_seconds, step_seconds
 from redi.engine.plan.types import Fastest
 from redi.engine.train.prepare_data import PreparedData
 
@@ -59,6 +59,7 @@ AXES = (
     Axis("gather", ("step", "micro_step"), many_ranks=True),
     Axis("reduce", ("step", "micro_step"), many_ranks=True),
     Axis("offload", (False, True)),
+    Axis("context", (1, 2, 4, 8), many_ranks=True),
 )
 
 CountMemory = Callable[[Recipe, Load], int]
@@ -223,22 +224,23 @@ def _candidates(
     trained = data.examples.lengths - data.tokens.prompt_lengths
     sampled = sampled_steps(data)
     rows = row_lengths(data)
-    combinations = list(_combinations(recipe, axes, ranks))
+    heads = 1 if recipe.objective.filter_epsilon else size.heads
+    combinations = list(_combinations(recipe, axes, ranks, heads))
     progress = console.progress("packing rows of", len(rows), endpoints=False)
     for row in rows:
-        packed: dict[str, list[PackedStep]] = {}
+        packed: dict[tuple[str, int], list[PackedStep]] = {}
         for shard, need in combinations:
-            gather = shard.gather
+            layout = shard.gather, shard.context
             train = replace(recipe.train, row_tokens=row)
             chosen = replace(recipe, shard=shard, train=train)
-            if gather not in packed:
+            if layout not in packed:
                 balanced = size.training_cost()
-                packed[gather] = [
+                packed[layout] = [
                     pack_step(step, data, chosen, ranks, balanced) for step in sampled
                 ]
-            steps = packed[gather]
-            runs = size.run_cost(shard.checkpointing)
-            waits = [slowest(step.flops(runs), gather) / gpus.flops_per_second for step in steps]
+            steps = packed[layout]
+            takes = pack_seconds(size, shard, gpus.flops_per_second)
+            waits = [slowest(step.costs(takes), shard.gather) for step in steps]
             yield Candidate(
                 recipe=chosen,
                 need=need,
@@ -258,11 +260,12 @@ def _candidates(
 
 
 def _combinations(
-    recipe: Recipe, axes: Sequence[Axis], ranks: int
+    recipe: Recipe, axes: Sequence[Axis], ranks: int, heads: int
 ) -> Iterator[tuple[ShardConfig, tuple[int, ...]]]:
     """Sections `[shard]` with the values of the axes, and those values' places.
 
-    On one rank the settings between ranks stay as they are.
+    On one rank the settings between ranks stay as they are. Context groups need ranks of a replica
+    and equal shares of `heads`.
     """
     choices = [
         [axis.values.index(getattr(recipe.shard, axis.key))]
@@ -276,7 +279,8 @@ def _combinations(
             shard = replace(recipe.shard, **values)
         except ValueError:  # the recipe would refuse this combination
             continue
-        yield shard, need
+        if ranks % (shard.replicate * shard.context) == 0 and heads % shard.context == 0:
+            yield shard, need
 
 
 def sampled_steps(data: PreparedData) -> list[int]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from redi.engine.config.sections import ShardConfig
+from redi.engine.context import key_value_copies
+from redi.engine.data.packing import Cost
 from redi.engine.model.flops import ModelSize
 
 NVLINK = 450e9
@@ -34,6 +36,8 @@ RECOMPUTED_POINTWISE = 0.02
 bound by memory, not flops: some hundredths of a block."""
 HOST_COPIES = 0.01
 """Assumed share of compute that offload adds: copies share memory's bandwidth with compute."""
+EXCHANGED_BYTES = 2
+"""Bytes of an element that context ranks exchange: bfloat16."""
 REDUCED_BYTES = 4
 """Bytes of a reduced gradient: float32 (`MixedPrecisionPolicy` in `engine.model.sharding`)."""
 
@@ -118,12 +122,45 @@ def _ring_latency(ranks: int) -> float:
     return RING_START + between * NETWORK_HOP + (ranks - between) * NVLINK_HOP
 
 
+def pack_seconds(size: ModelSize, shard: ShardConfig, flops_per_second: float) -> Cost:
+    """Seconds that a sequence takes: the flops of its share of a rank, and attention's exchanges.
+
+    Compute waits for the exchanges: attention needs their results.
+
+    Args:
+        flops_per_second: of a rank.
+    """
+    runs, speed = size.run_cost(shard.checkpointing), flops_per_second * shard.context
+    return Cost(
+        runs.linear / speed + exchange_seconds(size, shard),
+        runs.quadratic / speed,
+        tuple((window, cost / speed) for window, cost in runs.windows),
+    )
+
+
+def exchange_seconds(size: ModelSize, shard: ShardConfig) -> float:
+    """Seconds per token of a pack that the ranks of a context group exchange (`[shard] context`).
+
+    Queries, keys, values and results go from slices to heads or back, in forward and backward, and
+    in recomputation again. A rank sends all of its slice but its own share.
+    """
+    ranks = shard.context
+    if ranks == 1:
+        return 0.0
+    copies = key_value_copies(size.heads, size.key_value_heads, ranks)
+    query_and_result = size.attention + sum(dims for _, dims in size.windows)
+    elements = query_and_result * (1 + copies * size.key_value_heads / size.heads)
+    times = 2 if shard.checkpointing == "none" else 3
+    speed = ACHIEVED * (NVLINK if ranks <= GPUS_PER_MACHINE else NETWORK)
+    return times * EXCHANGED_BYTES * elements * (ranks - 1) / ranks**2 / speed
+
+
 def step_seconds(compute: np.ndarray, size: ModelSize, ranks: int, shard: ShardConfig) -> float:
     """Time of a step: in each micro-step compute hides the transfers, or waits for them.
 
     Args:
-        compute: float64 [packs], seconds that the flops of the packs take that the step waits for,
-            one after the other (`slowest`).
+        compute: float64 [packs], seconds of the packs that the step waits for (`pack_seconds`), one
+            after the other (`slowest`).
         size: of the model.
         ranks: of the run.
         shard: what is gathered, reduced and recomputed, and when.

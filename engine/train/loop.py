@@ -83,15 +83,17 @@ def train(
         training.run, complete, recipe.run.keep, student, optimizer, world, console
     )
     done = checkpointer.load_newest()
+    group, groups = student.context.place(world)
     loader = StepLoader(
         data.tokens,
         data.examples,
         data.schedule,
         row_tokens=recipe.train.resolved_row_tokens,
-        rank=world.rank,
-        world_size=world.size,
+        rank=group,
+        world_size=groups,
         cost=cost,
         gather=recipe.shard.gather,
+        slice=student.context.slice,
         workers=training.workers,
         pin=world.device.type == "cuda",
     )

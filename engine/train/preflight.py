@@ -14,7 +14,7 @@ from redi.engine.config.sections import Recipe, check_replicas
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
 from redi.engine.model.adapter import check_adapter
-from redi.engine.model.architecture import attention_for, check_dropout, has_mixers
+from redi.engine.model.architecture import attention_for, check_context, check_dropout, has_mixers
 from redi.engine.model.attention import NOT_IN_GRAPHS
 from redi.engine.model.build import model_config
 from redi.engine.model.checkpointing import NOT_KEPT
@@ -57,6 +57,7 @@ def check_before_data(recipe: Recipe, run_dir: Path, world: World) -> Preflight:
     kind, _ = attention_for(config, recipe.model.attention, world.device, dtype)
     check_dropout(recipe.model.path or "", config, kind)
     check_adapter(recipe, config, dtype)
+    check_context(recipe.model.path or "", config, recipe.shard.context)
     _check_compile(recipe, kind, config)
     _check_checkpointing(recipe, kind)
     _check_backend(recipe, world.device, dtype)
@@ -93,6 +94,11 @@ def _check_checkpointing(recipe: Recipe, attention: str) -> None:
 
 def _check_backend(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
     filtered = bool(recipe.objective.filter_epsilon)
+    if filtered and recipe.shard.context > 1:
+        raise InputError(
+            "objective.filter_epsilon is not available with shard.context: it counts the tokens of "
+            "whole sequences; remove one of the two"
+        )
     if filtered and dtype != torch.bfloat16:
         raise InputError(
             'objective.filter_epsilon needs bfloat16: set train.dtype = "bfloat16", or remove it'

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from redi.engine.config.objectives import UnitKind
-from redi.engine.config.sections import Recipe
+from redi.engine.config.sections import Recipe, ShardConfig
 from redi.engine.console import Console
 from redi.engine.data.mixing import mix
 from redi.engine.data.packing import Cost
@@ -56,7 +56,7 @@ class PreparedData:
         """Tokens of each trace of units, int64 [traces]."""
         return self.examples.lengths[self.examples.units[units].reshape(-1)]
 
-    def summarize(self, row_tokens: int, ranks: int, cost: Cost, gather: str) -> Summary:
+    def summarize(self, row_tokens: int, ranks: int, cost: Cost, shard: ShardConfig) -> Summary:
         """Summary of what a run on this number of ranks trains; see `summarize`."""
         held_out = self.held_out
         return summarize(
@@ -67,7 +67,8 @@ class PreparedData:
             row_tokens=row_tokens,
             world_size=ranks,
             cost=cost,
-            gather=gather,
+            gather=shard.gather,
+            context=shard.context,
         )
 
 

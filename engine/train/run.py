@@ -131,7 +131,7 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
     )
     recipe = resolve_rows(recipe, previous.row_tokens, found.config, size, data, world, console)
     row_tokens = recipe.train.resolved_row_tokens
-    summary = data.summarize(row_tokens, world.size, cost, recipe.shard.gather)
+    summary = data.summarize(row_tokens, world.size, cost, recipe.shard)
     show(summary, str(run_dir), console)
     for warning in [*warnings(summary), *_recipe_warnings(recipe, total)]:
         console.warn(warning)

@@ -22,6 +22,7 @@ import xxhash
 from redi.engine.config.sections import Recipe
 from redi.engine.console import Console, Progress
 from redi.engine.data.cache import TokenizedTraces
+from redi.engine.data.context_slice import slice_pack, targets_in_slice
 from redi.engine.data.fingerprints import model_fingerprint
 from redi.engine.data.packing import Cost, build_batch, pack
 from redi.engine.distributed import World
@@ -222,7 +223,8 @@ def _score_block(
 ) -> BlockScores:
     """Score a block; the scores are on every rank."""
     row_tokens = scoring_pack_tokens(row_tokens, lengths[block], world.device)
-    packing = pack(lengths[block], row_tokens=row_tokens, world_size=world.size, cost=cost)
+    group, groups = student.context.place(world)
+    packing = pack(lengths[block], row_tokens=row_tokens, world_size=groups, cost=cost)
     sums = torch.zeros(_KINDS, len(block), dtype=torch.float64, device=world.device)
     starts = np.cumsum([0, *tokens.num_targets(block, lengths[block])])
     of_tokens = torch.zeros(2, starts[-1], device=world.device)
@@ -230,16 +232,17 @@ def _score_block(
     top_logps = torch.zeros(starts[-1], top, device=world.device)
     student.eval()
     for packs in packing.packs:
-        positions = packs[world.rank]
+        positions = packs[group]
         traces = block[positions]
-        batch = build_batch(tokens, traces, lengths[traces]).to(world.device)
-        scores = student(batch, None, top)
-        if not batch.is_dummy:
+        row = build_batch(tokens, traces, lengths[traces])
+        scores = student(slice_pack(row, *student.context.slice).to(world.device), None, top)
+        if not row.is_dummy:
             of_pack = torch.stack(
                 [scores.sequence_logps, scores.sequence_entropies, scores.weighted_logps]
             )
             sums[:, torch.from_numpy(positions).to(world.device)] = of_pack.double()
             places = np.concatenate([np.arange(starts[p], starts[p + 1]) for p in positions])
+            places = places[targets_in_slice(row, *student.context.slice)]
             at = torch.from_numpy(places).to(world.device)
             of_tokens[:, at] = scores.tokens.float()
             if scores.top is not None:

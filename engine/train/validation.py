@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from redi.engine.data.context_slice import slice_pack
 from redi.engine.data.packing import Cost, build_batch, pack
 from redi.engine.data.schedule import Examples
 from redi.engine.data.tokens import TokenizedTraces
@@ -58,15 +59,18 @@ def validate(
     sequences = held_out.sequences
     lengths = examples.lengths[sequences]
     row_tokens = scoring_pack_tokens(row_tokens, lengths, world.device)
-    packing = pack(lengths, row_tokens=row_tokens, world_size=world.size, cost=cost)
+    group, groups = student.context.place(world)
+    packing = pack(lengths, row_tokens=row_tokens, world_size=groups, cost=cost)
     means = torch.zeros(len(examples.lengths), dtype=torch.float64)
     student.eval()
     stopped = False
     for packs in packing.packs:
         if stopped := world.any_rank(stop.requested):
             break
-        row = sequences[packs[world.rank]]
-        batch = build_batch(tokens, row, examples.lengths[row]).to(world.device)
+        row = sequences[packs[group]]
+        batch = slice_pack(
+            build_batch(tokens, row, examples.lengths[row]), *student.context.slice
+        ).to(world.device)
         out = student(batch, None)
         if not batch.is_dummy:
             mean = out.sequence_logps.double() / out.sequence_lengths.clamp(min=1)

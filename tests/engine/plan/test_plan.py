@@ -287,6 +287,24 @@ def test_weights_gathered_once_are_whole_on_each_rank_between_micro_steps(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_activations_of_ranks_that_share_a_pack_are_their_share(
+    tmp_path: Path, checkpointing: Any
+) -> None:
+    config = read_config(str(small_model(tmp_path, layers=SHALLOW)), weights=False)
+    peaks = {}
+    for context in (1, 2, 4):
+        recipe = recipe_of(tmp_path, ShardConfig(context=context, checkpointing=checkpointing))
+        peaks[context] = step_memory(recipe, config, LOAD, 4, CARDS["h100"])
+    assert {peak.phase for peak in peaks.values()} == {"backward"}
+    for context in (2, 4):
+        share = peaks[context].parts["activations"] / peaks[1].parts["activations"]
+        assert share == pytest.approx(1 / context, rel=0.05)
+        for part in ("masters", "moments"):
+            assert peaks[context].parts[part] == peaks[1].parts[part]
+
+
+@pytest.mark.slow
 def test_the_loss_is_counted_as_on_a_gpu(tmp_path: Path) -> None:
     """In bfloat16: gradients and a chunk of logits in float32; p - onehot is kept if it fits."""
     width, tokens = 64, TOKENS - 2

@@ -54,7 +54,7 @@ def test_the_search_finds_the_best_of_all_combinations_with_fewer_counts(
 
     def memory(changed: Recipe, load: Load) -> int:
         """Like a model's: rows times what is kept, and gradients between micro-steps."""
-        shard, tokens = changed.shard, load.pack.num_tokens
+        shard, tokens = changed.shard, load.pack.num_tokens / changed.shard.context
         kept = {"none": 10, "selective": 5, "attention": 2, "full": 1}[shard.checkpointing]
         whole = shard.reduce == "step" and load.micro_steps > 1
         gradients = 4 * size.parameters // (1 if whole else RANKS)
@@ -108,7 +108,8 @@ def test_values_of_an_axis_need_less_memory_one_after_the_other(
         other: dict[str, Any] = {}
         if axis.key != "checkpointing":
             other["checkpointing"] = "full"
-        peaks = [peak(**{axis.key: value}, **other) for value in axis.values]
+        values = [value for value in axis.values if axis.key != "context" or RANKS % value == 0]
+        peaks = [peak(**{axis.key: value}, **other) for value in values]
         assert peaks == sorted(peaks, reverse=True), axis.key
         assert peaks[0] > peaks[-1], axis.key
     assert peak(1000) < peak(2000)

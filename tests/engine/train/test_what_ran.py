@@ -91,6 +91,7 @@ def test_every_layer_of_a_real_run_has_packed_attention_on_each_rank(
     one = {
         "attention": "sdpa",
         "attention_calls": LAYERS,
+        "context_ranks": 1,
         "windows": {},
         "mixers": 0,
         "loss": loss,
