@@ -32,6 +32,7 @@ ENGINE = [
 EXTRAS = {
     "engine": ENGINE,
     "triton": ["triton>=3.6; sys_platform == 'linux'"],
+    "torchao": ["torchao>=0.18"],  # optim.name = "adamw-8bit", train.fp8
     "lora": ["peft>=0.18"],
     "liger": ["liger-kernel>=0.8; sys_platform == 'linux'"],
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],

@@ -1,7 +1,21 @@
-"""Check that the packages of the extra `engine` are installed, without importing them."""
+"""Check that the packages of extras are installed, without importing them."""
 
 import re
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+
+from redi.engine.errors import InputError
+
+
+def check_installed(package: str, key: str) -> None:
+    """Raise InputError unless the package of the extra with its name is installed.
+
+    Args:
+        package: its module, and the extra.
+        key: option that needs it, for the message.
+    """
+    if find_spec(package) is None:
+        raise InputError(f"{key}: {package} is not installed: pip install 'redi-engine[{package}]'")
 
 
 def missing_packages() -> str:

@@ -288,9 +288,9 @@ class ObjectiveConfig(Section, name="objective"):
 class OptimConfig(Section, name="optim"):
     """The optimizer and its learning rate schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: torch's Muon for the matrices of blocks, scaled to the size of AdamW's updates, and
-    AdamW for all other weights."""
+    name: Literal["adamw", "adamw-8bit", "muon"] = "adamw"
+    """adamw-8bit: moments of 8 bits a value (needs the extra torchao). muon: torch's Muon for the
+    matrices of blocks, scaled to the size of AdamW's updates, and AdamW for all other weights."""
     lr: float = ranged(1e-5, NOT_NEGATIVE)
     """Peak learning rate."""
     weight_decay: float = ranged(1e-4, NOT_NEGATIVE)

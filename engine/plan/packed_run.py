@@ -87,7 +87,6 @@ def pack_run(
     worst = min(steps, key=lambda step: step.packing.rank_efficiency)
     packs = [traces for step in steps for traces in step.packs if len(traces)]
     fullest = max(packs, key=lambda traces: int(lengths[traces].sum()))
-    trained = lengths - data.tokens.prompt_lengths
     flops = [step.costs(runs) for step in steps]
     takes = pack_seconds(size, shard, cluster.flops_per_second)
     waits = [slowest(step.costs(takes), shard.gather) for step in steps]
@@ -108,7 +107,7 @@ def pack_run(
     )
     return run, Load(
         pack=build_batch(data.tokens, fullest, lengths[fullest]),
-        targets=frozenset(int(trained[traces].sum()) for traces in packs),
+        targets=frozenset(int(data.num_targets[traces].sum()) for traces in packs),
         micro_steps=run.most_micro_steps,
     )
 

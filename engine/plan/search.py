@@ -221,7 +221,6 @@ def _candidates(
     console: Console,
 ) -> Iterator[Candidate]:
     ranks = gpus.ranks
-    trained = data.examples.lengths - data.tokens.prompt_lengths
     sampled = sampled_steps(data)
     rows = row_lengths(data)
     heads = 1 if recipe.objective.filter_epsilon else size.heads
@@ -249,7 +248,7 @@ def _candidates(
                 rank_efficiency=float(np.mean([step.packing.rank_efficiency for step in steps])),
                 micro_steps=max(len(step.packing.packs) for step in steps),
                 targets=frozenset(
-                    int(trained[traces].sum())
+                    int(data.num_targets[traces].sum())
                     for step in steps
                     for traces in step.packs
                     if len(traces)

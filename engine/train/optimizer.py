@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from redi.engine.config.sections import OptimConfig
+from redi.engine.extras import check_installed
 from redi.engine.model.student import Student
-from redi.engine.train.tensor_steps import GatheredMuon, TensorSteps
+from redi.engine.train.quantized_adamw import QuantizedAdamW, is_quantizable
+from redi.engine.train.tensor_steps import GatheredMuon, TensorSteps, local
 
 # transformers.Trainer.get_decay_parameter_names: names that are not decayed.
 NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -26,11 +27,18 @@ BLOCK = 2**24
 Optimizer = torch.optim.AdamW | TensorSteps
 
 
+def check_optimizer(section: OptimConfig) -> None:
+    """Raise InputError if a package that the optimizer needs is not installed."""
+    if section.name == "adamw-8bit":
+        check_installed("torchao", 'optim.name = "adamw-8bit"')
+
+
 def make_optimizer(student: nn.Module, section: OptimConfig) -> Optimizer:
     """The optimizer of sharded fp32 masters. As in transformers norms and biases are not decayed.
 
     Args:
         student: a `Student` for Muon, which takes the matrices of its blocks.
+        section: torchao is installed if it names AdamW with 8 bits (`check_optimizer`).
     """
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     if section.name == "muon":
@@ -45,6 +53,13 @@ def make_optimizer(student: nn.Module, section: OptimConfig) -> Optimizer:
             adjust_lr_fn="match_rms_adamw",
         )
         return TensorSteps(muon, *([_adamw(rest, section)] if rest else []))
+    if section.name == "adamw-8bit":
+        large = {name: p for name, p in trained.items() if is_quantizable(p)}
+        rest = {name: p for name, p in trained.items() if name not in large}
+        parts: list[torch.optim.Optimizer] = [_adamw(rest, section)] if rest else []
+        if large:
+            parts.append(QuantizedAdamW(_decay_groups(large, section), **_options(section)))
+        return TensorSteps(*parts)
     return _adamw(trained, section)
 
 
@@ -141,7 +156,7 @@ def _blocks(states: Sequence[Piece]) -> Iterator[list[Piece]]:
     block: list[Piece] = []
     size = 0
     for tensors in states:
-        for piece in zip(*(_local(t).flatten().split(BLOCK) for t in tensors), strict=True):
+        for piece in zip(*(local(t).flatten().split(BLOCK) for t in tensors), strict=True):
             elements = piece[0].numel()
             if size + elements > BLOCK:
                 yield block
@@ -151,10 +166,6 @@ def _blocks(states: Sequence[Piece]) -> Iterator[list[Piece]]:
                 size += elements
     if block:
         yield block
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def learning_rate(

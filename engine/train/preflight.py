@@ -22,6 +22,7 @@ from redi.engine.model.router_loss import router_coefficient
 from redi.engine.model.sharding import compute_dtype
 from redi.engine.storage import open_run
 from redi.engine.train.guards import check_not_collapsed
+from redi.engine.train.optimizer import check_optimizer
 from redi.engine.train.trackers import check_trackers
 from redi.kernels.backends import choose_backend, filtering_backend
 
@@ -53,6 +54,7 @@ def check_before_data(recipe: Recipe, run_dir: Path, world: World) -> Preflight:
     config = model_config(recipe)
     check_trackers(recipe.run.trackers)
     check_replicas(recipe.shard, world.size)
+    check_optimizer(recipe.optim)
     dtype = compute_dtype(recipe.train.dtype, world.device)
     kind, _ = attention_for(config, recipe.model.attention, world.device, dtype)
     check_dropout(recipe.model.path or "", config, kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,12 @@ class PreparedData:
         if self.held_out is None:
             return 0
         return int(self.held_out.examples.lengths[self.held_out.sequences].max())
+
+    @cached_property
+    def num_targets(self) -> np.ndarray:
+        """Trained tokens of each trace, without masked ones, int64 [N]."""
+        lengths = self.examples.lengths
+        return self.tokens.num_targets(np.arange(len(lengths)), lengths)
 
     def lengths_of(self, units: np.ndarray) -> np.ndarray:
         """Tokens of each trace of units, int64 [traces]."""

@@ -40,24 +40,24 @@ class TensorSteps:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update the parameters that have a gradient."""
-        gradients = {
-            parameter: parameter.grad
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        }
-        self.squared = torch.zeros((), dtype=torch.float64, device=next(iter(gradients)).device)
-        self.zero_grad()
+        """Update the parameters that have a gradient, and free each gradient after its use."""
+        groups = self.param_groups
+        device = groups[0]["params"][0].device
+        self.squared = torch.zeros((), dtype=torch.float64, device=device)
         for optimizer in self.optimizers:
-            for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
-                if (gradient := gradients.pop(parameter, None)) is not None:
-                    shard = _local(parameter.detach())
+            groups = optimizer.param_groups
+            for group in groups:
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        continue
+                    shard = local(parameter.detach())
                     before = shard.clone()
-                    parameter.grad = gradient
+                    # A step over all groups for each parameter would take quadratic time.
+                    optimizer.param_groups = [{**group, "params": [parameter]}]
                     optimizer.step()
                     parameter.grad = None
                     self.squared += (shard - before).double().square().sum()
+            optimizer.param_groups = groups
 
     def step_if(self, finite: torch.Tensor) -> None:
         """Take the step if `finite` (bool scalar on the device) is true, else change nothing."""
@@ -88,7 +88,7 @@ class GatheredMuon(torch.optim.Muon):
                 average = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
                 update = parameter.grad.lerp(average, momentum)  # Nesterov's
                 change = _orthogonal(update, group)
-                shard = _local(parameter)
+                shard = local(parameter)
                 shard.mul_(1 - group["lr"] * group["weight_decay"])
                 shard.add_(_rows(change, parameter))
 
@@ -119,5 +119,6 @@ def _rows(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return everywhere.redistribute(placements=parameter.placements).to_local()
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a tensor, or the tensor if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

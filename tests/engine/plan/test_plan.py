@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from redi.engine.config.sections import (
     AdapterConfig,
     ModelConfig,
     ObjectiveConfig,
+    OptimConfig,
     Recipe,
     ShardConfig,
     TrainConfig,
@@ -45,6 +47,7 @@ from redi.engine.plan.memory import SHALLOW, Load, cache_memory, phase_peaks, st
 from redi.engine.train.generation_accuracy import HeldOutProblems
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
 from redi.engine.train.step import clip, forward_backward
+from redi.engine.train.tensor_steps import TensorSteps
 
 CPU = torch.device("cpu")
 TOKENS = 1024
@@ -105,9 +108,10 @@ class RealStep:
             optimizer = make_optimizer(student, recipe.optim)
             optimizer.step()
             optimizer.zero_grad()
-            states = [value for state in optimizer.state.values() for value in state.values()]
+            parts = optimizer.optimizers if isinstance(optimizer, TensorSteps) else [optimizer]
+            states = [state for part in parts for state in part.state.values()]
             self.masters = sum(p.to_local().nbytes for p in parameters)
-            self.moments = sum(state.nbytes for state in states)
+            self.moments = sum(value.nbytes for state in states for value in state.values())
             batches = StepBatches(
                 step=1,
                 micro_batches=[small_pack(), small_pack()],
@@ -182,6 +186,22 @@ def test_an_adapters_memory_equals_that_of_a_real_step(tmp_path: Path) -> None:
     size = model_size(config, recipe.adapter)
     assert real.moments == pytest.approx(8 * size.adapter, rel=1e-2)
     assert real.masters == 4 * (size.parameters + size.adapter)
+    in_step = planned.total - planned.parts["masters"] - planned.parts["moments"]
+    assert in_step == pytest.approx(real.peak, rel=0.04)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("torchao") is None, reason="the extra 'torchao' is not installed")
+def test_the_memory_of_8_bit_moments_equals_that_of_a_real_step(tmp_path: Path) -> None:
+    """Two bytes a weight, and a scale of four for each block of 64 values, a row here."""
+    recipe = recipe_of(small_model(tmp_path, layers=SHALLOW), ShardConfig(checkpointing="full"))
+    recipe = replace(recipe, optim=OptimConfig(name="adamw-8bit"))
+    config = read_config(str(tmp_path), weights=False)
+    planned = step_memory(recipe, config, LOAD, 1, CARDS["h100"])
+    real = RealStep(recipe)
+    tables = 2 * 256 * 4  # the values of the codes
+    assert planned.parts["moments"] == pytest.approx(real.moments + tables, abs=1024)
+    assert real.moments == pytest.approx(2 * (1 + 4 / 64) * real.masters / 4, rel=0.05)
     in_step = planned.total - planned.parts["masters"] - planned.parts["moments"]
     assert in_step == pytest.approx(real.peak, rel=0.04)
 

@@ -91,6 +91,26 @@ def test_the_search_finds_the_best_of_all_combinations_with_fewer_counts(
     assert len(answers) > 4
 
 
+def test_masked_tokens_are_not_counted_as_trained(recipe: Callable[..., Path], world: Path) -> None:
+    """Neither by the plan nor by the search; half of each trace is masked."""
+    rows = [json.loads(line) for line in (world / "traces.jsonl").read_text().splitlines()]
+    for row in rows:
+        for trace in row["traces"]:
+            trace["spans"] = [[0, (len(trace["text"]) + 1) // 2, 0.0]]
+    masked = world / "half-masked.jsonl"
+    masked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = recipe("run", {"data.path": str(masked), "train.max_steps": 1, "train.row_tokens": 9999})
+    found = load_recipe(train_parser(), str(path), [str(path)])
+    with join_world() as alone:
+        data = prepare_data(found, alone, QUIET)
+    size = model_size(model_config(found))
+    _, load = pack_run(found, size, data, Cluster(1, "h100", 0.35), QUIET)
+    assert load.targets == {len(load.pack.valid_index)}
+    gpus = Gpus(1, SPEED)
+    candidates = list(search._candidates(found, size, data, gpus, AXES, QUIET))
+    assert candidates[-1].targets == load.targets
+
+
 @pytest.mark.slow
 def test_values_of_an_axis_need_less_memory_one_after_the_other(
     prepared: tuple[Recipe, Any, PreparedData],
