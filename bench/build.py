@@ -200,6 +200,13 @@ def calls() -> dict[str, Callable[[Backend], object]]:
         values = torch.zeros(tokens, requires_grad=True)
         return kernels.segment_sum(values, cu_seqlens, backend=backend).sum().backward()
 
+    def topk(
+        backend: Backend, dtype: torch.dtype = torch.bfloat16, **options: Any
+    ) -> kernels.TopkDivergence:
+        ids, logps = targets[:, None].expand(tokens, 4), weights[:, None].expand(tokens, 4)
+        operands = hidden.to(dtype), weight.to(dtype), ids, logps, weights
+        return kernels.topk_divergence(*operands, targets=targets, backend=backend, **options)
+
     return {
         "redi_loss": redi,
         "redi_loss float16": lambda backend: redi(backend, torch.float16),
@@ -226,6 +233,11 @@ def calls() -> dict[str, Callable[[Backend], object]]:
         "vocab-parallel terms": lambda backend: vocab_parallel(
             backend, logit_scale=0.5, softcap=30.0, label_smoothing=0.1, z_loss=0.1,
             entropy_weights=weights,
+        ),
+        "top-k divergence": topk,
+        "top-k divergence float32": lambda backend: topk(backend, torch.float32),
+        "top-k divergence, temperature": lambda backend: topk(
+            backend, temperature=2.0, softcap=30.0
         ),
         "filter": lambda backend: kernels.filtered_redi_loss(
             hidden, weight, targets, cu_seqlens, signs,

@@ -127,11 +127,11 @@ def kernels_of(backend: str) -> Kernels:
             segments.spread_segments,
         )
     # Imported late: a machine without a GPU, or with macOS, may have no Triton.
-    from redi.kernels import segments_triton, softmax_triton
+    from redi.kernels import segments_triton, softmax_triton, topk_triton
 
     kernels = Kernels(
         softmax_triton.softmax,
-        topk_softmax.topk_softmax,
+        topk_triton.topk_softmax,
         segments_triton.token_weights,
         segments_triton.sum_segments,
         segments_triton.spread_segments,

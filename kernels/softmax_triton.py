@@ -261,8 +261,10 @@ def softmax_kernel(
 
 
 @triton.jit
-def transformed(values, logit_scale, softcap):
+def transformed(values, logit_scale, softcap, APART: tl.constexpr = False):
     """`softmax.transform_`: (z, slope) of logits; None in place of a number: 1, no softcap.
+
+    With APART -inf marks a column that takes no part, and stays -inf under a softcap.
 
     By q = exp(-2 |x|): tanh |x| = (1 - q) / (1 + q), and a polynomial where 1 - q would cancel;
     the slope 1 - tanh^2 is 4 q / (1 + q)^2, which cancels nowhere.
@@ -282,7 +284,10 @@ def transformed(values, logit_scale, softcap):
         series = -0.33333141 + series * square
         near = size + size * (square * series)
         tanh = tl.where(size < 0.5, near, (1.0 - q) * inverse)
-        values = tl.where(x < 0, -tanh, tanh) * softcap
+        capped = tl.where(x < 0, -tanh, tanh) * softcap
+        if APART:
+            capped = tl.where(values == float("-inf"), values, capped)
+        values = capped
         slope = 4.0 * q * inverse * inverse
     return values, slope
 
@@ -299,6 +304,7 @@ def sum_exponentials(
     MOMENT: tl.constexpr,
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
+    APART: tl.constexpr = False,
 ):
     """Pass 1, without the target: (max z, R = sum e, sum e (z - max), sum z), e = exp(z - max).
 
@@ -320,7 +326,7 @@ def sum_exponentials(
         columns = (blocks - 1 - i) * BLOCK + lane_columns
         # The load goes by `room`, a multiple of 16, as V would make it one of single words.
         values = tl.load(z + columns, mask=columns < room, other=float("-inf"))
-        values, _ = transformed(values, logit_scale, softcap)
+        values, _ = transformed(values, logit_scale, softcap, APART)
         inside = columns < vocab
         if MEAN:
             totals += tl.sum(tl.where(inside & (columns != target), values, 0.0), 1)
@@ -371,12 +377,15 @@ def write_gradient(
     ROUNDED: tl.constexpr,
     HALVES_IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
+    APART: tl.constexpr = False,
+    plain_u=0.0,
+    power=None,
 ):
     """Pass 2: out = u e, but `at_target` at the target; out may overwrite z.
 
-    With TILT e is multiplied by u + tilt (z - max) instead, with SHIFT `shift` is subtracted. By
-    s it is times the slope. In a half type e counts as 0 where it is below `negligible`; see
-    `softmax.NEGLIGIBLE`.
+    With TILT e is multiplied by u + tilt (z - max) instead, with SHIFT `shift` is subtracted, with
+    a power plain_u e^power is added. By s it is times the slope. In a half type e counts as 0 where
+    it is below `negligible`; see `softmax.NEGLIGIBLE`.
 
     The hazard: halves of block b overwrite the words of z's block b // 2, which a slower warp of
     this program may not have loaded yet. Blocks ascend, so b // 2 <= b, and a barrier between the
@@ -392,7 +401,7 @@ def write_gradient(
     for i in range(tl.cdiv(vocab, BLOCK)):
         columns = i * BLOCK + block_columns
         values = tl.load(z + columns, mask=columns < room, other=float("-inf"))
-        values, slope = transformed(values, logit_scale, softcap)
+        values, slope = transformed(values, logit_scale, softcap, APART)
         drops = values - largest
         e = exp(drops)
         gradient = e * u
@@ -400,6 +409,8 @@ def write_gradient(
             gradient = e * (u + tilt * tl.maximum(drops, _LOWEST_EXPONENT))
         if tl.float32 != ROUNDED:
             gradient = tl.where(e < negligible, 0.0, gradient)  # NaN is not
+        if power is not None:
+            gradient += plain_u * exp(drops * power)
         if SHIFT:
             gradient -= shift
         gradient = tl.where(columns == target, at_target, gradient)

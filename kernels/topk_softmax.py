@@ -84,7 +84,7 @@ def columns_of(
 ) -> Columns:
     """Those of the tokens [C], whose targets [C] are in [0, V)."""
     ids, given_logps = teacher.ids[tokens].long(), teacher.logps[tokens]
-    given = ids >= 0
+    given = ids != -1
     target = targets[:, None]
     tails = torch.zeros_like(target, dtype=torch.float64)
     if teacher.bucket:

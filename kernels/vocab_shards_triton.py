@@ -35,7 +35,7 @@ def shard_sums(
     sums = new_sums(logits, with_moment, with_mean)
     if not vocab:
         return sums
-    block, warps = _launch_shape(vocab)
+    block, warps = launch_shape(vocab)
     with torch.cuda.device_of(logits):
         shard_sums_kernel[(rows,)](
             logits,
@@ -47,7 +47,7 @@ def shard_sums(
             *_transform(terms),
             MOMENT=with_moment,
             MEAN=with_mean,
-            ALIGNED_VOCAB=_aligned(vocab),
+            ALIGNED_VOCAB=aligned_vocab(vocab),
             BLOCK=block,
             num_warps=warps,
             **FUSED,
@@ -69,7 +69,7 @@ def shard_gradient(
     dlogits = logits.view(dtype)[:, :vocab] if halves else logits
     if not vocab:
         return dlogits
-    block, warps = _launch_shape(vocab)
+    block, warps = launch_shape(vocab)
     with torch.cuda.device_of(logits):
         shard_gradient_kernel[(len(logits),)](
             logits,
@@ -85,7 +85,7 @@ def shard_gradient(
             *_transform(terms),
             ROUNDED=ROUNDED[dtype],
             HALVES_IN_PLACE=halves,
-            ALIGNED_VOCAB=_aligned(vocab),
+            ALIGNED_VOCAB=aligned_vocab(vocab),
             BLOCK=block,
             num_warps=warps,
             **FUSED,
@@ -93,7 +93,7 @@ def shard_gradient(
     return dlogits
 
 
-def _launch_shape(vocab: int) -> tuple[int, int]:
+def launch_shape(vocab: int) -> tuple[int, int]:
     """Columns of a block, and warps of a program."""
     block = min(COLUMNS_PER_THREAD * MAX_THREADS, max(128, triton.next_power_of_2(vocab)))
     return block, max(1, block // COLUMNS_PER_THREAD // (64 if torch.version.hip else 32))
@@ -104,7 +104,8 @@ def _transform(terms: Terms) -> tuple[float | None, float | None]:
     return terms.logit_scale if terms.logit_scale != 1 else None, terms.softcap
 
 
-def _aligned(vocab: int) -> bool:
+def aligned_vocab(vocab: int) -> bool:
+    """Whether to say that V is a multiple of 16: see `softmax_triton.softmax_kernel`."""
     return bool(torch.version.hip) and vocab % ALIGNMENT == 0
 
 

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from kernel_cases import Case, Target, gradients, leaves, make_case, relative_er
 from torch import Tensor
 
 from redi.engine.plan.memory_tracker import LossMemory, MemoryTracker
-from redi.kernels import chunked, linear_logprobs, redi_loss, redi_value_and_grad
+from redi.kernels import chunked, linear_logprobs, redi_loss, redi_value_and_grad, topk_divergence
 from redi.kernels.chunk_sizes import fill_waves, gpu_chunk_tokens, gpu_workspace, split
 from redi.kernels.softmax import GradientRows, multiplies_halves
 
@@ -218,6 +219,23 @@ def test_num_with_grad_tells_a_gpu_which_tokens_cost_the_logits_alone(
     assert relative_error(got.dweight, expected[1].dweight) < 1e-6
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_divergence_and_a_cross_entropy_cost_three_products_together(
+    target: Target, products: Products, temperature: float
+) -> None:
+    case = leaves(make_case(device=target.device))
+    n = len(case.valid_index)
+    ids = torch.arange(3, device=target.device).expand(len(case.targets), 3)
+    weights = torch.ones(len(ids), device=target.device)
+    made = topk_divergence(
+        case.hidden, case.weight, ids, torch.full(ids.shape, -2.0, device=target.device), weights,
+        temperature=temperature, tail="bucket", targets=case.targets, target_weights=weights,
+        backend=target.backend,
+    )  # fmt: skip
+    gradients(made.loss, case.hidden, case.weight)
+    assert products.count(case) == {"logits": n, "dhidden": n, "dweight": n}
+
+
 @pytest.mark.parametrize(("keep", "logits_twice"), [(True, 1), (False, 2)])
 def test_logprobs_keep_or_recompute_the_logits(
     target: Target, products: Products, keep: bool, logits_twice: int
@@ -281,15 +299,28 @@ def test_a_chunk_s_dx_is_gone_before_the_next_one_s_is_made(
     assert max(counts) == 1
 
 
-@pytest.mark.parametrize("op", [redi_loss])
-def test_memory_for_a_step_does_not_grow_with_tokens_times_vocabulary(op: Callable) -> None:
+def teach(case: Case) -> None:
+    """A divergence to a teacher of eight entries a token."""
+    case, tokens = leaves(case), len(case.targets)
+    ids = torch.arange(8).expand(tokens, 8)
+    logps, weights = torch.full((tokens, 8), -3.0), torch.ones(tokens)
+    made = topk_divergence(
+        case.hidden, case.weight, ids, logps, weights, tail="bucket", targets=case.targets
+    )
+    gradients(made.loss, case.hidden, case.weight)
+
+
+@pytest.mark.parametrize("step", [partial(run, redi_loss), teach])
+def test_memory_for_a_step_does_not_grow_with_tokens_times_vocabulary(
+    step: Callable[..., object],
+) -> None:
     """Peak of live allocations, from the profiler: far below one whole [N, V] tensor."""
     case = make_case(vocab=4096, hidden=32, lengths=(2048, 2048), signs=(1, -1), masked=0.0)
-    run(op, case)
+    step(case)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
-        run(op, case)
+        step(case)
     live = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
