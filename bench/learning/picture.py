@@ -1,4 +1,4 @@
-"""The picture of a task of the study: the effect of alpha and learning rate, and the runs."""
+"""The pictures of a task: alpha, learning rate and runs, or the methods of a study in a row."""
 
 from __future__ import annotations
 
@@ -46,11 +46,40 @@ def draw(record: Record, path: Path) -> None:
     for axes in (logps, falls, formed, norms):
         axes.set_xlabel("step of stage 2")
     for axes in figure.axes:
-        axes.title.set_fontsize(10)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+        _finish(axes)
     figure.savefig(path, dpi=100)
+
+
+def draw_methods(record: Record, path: Path) -> None:
+    """Each method less the control, at its best rate; and its accuracy and form at every rate."""
+    figure = Figure(figsize=(15, 5.2), layout="constrained")
+    figure.suptitle(f"{TASKS[record['task']].title} ({record['seeds']} seeds)")
+    differences, accuracy, formed = figure.subplots(1, 3)
+    _draw_differences(differences, record)
+    names = list(record["methods"])
+    rates = list(record["methods"][CONTROL]["rates"])
+    for axes, key, title in (
+        (accuracy, "sampled", f"Accuracy at T = {TEMPERATURE}, by learning rate"),
+        (formed, "well formed", "Well formed, by learning rate"),
+    ):
+        for rate, _, colour in _coloured(dict.fromkeys(rates)):
+            runs = [record["methods"][name]["rates"][rate]["figures"][key] for name in names]
+            means = [mean_and_error(by_seed)[0] for by_seed in runs]
+            axes.plot(means, range(len(names)), "o", ms=4, color=colour, label=f"lr {rate}")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_title(title)
+    for axes in figure.axes:
+        _finish(axes)
+    figure.savefig(path, dpi=100)
+
+
+def _finish(axes: Axes) -> None:
+    axes.title.set_fontsize(10)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
 
 
 def _coloured(named: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:

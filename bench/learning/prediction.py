@@ -1,4 +1,4 @@
-"""The optimum of REDI for a student that is a table of probabilities, and for the habit task.
+"""The optimum of REDI, and of bounded terms, for a student that is a table of probabilities.
 
 **The table.** Let a student choose y in a context with free probabilities p = softmax(z). Let P_w
 and P_l be the frequencies of y there among correct and incorrect traces, C = P_w - alpha P_l and
@@ -20,6 +20,22 @@ p(y) = max(C(y) - c, 0) / (1 - alpha), with c such that p sums to 1 (`without_fl
 Euclidean projection of C / (1 - alpha) onto the probabilities: the excess is subtracted in equal
 parts from all survivors, and the smallest of them may become 0 too. With two choices one has all
 the probability in either limit.
+
+**Bounded terms.** With alpha exp(log p) = alpha p in place of alpha log p for incorrect traces
+(`bounded_redi` at temperature 1) or of both signs besides imitation (`sft_simper`), the loss is
+
+    L = - sum_y P_w(y) log p(y) + alpha sum_y D(y) p(y),     D = P_l, or P_l - P_w,
+
+convex in p and bounded below. At its minimum P_w(y) / p(y) - alpha D(y) is the same mu wherever
+P_w is positive, and at least -alpha D(y) elsewhere (`bounded`):
+
+    p(y) = P_w(y) / (mu + alpha D(y)),
+
+with mu such that p sums to 1. So nothing that correct traces have goes to 0: the effective alpha of
+a choice is alpha p(y), which falls with its probability. Where both kinds of trace have the same
+frequencies, D = 0 and `sft_simper` leaves imitation as it is; `bounded_redi` flattens it, and can
+make a rare fault more frequent. A choice without P_w has no probability, unless mu reaches
+-alpha D(y) there before p sums to 1; then it takes the rest.
 
 **The habit.** Whether a trace is correct is a function of the trace, so a table of whole traces
 has nothing to subtract: no y is in both sets. A habit is unlearnt only because a student shares
@@ -66,6 +82,36 @@ def without_floor(wanted: np.ndarray, unwanted: np.ndarray, alpha: float) -> np.
     # The largest number of survivors that all have a positive probability.
     shift = excess[np.flatnonzero(falling > excess)[-1]]
     return np.maximum(target - shift, 0.0)
+
+
+def bounded(
+    wanted: np.ndarray, unwanted: np.ndarray, alpha: float, *, both: bool = False
+) -> np.ndarray:
+    """The optimum of `bounded_redi` at temperature 1, or with `both` of `sft_simper`.
+
+    Args:
+        wanted, unwanted: as above; each sums to 1.
+
+    Returns:
+        float [choices], to 1e-12.
+    """
+    pushed = alpha * (unwanted - wanted if both else unwanted)
+    # mu is above -pushed where wanted is positive, and at least that elsewhere.
+    survivors = wanted > 0
+    low = max((-pushed[survivors]).max(), (-pushed[~survivors]).max(initial=-np.inf))
+    high = low + 1 + abs(pushed).sum() + wanted.sum()
+    for _ in range(200):
+        mu = (low + high) / 2
+        if (wanted[survivors] / (mu + pushed[survivors])).sum() > 1:
+            low = mu
+        else:
+            high = mu
+    found = np.zeros(len(wanted))
+    found[survivors] = wanted[survivors] / (high + pushed[survivors])
+    if not survivors.all():
+        least = ~survivors & (pushed == pushed[~survivors].min())
+        found[least] = (1 - found.sum()) / least.sum()
+    return found
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from redi.bench.learning.prediction import count_habit, share_by_contexts, share_by_one_row
-from redi.bench.learning.students import RATES, TEMPERATURE, StudyMethod, cell_path
+from redi.bench.learning.students import TEMPERATURE, StudyRuns, cell_path
 from redi.bench.learning.tasks import HABIT, TASKS
 from redi.bench.learning.trial import read_pairs
 from redi.bench.report import environment
@@ -23,15 +23,15 @@ ALPHAS = {CONTROL: 0.0, "REDI 0.2": 0.2, "REDI 0.5": 0.5, "REDI 0.8": 0.8, "REDI
 Record = dict[str, Any]
 
 
-def collect(folder: Path, task: str, seeds: int, study: Sequence[StudyMethod]) -> Record:
+def collect(folder: Path, task: str, study: StudyRuns) -> Record:
     """All figures of a task's runs: test results by seed, means over seeds of the curves."""
-    trials = [folder / f"{task}-{seed}" for seed in range(1, seeds + 1)]
+    trials = [folder / f"{task}-{seed}" for seed in range(1, study.seeds + 1)]
     starts = [_read(trial / "stage-1.json") for trial in trials]
     methods = {}
     runs = []
-    for method in study:
+    for method in study.methods:
         rates = {}
-        for rate in RATES:
+        for rate in study.rates:
             found = [_read(cell_path(trial, method.name, rate)) for trial in trials]
             runs += found
             rates[f"{rate:g}"] = {
@@ -42,7 +42,7 @@ def collect(folder: Path, task: str, seeds: int, study: Sequence[StudyMethod]) -
         methods[method.name] = {"chosen": choose_rate(rates), "rates": rates}
     record = {
         "task": task,
-        "seeds": seeds,
+        "seeds": study.seeds,
         "cpu_seconds": sum(run["cpu_seconds"] for run in starts + runs),
         "pairs": {key: fmean(one["pairs"][key] for one in starts) for key in starts[0]["pairs"]},
         "stage 1": _by_seed([_figures(start) for start in starts]),
@@ -151,14 +151,38 @@ def rate_table(record: Record) -> tuple[list[str], list[list[str]]]:
             for one in found["rates"].values()
         ]
         rows.append([name, *cells])
-    return ["greedy / sampled", *(f"lr {rate:g}" for rate in RATES)], rows
+    return ["greedy / sampled", *_rate_columns(record)], rows
+
+
+def _rate_columns(record: Record) -> list[str]:
+    return [f"lr {rate}" for rate in record["methods"][CONTROL]["rates"]]
+
+
+def worst_table(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Columns, and for each method its worst rate: sampled accuracy and form less the control's.
+
+    Both are differences from the control at the same rate, in points, means over seeds.
+    """
+    control = record["methods"][CONTROL]["rates"]
+    rows = []
+    for name, found in record["methods"].items():
+        cells = [name]
+        for figure in ("sampled", "well formed"):
+            differences = {
+                rate: fmean(one["figures"][figure]) - fmean(control[rate]["figures"][figure])
+                for rate, one in found["rates"].items()
+            }
+            rate = min(differences, key=differences.__getitem__)
+            cells += [f"{100 * differences[rate]:+.1f}", rate]
+        rows.append(cells)
+    return ["worst rate", "sampled", "at lr", "formed", "at lr"], rows
 
 
 def prediction_table(record: Record) -> tuple[list[str], list[list[str]]]:
     """Columns, and for each alpha the share of blanks, predicted and measured."""
     predicted = record["predicted fault"]
     columns = ["alpha", *(f"predicted, {table}" for table in predicted)]
-    columns += [f"lr {rate:g}" for rate in RATES]
+    columns += _rate_columns(record)
     rows = []
     for place, (name, alpha) in enumerate(ALPHAS.items()):
         lists = [predicted[table][place] for table in predicted]
@@ -171,31 +195,28 @@ def _percent(value: tuple[float, float], sign: str = "") -> str:
     return f"{100 * value[0]:{sign}.1f}±{100 * value[1]:.1f}"
 
 
-def report(
-    folder: Path,
-    study: str,
-    tasks: Sequence[str],
-    methods: Sequence[StudyMethod],
-    seeds: int,
-    out: Path | None,
-) -> None:
+def report(folder: Path, study: str, runs: StudyRuns, out: Path | None) -> None:
     """Print the tables of each task; write its record and picture to `out`, if given."""
-    for task in tasks:
-        record = collect(folder, task, seeds, methods)
+    for task in runs.tasks:
+        record = collect(folder, task, runs)
         title = (
             f"{TASKS[task].title}. Sampled at T = {TEMPERATURE}; Δ: minus the control's; "
             f"fault: {TASKS[task].fault}, at T = 1"
         )
         print_table(title, *result_table(record), file=sys.stdout)
         print_table("Every learning rate", *rate_table(record), file=sys.stdout)
+        if study == "bounded":
+            print_table("Minus the control's, same rate", *worst_table(record), file=sys.stdout)
         if "predicted fault" in record:
             print_table("Boxes left blank at T = 1", *prediction_table(record), file=sys.stdout)
         if out is not None:
-            from redi.bench.learning.picture import draw
+            from redi.bench.learning.picture import draw, draw_methods
 
             out.mkdir(parents=True, exist_ok=True)
             settings = _read(folder / "settings.json")
             content = {**environment(settings["device"]), "sizes": settings, **record}
-            path = out / f"learning-{task}.json"
+            prefix = "learning" if study == "alpha" else study
+            path = out / f"{prefix}-{task}.json"
             path.write_text(json.dumps(content) + "\n", encoding="utf-8")
-            draw(record, path.with_suffix(".png"))
+            picture = draw if study == "alpha" else draw_methods
+            picture(record, path.with_suffix(".png"))

@@ -7,7 +7,7 @@ faster than one attention call per document. There is no sharding and no checkpo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from redi.bench.learning.losses import AnchoredSimper, TaperedLoss
+from redi.bench.learning.tapered import TaperedLoss
 from redi.bench.learning.trial import ROW_TOKENS, Trial, select_units, whole_folder
 from redi.engine.config.sections import ObjectiveConfig, OptimConfig
 from redi.engine.data.loader import StepLoader
@@ -69,28 +69,48 @@ def _bounded(alpha: float, temperature: float = 1.0) -> StudyMethod:
     return StudyMethod(name, objective)
 
 
-def _own(name: str, loss: type[PackedLoss], alpha: float) -> StudyMethod:
-    return StudyMethod(f"{name} {alpha:g}", ObjectiveConfig("redi", alpha=alpha), loss=loss)
-
-
 _SHARED = ("control", "control 2x", "REDI 0.2", "REDI 0.8", "SimPER")
 BOUNDED_METHODS = (
     *(method for method in METHODS if method.name in _SHARED),
+    *(
+        StudyMethod(f"SFT+SimPER {alpha:g}", ObjectiveConfig("sft_simper", alpha=alpha))
+        for alpha in (1.0, 2.0, 4.0, 8.0)
+    ),
+    StudyMethod("ORPO", ObjectiveConfig("orpo", beta=1.0)),
     *(_bounded(alpha) for alpha in (0.5, 1.0, 2.0, 4.0)),
     *(_bounded(alpha, 0.5) for alpha in (2.0, 4.0, 8.0)),
     *(_bounded(alpha, 2.0) for alpha in (0.5, 1.0)),
-    *(_own("tapered", TaperedLoss, alpha) for alpha in (0.8, 2.0)),
-    *(_own("anchored SimPER", AnchoredSimper, alpha) for alpha in (1.0, 2.0, 4.0)),
+    *(
+        StudyMethod(f"tapered {a:g}", ObjectiveConfig("redi", alpha=a), loss=TaperedLoss)
+        for a in (0.8, 2.0)
+    ),
     *(
         StudyMethod(f"REDI 0.8 gamma {g:g}", ObjectiveConfig("redi", alpha=0.8, negative_gamma=g))
         for g in (0.5, 1.0)
     ),
     StudyMethod("TOPR 0.8", ObjectiveConfig("topr", alpha=0.8)),
-    StudyMethod("ORPO", ObjectiveConfig("orpo", beta=1.0)),
 )
 """Of the study of bounded terms for incorrect traces."""
 RATES = (2e-5, 1e-4, 5e-4, 2.5e-3)
 """Peak learning rates of stage 2, the same for every method."""
+
+
+@dataclass(frozen=True)
+class StudyRuns:
+    """The runs of stage 2 of a study: every method at every rate, for each task and seed."""
+
+    tasks: Sequence[str]
+    seeds: int
+    methods: Sequence[StudyMethod]
+    rates: Sequence[float] = RATES
+
+    def cells(self, folder: Path, task: str, seed: int) -> dict[Path, tuple[StudyMethod, float]]:
+        """The runs of one student by the paths of their records."""
+        return {
+            cell_path(folder / f"{task}-{seed}", method.name, rate): (method, rate)
+            for method in self.methods
+            for rate in self.rates
+        }
 
 
 class PaddedStudent(Student):

@@ -22,7 +22,6 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
 from functools import cache
@@ -38,8 +37,7 @@ from redi.bench.learning.students import (
     BOUNDED_METHODS,
     METHODS,
     RATES,
-    StudyMethod,
-    cell_path,
+    StudyRuns,
     examine,
     look,
     reference_logps,
@@ -77,12 +75,7 @@ TINY = StudySizes(
 
 
 def run_seed(
-    task: str,
-    seed: int,
-    methods: Sequence[StudyMethod],
-    sizes: StudySizes,
-    folder: Path,
-    device: str,
+    task: str, seed: int, runs: StudyRuns, sizes: StudySizes, folder: Path, device: str
 ) -> None:
     """Run what is missing of one task and seed, one record after another."""
     torch.set_num_threads(1)
@@ -105,13 +98,11 @@ def run_seed(
     def reference() -> torch.Tensor:
         return reference_logps(trial, teach_stage_1(trial))
 
-    for method in methods:
-        for rate in RATES:
-            path = cell_path(own, method.name, rate)
-            if not path.exists():
-                began = time.process_time()
-                record = teach_stage_2(trial, method, rate, reference)
-                _write(path, {**record, "cpu_seconds": time.process_time() - began})
+    for path, (method, rate) in runs.cells(folder, task, seed).items():
+        if not path.exists():
+            began = time.process_time()
+            record = teach_stage_2(trial, method, rate, reference)
+            _write(path, {**record, "cpu_seconds": time.process_time() - began})
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
@@ -122,24 +113,12 @@ def _write(path: Path, record: dict[str, Any]) -> None:
     unfinished.rename(path)
 
 
-def run_study(
-    tasks: Sequence[str],
-    seeds: int,
-    methods: Sequence[StudyMethod],
-    sizes: StudySizes,
-    folder: Path,
-    device: str,
-    workers: int,
-) -> None:
+def run_study(runs: StudyRuns, sizes: StudySizes, folder: Path, device: str, workers: int) -> None:
     """Run what is missing, one task and seed per worker at a time, with a progress bar."""
     cells = {
-        (task, seed): [
-            cell_path(folder / f"{task}-{seed}", method.name, rate)
-            for method in methods
-            for rate in RATES
-        ]
-        for seed in range(1, seeds + 1)
-        for task in tasks
+        (task, seed): list(runs.cells(folder, task, seed))
+        for seed in range(1, runs.seeds + 1)
+        for task in runs.tasks
     }
 
     def done() -> int:
@@ -153,7 +132,7 @@ def run_study(
         # Workers inherit the blocked signal, so that only this process handles Ctrl-C.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         pending = {
-            pool.submit(run_seed, *trial, methods, sizes, folder, device)
+            pool.submit(run_seed, *trial, runs, sizes, folder, device)
             for trial, own in cells.items()
             if not all(cell.exists() for cell in own)
         }
@@ -177,7 +156,7 @@ def check_settings(folder: Path, sizes: StudySizes, device: str) -> None:
         SystemExit: a setting differs.
     """
     path = folder / "settings.json"
-    settings = {**asdict(sizes), "rates": list(RATES), "device": device}
+    settings = {**asdict(sizes), "device": device}
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         _write(path, settings)
@@ -198,6 +177,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--study", choices=STUDIES, default="alpha", help="the set of methods")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: all of the study")
+    parser.add_argument("--rates", nargs="+", type=float, choices=RATES, default=list(RATES))
     parser.add_argument("--folder", type=Path, default=Path("runs/learning"), help="of all runs")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: those of the study")
     parser.add_argument("--seeds", type=int, default=5, help="students of each task")
@@ -219,11 +200,15 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     methods, tasks = STUDIES[args.study]
-    tasks = args.tasks or tasks
+    names = [method.name for method in methods]
+    if unknown := set(args.methods or ()) - set(names):
+        parser.error(f"--methods: unknown {', '.join(unknown)}; available: {', '.join(names)}")
+    methods = [method for method in methods if method.name in (args.methods or names)]
+    runs = StudyRuns(args.tasks or tasks, args.seeds, methods, args.rates)
     check_settings(args.folder, sizes, args.device)
     try:
-        run_study(tasks, args.seeds, methods, sizes, args.folder, args.device, args.workers)
+        run_study(runs, sizes, args.folder, args.device, args.workers)
     except KeyboardInterrupt:
         print("stopped; the same command resumes after the finished runs", file=sys.stderr)
         raise SystemExit(130) from None
-    report(args.folder, args.study, tasks, methods, args.seeds, args.out)
+    report(args.folder, args.study, runs, args.out)

@@ -221,9 +221,10 @@ class ObjectiveConfig(Section, name="objective"):
     name: str = "sft"
     """sft: -log p of correct traces. redi: the same plus alpha * log p of incorrect ones. signed:
     each trace separately, with the weight of its row. bounded_redi: redi with a bounded term of
-    incorrect traces. dft, unlikelihood, simper, simpo, dpo: as in their papers."""
+    incorrect traces. sft_simper: sft plus alpha times simper. The others: as in their papers."""
     alpha: float = ranged(0.8, NOT_NEGATIVE)
-    """Weight of the incorrect traces (arXiv 2505.24850); 0: only positives are trained."""
+    """Weight of the incorrect traces (arXiv 2505.24850), or of simper's terms (sft_simper); 0: only
+    positives are trained."""
     positive_weight: float = ranged(1.0, NOT_NEGATIVE)
     """Weight of the correct traces (signed)."""
     negative_gamma: float = ranged(0.0, NOT_NEGATIVE)
@@ -232,11 +233,12 @@ class ObjectiveConfig(Section, name="objective"):
     """The term of an incorrect trace is temperature * exp(mean log-prob / temperature)
     (bounded_redi); the higher, the closer to redi."""
     beta: float | None = ranged(None, POSITIVE)
-    """Scale of the margin of log-probs; required by dpo and simpo."""
+    """Scale of the log-probs or of their margin; required by the objectives that read it (orpo:
+    weight of its log odds)."""
     margin: float = ranged(1.0, FINITE)
     """Target margin of the positive's scaled log-prob: gamma of the SimPO paper (simpo)."""
     label_smoothing: float = ranged(0.0, Range(0, 0.5, open_high=True))
-    """Assumed share of pairs whose labels are swapped (dpo)."""
+    """Assumed share of pairs whose labels are swapped (dpo, robust_dpo)."""
     normalisation: Literal["sequence", "token", "none"] = "sequence"
     """sequence: mean over each sequence first; token: one mean over all tokens of the step (sft,
     dft, signed); none: mean over sequences of sums over tokens (signed)."""

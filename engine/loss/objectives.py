@@ -127,10 +127,19 @@ def _simper(section: ObjectiveConfig) -> ExponentialWeights:
     return ExponentialWeights((0.0, 0.0), (1.0, -1.0))
 
 
+def _sft_simper(section: ObjectiveConfig) -> ExponentialWeights:
+    """Imitation plus alpha times SimPER: -mean_w - alpha exp(mean_w) + alpha exp(mean_l).
+
+    What both traces share has the weight 1 + alpha (exp(mean_w) - exp(mean_l)): at least that of
+    imitation while the positive is the likelier one.
+    """
+    return ExponentialWeights((1.0, 0.0), (section.alpha, -section.alpha))
+
+
 def _topr(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
     """REDI with each negative's term multiplied by min(1, p/p_ref), detached.
 
-    The taper of TOPR (arXiv 2503.14286, equation 8 with its limits 0 and 1): a negative that has
+    The taper of TOPR (arXiv 2503.14286, with its limits 0 and 1): a negative that has
     become less likely than under the reference is pushed less. Log-probs are means per token.
     """
     assert sequences.reference is not None
@@ -140,7 +149,7 @@ def _topr(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
 
 
 def _orpo(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
-    """-mean_w - beta log sigmoid(log odds_w - log odds_l) (ORPO, arXiv 2403.07691, equation 6).
+    """-mean_w - beta log sigmoid(log odds_w - log odds_l) (ORPO, arXiv 2403.07691).
 
     The odds p / (1 - p) are those of p = exp(mean log-prob). 1 - p counts as at least 2^-100.
     """
@@ -161,15 +170,60 @@ def _simpo(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
 def _dpo(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
     """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h) with label smoothing e.
 
-    h = log p/p_ref of the positive minus that of the negative, sums over tokens (arXiv 2305.18290,
-    equation 7; smoothing as in its reference code).
+    h is `_log_ratios` (arXiv 2305.18290, equation 7; smoothing as in its reference code).
+    """
+    assert section.beta is not None
+    logits = section.beta * _log_ratios(sequences)
+    smoothing = section.label_smoothing
+    return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
+
+
+def _robust_dpo(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
+    """DPO's loss without the bias of swapped labels, a share e (arXiv 2403.00409).
+
+    (-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1 - 2 e).
+    """
+    assert section.beta is not None
+    logits = section.beta * _log_ratios(sequences)
+    swapped = section.label_smoothing
+    loss = -(1 - swapped) * logsigmoid(logits) + swapped * logsigmoid(-logits)
+    return loss / (1 - 2 * swapped)
+
+
+def _hinge(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
+    """max(0, 1 - beta h): a pair with a margin of 1 / beta is done (as in arXiv 2309.06657)."""
+    assert section.beta is not None
+    return (1 - section.beta * _log_ratios(sequences)).relu()
+
+
+def _ipo(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
+    """(h - 1 / (2 beta))^2 with h of means per token (IPO, arXiv 2310.12036, equation 17).
+
+    The paper has sums; TRL's note names means as what its authors ran.
     """
     assert section.beta is not None
     assert sequences.reference is not None
+    positive, negative = pairs((sequences.logps - sequences.reference) / sequences.lengths)
+    return (positive - negative - 1 / (2 * section.beta)).square()
+
+
+def _apo_zero(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
+    """sigmoid(-beta r) for a positive, sigmoid(beta r) for a negative, r = log p/p_ref.
+
+    APO-zero (arXiv 2408.06266, equation 7) is a sum of terms of single traces, so they need not be
+    in one pack, nor paired.
+    """
+    assert section.beta is not None
+    assert sequences.reference is not None
+    ratios = sequences.logps - sequences.reference
+    return (-section.beta * sequences.signs * ratios).sigmoid()
+
+
+def _log_ratios(sequences: Sequences) -> Tensor:
+    """h, [S / 2]: log p/p_ref of the positive minus that of the negative, sums over tokens."""
+    assert sequences.reference is not None
     positive, negative = pairs(sequences.logps - sequences.reference)
-    logits = section.beta * (positive - negative)
-    smoothing = section.label_smoothing
-    return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
+    return positive - negative
 
 
 def pairs(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,10 +240,16 @@ FORMULAS = {
     "unlikelihood": Formula(_redi, "unlikelihood"),
     "bounded_redi": Formula(exponential=_bounded_redi),
     "simper": Formula(exponential=_simper),
+    "sft_simper": Formula(exponential=_sft_simper),
     "topr": Formula(terms=_topr),
     "simpo": Formula(terms=_simpo),
     "orpo": Formula(terms=_orpo),
     "dpo": Formula(terms=_dpo),
+    "robust_dpo": Formula(terms=_robust_dpo),
+    "hinge": Formula(terms=_hinge),
+    "ipo": Formula(terms=_ipo),
+    "apo_zero": Formula(terms=_apo_zero),
+    "apo_zero_unpaired": Formula(terms=_apo_zero),
 }
 _DISCOUNTED_REDI = Formula(terms=_discounted_redi)
 
@@ -198,6 +258,6 @@ def formula(section: ObjectiveConfig) -> Formula:
     """The formula of a recipe's objective."""
     if section.name == "redi" and section.negative_gamma:
         return _DISCOUNTED_REDI
-    if section.name == "bounded_redi" and section.alpha == 0:
+    if section.alpha == 0 and section.name in ("bounded_redi", "sft_simper"):
         return FORMULAS["redi"]  # incorrect traces are only measured, in one product
     return FORMULAS[section.name]

@@ -21,6 +21,8 @@ from redi.engine.train.run_folder import is_finished
 
 MODELS = {"SFT": "sft", "control": "control", "REDI": "redi"}
 """Name in the table -> run directory. The control continues from SFT with alpha = 0."""
+MORE_MODELS = {"SFT+SimPER": "sft-simper"}
+"""Those that are measured too if they were trained."""
 TEMPERATURE = 0.7
 SAMPLES = 4
 SHOWN_PROBLEMS = 3
@@ -53,7 +55,7 @@ class ModelResults:
 
 
 def report_quickstart(folder: Path) -> dict[str, ModelResults]:
-    """Measure the three models in `folder`, print a table and samples, draw quickstart.png there.
+    """Measure the models in `folder`, print a table and samples, draw quickstart.png there.
 
     Raises:
         InputError: a model is missing.
@@ -63,7 +65,8 @@ def report_quickstart(folder: Path) -> dict[str, ModelResults]:
             raise InputError(f"{folder / run}: no trained model; run `make train` first")
     problems = [json.loads(line)["prompt"] for line in (folder / "test.jsonl").open()]
     found = {}
-    for name, run in MODELS.items():
+    trained = {name: run for name, run in MORE_MODELS.items() if is_finished(folder / run)}
+    for name, run in {**MODELS, **trained}.items():
         Console().say(f"{name}: generating traces of {len(problems)} held-out problems")
         found[name] = measure_model(folder / run, problems)
     print_table(*table(found), file=sys.stdout)
@@ -170,6 +173,7 @@ def draw_quickstart(folder: Path, found: dict[str, ModelResults], path: Path) ->
     from matplotlib.figure import Figure
 
     colours = {"SFT": "#7f7f7f", "control": COLOURS[0], "REDI": COLOURS[1]}
+    colours |= dict(zip(MORE_MODELS, COLOURS[2:], strict=False))
     with rc_context({"font.size": 15}):
         figure = Figure(figsize=(12, 5), layout="constrained")
         accuracy, logps = figure.subplots(1, 2)

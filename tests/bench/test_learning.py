@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from torch import Tensor
 
 from redi.bench.learning import report, study
 from redi.bench.learning.prediction import (
+    bounded,
     count_habit,
     share_by_contexts,
     share_by_one_row,
     with_floor,
     without_floor,
 )
-from redi.bench.learning.students import METHODS, StudyMethod, load_student, train
+from redi.bench.learning.students import METHODS, StudyRuns, load_student, train
 from redi.bench.learning.tasks import (
     CHOICE,
     HABIT,
@@ -49,7 +50,7 @@ from redi.engine.config.sections import ObjectiveConfig, OptimConfig
 from redi.engine.generation.scoring import mean_and_error, paired_difference
 from redi.engine.loss.packed_loss import PackedLoss
 from redi.engine.quickstart import task as quickstart
-from redi.kernels import redi_loss
+from redi.kernels import redi_loss, sequence_loss
 
 
 def attempts(task: Task, count: int) -> Iterator[tuple[str, quickstart.Attempt]]:
@@ -262,6 +263,62 @@ def test_where_something_is_unwanted_the_limit_depends_on_the_floor() -> None:
     assert abs(proportional - projected).max() > 0.2
 
 
+def bounded_table_loss(logps: Tensor, counts: np.ndarray, alpha: float, both: bool) -> Tensor:
+    """`bounded_redi`, or `sft_simper`, of a table as in `table_loss`; counts by sign and choice."""
+    targets = (
+        torch.arange(counts.shape[1])
+        .repeat(2)
+        .repeat_interleave(torch.from_numpy(counts.reshape(-1)))
+    )
+    positive = torch.arange(len(targets)) < counts[0].sum()
+    weights = torch.where(positive, alpha if both else 0.0, -alpha).double()
+    return sequence_loss(
+        torch.ones(len(targets), 1, dtype=torch.float64),
+        logps[:, None],
+        targets,
+        torch.arange(len(targets) + 1),
+        positive.double() / counts[0].sum(),
+        weights / torch.where(positive, counts[0].sum(), counts[1].sum()),
+    ).loss
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["bounded_redi", "sft_simper"])
+@pytest.mark.parametrize("alpha", [0.5, 4.0])
+@pytest.mark.parametrize(
+    "counts",
+    [[POSITIVES, NEGATIVES], [[19, 1, 0, 0], [10, 4, 6, 0]], [[5, 3, 0], [7, 0, 1]]],
+    ids=["all in both", "some in one, one in none", "some in one"],
+)
+def test_a_table_trained_with_bounded_terms_has_the_predicted_optimum(
+    counts: list[Any], alpha: float, both: bool
+) -> None:
+    table = np.array(counts)
+    wanted, unwanted = table / table.sum(1, keepdims=True)
+    expected = bounded(wanted, unwanted, alpha, both=both)
+    assert expected.sum() == pytest.approx(1, abs=1e-12)
+    logits = torch.zeros(table.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=400, tolerance_change=1e-14)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = bounded_table_loss(logits.log_softmax(0), table, alpha, both)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    found = logits.detach().softmax(0).numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    # Nothing that correct traces have is lost, at an alpha at which REDI's loss has no minimum.
+    assert (found[wanted > 0] > 0.01).all()
+
+
+def test_what_both_kinds_of_trace_share_is_left_to_imitation_or_flattened() -> None:
+    frequencies = np.array([0.9, 0.1])
+    left = bounded(frequencies, frequencies, 4.0, both=True)
+    np.testing.assert_allclose(left, frequencies, atol=1e-9)
+    assert bounded(frequencies, frequencies, 4.0)[1] > 0.2  # the rare one is more frequent
+
+
 def test_without_incorrect_traces_both_tables_predict_the_habit_that_is_imitated() -> None:
     traces = [done.text for _, done in attempts(HABIT, 200) if done.correct]
     share = "".join(trace[:5] for trace in traces).count("*") / (5 * len(traces))
@@ -359,9 +416,9 @@ def test_the_study_trains_as_the_product_does(tmp_path: Path) -> None:
             assert value == pytest.approx(line[key], rel=1e-4, abs=1e-7), key
 
 
-def run_seed(folder: Path, methods: Sequence[StudyMethod]) -> dict[str, Any]:
+def run_seed(folder: Path, runs: StudyRuns) -> dict[str, Any]:
     """A tiny seed of the habit task; every record but for its time."""
-    study.run_seed("habit", 1, methods, TINY, folder, "cpu")
+    study.run_seed("habit", 1, runs, TINY, folder, "cpu")
     found = {}
     for path in sorted((folder / "habit-1").rglob("*.json")):
         if path.name == "stage-1.json" or path.parent.name == "cells":
@@ -369,13 +426,10 @@ def run_seed(folder: Path, methods: Sequence[StudyMethod]) -> dict[str, Any]:
     return found
 
 
-def test_a_seed_run_again_makes_what_is_missing_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_seed_run_again_makes_what_is_missing_and_nothing_else(tmp_path: Path) -> None:
     wanted = {"control 2x", "DPO"}
-    methods = [one for one in METHODS if one.name in wanted]
-    monkeypatch.setattr(study, "RATES", (1e-3,))
-    first = run_seed(tmp_path, methods)
+    runs = StudyRuns(["habit"], 1, [one for one in METHODS if one.name in wanted], (1e-3,))
+    first = run_seed(tmp_path, runs)
     assert list(first) == ["DPO_0.001.json", "control-2x_0.001.json", "stage-1.json"]
     cells = tmp_path / "habit-1" / "cells"
     kept = (cells / "DPO_0.001.json").stat().st_mtime_ns
@@ -383,7 +437,7 @@ def test_a_seed_run_again_makes_what_is_missing_and_nothing_else(
     (cells / "control-2x_0.001.json").rename(cells / "control-2x_0.001.unfinished")
     (tmp_path / "habit-1" / "student").rename(tmp_path / "habit-1" / "student.unfinished")
     (tmp_path / "habit-1" / "stage-1.json").unlink()
-    assert run_seed(tmp_path, methods) == first
+    assert run_seed(tmp_path, runs) == first
     assert (cells / "DPO_0.001.json").stat().st_mtime_ns == kept
 
 

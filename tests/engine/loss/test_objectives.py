@@ -92,6 +92,60 @@ CASES: dict[str, tuple[ObjectiveConfig, Callable[..., Tensor]]] = {
         section("simper"),
         lambda y, z, r, q, a, b: (-a * y.mean().exp() + b * z.mean().exp()) / 5,
     ),
+    "sft_simper": (
+        section("sft_simper"),
+        lambda y, z, r, q, a, b: (
+            (-a * (y.mean() + 0.6 * y.mean().exp()) + b * 0.6 * z.mean().exp()) / 5
+        ),
+    ),
+    "robust_dpo": (
+        section("robust_dpo", label_smoothing=0.2),
+        lambda y, z, r, q, a, b: (
+            (a + b)
+            / 2
+            * (
+                -0.8 * logsigmoid(BETA * (y.sum() - r - z.sum() + q))
+                + 0.2 * logsigmoid(-BETA * (y.sum() - r - z.sum() + q))
+            )
+            / 0.6
+            / 5
+        ),
+    ),
+    "hinge": (
+        section("hinge"),
+        lambda y, z, r, q, a, b: (
+            (a + b) / 2 * (1 - BETA * (y.sum() - r - z.sum() + q)).clamp(min=0) / 5
+        ),
+    ),
+    "ipo": (
+        section("ipo"),
+        lambda y, z, r, q, a, b: (
+            (a + b)
+            / 2
+            * (y.mean() - r / max(len(y), 1) - z.mean() + q / max(len(z), 1) - 0.5 / BETA) ** 2
+            / 5
+        ),
+    ),
+    "apo_zero": (
+        section("apo_zero"),
+        lambda y, z, r, q, a, b: (
+            (
+                a * (1 - torch.sigmoid(BETA * (y.sum() - r)))
+                + b * torch.sigmoid(BETA * (z.sum() - q))
+            )
+            / 5
+        ),
+    ),
+    "apo_zero_unpaired": (
+        section("apo_zero_unpaired"),
+        lambda y, z, r, q, a, b: (
+            (
+                a * (1 - torch.sigmoid(BETA * (y.sum() - r)))
+                + b * torch.sigmoid(BETA * (z.sum() - q))
+            )
+            / 10
+        ),
+    ),
     "topr": (
         section("topr"),
         lambda y, z, r, q, a, b: (
@@ -379,17 +433,17 @@ def test_redi_with_gamma_0_is_redi() -> None:
 def test_another_objective_is_a_formula_and_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """IPO (arXiv 2310.12036, equation 17), with DPO's keys: a formula and one declaration."""
+    """The square loss of a log-ratio, with DPO's keys: a formula and one declaration."""
 
-    def ipo(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
+    def square(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
         assert section.beta is not None
         positive, negative = pairs(sequences.logps - sequences.reference)
         return (positive - negative - 1 / (2 * section.beta)).square()
 
-    monkeypatch.setitem(OBJECTIVES, "ipo", ObjectiveKind("margins", ("beta",), reference=True))
-    monkeypatch.setitem(FORMULAS, "ipo", Formula(terms=ipo))
+    monkeypatch.setitem(OBJECTIVES, "square", ObjectiveKind("margins", ("beta",), reference=True))
+    monkeypatch.setitem(FORMULAS, "square", Formula(terms=square))
     path = tmp_path / "r.toml"
-    path.write_text("[objective]\nname = 'ipo'\nbeta = 0.5\n")
+    path.write_text("[objective]\nname = 'square'\nbeta = 0.5\n")
     of = load_recipe(train_parser(), str(path), [str(path)]).objective
     tokens = make_tokens(tmp_path / "set", [2, 2], [7, 4], [1, -1], [0, 0])
     (batch, _) = packs_of(tokens, of, 100)
@@ -434,10 +488,13 @@ def test_a_pair_longer_than_a_pack_is_an_input_error(tmp_path: Path) -> None:
 
 
 USERS_MISTAKES = {
+    "name = 'orpo'": "objective.beta is missing: orpo needs it",
+    "name = 'bounded_redi'\ntemperature = 0.0": "objective.temperature must be > 0, got 0.0",
+    "name = 'redi'\ntemperature = 2.0": "temperature is not used by redi (but by bounded_redi)",
     "name = 'dpo'": "objective.beta is missing: dpo needs it",
     "name = 'dpo'\nbeta = 0.0": "objective.beta must be > 0, got 0.0",
     "name = 'dpo'\nbeta = 0.1\nlabel_smoothing = 0.5": "label_smoothing must be in [0, 0.5)",
-    "name = 'redi'\nbeta = 0.1": "objective.beta is not used by redi (but by simpo, orpo, dpo)",
+    "name = 'redi'\nbeta = 0.1": "objective.beta is not used by redi (but by simpo, orpo, dpo,",
     "name = 'sft'\nalpha = 0.5": "objective.alpha is not used by sft",
     "name = 'simpo'\nbeta = 2.0\nmargin = inf": "objective.margin must be finite",
     "name = 'dpo'\nbeta = 1.0\nnormalisation = 'token'": "normalisation must be sequence for dpo",

@@ -1,4 +1,4 @@
-"""DPO and SimPO against TRL's loss code on the same log-probs, if TRL is installed."""
+"""Objectives of pairs against TRL's loss code on the same log-probs, if TRL is installed."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -46,33 +46,63 @@ def test_simpo_is_trl(logps: Tensor) -> None:
     torch.testing.assert_close(ours(section, logps, None), theirs)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_dpo_is_trl(smoothing: float, logps: Tensor) -> None:
+def test_orpo_is_trl(logps: Tensor) -> None:
+    """TRL's loss is its mean nll less the mean of `odds_ratio_loss`, here pair by pair."""
+    from trl.experimental.orpo import ORPOTrainer
+
+    trainer = SimpleNamespace(beta=0.4, accelerator=SimpleNamespace(device="cpu"))
+    means = logps / torch.arange(1.0, 2 * PAIRS + 1)
+    bonus, *_ = ORPOTrainer.odds_ratio_loss(trainer, means[::2], means[1::2])
+    found = ours(ObjectiveConfig(name="orpo", beta=0.4), logps, None)
+    torch.testing.assert_close(found, -means[::2] - bonus.double(), rtol=1e-5, atol=1e-6)
+
+
+# The name of the loss in TRL, and the label smoothing. For a single pair TRL's "aot", the only one
+# of its losses that smooths labels as DPO does, is that of DPO.
+TRL_LOSSES = {
+    "dpo": ("sigmoid", 0.0),
+    "dpo-smoothed": ("aot", 0.1),
+    "robust_dpo": ("robust", 0.1),
+    "hinge": ("hinge", 0.0),
+    "ipo": ("ipo", 0.0),
+    "apo_zero": ("apo_zero", 0.0),
+}
+
+
+@pytest.mark.parametrize("case", TRL_LOSSES)
+def test_losses_with_a_reference_are_trl(case: str, logps: Tensor) -> None:
     from trl import DPOTrainer
 
-    section = ObjectiveConfig(name="dpo", beta=0.1, label_smoothing=smoothing)
+    loss_type, smoothing = TRL_LOSSES[case]
+    section = ObjectiveConfig(name=case.split("-")[0], beta=0.1, label_smoothing=smoothing)
     reference = logps.flip(0) * 0.9
     theirs = []
     for pair in range(PAIRS):
         both = slice(2 * pair, 2 * pair + 2)
-        trainer = stand_in(section, logps[both, None])
+        # The trace's log-prob is that of its first token; the others have 0.
+        count = 2 * PAIRS
+        log_probs = torch.zeros(2, count, dtype=torch.float64)
+        log_probs[:, 0] = logps[both]
+        lengths = torch.tensor([[2 * pair + 1], [2 * pair + 2]])
+        mask = torch.arange(-1, count)[None] < lengths
+        mask[:, 0] = False
+        trainer = stand_in(section, loss_type, log_probs)
         inputs = {
-            "input_ids": torch.ones(2, 2, dtype=torch.long),
-            "attention_mask": torch.ones(2, 2, dtype=torch.long),
-            "completion_mask": torch.tensor([[0, 1], [0, 1]]),
+            "input_ids": torch.ones(2, count + 1, dtype=torch.long),
+            "attention_mask": torch.ones(2, count + 1, dtype=torch.long),
+            "completion_mask": mask.long(),
             "ref_chosen_logps": reference[both][:1],
             "ref_rejected_logps": reference[both][1:],
         }
         theirs.append(DPOTrainer._compute_loss(trainer, trainer.model, inputs, False))
-    torch.testing.assert_close(ours(section, logps, reference), torch.stack(theirs))
+    found = ours(section, logps, reference)
+    if case == "apo_zero":  # a sum of terms of single traces
+        found = found[::2] + found[1::2]
+    torch.testing.assert_close(found, torch.stack(theirs))
 
 
-def stand_in(section: ObjectiveConfig, log_probs: Tensor) -> SimpleNamespace:
-    """The attributes of a trainer that TRL's DPO loss reads; its model has log-probs [2, 1].
-
-    For a single pair TRL's "aot", the only one of its losses that smooths labels as DPO does, is
-    that of DPO.
-    """
+def stand_in(section: ObjectiveConfig, loss_type: str, log_probs: Tensor) -> SimpleNamespace:
+    """The attributes of a trainer that TRL's DPO loss reads; its model has log-probs [2, T]."""
     outputs = SimpleNamespace(
         log_probs=log_probs,
         entropy=torch.zeros_like(log_probs),
@@ -96,7 +126,7 @@ def stand_in(section: ObjectiveConfig, log_probs: Tensor) -> SimpleNamespace:
         ld_alpha=None,
         precompute_ref_logps=True,
         f_divergence_type="reverse_kl",
-        loss_types=["aot" if section.label_smoothing else "sigmoid"],
+        loss_types=[loss_type],
         loss_weights=[1.0],
         beta=section.beta,
         label_smoothing=section.label_smoothing,

@@ -17,8 +17,9 @@ RECIPES = Path(quickstart.__file__).parents[1] / "recipes"
 
 
 def train(folder: Path, *, sft_steps: int, redi_steps: int) -> None:
-    """Run both stages and the control like `make train`, in another directory and shorter."""
-    for run, steps in (("sft", sft_steps), ("control", redi_steps), ("redi", redi_steps)):
+    """Run all quickstart recipes in another directory and shorter."""
+    for run in ("sft", "control", "redi", "sft-simper"):
+        steps = sft_steps if run == "sft" else redi_steps
         model = folder / "model" if run == "sft" else folder / "sft" / "export"
         arguments = {
             "model.path": model,
@@ -102,7 +103,7 @@ def test_the_printed_report_agrees_with_its_json(
     found = quickstart_report.report_quickstart(trained)
     printed = capsys.readouterr().out
     written = json.loads((trained / "quickstart.json").read_text())
-    assert list(found) == list(written) == ["SFT", "control", "REDI"]
+    assert list(found) == list(written) == ["SFT", "control", "REDI", "SFT+SimPER"]
     for name, one in written.items():
         assert len(one["sampled"]) == len(one["greedy"]) == 12
         row = next(line for line in printed.splitlines() if line.startswith(f" {name}"))
@@ -154,8 +155,10 @@ def test_redi_gains_on_the_control_and_unlearns_the_habit(
     def mean(values: list[Any]) -> float:
         return sum(values) / len(values)
 
-    redi, control, sft = (found[name] for name in ("REDI", "control", "SFT"))
+    redi, control, sft, bounded = found.values()
     assert mean(redi.sampled) - mean(control.sampled) >= 0.10
     assert redi.blank_share < 0.75 * control.blank_share
+    assert mean(bounded.sampled) - mean(control.sampled) >= 0.10
+    assert mean(bounded.greedy) >= mean(control.greedy)
     assert abs(mean(control.sampled) - mean(sft.sampled)) < 0.10
     assert redi.negative_logp < control.negative_logp

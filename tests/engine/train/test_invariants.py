@@ -31,7 +31,7 @@ CASES = [("sft", "model"), ("redi", "tied")]
 MORE_CASES = [("alpha0", "tied"), ("sft", "tied"), ("token", "model"), ("redi", "model")]
 ALL_CASES = [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)]
 # One objective per kind: weights of traces, a token's log-prob, a sequence's (by autograd, and in
-# one pass), a pair in one pack.
+# one pass), a pair in one pack; with a reference for pairs and for single traces.
 SIBLINGS = {
     "signed": {"objective.name": "signed"},
     "unlikelihood": {"objective.name": "unlikelihood"},
@@ -40,6 +40,8 @@ SIBLINGS = {
     "simper": {"objective.name": "simper"},
     "simpo": {"objective.name": "simpo", "objective.beta": 2.0},
     "dpo": {"objective.name": "dpo", "objective.beta": 0.1},
+    "topr": {"objective.name": "topr"},
+    "unpaired": {"objective.name": "apo_zero_unpaired", "objective.beta": 0.1},
 }
 # Fewer sequences than ranks: of 2 ranks one has only a dummy, or only a negative. (The slow test on
 # 4 ranks does this with a tied head.)
