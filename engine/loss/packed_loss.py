@@ -230,6 +230,7 @@ class PackedLoss:
             backend=self.section.backend,
             **logits._asdict(),
         )
+        dtype = token_logps.dtype
         if self.context.size > 1:
             token_logps = token_logps.double()  # else rounded in each slice
         logps = weighted = segment_sum(token_logps, batch.cu_seqlens)
@@ -254,5 +255,5 @@ class PackedLoss:
             positive, negative = pairs(batch.weights)
             terms = terms * (positive + negative) / 2
         # Each rank of a context group has all terms, and counts its share of them.
-        loss = terms.sum().float() / (totals.units * self.context.size)
+        loss = terms.sum().to(dtype) / (totals.units * self.context.size)
         return RediLoss(loss, logps.detach(), batch.num_targets)
