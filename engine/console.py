@@ -93,7 +93,7 @@ def print_table(
     console.print(table)
     ruled = text.getvalue()
     try:
-        "─".encode(file.encoding or "utf-8")
+        "─".encode(getattr(file, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         ruled = ruled.replace("─", "-")
     shown = [title, *(line.rstrip() for line in ruled.splitlines())]

@@ -103,7 +103,7 @@ def tolerant_streams() -> Iterator[_Stream]:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
     before = sys.stdout, sys.stderr
     streams = _Stream(sys.stdout), _Stream(sys.stderr)
-    sys.stdout, sys.stderr = cast(tuple[IO[str], IO[str]], streams)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = cast(tuple[IO[str], IO[str]], streams)
     try:
         yield streams[0]
     finally:

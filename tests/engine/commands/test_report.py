@@ -155,8 +155,8 @@ def test_a_damaged_manifest_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     (run / "manifest.json").write_text('{"device": ')
     assert main(["report", str(run)]) == 2
     assert capsys.readouterr().err == (
-        f"redi: {run}/manifest.json: damaged (Expecting value: line 1 column 12 (char 11)); restore "
-        "it, or use another run directory\n"
+        f"redi: {run}/manifest.json: damaged (Expecting value: line 1 column 12 (char 11)); "
+        "restore it, or use another run directory\n"
     )
 
 
