@@ -29,7 +29,7 @@ set -euo pipefail
 if [ -n "${INTERFACE:-}" ]; then
     export GLOO_SOCKET_IFNAME="$INTERFACE" NCCL_SOCKET_IFNAME="$INTERFACE"
 fi
-# If torchrun is not in the PATH of a node's shell, activate its environment here:
+# If torchrun and redi are not in the PATH of a node's shell, activate its environment here:
 # source /shared/venv/bin/activate; module load ...
 # The token cache must be on a file system that all nodes share: export REDI_CACHE=/shared/cache
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -41,4 +41,4 @@ exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" torchrun \
     --rdzv-endpoint "$first:${PORT:-29400}" \
     --max-restarts 3 \
     --shutdown-timeout 150 \
-    -m redi.engine.cli train "$@"
+    --no-python redi train "$@"

@@ -7,6 +7,7 @@ resumes).
 from __future__ import annotations
 
 import difflib
+import errno
 import faulthandler
 import os
 import signal
@@ -42,6 +43,8 @@ from redi.engine.errors import InputError, RunError, Stopped
 from redi.engine.extras import missing_packages
 from redi.engine.failure import RANK_0_SECONDS, describe, end_job
 from redi.engine.hub import needs_hub
+from redi.engine.launch import check_launch, rank
+from redi.engine.output import printable, tolerant_streams
 from redi.engine.plan.cards import CARDS, MFU, Cluster
 from redi.engine.storage import (
     check_available,
@@ -82,7 +85,7 @@ commands:
 examples:
   redi train sft.toml redi.toml                  both stages; the second starts from the first
   redi train redi.toml --objective.alpha 0.5     override one value
-  torchrun --nproc-per-node 8 -m redi.engine.cli train redi.toml
+  torchrun --nproc-per-node 8 --no-python redi train redi.toml
 
 `redi COMMAND --help` lists every option, `redi --version` prints the version. Exit codes:
 0 success, 1 the run failed, 2 invalid input, 75 stopped by a signal (the same command resumes).
@@ -268,7 +271,7 @@ def train(argv: Sequence[str]) -> None:
         Stopped: a signal stopped it early.
     """
     finished = True
-    with StopRequest(verbose=_rank() == 0) as stop:
+    with StopRequest(verbose=rank() == 0) as stop:
         try:
             with stop.interruptible():  # imports take seconds
                 recipes, quiet = _read_recipes(argv)
@@ -493,7 +496,7 @@ def logprobs(argv: Sequence[str]) -> None:
         if warning:
             console.warn(warning)
         write_logprobs(recipe, Path(args.out), world, console, args.tokens, args.top)
-    if _rank() == 0:
+    if rank() == 0:
         print(args.out)
 
 
@@ -592,7 +595,7 @@ def _find_data(*paths: str, kept_from: Mapping[str, str | None] | None = None) -
 def _announce_hub(kind: Literal["model", "dataset"], *names: str | None) -> None:
     """Announce hub look-ups: a mistyped path can pass for a hub name, and looking it up is slow."""
     for name in dict.fromkeys(names):
-        if name and _rank() == 0 and needs_hub(name, kind):
+        if name and rank() == 0 and needs_hub(name, kind):
             notice = f"{name}: no local path and not cached; looking it up on the Hugging Face hub"
             print(notice, file=sys.stderr, flush=True)
 
@@ -620,7 +623,18 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv[1:]) and return the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    with tolerant_streams() as stdout:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        stdout.flush()
+        if stdout.error is None:
+            return code
+        if not isinstance(stdout.error, BrokenPipeError):  # `redi doctor | head`
+            return _fail(f"stdout cannot be written: {stdout.error}", code or 1)
+        return code or 1
+
+
+def _run(argv: Sequence[str]) -> int:
+    """`main` on streams that do not fail."""
     if argv and argv[0] in ("train", "logprobs"):
         _choose_allocator()
     if not faulthandler.is_enabled():
@@ -637,6 +651,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[0] != "train":  # train installs its own handlers, to finish the step
             signal.signal(signal.SIGTERM, signal.default_int_handler)
+        check_launch()
+        _check_names(argv)
+        _check_directory()
         if argv[0] not in COMMANDS:
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"available: {', '.join(COMMANDS)}"
@@ -650,14 +667,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 1)
     except Stopped as stopped:
         end_job(str(stopped), STOPPED)
-        if str(stopped) and _rank() == 0:
+        if str(stopped) and rank() == 0:
             print(stopped, file=sys.stderr, flush=True)
         return STOPPED
     except KeyboardInterrupt:
         return _fail("interrupted", STOPPED)
-    except BrokenPipeError:  # `redi doctor | head`: the reader closed stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except OSError as error:
+        if error.filename is None:
+            end_job(f"redi: {describe(error)}", 1, traceback.format_exc())
+            raise
+        code = 2 if error.errno == errno.ENAMETOOLONG else 1
+        return _fail(f"{os.fsdecode(error.filename)}: {error.strerror}", code)
     except SystemExit as request:  # --help of a command
         return int(request.code or 0)
     except BaseException as error:
@@ -671,6 +691,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_names(argv: Sequence[str]) -> None:
+    """Raise InputError for an argument that is no UTF-8: files of a run could not hold the name."""
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{argument}: not valid UTF-8; rename the file or directory") from None
+
+
+def _check_directory() -> None:
+    """Raise InputError if the current directory, which paths are relative to, was removed."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(
+            f"the current directory cannot be read ({error.strerror}): cd to another one"
+        ) from None
+
+
 def _choose_allocator() -> None:
     """Let the CUDA allocator extend its segments, unless the user has chosen.
 
@@ -681,11 +720,6 @@ def _choose_allocator() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def _rank() -> int:
-    """Rank of this process under torchrun; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def _fail(text: str, code: int) -> int:
     """Print one line on stderr and return `code`, or end all ranks that this one has joined.
 
@@ -694,12 +728,11 @@ def _fail(text: str, code: int) -> int:
     is alive after the wait failed alone and prints its own error.
     """
     end_job(f"redi: {text}", code)
-    rank = _rank()
-    if rank:
+    if number := rank():
         with suppress(KeyboardInterrupt):  # torchrun ends this rank
             time.sleep(RANK_0_SECONDS)
-        text = f"rank {rank}: {text}"
-    print(f"redi: {text}", file=sys.stderr, flush=True)
+        text = f"rank {number}: {text}"
+    print(f"redi: {printable(text)}", file=sys.stderr, flush=True)
     return code
 
 

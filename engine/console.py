@@ -14,6 +14,8 @@ from typing import IO
 
 from tqdm import tqdm
 
+from redi.engine.output import printable
+
 PLAIN_SECONDS = 10.0
 """Seconds between progress lines if the output is not a terminal."""
 
@@ -34,13 +36,13 @@ class Console:
     def say(self, text: str) -> None:
         """Print a line, above the progress line if there is one."""
         if self.shows:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable(text), file=sys.stderr)
             sys.stderr.flush()
 
     def warn(self, text: str) -> None:
         """Print a warning, which `--quiet` does not hide."""
         if self.active:
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+            tqdm.write(f"warning: {printable(text)}", file=sys.stderr)
             sys.stderr.flush()
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -75,7 +77,8 @@ def print_table(
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_header=any(columns), pad_edge=False)
-    lines = list(rows)
+    title, *columns = map(printable, (title, *columns))
+    lines = [[printable(cell) for cell in row] for row in rows]
     for name, cells in zip(columns, zip(*lines, strict=True), strict=True):
         figures = all(cell[:1] in "+-0123456789" for cell in cells)
         table.add_column(name, justify="right" if figures else "left", overflow="fold")
@@ -88,7 +91,12 @@ def print_table(
         file=text, force_terminal=terminal, width=width, highlight=False, markup=False
     )
     console.print(table)
-    shown = [title, *(line.rstrip() for line in text.getvalue().splitlines())]
+    ruled = text.getvalue()
+    try:
+        "─".encode(getattr(file, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        ruled = ruled.replace("─", "-")
+    shown = [title, *(line.rstrip() for line in ruled.splitlines())]
     print("\n".join(filter(None, shown)), file=file, flush=True)
 
 

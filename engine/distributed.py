@@ -249,11 +249,15 @@ def join_world() -> Iterator[World]:
     # gloo in addition to nccl: host-side collectives must not touch the GPU's stream.
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     if "RANK" in os.environ:
-        shared, rank, size = next(rendezvous("env://"))
-        store = _own_store(shared, rank, size)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=START_TIMEOUT
-        )
+        try:
+            shared, rank, size = next(rendezvous("env://"))
+            store = _own_store(shared, rank, size)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=START_TIMEOUT
+            )
+        except RuntimeError as error:  # torch's errors of stores and groups are of this type
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise RunError(f"the ranks cannot join at {place}: {_cause(error)}") from error
     else:
         rank, size, store = 0, 1, dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -284,7 +288,7 @@ def explained() -> Iterator[None]:
         # gloo raises plain RuntimeErrors.
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
-        cause = " ".join(str(error).partition("Exception raised from")[0].split())
+        cause = _cause(error)
         late = re.search(r"Timed out waiting (\d+)ms", cause)
         if late:
             what = f"another rank did not answer for {int(late[1]) // 1000:,} s"
@@ -295,6 +299,11 @@ def explained() -> Iterator[None]:
         raise RunError(
             f"{what} ({cause}); the same command resumes from the newest complete checkpoint"
         ) from error
+
+
+def _cause(error: RuntimeError) -> str:
+    """The message of an error of torch, without the native stack."""
+    return " ".join(str(error).partition("Exception raised from")[0].split())
 
 
 def _own_store(shared: dist.Store, rank: int, size: int) -> dist.Store:

@@ -15,7 +15,15 @@ class InputError(Exception):
 
 
 class FaultyRow(InputError):
-    """One row of the data is faulty; `[data] faulty = "skip"` leaves it out."""
+    """One row of the data is faulty; `[data] faulty = "skip"` leaves it out. One line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """`text` with line ends as escapes: names in data may have some."""
+    return text.replace("\n", "\\n")
 
 
 class RunError(Exception):

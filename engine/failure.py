@@ -23,6 +23,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from redi.engine.errors import InputError, RunError
+from redi.engine.output import printable
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -219,4 +220,4 @@ def _write(text: str) -> None:
     if text:
         above = "\n" if sys.stderr.isatty() else ""  # below a progress line
         with suppress(OSError):  # nobody reads stderr any more; the process ends all the same
-            os.write(2, f"{above}{text.rstrip()}\n".encode())
+            os.write(2, f"{above}{printable(text.rstrip())}\n".encode())

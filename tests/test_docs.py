@@ -40,7 +40,7 @@ ELSEWHERE = {
     "redi prepare openr1 open-r1/OpenR1-Math-Raw": (
         "tests/engine/commands/test_prepare.py runs it on rows of its own"
     ),
-    "torchrun --nproc-per-node 8 -m redi.engine.cli train engine/recipes/paper-": (
+    "torchrun --nproc-per-node 8 --no-python redi train engine/recipes/paper-": (
         "tests/engine/config/test_paper_recipes.py runs two steps of each"
     ),
 }
@@ -175,7 +175,7 @@ def arguments_of_torchrun(command: list[str]) -> argparse.Namespace:
 
     assert command[0] == "torchrun"
     found: argparse.Namespace = get_args_parser().parse_args(command[1:])
-    assert (found.module, found.training_script) == (True, "redi.engine.cli")
+    assert (found.no_python, found.training_script) == (True, "redi")
     return found
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +27,8 @@ from redi.engine.model.composite import SOURCE
 from redi.engine.model.export import architecture_to_export, files_of, write_adapter, write_folder
 from redi.engine.model.load import empty_model, generation_config, read_config
 from redi.engine.model.weights import read_weights
-from redi.engine.storage import fetch_model, open_run, shown
+from redi.engine.run_files import check_run_files, read_manifest, read_recipe
+from redi.engine.storage import MANIFEST, RECIPE, fetch_model, open_run, shown
 from redi.engine.train.checkpoint import checkpoint_reader, complete_checkpoints
 from redi.engine.train.run_folder import check_same_model
 
@@ -50,9 +49,14 @@ def export_run(run_dir: Path, step: int | None, cache_dir: Path) -> Path:
     """
     step = find_checkpoint(run_dir, step)
     transformers_logging.disable_progress_bar()
-    recipe = tomllib.loads((run_dir / "recipe.toml").read_text(encoding="utf-8"))
-    model = recipe["model"]
-    section = AdapterConfig(**recipe.get("adapter", {}))
+    recipe = read_recipe(run_dir)
+    model = recipe.get("model", {})
+    if not isinstance(model.get("path"), str):
+        raise InputError(f"{run_dir / RECIPE}: damaged (model.path is missing); restore it")
+    try:
+        section = AdapterConfig(**recipe.get("adapter", {}))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{run_dir / RECIPE}: damaged ({error}); restore it") from None
     merges = section.wanted and section.merge
     path, tokenizer_path = (
         fetch_model(one, cache_dir, "model.path", weights=merges)
@@ -63,7 +67,9 @@ def export_run(run_dir: Path, step: int | None, cache_dir: Path) -> Path:
     if hasattr(config, SOURCE):  # the export has the composite's other weights too
         path = fetch_model(model["path"], cache_dir, "model.path")
         config = read_config(path)
-    manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(run_dir)
+    if "dtype" not in manifest:
+        raise InputError(f"{run_dir / MANIFEST}: damaged (dtype is missing); restore it")
     dtype = getattr(torch, manifest["dtype"])
     architecture = architecture_to_export(config, dtype)
     files = files_of(architecture)
@@ -83,7 +89,7 @@ def export_run(run_dir: Path, step: int | None, cache_dir: Path) -> Path:
         names = adapter_names(adapted.state_dict())
         tensors = _checkpointed(checkpoint, adapted, {WEIGHTS: names})
         if merges:
-            check_same_model(model_fingerprint(path, cache_dir), manifest["adapter"], run_dir)
+            check_same_model(model_fingerprint(path, cache_dir), manifest.get("adapter"), run_dir)
             _read(adapted, path, names, tensors)
             state = adapted.state_dict()
             tensors = (
@@ -103,8 +109,9 @@ def find_checkpoint(run_dir: Path, step: int | None) -> int:
     Raises:
         InputError: there is no such run or checkpoint.
     """
-    if not (run_dir / "recipe.toml").is_file():
+    if not (run_dir / RECIPE).is_file():
         raise InputError(f"{shown(run_dir)} is not a run directory (it has no recipe.toml)")
+    check_run_files(run_dir)
     checkpoints = complete_checkpoints(run_dir)
     if not checkpoints or (step is not None and step not in checkpoints):
         have = ", ".join(map(str, sorted(checkpoints))) or "none"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 import tomli_w
 from huggingface_hub import ModelCard, ModelCardData
 
-from redi.engine.commands.report import figure_rows, read_run, visible
+from redi.engine.commands.report import figure_rows, read_run
 from redi.engine.errors import InputError
 from redi.engine.hub import is_hub_name
+from redi.engine.output import visible
+from redi.engine.run_files import read_manifest, read_recipe
 from redi.engine.storage import RECIPE, is_remote
-from redi.engine.train.run_folder import read_manifest
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 PATHS = (
@@ -35,7 +35,7 @@ def write_card(run_dir: Path, folder: Path, step: int) -> None:
 
     The card holds no folder of the training machine, only names of files, and names of the hub.
     """
-    recipe = tomllib.loads((run_dir / RECIPE).read_text(encoding="utf-8"))
+    recipe = read_recipe(run_dir)
     base = _base_model(recipe)
     data = recipe.get("data", {}).get("path", "")
     names = [data] if isinstance(data, str) else data
@@ -73,7 +73,7 @@ def _base_model(recipe: Mapping[str, Any]) -> str:
         seen.add(path)
         for folder in (Path(path), Path(path).parent):
             if (folder / RECIPE).is_file():
-                found = tomllib.loads((folder / RECIPE).read_text(encoding="utf-8"))
+                found = read_recipe(folder)
                 path = str(found.get("model", {}).get("path", ""))
                 break
     return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from typing import Any
 
 from redi.engine.console import print_table
 from redi.engine.errors import InputError
-from redi.engine.storage import MANIFEST, shown
+from redi.engine.output import visible
+from redi.engine.run_files import check_run_files
+from redi.engine.storage import shown
 from redi.engine.train.metrics import read_metrics
 from redi.engine.train.run_folder import is_finished
 
@@ -46,6 +47,7 @@ def read_run(run_dir: Path) -> Curves:
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{shown(run_dir)}: not a run directory (it has no metrics.jsonl)")
+    check_run_files(run_dir)
     lines = read_metrics(path)
     steps = [line for line in lines if "loss" in line]
     if not steps:
@@ -55,11 +57,7 @@ def read_run(run_dir: Path) -> Curves:
             raise InputError(f"{path}: step {line['step']} is damaged")
     held_out = [line for line in lines if line.get("event") == "eval"]
     guard_events = [line for line in lines if line.get("event") in ("collapse", "not_finite")]
-    try:
-        finished = is_finished(run_dir)
-    except ValueError:
-        raise InputError(f"{run_dir / MANIFEST}: damaged (not valid JSON)") from None
-    return Curves(run_dir.name, steps, held_out, guard_events, finished)
+    return Curves(run_dir.name, steps, held_out, guard_events, is_finished(run_dir))
 
 
 def report_runs(run_dirs: Sequence[Path], out: Path | None = None) -> list[Path]:
@@ -170,16 +168,6 @@ def _median(run: Curves, key: str) -> str:
     if value > 10:
         return f"{value:,.0f}"
     return f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
-
-
-def visible(text: str) -> str:
-    r"""`text` with control characters, surrogates and changes of direction as escapes (\x1b)."""
-    return "".join(
-        character.encode("unicode_escape").decode()
-        if character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs")
-        else character
-        for character in text
-    )
 
 
 def draw_curves(runs: Sequence[Curves], path: Path) -> None:

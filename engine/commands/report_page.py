@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from redi.engine.commands.report import Curves, outcome, visible
+from redi.engine.commands.report import Curves, outcome
 from redi.engine.commands.report_curves import draw_panels
 from redi.engine.commands.report_samples import read_samples
 from redi.engine.config.sections import Recipe
 from redi.engine.data.summary import PERCENTILES
-from redi.engine.storage import RECIPE, shown
-from redi.engine.train.run_folder import read_manifest
+from redi.engine.output import visible
+from redi.engine.run_files import read_manifest, read_recipe
+from redi.engine.storage import shown
 
 TEMPLATE = "report.html.jinja"
 NOT_COMPARED = ("run.dir",)
@@ -99,8 +99,8 @@ def _recipe_rows(run_dirs: Sequence[Path]) -> list[Row]:
     recipes: list[dict[str, str]] = []
     for folder in run_dirs:
         try:
-            found = tomllib.loads((folder / RECIPE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = read_recipe(folder)
+        except OSError:
             recipes.append({})
             continue
         complete = asdict(Recipe())

@@ -45,7 +45,7 @@ def changed_keys(old: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """
     before, now = asdict(Recipe()), asdict(recipe)
     for section, values in old.items():
-        before[section] |= values
+        before[section] = before.get(section, {}) | values
     return [
         f"{section}.{name}"
         for section, values in now.items()

@@ -21,6 +21,7 @@ from redi.engine.config.ranges import (
     in_range,
     ranged,
 )
+from redi.engine.data.row import MAX_ROW_MB
 from redi.engine.data.where import Where
 from redi.engine.errors import InputError
 
@@ -85,6 +86,9 @@ class DataConfig(Section, name="data"):
     faulty: Literal["error", "skip"] = "error"
     """Rows that cannot be read. error: name the first 20 and stop; skip: leave them out, count them
     and name the first 20."""
+    max_row_mb: int = ranged(MAX_ROW_MB, AT_LEAST_1)
+    """Longest text of a row, in MB. A longer row is faulty: a small compressed file may unfold to
+    gigabytes."""
     train_on: Literal["last", "all"] = "last"
     """Assistant turns of a conversation that are trained. all: each is a trace, whose prompt is the
     conversation before it; of a conversation labelled incorrect only the last."""

@@ -1,7 +1,8 @@
 """The token cache: tokenized traces in a memory-mapped Arrow file, with a `meta.json`.
 
-`meta.json` is written last and contains the size of the Arrow file. A cache that was cut off by a
-kill or a full disk is therefore detected without reading it, and made again.
+`meta.json` is written last and contains the size of the Arrow file and a checksum of both files. A
+cache that was cut off by a kill or a full disk, or changed since, is therefore detected and made
+again.
 """
 
 import json
@@ -10,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from redi.engine.data.fingerprints import data_checksum
 from redi.engine.errors import InputError, RunError
 
 _DATA = "traces.arrow"
@@ -77,6 +79,14 @@ class Meta:
     """Number of tokens that the edge of a span splits."""
     splits: tuple[str, ...] = ()
     """The first of them: "file.jsonl:12: ' 42'"."""
+    checksum: str = ""
+    """Hash of the Arrow file and of all other fields. Empty in old caches, which are made again."""
+
+    def with_checksum(self, data: Path) -> "Meta":
+        """The same, with the checksum for an Arrow file, see `data_checksum`."""
+        plain = json.dumps(asdict(replace(self, checksum="")), sort_keys=True)
+        content = f"{plain}\n{data_checksum(data, data.parent.parent)}"
+        return replace(self, checksum=xxhash.xxh3_128_hexdigest(content.encode()))
 
 
 class TokenizedTraces:
@@ -355,7 +365,7 @@ def _pieces(
 
 
 def open_cache(folder: Path, sources: Sequence[str] | None = None) -> TokenizedTraces | None:
-    """Open the cache in `folder`; None if it is missing or incomplete.
+    """Open the cache in `folder`; None if it is missing, incomplete or damaged.
 
     Args:
         folder: the cache folder, whose name is the cache's key.
@@ -401,6 +411,7 @@ def write_cache(
                     writer.write_batch(batch)
                     rows += batch.num_rows
             meta = describe(path.stat().st_size, rows)
+        meta = meta.with_checksum(folder / _DATA)
         with _Temporary(folder / _META) as path:
             path.write_text(json.dumps(asdict(meta), indent=1))
     except OSError as error:
@@ -427,12 +438,14 @@ class _Temporary:
 
 
 def _read_meta(folder: Path) -> Meta | None:
+    data = folder / _DATA
     try:
         meta = Meta(**json.loads((folder / _META).read_text()))
-        whole = meta.key == folder.name and meta.bytes == (folder / _DATA).stat().st_size
+        if meta.key != folder.name or meta.bytes != data.stat().st_size:
+            return None
+        return meta if meta.checksum == meta.with_checksum(data).checksum else None
     except (OSError, ValueError, TypeError):
         return None
-    return meta if whole and meta.rows > 0 else None
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -88,6 +88,15 @@ def tokenizer_fingerprint(path: str, cache_dir: Path, compute: Callable[[], str]
     return _cached(f"{folder} {readers}", files, compute, cache_dir)
 
 
+def data_checksum(file: Path, cache_dir: Path) -> str:
+    """Hash of a file's content. That of a large file is cached in `cache_dir`; see `_cached`.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return _content_fingerprint(str(file.resolve()), lambda: [file], "", cache_dir)
+
+
 def _content_fingerprint(
     name: str, files: Callable[[], list[Path]], kind: str, cache_dir: Path
 ) -> str:
@@ -140,12 +149,17 @@ def _hashed(files: list[Path], kind: str) -> str:
 
 
 def _read_cache(cache_dir: Path) -> dict[str, list[Any]]:
-    """[stamps, hash] by name; empty if there is no cache file or it is damaged."""
+    """[stamps, hash] by name; without what is damaged, and empty if there is no cache file."""
     try:
         known = json.loads((cache_dir / _CACHE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return known if isinstance(known, dict) else {}
+    entries = known.items() if isinstance(known, dict) else ()
+    return {name: one for name, one in entries if _is_entry(one)}
+
+
+def _is_entry(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
 
 
 def _write_cache(cache_dir: Path, name: str, entry: list[Any]) -> None:

@@ -8,6 +8,9 @@ from typing import Any
 
 from redi.engine.errors import FaultyRow
 
+MAX_ROW_MB = 16
+"""Longest text of a row, in MB, unless `[data] max_row_mb` sets another limit."""
+
 # Weights are float32: outside these bounds a weight would lose digits, or become 0 or infinite.
 _SMALLEST_WEIGHT, _LARGEST_WEIGHT = 2.0**-126, 3.4e38
 
@@ -122,3 +125,12 @@ def read_id(row: Row, column: str) -> str | int | None:
         got = repr(value) if isinstance(value, float) else type_name(value)
         raise row_error(row, column, f"must be text or a whole number, not {got}")
     return read_text(row, column, value, empty=True) if isinstance(value, str) else value
+
+
+def count_characters(value: object) -> int:
+    """Number of characters of the texts in a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(count_characters, value.values()))
+    return sum(map(count_characters, value)) if isinstance(value, list) else 0

@@ -9,7 +9,9 @@ import codecs
 import csv
 import gzip
 import json
+import os
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import IO, Any, cast
@@ -19,7 +21,7 @@ import pyarrow.parquet as pq
 
 from redi.engine.data.messages import DISTRIBUTION_COLUMNS, THOUGHT_KEYS, TOOL_KEYS
 from redi.engine.data.read_position import ReadPosition
-from redi.engine.data.row import Row
+from redi.engine.data.row import MAX_ROW_MB, Row, count_characters
 from redi.engine.data.sources import Source, find_sources, hub_dataset, saved_dataset
 from redi.engine.data.traces import COLUMNS, COMMON_COLUMNS, FORMATS, is_empty, resolve_format
 from redi.engine.data.verdicts import SCORE_COLUMNS, VERDICT_COLUMNS, Grades
@@ -53,6 +55,9 @@ _CSV_JSON_COLUMNS = ("messages", "conversations", "traces", "generations", "corr
 _PARQUET_ROWS = 64
 _PARQUET_ROWS_OF_DISTRIBUTIONS = 4
 """A row may have 64 entries for each of 10,000 tokens."""
+_MEGABYTE = 1_000_000
+_STORED = 4
+"""Most bytes in a file for each character of a row: escapes, names, and numbers beside its text."""
 _BLOCK = 1 << 20
 """Bytes of a JSON list that are read at a time."""
 _CR_ALONE = "lines end in CR alone, as on old Macs; save it with LF line ends"
@@ -87,6 +92,7 @@ def scan_source(
     unread: set[str] | None = None,
     columns: Collection[str] = (),
     position: ReadPosition | None = None,
+    max_row_mb: int = MAX_ROW_MB,
 ) -> Iterator[Row | InputError]:
     """Yield the rows of one source, and a FaultyRow instead of each faulty row.
 
@@ -99,6 +105,7 @@ def scan_source(
             does not read ("images", "traces[].mask", "messages[].weight").
         columns: further columns to read, which the format does not need.
         position: follows how far the source has been read.
+        max_row_mb: longest text of a row. A file of kilobytes may unfold to a row of gigabytes.
     """
     number = 0
     shape = ""
@@ -106,7 +113,9 @@ def scan_source(
     unread = set() if unread is None else unread
     grades = Grades()
     try:
-        for number, value in _numbered_values(source, format, unread, columns, position):
+        for number, value in _numbered_values(
+            source, format, unread, columns, position, max_row_mb
+        ):
             where = f"{source.name}:{number}"
             if isinstance(value, InputError):
                 yield value
@@ -116,6 +125,9 @@ def scan_source(
                 whole = isinstance(value, list) and source.kind == "jsonl"
                 hint = "; a file that is one list of rows must be named .json" if whole else ""
                 yield FaultyRow(f"{where}: a row must be a JSON object, not {kind}{hint}")
+                continue
+            if count_characters(value) > max_row_mb * _MEGABYTE:
+                yield FaultyRow(_too_long(where, max_row_mb))
                 continue
             if not shape:
                 place = _header_place(source.name, value) if source.kind == "csv" else where
@@ -132,7 +144,7 @@ def scan_source(
                 grades.add(number, value)
             unread |= _unread_names(value, shape)
             yield Row(value, source.name, number, shape)
-    except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException, UnicodeError) as error:
         problem = " ".join(str(error).split())
         yield InputError(f"{source.name}:{number + 1}: the file is damaged: {problem}")
     except InputError as error:
@@ -178,6 +190,7 @@ def _numbered_values(
     unread: set[str],
     more: Collection[str],
     position: ReadPosition | None,
+    max_row_mb: int,
 ) -> Iterator[tuple[int, Any]]:
     """Parsed rows with their numbers, from 1; an InputError for a row that cannot be parsed."""
     if source.kind in ("hub", "saved"):
@@ -186,21 +199,43 @@ def _numbered_values(
         for name in _unread_columns(dataset.column_names, columns):
             if dataset.data.column(name).null_count < len(dataset.data):
                 unread.add(name)
-        yield from _counted(dataset.select_columns(columns), len(dataset), source, position)
+        values = _dataset_values(dataset.select_columns(columns))
+        yield from _counted(values, len(dataset), source, position)
         return
     with open(source.name, "rb") as raw, _unzipped(source.name, raw) as file:
         if position is not None and source.kind != "parquet":
             position.begin(source, lambda size: size if raw.closed else raw.tell())
         if source.kind == "parquet":
-            yield from _parquet_values(file, source, format, unread, more, position)
+            yield from _parquet_values(file, source, format, unread, more, position, max_row_mb)
         elif source.kind == "csv":
-            yield from _csv_values(file, source.name)
-        elif _is_document(file, source):
-            yield from enumerate(_document_rows(file, format, source.name), start=1)
+            yield from _csv_values(file, source.name, max_row_mb)
+        elif _is_document(file, source, max_row_mb):
+            size = os.fstat(raw.fileno()).st_size
+            yield from enumerate(
+                _document_rows(file, format, source.name, max_row_mb, size), start=1
+            )
         else:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
+            for number, line in enumerate(_lines(file, max_row_mb), start=1):
+                if line is None:
+                    yield number, FaultyRow(_too_long(f"{source.name}:{number}", max_row_mb))
+                elif line.strip():
                     yield number, _parsed_or_error(line, source.name, number)
+
+
+def _lines(file: IO[bytes], max_row_mb: int) -> Iterator[bytes | None]:
+    """The lines of a file; None for a longer one, which is read over in blocks."""
+    longest = _STORED * max_row_mb * _MEGABYTE
+    while line := file.readline(longest + 1):
+        if len(line) <= longest:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(_BLOCK)
+        yield None
+
+
+def _too_long(where: str, max_row_mb: int) -> str:
+    return f"{where}: the row has more than {max_row_mb} MB of text (data.max_row_mb)"
 
 
 def _unzipped(name: str, raw: IO[bytes]) -> IO[bytes]:
@@ -208,14 +243,48 @@ def _unzipped(name: str, raw: IO[bytes]) -> IO[bytes]:
 
 
 def _counted(
-    values: Iterable[Any], count: int, source: Source, position: ReadPosition | None
+    values: Iterable[Any],
+    count: int,
+    source: Source,
+    position: ReadPosition | None,
 ) -> Iterator[tuple[int, Any]]:
     """Number the rows from 1; the position is their share of `count`."""
     number = 0
     if position is not None:
         position.begin(source, lambda size: size * number / max(count, 1))
     for number, value in enumerate(values, start=1):
-        yield number, value
+        where = f"{source.name}:{number}"
+        if isinstance(value, UnicodeDecodeError):
+            yield number, FaultyRow(f"{where}: {_not_utf8(b'', value)}")
+        elif isinstance(value, Exception):
+            yield number, FaultyRow(f"{where}: cannot be read: {' '.join(str(value).split())}")
+        else:
+            yield number, value
+
+
+def _dataset_values(dataset: Any) -> Iterator[Any]:
+    """The rows of a data set; an error in the place of a row that cannot be converted."""
+    done = 0
+    while done < len(dataset):
+        try:
+            for value in dataset.select(range(done, len(dataset))):
+                done += 1
+                yield value
+        except (ValueError, OverflowError) as error:
+            done += 1
+            yield error
+
+
+def _batch_values(batch: pa.RecordBatch) -> Iterator[Any]:
+    """As `_dataset_values`, of a batch."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows == 1:
+            yield error
+            return
+        for row in range(batch.num_rows):
+            yield from _batch_values(batch.slice(row, 1))
 
 
 def _parquet_values(
@@ -225,6 +294,7 @@ def _parquet_values(
     unread: set[str],
     more: Collection[str],
     position: ReadPosition | None,
+    max_row_mb: int,
 ) -> Iterator[tuple[int, Any]]:
     # Mapped, a file is not copied: pandas writes all rows as one group, which is read as a whole.
     mapped = pa.memory_map(source.name) if not source.name.endswith(".gz") else file
@@ -233,14 +303,32 @@ def _parquet_values(
     others = _unread_columns(parquet.schema_arrow.names, columns)
     wide = not set(DISTRIBUTION_COLUMNS).isdisjoint(columns)
     rows = _PARQUET_ROWS_OF_DISTRIBUTIONS if wide else _PARQUET_ROWS
+    _check_unfolded(parquet.metadata, {*columns, *others}, source.name, max_row_mb)
 
     def values() -> Iterator[Any]:
         for batch in parquet.iter_batches(batch_size=rows, columns=[*columns, *others]):
             # Columns that are not read are not converted to Python objects.
             unread.update(name for name in others if batch[name].null_count < len(batch))
-            yield from batch.select(columns).to_pylist()
+            yield from _batch_values(batch.select(columns))
 
     yield from _counted(values(), parquet.metadata.num_rows, source, position)
+
+
+def _check_unfolded(
+    metadata: pq.FileMetaData, columns: Collection[str], name: str, max_row_mb: int
+) -> None:
+    """Raise InputError if a row must be too long, before the column is unfolded in memory."""
+    first = 1
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            mean = chunk.total_uncompressed_size / max(group.num_rows, 1)
+            read = chunk.path_in_schema.partition(".")[0] in columns
+            if read and mean > _STORED * max_row_mb * _MEGABYTE:
+                rows = (
+                    f"{first}" if group.num_rows == 1 else f"{first}-{first + group.num_rows - 1}"
+                )
+                raise InputError(_too_long(f"{name}:{rows}", max_row_mb))
+        first += group.num_rows
 
 
 def _wanted_columns(
@@ -258,9 +346,9 @@ def _unread_columns(columns: Collection[str], wanted: Collection[str]) -> list[s
     return [name for name in columns if name in UNREAD_COLUMNS and name not in wanted]
 
 
-def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(2**31 - 1)  # a long trace is one cell; the default limit is 128 KiB
-    lines = _decoded_lines(file, name)
+def _csv_values(file: IO[bytes], name: str, max_row_mb: int) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(_STORED * max_row_mb * _MEGABYTE)  # the default is 128 KiB
+    lines = _decoded_lines(file, name, max_row_mb)
     first = next(lines, "")
     if "\r" in first.rstrip("\r\n"):
         raise InputError(f"{name}:1: {_CR_ALONE}")
@@ -272,10 +360,11 @@ def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
     if not header:
         raise InputError(f"{name}: holds neither rows nor a header line")
     # Spreadsheets write cells without a header: they have no name, and are not read.
-    if twice := [column for column in header if column and header.count(column) > 1]:
-        raise InputError(f"{name}:1: column {twice[0]!r} occurs {header.count(twice[0])} times")
+    counts = Counter(filter(None, header))
+    if twice := [column for column, count in counts.items() if count > 1]:
+        raise InputError(f"{name}:1: column {twice[0]!r} occurs {counts[twice[0]]} times")
     number = reader.line_num + 1
-    for cells in reader:
+    for cells in _csv_rows(reader, name, max_row_mb):
         if any(cells):  # spreadsheets leave rows of empty cells
             if len(cells) == len(header):
                 yield number, _csv_row(header, cells, name, number)
@@ -288,6 +377,21 @@ def _csv_values(file: IO[bytes], name: str) -> Iterator[tuple[int, Any]]:
                     ),
                 )
         number = reader.line_num + 1
+
+
+def _csv_rows(reader: Iterator[list[str]], name: str, max_row_mb: int) -> Iterator[list[str]]:
+    """The rows of a reader, each of a limited length."""
+    while True:
+        number = reader.line_num + 1  # type: ignore[attr-defined]  # of csv's own iterator
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if "field limit" not in str(error):
+                raise
+            raise InputError(_too_long(f"{name}:{number}", max_row_mb)) from None
+        if cells is None:
+            return
+        yield cells
 
 
 def _header_place(name: str, columns: Collection[str]) -> str:
@@ -310,8 +414,10 @@ def _csv_row(
     return value
 
 
-def _decoded_lines(file: IO[bytes], name: str) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
+def _decoded_lines(file: IO[bytes], name: str, max_row_mb: int) -> Iterator[str]:
+    for number, line in enumerate(_lines(file, max_row_mb), start=1):
+        if line is None:
+            raise InputError(_too_long(f"{name}:{number}", max_row_mb))
         if b"\0" in line:
             raise InputError(f"{name}:{number}: {_ZERO_BYTES}")
         try:
@@ -362,22 +468,38 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _document_rows(file: IO[bytes], format: str, name: str) -> Iterator[Any]:
-    """The rows of a file that is one JSON document: a list is read a row at a time."""
+def _document_rows(
+    file: IO[bytes], format: str, name: str, max_row_mb: int, size: int
+) -> Iterator[Any]:
+    """The rows of a file that is one JSON document: a list is read a row at a time.
+
+    What is parsed as a whole may be longer than a row if the file is, whose `size` is in bytes.
+    """
     done = 0
+    longest = _STORED * max_row_mb * _MEGABYTE
     try:
-        for value in _list_items(file):
+        for value in _list_items(file, longest):
             yield value
             done += 1
         return
+    except _TooLongError:
+        raise InputError(_too_long(f"{name}:{done + 1}", max_row_mb)) from None
     except (ValueError, RecursionError):  # no list, or a faulty one: read as a whole, for its error
         file.seek(0)
-    document = _parse_json(file.read(), name, line=None)
+    most = max(longest, size)
+    text = file.read(most + 1)
+    if len(text) > most:
+        raise InputError(_too_long(name, max_row_mb))
+    document = _parse_json(text, name, line=None)
     yield from islice(_rows_of(document, format, name), done, None)
 
 
-def _list_items(file: IO[bytes]) -> Iterator[Any]:
-    """The items of a JSON list; ValueError if it is none."""
+class _TooLongError(Exception):
+    """An item is longer than a row may be."""
+
+
+def _list_items(file: IO[bytes], longest: int) -> Iterator[Any]:
+    """The items of a JSON list; ValueError if it is none, _TooLongError for a longer item."""
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     parse = json.JSONDecoder(object_pairs_hook=_object).raw_decode
     text, at, block, ended = "", 0, _BLOCK, False
@@ -406,10 +528,14 @@ def _list_items(file: IO[bytes]) -> Iterator[Any]:
             if end == len(text):  # perhaps only the beginning of an item has been read
                 if ended:
                     raise ValueError("the list has no end")
+                if len(text) - at > longest + _BLOCK:  # the next items may be in it too
+                    raise _TooLongError
                 read = file.read(block)
                 text, at, ended = text[at:] + decode(read, final=not read), 0, not read
                 block *= 2
                 continue
+            if end - at > longest:
+                raise _TooLongError
             at, block = end, _BLOCK
             yield value
             found = skip_white_space()
@@ -423,13 +549,13 @@ def _list_items(file: IO[bytes]) -> Iterator[Any]:
         raise ValueError("more than one list")
 
 
-def _is_document(file: IO[bytes], source: Source) -> bool:
+def _is_document(file: IO[bytes], source: Source, max_row_mb: int) -> bool:
     """True if a file is one JSON document, not one in each line; the file is rewound."""
     first = b""
     while not first and (line := file.readline(_BLOCK)):  # a line may be the whole file
         first = line.removeprefix(b"\xef\xbb\xbf").strip()
     if first[:1] == b"{" and len(line) == _BLOCK:
-        first += file.readline()
+        first += file.readline(_STORED * max_row_mb * _MEGABYTE)
     file.seek(0)
     if first in (b"[", b"{"):  # written over several lines
         return True

@@ -17,6 +17,7 @@ import xxhash
 
 from redi.engine.data.chat import ChatTemplate, Texts, is_finished
 from redi.engine.data.messages import Message, as_messages
+from redi.engine.data.row import MAX_ROW_MB
 from redi.engine.data.spans import place_spans, placed_by_tags, places_in_trace, token_weights
 from redi.engine.data.traces import Trace
 from redi.engine.errors import FaultyRow, InputError
@@ -55,6 +56,8 @@ class TokenSettings:
     the ids."""
     faulty: str = "error"
     """"skip": leave faulty rows out. Does not change the ids of the others."""
+    max_row_mb: int = MAX_ROW_MB
+    """Longest text of a row; a longer row is faulty."""
 
 
 @dataclass(frozen=True, slots=True)

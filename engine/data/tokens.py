@@ -25,7 +25,7 @@ from redi.engine.data.chat import Texts, is_finished
 from redi.engine.data.content_hash import trace_hash
 from redi.engine.data.fingerprints import source_fingerprint, tokenizer_fingerprint
 from redi.engine.data.read_position import ReadPosition, ReadProgress
-from redi.engine.data.row import Row
+from redi.engine.data.row import MAX_ROW_MB, Row, count_characters
 from redi.engine.data.rows import scan_source
 from redi.engine.data.sources import find_sources, unread_splits
 from redi.engine.data.text import Encoded, Encoder, TokenSettings, is_volatile
@@ -141,6 +141,8 @@ def tokenize(
         "rendering": encoder().rendering() if volatile else "",
         "files": [source_fingerprint(source, cache_dir) for source in sources],
     }
+    if settings.max_row_mb != MAX_ROW_MB:  # it decides which rows are faulty
+        parts["max_row_mb"] = settings.max_row_mb
     key = _cache_key(parts)
     folder = cache_dir / key
     cached = open_cache(folder, names)
@@ -152,7 +154,14 @@ def tokenize(
     where = Where(settings.where) if settings.where else None
     position = ReadPosition(sources)
     rows = chain.from_iterable(
-        scan_source(source, settings.format, columns, where.columns if where else (), position)
+        scan_source(
+            source,
+            settings.format,
+            columns,
+            where.columns if where else (),
+            position,
+            settings.max_row_mb,
+        )
         for source, columns in zip(sources, unread, strict=True)
     )
     chunks = _tokenized_chunks(_in_chunks(rows, position), settings, encoder(), processes)
@@ -236,7 +245,9 @@ def file_fingerprints(paths: tuple[str, ...], cache_dir: Path) -> list[list[str]
 def _cache_key(parts: dict[str, Any]) -> str:
     """Hash of everything that determines the tokens; file names do not."""
     names = ("format", "template", "system_prompt", "template_variables", "train_on", "where")
-    applied = json.dumps([parts[name] for name in names])
+    applied = json.dumps(
+        [parts[name] for name in names] + [parts[name] for name in ("max_row_mb",) if name in parts]
+    )
     tokenizer = parts["tokenizer"] + parts["rendering"]
     lines = [str(parts["version"]), applied, tokenizer, *parts["files"]]
     return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
@@ -253,21 +264,12 @@ def _in_chunks(
     characters = 0
     for row in rows:
         chunk.append(row)
-        characters += 0 if isinstance(row, InputError) else _characters(row.value)
+        characters += 0 if isinstance(row, InputError) else count_characters(row.value)
         if len(chunk) == _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
             yield chunk, position.done
             chunk, characters = [], 0
     if chunk:
         yield chunk, position.done
-
-
-def _characters(value: object) -> int:
-    """Characters of the texts in a value."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_characters, value.values()))
-    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 def _tokenized_chunks(

@@ -35,7 +35,7 @@ from redi.engine.data.row import (
 )
 from redi.engine.data.spans import Span, read_spans
 from redi.engine.data.verdicts import read_label
-from redi.engine.errors import InputError
+from redi.engine.errors import InputError, one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def resolve_format(format: str, columns: Collection[str], where: str) -> str:
         if all(column in columns for column in shape.required):
             return name
     small = {column.lower() for column in columns}
-    found = ", ".join(columns) or "none"
+    found = one_line(", ".join(columns)) or "none"
     for shape in detected.values():
         if all(column in small for column in shape.required):
             raise InputError(

@@ -24,7 +24,7 @@ from redi.engine.model.architecture import attention_for
 from redi.engine.model.attention import document_kwargs, register_attention
 from redi.engine.model.flops import head_dim
 from redi.engine.model.sharding import compute_dtype
-from redi.engine.train.run_folder import read_manifest
+from redi.engine.run_files import read_manifest
 
 KEY = "attention_cost"
 """Key in the manifest."""

@@ -172,6 +172,7 @@ def token_settings(
         where=where,
         control_tokens=recipe.data.control_tokens,
         faulty=recipe.data.faulty,
+        max_row_mb=recipe.data.max_row_mb,
     )
 
 

@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import time
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from redi.engine.data.summary import Summary
 from redi.engine.distributed import World
 from redi.engine.errors import InputError, RunError
 from redi.engine.model.first_forward import ForwardRecord
+from redi.engine.run_files import check_run_files, read_manifest, read_recipe
 from redi.engine.storage import FLIGHT_RECORDER, MANIFEST, RECIPE, inside, shown
 from redi.engine.train.checkpoint import complete_checkpoints
 
@@ -106,8 +106,7 @@ def _data_section(path: str) -> dict[str, Any]:
     """The section `[data]` of the run that trained a model; empty for other models."""
     for folder in (Path(path), Path(path).parent):
         if (folder / RECIPE).is_file():
-            text = (folder / RECIPE).read_text(encoding="utf-8")
-            return tomllib.loads(text).get("data", {})
+            return read_recipe(folder).get("data", {})
     return {}
 
 
@@ -175,7 +174,7 @@ def read_previous_run(run_dir: Path) -> PreviousRun:
     """
     if not (run_dir / RECIPE).is_file():
         return PreviousRun(limits=None)
-    train = tomllib.loads((run_dir / RECIPE).read_text(encoding="utf-8")).get("train", {})
+    train = read_recipe(run_dir).get("train", {})
     lengthened = _lengthened(run_dir)
     exported = (run_dir / "export").is_dir()
     limits = (train.get("epochs"), train.get("max_steps"))
@@ -217,6 +216,8 @@ def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
         InputError: it is another directory, or holds a run with another recipe.
     """
     if not run_dir.exists():
+        if run_dir.is_symlink():
+            raise InputError(f"run.dir: {run_dir}: a symbolic link to nothing; remove it")
         return
     # A recipe alone may be the user's own file: a run directory appears with both.
     is_run = all((run_dir / name).is_file() for name in (RECIPE, MANIFEST))
@@ -226,15 +227,13 @@ def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
         )
     if not is_run:
         return
+    check_run_files(run_dir)
     if not recipe.run.resume:
         raise InputError(
             f"run.dir: {shown(run_dir)} holds a run and run.resume is false; remove it or choose "
             "another"
         )
-    try:
-        old = tomllib.loads((run_dir / RECIPE).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{run_dir / RECIPE}: damaged ({error}); choose another run.dir") from None
+    old = read_recipe(run_dir)
     for key in changed_keys(old, recipe):
         if key in LIMITS:
             continue
@@ -262,7 +261,7 @@ def check_same_data(
     if not old:
         return
     for name, key in data_keys.items():
-        if old[name] != key:
+        if old.get(name) != key:
             old_parts = old.get("parts", {}).get(name) or {}
             found = what_changed(old_parts, parts[name]) if old_parts else ""
             what = "changed" if found else "the data or tokenizer has changed"
@@ -394,15 +393,9 @@ def record_flight(run_dir: Path, world: World) -> None:
         os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder.absolute() / "rank_")
 
 
-def read_manifest(run_dir: Path) -> dict[str, Any]:
-    """The manifest of a run; empty if there is none yet."""
-    path = run_dir / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def add_to_manifest(run_dir: Path, **facts: Any) -> None:
     """Add facts to the manifest of a run, or replace existing ones; it is replaced atomically."""
-    content = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8")) | facts
+    content = read_manifest(run_dir) | facts
     partial = run_dir / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     os.replace(partial, run_dir / MANIFEST)

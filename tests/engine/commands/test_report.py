@@ -154,7 +154,10 @@ def test_a_damaged_manifest_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     run = write_run(tmp_path / "run")
     (run / "manifest.json").write_text('{"device": ')
     assert main(["report", str(run)]) == 2
-    assert capsys.readouterr().err == f"redi: {run}/manifest.json: damaged (not valid JSON)\n"
+    assert capsys.readouterr().err == (
+        f"redi: {run}/manifest.json: damaged (Expecting value: line 1 column 12 (char 11)); "
+        "restore it, or use another run directory\n"
+    )
 
 
 @pytest.mark.parametrize("heights", [[0.5] * 3, [0.0, 0.99, 1.0, 1.0], [0.3] * 40])

@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from data_cases import shared_data, write_rows
 
-from redi.engine.data.rows import read_rows
+from redi.engine.data.row import Row
+from redi.engine.data.rows import read_rows, scan_source
+from redi.engine.data.sources import Source
 from redi.engine.data.traces import Message, Trace, normalise
-from redi.engine.errors import InputError
+from redi.engine.errors import FaultyRow, InputError
 from redi.engine.hub import quiet_hub_client
 
 USER = {"role": "user", "content": "2 + 2?"}
@@ -560,3 +562,101 @@ def test_real_files_are_read_whole(name, positives, negatives):
     assert sum(t.sign > 0 for t in traces) == positives
     assert sum(t.sign < 0 for t in traces) == negatives
     assert len({t.group for t in traces}) == 1319
+
+
+def scanned(path: Path, kind: str, **options: Any) -> list[Row | InputError]:
+    return list(scan_source(Source(str(path), kind), "auto", **options))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_row_that_is_not_utf8_is_named_and_the_others_are_read(kind: str, tmp_path: Path) -> None:
+    texts = pa.array([b"ok", b"1=\xff", *[b"2="] * 70, b"\xfe"])
+    texts = pa.Array.from_buffers(pa.string(), len(texts), texts.buffers())
+    table = pa.table({"prompt": texts, "completion": ["1"] * len(texts)})
+    path = tmp_path / "rows"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        datasets.Dataset(table).save_to_disk(path)
+    found = scanned(path, kind)
+    faults = {number: one for number, one in enumerate(found, 1) if isinstance(one, FaultyRow)}
+    assert [str(one) for one in faults.values()] == [
+        f"{path}:{number}: not valid UTF-8: invalid start byte; save it as UTF-8"
+        for number in (2, 73)
+    ]
+    assert len(found) == len(texts)
+    rest = [one.number for one in found if isinstance(one, Row)]
+    assert rest == [number for number in range(1, 74) if number not in faults]
+
+
+LONG = "x" * 5_000_000
+SHORT = {"prompt": "1", "completion": "2"}
+
+
+def write_bomb(path: Path) -> None:
+    """A file with a long row, the second of three; a file of kilobytes if it is compressed."""
+    rows = [SHORT, SHORT | {"prompt": LONG}, SHORT]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
+        return
+    text = {
+        ".jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        ".json": json.dumps(rows),
+        ".csv": "".join(",".join(row) + "\n" for row in [list(SHORT), *(r.values() for r in rows)]),
+    }[Path(path.stem).suffix]
+    path.write_bytes(gzip.compress(text.encode()))
+
+
+@pytest.mark.parametrize("max_row_mb", [1, 3])  # far beyond what its text may take, and near it
+@pytest.mark.parametrize("name", ["b.jsonl.gz", "b.json.gz", "b.csv.gz", "b.parquet"])
+def test_a_row_that_unfolds_to_megabytes_is_refused_unless_allowed(
+    name: str, max_row_mb: int, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    write_bomb(path)
+    kind = name.removesuffix(".gz").partition(".")[2]
+    assert path.stat().st_size < 20_000
+    found = scanned(path, kind, max_row_mb=max_row_mb)
+    (fault,) = [str(one) for one in found if isinstance(one, InputError)]
+    number = 3 if kind == "csv" else 2  # its header is a line
+    assert fault == (
+        f"{path}:{number}: the row has more than {max_row_mb} MB of text (data.max_row_mb)"
+    )
+    allowed = [one for one in scanned(path, kind, max_row_mb=6) if isinstance(one, Row)]
+    assert [len(one.value["prompt"]) for one in allowed] == [1, len(LONG), 1]
+
+
+def test_the_rows_after_a_long_one_are_read_where_a_file_has_lines(tmp_path: Path) -> None:
+    write_bomb(tmp_path / "b.jsonl.gz")
+    found = scanned(tmp_path / "b.jsonl.gz", "jsonl", max_row_mb=1)
+    assert [type(one) for one in found] == [Row, FaultyRow, Row]
+
+
+def test_a_column_that_must_hold_a_long_row_is_not_unfolded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(pa.table({"prompt": [LONG], "completion": ["1"]}), tmp_path / "b.parquet")
+
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", read)
+    (found,) = scanned(tmp_path / "b.parquet", "parquet", max_row_mb=0)
+    assert "b.parquet:1: the row has more than 0 MB" in str(found)
+
+
+def test_a_document_in_a_small_file_may_not_unfold_to_more(tmp_path: Path) -> None:
+    path = tmp_path / "b.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"data": [SHORT, {"a": LONG}]}, indent=1).encode()))
+    (found,) = scanned(path, "json", max_row_mb=1)
+    assert str(found) == f"{path}: the row has more than 1 MB of text (data.max_row_mb)"
+    plain = tmp_path / "b.json"
+    plain.write_bytes(gzip.decompress(path.read_bytes()))  # its own size is no surprise
+    assert len(scanned(plain, "json", max_row_mb=1)) == 2
+
+
+def test_a_csv_header_of_many_columns_is_read_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "wide.csv"
+    path.write_text(",".join(f"c{n}" for n in range(100_000)) + "\n1\n")
+    (found,) = scanned(path, "csv")
+    assert "wide.csv:2: 1 cells, but the header has 100000" in str(found)

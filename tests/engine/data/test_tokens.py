@@ -13,10 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import xxhash
 from data_cases import CHATML, save_tokenizer, settings, shared_data, write_rows
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, tokenization_utils_base
 from transformers.utils import chat_template_utils
 
@@ -570,7 +572,12 @@ def test_a_cache_whose_parts_do_not_fit_is_not_read(tmp_path, tiny):
     made = tokenize(wanted, tmp_path / "cache", processes=1, console=QUIET)
     meta_path = made.folder / "meta.json"
     meta = json.loads(meta_path.read_text())
-    for change in ({"rows": 5}, {"bytes": meta["bytes"] + 8}, {"key": "x"}, {"more": 1}):
+    changes: list[dict[str, Any]] = [
+        *({"rows": 5}, {"bytes": meta["bytes"] + 8}, {"key": "x"}, {"more": 1}),
+        *({"dropped": {"faulty rows": 1}}, {"faulty": 1}, {"parts": {}}, {"document_start": "x"}),
+        *({"checksum": ""}, {"checksum": None}, {"rows": None}),
+    ]
+    for change in changes:
         meta_path.write_text(json.dumps({**meta, **change}))
         assert open_cache(made.folder) is None
     meta_path.write_text("[]")
@@ -583,6 +590,83 @@ def test_a_cache_whose_parts_do_not_fit_is_not_read(tmp_path, tiny):
     data.unlink()
     data.write_bytes(bytes(size))  # the right size, but not Arrow
     assert open_cache(made.folder) is None
+
+
+BITS = st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+
+
+def flip_bits(file: Path, bits: list[tuple[float, int]]) -> None:
+    """Change the bits (place as a share of the file, number in its byte) in a new file."""
+    content = bytearray(file.read_bytes())
+    for place, bit in bits:
+        content[int(place * len(content))] ^= 1 << bit
+    file.unlink()
+    file.write_bytes(content)
+
+
+@hypothesis.settings(max_examples=8, deadline=None)
+@hypothesis.given(bits=st.lists(BITS, min_size=1, max_size=3, unique=True))
+def test_a_cache_with_other_content_of_the_same_size_is_made_again(
+    bits: list[tuple[float, int]], tiny: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("flipped")
+    wanted = settings(write_rows(folder / "rows.jsonl", numbered(6)), tiny)
+    made = tokenize(wanted, folder / "cache", processes=1, console=QUIET)
+    expected = columns_of(made)
+    data = made.folder / "traces.arrow"
+    whole = data.read_bytes()
+    flip_bits(data, bits)
+    assert open_cache(made.folder) is None or data.read_bytes() == whole
+    assert columns_of(tokenize(wanted, folder / "cache", processes=1, console=QUIET)) == expected
+    assert data.read_bytes() == whole
+
+
+def test_an_old_cache_without_a_checksum_is_made_again_under_its_key(tmp_path, tiny):
+    wanted = settings(write_rows(tmp_path / "rows.jsonl", numbered(6)), tiny)
+    made = tokenize(wanted, tmp_path / "cache", processes=1, console=QUIET)
+    meta = json.loads((made.folder / "meta.json").read_text())
+    del meta["checksum"]
+    (made.folder / "meta.json").write_text(json.dumps(meta))
+    assert open_cache(made.folder) is None
+    again = tokenize(wanted, tmp_path / "cache", processes=1, console=QUIET)
+    assert (again.key, columns_of(again)) == (made.key, columns_of(made))
+    assert open_cache(made.folder) is not None
+
+
+def test_a_longer_limit_of_rows_is_another_cache(tmp_path, tiny):
+    path = write_rows(tmp_path / "rows.jsonl", numbered(6))
+    keys = {
+        tokenize(settings(path, tiny, **one), tmp_path / "cache", processes=1, console=QUIET).key
+        for one in ({}, {"max_row_mb": 17})
+    }
+    assert len(keys) == 2
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=6,
+)
+
+
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(content=JSON, entry=JSON)
+def test_cached_fingerprints_may_be_anything(
+    content: Any, entry: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache = tmp_path_factory.mktemp("cache")
+    file = cache / "data.jsonl"
+    file.write_text("a")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprints, "MIN_CACHED_BYTES", 0)
+        patch.setattr(fingerprints, "_FINE_TICK", 0)
+        patch.setattr(fingerprints, "_COARSE_TICK", 0)
+        right = fingerprints.data_checksum(file, cache)
+        known = cache / "fingerprints.json"
+        (name,) = json.loads(known.read_text())
+        for damaged in (content, {name: entry}, {name: [entry, content]}):
+            known.write_text(json.dumps(damaged))
+            assert fingerprints.data_checksum(file, cache) == right
 
 
 def test_an_error_in_the_data_leaves_no_cache_behind(tmp_path, tiny):
