@@ -50,6 +50,8 @@ class ModelSize:
     cannot share packs of this model."""
     key_value_heads: int = 1
     """Heads of keys and values of a layer."""
+    has_router_loss: bool = False
+    """True if a step of several packs counts experts before them."""
 
     @property
     def trained(self) -> int:
@@ -96,21 +98,30 @@ class ModelSize:
         windows = tuple((window, half_pair * dims) for window, dims in self.windows)
         return Cost(linear, half_pair * self.attention, windows)
 
-    def run_cost(self, checkpointing: str) -> Cost:
+    def run_cost(self, checkpointing: str, counts_experts: bool = False) -> Cost:
         """Flops executed for a sequence: those of training, plus recomputation.
 
         If `[shard] checkpointing` is "full", the forward of the blocks runs twice, but for the last
         product of a dense block (`spared`); if it is "attention", all but its attention too.
         "selective" keeps the results of all matrix products. Exact for dense blocks; of a mixture's
         experts the last product counts as recomputed, since the router's weights multiply it.
+
+        Args:
+            checkpointing: as in `[shard]`.
+            counts_experts: True if another forward of the blocks counts experts.
         """
         again = 2.0 if checkpointing in ("attention", "full") else 0.0
         attention_again = 2.0 if checkpointing == "full" else 0.0
         linear = self.training_cost().linear + again * (self.trunk - self.spared + self.adapter)
+        if counts_experts:
+            linear += 2.0 * (self.trunk + self.adapter)
+            attention_again += 2.0
         return self._cost(linear, (6.0 + attention_again) / 2)
 
 
-def model_size(config: PretrainedConfig, adapter: AdapterConfig | None = None) -> ModelSize:
+def model_size(
+    config: PretrainedConfig, adapter: AdapterConfig | None = None, has_router_loss: bool = False
+) -> ModelSize:
     """Count the modules of a model on the meta device, without its weights."""
     model = empty_model(config)
     trunk = 0
@@ -145,6 +156,7 @@ def model_size(config: PretrainedConfig, adapter: AdapterConfig | None = None) -
         windows=tuple((window, dims) for window, dims in attention.items() if window is not None),
         heads=1 if slice_problem(config) else config.num_attention_heads,
         key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        has_router_loss=has_router_loss,
     )
     if adapter is None or not adapter.wanted:
         return size

@@ -22,6 +22,7 @@ from redi.engine.model.adapter import check_adapter
 from redi.engine.model.architecture import check_context, check_dropout
 from redi.engine.model.build import check_vocabulary, model_config
 from redi.engine.model.flops import ModelSize, model_size
+from redi.engine.model.router_loss import router_coefficient
 from redi.engine.model.sharding import compute_dtype
 from redi.engine.plan.auto_rows import auto_rows, with_rows
 from redi.engine.plan.cards import Cluster
@@ -58,6 +59,7 @@ def plan_recipes(
         check_replicas(recipe.shard, cluster.ranks)
         check_context(recipe.model.path or "", config, recipe.shard.context)
         check_adapter(recipe, config, compute_dtype(recipe.train.dtype, torch.device("cuda")))
+        has_router_loss = router_coefficient(recipe, config) > 0
         with join_world() as world:
             data = prepare_data(recipe, world, console)
         check_positions(
@@ -67,7 +69,7 @@ def plan_recipes(
             config,
             "lower data.max_tokens to {}, or raise model.max_position_embeddings",
         )
-        size = model_size(config, recipe.adapter)
+        size = model_size(config, recipe.adapter, has_router_loss)
         if recipe.train.row_tokens == "auto":
             recipe = with_rows(
                 recipe, auto_rows(recipe, size, data, Gpus.of(cluster, config), console)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from redi.engine.config.sections import Recipe
+from redi.engine.config.sections import Recipe, ShardConfig
 from redi.engine.console import Console
 from redi.engine.data.packing import Cost, Packing, build_batch, pack
 from redi.engine.model.flops import ModelSize
@@ -34,6 +34,12 @@ class PackedStep:
     def costs(self, cost: Cost) -> np.ndarray:
         """Of each pack, float64 [micro-steps, ranks or context groups]."""
         return pack_sums(self.packing, cost.of(self.lengths))
+
+    def waits(self, size: ModelSize, shard: ShardConfig, flops_per_second: float) -> np.ndarray:
+        """Seconds of the packs that the step waits for, float64 [packs]."""
+        counts_experts = size.has_router_loss and len(self.packing.packs) > 1
+        takes = pack_seconds(size, shard, flops_per_second, counts_experts)
+        return slowest(self.costs(takes), shard.gather)
 
 
 def slowest(packs: np.ndarray, gather: str) -> np.ndarray:
@@ -88,8 +94,7 @@ def pack_run(
     packs = [traces for step in steps for traces in step.packs if len(traces)]
     fullest = max(packs, key=lambda traces: int(lengths[traces].sum()))
     flops = [step.costs(runs) for step in steps]
-    takes = pack_seconds(size, shard, cluster.flops_per_second)
-    waits = [slowest(step.costs(takes), shard.gather) for step in steps]
+    waits = [step.waits(size, shard, cluster.flops_per_second) for step in steps]
     seconds = [step_seconds(each, size, ranks, shard) for each in waits]
     run = PackedRun(
         steps=total,

@@ -22,8 +22,8 @@ from redi.engine.data.packing import PackedBatch, build_batch
 from redi.engine.model.flops import ModelSize
 from redi.engine.plan.cards import Cluster
 from redi.engine.plan.memory import Load, step_memory
-from redi.engine.plan.packed_run import PackedStep, evenly_spaced, pack_step, slowest
-from redi.engine.plan.step_time import pack_seconds, step_seconds
+from redi.engine.plan.packed_run import PackedStep, evenly_spaced, pack_step
+from redi.engine.plan.step_time import step_seconds
 from redi.engine.plan.types import Fastest
 from redi.engine.train.prepare_data import PreparedData
 
@@ -238,8 +238,7 @@ def _candidates(
                     pack_step(step, data, chosen, ranks, balanced) for step in sampled
                 ]
             steps = packed[layout]
-            takes = pack_seconds(size, shard, gpus.flops_per_second)
-            waits = [slowest(step.costs(takes), shard.gather) for step in steps]
+            waits = [step.waits(size, shard, gpus.flops_per_second) for step in steps]
             yield Candidate(
                 recipe=chosen,
                 need=need,

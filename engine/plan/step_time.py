@@ -122,15 +122,19 @@ def _ring_latency(ranks: int) -> float:
     return RING_START + between * NETWORK_HOP + (ranks - between) * NVLINK_HOP
 
 
-def pack_seconds(size: ModelSize, shard: ShardConfig, flops_per_second: float) -> Cost:
+def pack_seconds(
+    size: ModelSize, shard: ShardConfig, flops_per_second: float, counts_experts: bool = False
+) -> Cost:
     """Seconds that a sequence takes: the flops of its share of a rank, and attention's exchanges.
 
     Compute waits for the exchanges: attention needs their results.
 
     Args:
         flops_per_second: of a rank.
+        counts_experts: as in `ModelSize.run_cost`.
     """
-    runs, speed = size.run_cost(shard.checkpointing), flops_per_second * shard.context
+    runs = size.run_cost(shard.checkpointing, counts_experts)
+    speed = flops_per_second * shard.context
     return Cost(
         runs.linear / speed + exchange_seconds(size, shard),
         runs.quadratic / speed,

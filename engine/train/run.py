@@ -24,6 +24,7 @@ from redi.engine.model.adapter import lasting_path
 from redi.engine.model.build import build_student
 from redi.engine.model.export import export
 from redi.engine.model.flops import model_size
+from redi.engine.model.router_loss import router_coefficient
 from redi.engine.model.student import Student
 from redi.engine.plan.auto_rows import resolve_rows
 from redi.engine.storage import LocalRun, fetch_models, inside, open_run, shown, working_folder
@@ -125,7 +126,8 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
         'set data.max_tokens = {} with data.overlong = "drop" or "truncate", or raise '
         "model.max_position_embeddings",
     )
-    size = model_size(found.config, recipe.adapter)
+    has_router_loss = router_coefficient(recipe, found.config) > 0
+    size = model_size(found.config, recipe.adapter, has_router_loss)
     cost, attention_cost = calibrated(
         size.training_cost(), recipe, found.config, run_dir, world, console
     )

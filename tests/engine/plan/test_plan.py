@@ -446,6 +446,10 @@ def test_recomputation_costs_the_flops_that_torch_counts(kind: str) -> None:
         assert products == cost.linear * tokens, checkpointing
         again = 2 * 0.5 * size.attention if checkpointing == "full" else 0
         assert cost.quadratic == 3 * size.attention + again
+        # A forward that counts experts, of the same products without lm_head.
+        counting = size.run_cost(checkpointing, counts_experts=True)
+        assert counting.linear - cost.linear == 2 * size.trunk
+        assert counting.quadratic - cost.quadratic == size.attention
 
 
 def planned(*arguments: object) -> list[dict[str, Any]]:

@@ -122,7 +122,19 @@ def test_layout_and_world_size_do_not_matter_to_mixtures(runs: Path, steps: Step
     added = whole[0]["loss"] - off[0]["loss"]
     assert added == pytest.approx(0.5 * whole[0]["router_aux_loss"], rel=1e-5)
     assert whole[0]["grad_norm"] != pytest.approx(off[0]["grad_norm"], rel=1e-3)
-    assert main(["plan", str(runs / "split-1.toml")]) == 0
+
+    def planned(name: str, *changes: str) -> float:
+        line = ["plan", str(runs / f"{name}.toml"), *changes, "--json", str(runs / "plan.json")]
+        assert main(line) == 0
+        seconds: float = json.loads((runs / "plan.json").read_text())[0]["packing"]["seconds"]
+        return seconds
+
+    # One more forward; a step of one pack has none.
+    slow = ("--mfu", "1e-6")
+    share = planned("split-1", *slow) / planned("split-1", *slow, "--train.router_aux_loss", "0")
+    assert 1.2 < share < 1.34
+    share = planned("whole-1", *slow) / planned("whole-1", *slow, "--train.router_aux_loss", "0")
+    assert share == 1
 
 
 def test_the_coefficient_is_the_recipe_s_or_the_one_that_the_model_asks_for() -> None:
