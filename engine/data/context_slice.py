@@ -8,6 +8,9 @@ from torch import Tensor
 
 from redi.engine.data.packing import IGNORE, PackedBatch
 
+PADDING = {"input_ids": 0, "targets": IGNORE, "token_weights": 0.0}
+"""Fields with a value for each token, but for positions, and the value of padding."""
+
 
 def slice_pack(batch: PackedBatch, index: int, count: int) -> PackedBatch:
     """The `index`-th of `count` equal slices of a pack.
@@ -32,23 +35,24 @@ def slice_pack(batch: PackedBatch, index: int, count: int) -> PackedBatch:
     inside = (valid >= first) & (valid < end)
 
     def cut(values: Tensor, fill: Tensor) -> Tensor:
-        return torch.cat([values, fill.to(values.dtype)])[first:end].clone()
+        return torch.cat([values, fill])[first:end].clone()
 
-    token_weights = batch.token_weights
-    if token_weights is not None:
-        token_weights = cut(token_weights, torch.zeros(padding))
+    of_tokens = {
+        name: cut(values, values.new_full((padding, *values.shape[1:]), fill))
+        for name, fill in PADDING.items()
+        if (values := getattr(batch, name)) is not None
+    }
     return replace(
         batch,
-        input_ids=cut(batch.input_ids, torch.zeros(padding)),
+        **of_tokens,
         position_ids=cut(batch.position_ids, torch.arange(padding)),
         cu_seqlens=bounds,
-        targets=cut(batch.targets, torch.full((padding,), IGNORE)),
         valid_index=valid[inside] - first,
         num_positive_targets=int(inside[: batch.num_positive_targets].sum()),
         target_counts=_counts_inside(batch, inside),
         max_seqlen=max(batch.max_seqlen, padding),
-        token_weights=token_weights,
         row_cu_seqlens=documents,
+        padding=min(size, max(0, end - total)),
     )
 
 

@@ -427,6 +427,8 @@ class PackedBatch:
     row_cu_seqlens: Tensor | None = None
     """int32: boundaries of the documents of the whole pack if this is a slice of it (`slice_pack`),
     with those of its padding."""
+    padding: int = 0
+    """Tokens at the end that are of no trace."""
 
     @property
     def documents(self) -> Tensor:
@@ -435,8 +437,8 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of real documents: T, or 0 for a dummy."""
-        return 0 if self.is_dummy else len(self.input_ids)
+        """Tokens of real documents, which come first; 0 for a dummy."""
+        return 0 if self.is_dummy else len(self.input_ids) - self.padding
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
         """Copy the pack to a device."""

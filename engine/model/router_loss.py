@@ -65,6 +65,7 @@ class RouterLoss:
         """Of the last pack, detached."""
         self._index = spec.index
         self._chosen: int = model.num_experts_per_tok
+        self._tokens = 0
         self._found: list[RouterSums] | None = None
         for router in routers:
             router.register_forward_hook(self._record)
@@ -74,7 +75,7 @@ class RouterLoss:
         if self._found is None and not torch.is_grad_enabled():
             return
         logits = output[self._index] if isinstance(output, tuple) else output
-        shares = logits.flatten(0, -2).float().softmax(-1)
+        shares = logits.flatten(0, -2)[: self._tokens].float().softmax(-1)
         chosen = shares.detach().topk(self._chosen, dim=-1).indices
         counts = torch.zeros_like(shares, dtype=torch.bool).scatter_(1, chosen, True).sum(0)
         sums = RouterSums(counts, shares.sum(0))
@@ -82,29 +83,26 @@ class RouterLoss:
             self._found.append(sums)
 
     @contextmanager
-    def recording(self) -> Iterator[list[RouterSums]]:
-        """The sums of the routers that run within the context."""
+    def recording(self, tokens: int) -> Iterator[list[RouterSums]]:
+        """The sums of the routers that run within the context, over the first `tokens` tokens."""
         found: list[RouterSums] = []
-        self._found = found
+        self._found, self._tokens = found, tokens
         try:
             yield found
         finally:
             self._found = None
             self.recorded = len(found)
 
-    def of_pack(self, found: list[RouterSums], totals: StepTotals, is_dummy: bool) -> Tensor:
+    def of_pack(self, found: list[RouterSums], totals: StepTotals) -> Tensor:
         """A pack's share of the step's loss, float32 scalar. Collective without expert counts.
 
         Args:
             found: of `recording`.
             totals: of the step.
-            is_dummy: True if the pack's tokens do not count.
         """
         assert len(found) == self.routers, "packed attention runs in every layer, and so do routers"
         own = torch.stack([one.counts for one in found]).sum(0)
         probabilities = torch.stack([one.probabilities for one in found]).sum(0)
-        if is_dummy:
-            own, probabilities = torch.zeros_like(own), 0.0 * probabilities
         counts = totals.expert_counts
         if counts is None:
             dist.all_reduce(own)

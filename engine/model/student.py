@@ -152,7 +152,7 @@ class Student(nn.Module):
             return self.head(hidden, partial(self._score, batch=batch, top=top))
         router_loss = self.router_loss
         recording: AbstractContextManager[list[RouterSums]] = (
-            router_loss.recording() if router_loss else nullcontext([])
+            router_loss.recording(batch.num_tokens) if router_loss else nullcontext([])
         )
         with recording as routers:
             hidden = self.hidden_states(batch)
@@ -161,17 +161,14 @@ class Student(nn.Module):
             out = self.head(hidden, loss)
             if router_loss is None:
                 return out
-            return out._replace(
-                loss=out.loss + router_loss.of_pack(routers, totals, batch.is_dummy)
-            )
+            return out._replace(loss=out.loss + router_loss.of_pack(routers, totals))
 
     def expert_counts(self, batch: PackedBatch) -> torch.Tensor:
         """Tokens of a pack that choose each expert, over all routers, int64 [E]."""
         assert self.router_loss is not None
-        with self.router_loss.recording() as routers:
+        with self.router_loss.recording(batch.num_tokens) as routers:
             self.hidden_states(batch)
-        counts = torch.stack([one.counts for one in routers]).sum(0)
-        return torch.zeros_like(counts) if batch.is_dummy else counts
+        return torch.stack([one.counts for one in routers]).sum(0)
 
     def _score(
         self, hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch, top: int

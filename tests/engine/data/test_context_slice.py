@@ -1,5 +1,6 @@
 """Slices of a pack for the ranks of a context group."""
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from redi.bench.traces import InMemoryTraces
-from redi.engine.data.context_slice import slice_pack, slice_tokens, targets_in_slice
+from redi.engine.data.context_slice import PADDING, slice_pack, slice_tokens, targets_in_slice
 from redi.engine.data.packing import IGNORE, PackedBatch, build_batch
 
 LENGTHS = np.array([5, 2, 9, 3, 4])
@@ -33,6 +34,7 @@ def test_slices_make_up_the_pack_and_its_padding(count: int) -> None:
         assert torch.equal(joined[:total], getattr(whole, name)), name
     padding = torch.cat([one.position_ids for one in slices])[total:]
     assert torch.equal(padding, torch.arange(count * size - total))
+    assert sum(one.num_tokens for one in slices) == total
     for index, one in enumerate(slices):
         assert one.documents.tolist() == sorted({*whole.cu_seqlens.tolist(), count * size})
         assert one.documents.dtype == one.cu_seqlens.dtype == torch.int32
@@ -74,7 +76,7 @@ def test_weights_of_tokens_are_cut_too() -> None:
     whole = packed()
     weights = torch.arange(len(whole.input_ids), dtype=torch.float32)
     slices = [
-        slice_pack(PackedBatch(*[*whole._values()[:-2], weights, None]), index, 4)
+        slice_pack(PackedBatch(*[*whole._values()[:-3], weights, None, 0]), index, 4)
         for index in range(4)
     ]
     joined = torch.cat([one.token_weights for one in slices if one.token_weights is not None])
@@ -92,6 +94,16 @@ def test_a_dummy_has_two_tokens_in_each_slice(count: int) -> None:
         assert len(one.valid_index) == 0
         assert one.documents.tolist() == ([0, 2, 2 * count])
         assert one.max_seqlen == max(2, 2 * count - 2)
+
+
+def test_every_field_is_of_tokens_or_of_whole_sequences() -> None:
+    """A field that is added to packs must be sliced if it has a value for each token."""
+    of_tokens = {*PADDING, "position_ids"}
+    places = {"cu_seqlens", "row_cu_seqlens", "valid_index", "padding", "max_seqlen"}
+    counts = {"num_positive_targets", "target_counts"}
+    of_sequences = {"signs", "weights", "num_targets", "full_targets", "sequence_ids", "is_dummy"}
+    found = {field.name for field in fields(PackedBatch)}
+    assert found == of_tokens | places | counts | of_sequences
 
 
 def test_alone_a_pack_is_its_own_slice() -> None:

@@ -40,9 +40,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "split-2": (2, SPLIT),
     "gathered-2": (2, SPLIT | {"shard.gather": "step"}),
     "replicated-2": (2, SPLIT | {"shard.replicate": 2}),
+    "context-2": (2, WHOLE | {"shard.context": 2}),
+    "context-split-2": (2, SPLIT | {"shard.context": 2, "shard.checkpointing": "full"}),
     "off-1": (1, WHOLE | {"train.router_aux_loss": 0.0}),
     "dummy-1": (1, WHOLE | {"objective.name": "sft", "train.batch": 1}),
     "dummy-2": (2, WHOLE | {"objective.name": "sft", "train.batch": 1}),
+    "dummy-context-2": (2, WHOLE | {"objective.name": "sft", "train.batch": 1, "shard.context": 2}),
 }
 
 
