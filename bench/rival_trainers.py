@@ -56,7 +56,7 @@ def _settings(job: Job, at_once: int | None) -> dict[str, Any]:
 def _run(trainer: Any, job: Job) -> None:
     from transformers import TrainerCallback
 
-    class Log(TrainerCallback):  # type: ignore[misc]
+    class Log(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "loss" in logs:
                 _write(
@@ -82,7 +82,7 @@ def _preference(
     from trl import DPOConfig, DPOTrainer
     from trl.trainer.utils import add_fused_lm_head
 
-    class Tokenized(DPOTrainer):  # type: ignore[misc]
+    class Tokenized(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 

@@ -179,7 +179,7 @@ def prepare(case: Case, folder: Path, model: Path, traces: Path, cache: Path) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "recipe.toml"
-    values = {
+    values: dict[str, Any] = {
         "model.path": str(model),
         "data.path": str(traces),
         "data.cache": str(cache),
@@ -196,14 +196,13 @@ def prepare(case: Case, folder: Path, model: Path, traces: Path, cache: Path) ->
         "train.seed": SEED,
         "train.dtype": "float32",
         "run.save_every": 1000,
-        **(
-            {
-                "redi": {"objective.alpha": ALPHA},
-                "sft": {"objective.normalisation": "token"},
-                "dpo": {"objective.beta": BETA},
-            }[case.objective]
-        ),
     }
+    of_objective: dict[str, dict[str, Any]] = {
+        "redi": {"objective.alpha": ALPHA},
+        "sft": {"objective.normalisation": "token"},
+        "dpo": {"objective.beta": BETA},
+    }
+    values |= of_objective[case.objective]
     recipe.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()))
     job = {
         "model": str(model),
@@ -383,10 +382,16 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _same_steps(*runs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Runs cut to the steps that all have."""
-    steps = min(len(run["lines"]) for run in runs)
-    return [run | {key: run[key][:steps] for key in ("lines", "stamps")} for run in runs]
+def _same_steps(
+    run: dict[str, Any], other: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two runs cut to the steps that both have."""
+    steps = min(len(run["lines"]), len(other["lines"]))
+
+    def cut(run: dict[str, Any]) -> dict[str, Any]:
+        return run | {key: run[key][:steps] for key in ("lines", "stamps")}
+
+    return cut(run), cut(other)
 
 
 def _step(run: dict[str, Any], *parts: int) -> float:

@@ -203,8 +203,8 @@ def main() -> None:
     names = [method.name for method in methods]
     if unknown := set(args.methods or ()) - set(names):
         parser.error(f"--methods: unknown {', '.join(unknown)}; available: {', '.join(names)}")
-    methods = [method for method in methods if method.name in (args.methods or names)]
-    runs = StudyRuns(args.tasks or tasks, args.seeds, methods, args.rates)
+    chosen = [method for method in methods if method.name in (args.methods or names)]
+    runs = StudyRuns(args.tasks or tasks, args.seeds, chosen, args.rates)
     check_settings(args.folder, sizes, args.device)
     try:
         run_study(runs, sizes, args.folder, args.device, args.workers)

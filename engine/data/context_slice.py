@@ -1,6 +1,7 @@
 """Slices of a pack: one for each rank of a context group."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def slice_pack(batch: PackedBatch, index: int, count: int) -> PackedBatch:
     def cut(values: Tensor, fill: Tensor) -> Tensor:
         return torch.cat([values, fill])[first:end].clone()
 
-    of_tokens = {
+    of_tokens: dict[str, Any] = {
         name: cut(values, values.new_full((padding, *values.shape[1:]), fill))
         for name, fill in PADDING.items()
         if (values := getattr(batch, name)) is not None
