@@ -10,7 +10,8 @@ and memory are read from outside, after each step that a process reports; the fi
 out. A process ends after its last step, so no one's checkpoint is counted. Its memory is the peak
 of its resident set from its start.
 
-A finished run is kept in the work folder, and the same command continues after a stop. Linux only.
+Finished runs of a commit are kept in the work folder: the same command continues after a stop.
+Linux only. Needs the extra `engine`.
 """
 
 import argparse
@@ -32,6 +33,10 @@ from typing import Any
 from redi.bench import rival_trainers
 from redi.bench.report import OTHERS, OURS, LiveRecord, environment
 from redi.bench.rival_trainers import TRAINERS
+from redi.engine.config.parse import load_recipe, train_parser
+from redi.engine.console import Console
+from redi.engine.distributed import join_world
+from redi.engine.train.prepare_data import prepare_data
 
 TRL = "1.16.0"
 OURS_NAME = "redi"
@@ -99,8 +104,9 @@ def main() -> None:
         parser.error(f"--trainers: {unknown[0]} is unknown; known: {', '.join(known)}")
     if args.repeated_steps < 2 or args.turns < 1:
         parser.error("--repeated_steps must be at least 2, --turns at least 1")
-    if not args.data.is_dir():
-        parser.error(f"--data: {args.data} is not a folder; its README names the traces")
+    for name in args.cases:
+        if not (traces := args.data / f"{CASES[name].traces}.jsonl.gz").is_file():
+            parser.error(f"--data: {traces} does not exist; name the folder of the real traces")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `watch` then ends its process too
     work = args.work.resolve()
     python = peer_environment(work / "environment")
@@ -224,15 +230,9 @@ def prepare(case: Case, folder: Path, model: Path, traces: Path, cache: Path) ->
 
 def batches(recipe: Path) -> list[list[list[list[int]]]]:
     """The batches that `redi train` draws, in its order: steps of [prompt, completion, ...] ids."""
-    from redi.engine.config.parse import load_recipe, train_parser
-    from redi.engine.console import Console
-    from redi.engine.distributed import join_world
-    from redi.engine.train.prepare_data import prepare_data
-
+    loaded = load_recipe(train_parser(), str(recipe), [str(recipe)])
     with join_world() as world:
-        data = prepare_data(
-            load_recipe(train_parser(), str(recipe), [str(recipe)]), world, Console(False)
-        )
+        data = prepare_data(loaded, world, Console(active=False))
     found = []
     for step in range(1, data.schedule.total_steps + 1):
         batch = []
