@@ -87,6 +87,9 @@ def _preference(
             return dataset
 
     class Redi(Tokenized):
+        def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # it has no reference
+
         def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Tensor:
             ids, mask = inputs["input_ids"], inputs["completion_mask"][:, 1:]
             labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)

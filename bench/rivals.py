@@ -10,7 +10,8 @@ and memory are read from outside, after each step that a process reports; the fi
 out. A process ends after its last step, so no one's checkpoint is counted. Its memory is the peak
 of its resident set from its start.
 
-A finished run is kept in the work folder, and the same command continues after a stop. Linux only.
+Finished runs of a commit are kept in the work folder: the same command continues after a stop.
+Linux only. Needs the extra `engine`.
 """
 
 import argparse
@@ -32,6 +33,10 @@ from typing import Any
 from redi.bench import rival_trainers
 from redi.bench.report import OTHERS, OURS, LiveRecord, environment
 from redi.bench.rival_trainers import TRAINERS
+from redi.engine.config.parse import load_recipe, train_parser
+from redi.engine.console import Console
+from redi.engine.distributed import join_world
+from redi.engine.train.prepare_data import prepare_data
 
 TRL = "1.16.0"
 OURS_NAME = "redi"
@@ -57,15 +62,18 @@ class Case:
     steps: int
     max_tokens: int
     """Longer traces are left out."""
+    trainers: tuple[str, ...]
+    """Of `rival_trainers`."""
 
 
+SHORT, LONG = "gsm8k_model_solutions", "long_cot_gsm8k"
 CASES = {
-    "redi": Case("qwen2", "gsm8k_model_solutions", "redi", 2, 10, 1024),
-    "redi-8-pairs": Case("qwen2", "gsm8k_model_solutions", "redi", 8, 3, 1024),
-    "sft": Case("qwen2", "gsm8k_model_solutions", "sft", 4, 10, 1024),
-    "long": Case("qwen2", "long_cot_gsm8k", "redi", 1, 4, 3000),
-    "smollm2-redi": Case("smollm2", "gsm8k_model_solutions", "redi", 2, 10, 1024),
-    "smollm2-dpo": Case("smollm2", "gsm8k_model_solutions", "dpo", 1, 10, 1024),
+    "redi": Case("qwen2", SHORT, "redi", 2, 10, 1024, ("trl", "trl-compact", "authors", "loop")),
+    "redi-8-pairs": Case("qwen2", SHORT, "redi", 8, 3, 1024, ("trl-compact", "loop")),
+    "sft": Case("qwen2", SHORT, "sft", 4, 5, 1024, ("trl-compact", "trl-padding-free", "loop")),
+    "long": Case("qwen2", LONG, "redi", 1, 3, 2048, ("trl-compact", "authors")),
+    "smollm2-redi": Case("smollm2", SHORT, "redi", 2, 5, 1024, ("trl-compact", "loop")),
+    "smollm2-dpo": Case("smollm2", SHORT, "dpo", 1, 10, 1024, ("trl-compact",)),
 }
 
 
@@ -77,10 +85,10 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--trainers", nargs="+", help="names, such as trl-compact; default: all")
+    parser.add_argument("--trainers", nargs="+", help="of these alone, such as trl-compact")
     parser.add_argument("--turns", type=int, default=2, help="of each run, alternating")
     parser.add_argument(
-        "--repeated_steps", type=int, default=4, help="of turns after the first, and of slow ones"
+        "--repeated_steps", type=int, default=3, help="of turns after the first, and of slow ones"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
@@ -96,8 +104,9 @@ def main() -> None:
         parser.error(f"--trainers: {unknown[0]} is unknown; known: {', '.join(known)}")
     if args.repeated_steps < 2 or args.turns < 1:
         parser.error("--repeated_steps must be at least 2, --turns at least 1")
-    if not args.data.is_dir():
-        parser.error(f"--data: {args.data} is not a folder; its README names the traces")
+    for name in args.cases:
+        if not (traces := args.data / f"{CASES[name].traces}.jsonl.gz").is_file():
+            parser.error(f"--data: {traces} does not exist; name the folder of the real traces")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `watch` then ends its process too
     work = args.work.resolve()
     python = peer_environment(work / "environment")
@@ -112,7 +121,7 @@ def main() -> None:
             sizes=sizes,
             peers={"trl": TRL},
             cases={name: asdict(CASES[name]) for name in args.cases},
-            notes={kind: {n: note for n, (note, _) in TRAINERS[kind].items()} for kind in TRAINERS},
+            notes={kind: {n: note for n, (note, _) in of.items()} for kind, of in TRAINERS.items()},
         )
     results: dict[str, dict[str, Any]] = {}
     problems = []
@@ -220,15 +229,9 @@ def prepare(case: Case, folder: Path, model: Path, traces: Path, cache: Path) ->
 
 def batches(recipe: Path) -> list[list[list[list[int]]]]:
     """The batches that `redi train` draws, in its order: steps of [prompt, completion, ...] ids."""
-    from redi.engine.config.parse import load_recipe, train_parser
-    from redi.engine.console import Console
-    from redi.engine.distributed import join_world
-    from redi.engine.train.prepare_data import prepare_data
-
+    loaded = load_recipe(train_parser(), str(recipe), [str(recipe)])
     with join_world() as world:
-        data = prepare_data(
-            load_recipe(train_parser(), str(recipe), [str(recipe)]), world, Console(False)
-        )
+        data = prepare_data(loaded, world, Console(active=False))
     found = []
     for step in range(1, data.schedule.total_steps + 1):
         batch = []
@@ -250,7 +253,7 @@ def run_in_turns(
 
     The order is reversed in each second turn.
     """
-    peers = TRAINERS[job["objective"]]
+    peers = CASES[case].trainers
     names = [OURS_NAME, *(name for name in peers if name in (args.trainers or peers))]
     recipe = (folder / "recipe.toml").read_text()
     same = json.dumps([job, recipe, args.threads, environment("cpu")])
@@ -317,7 +320,7 @@ def watch(
                     raise SystemExit(f"{' '.join(command)} failed: {log.read_text()[-1500:]}")
                 size = now
         finally:
-            process.kill()
+            os.kill(process.pid, signal.SIGKILL)  # Popen's kill would reap it, with its usage
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
     lines = [{key: line[key] for key in FIGURES} for line in _lines(metrics)[:steps]]

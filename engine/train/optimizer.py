@@ -22,6 +22,9 @@ NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$
 
 BLOCK = 2**24
 """Elements whose update is computed at a time: 64 MiB in float32."""
+CPU_BLOCK = 2**18
+"""The same on a CPU: 1 MiB stays in the cache, and the allocator reuses it, where a larger block is
+mapped anew for each operation."""
 
 
 Optimizer = torch.optim.AdamW | TensorSteps
@@ -102,17 +105,20 @@ def step_if(optimizer: Optimizer, finite: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def squared_update(optimizer: Optimizer, finite: torch.Tensor) -> torch.Tensor:
+def squared_update(
+    optimizer: Optimizer, finite: torch.Tensor, block_size: int = BLOCK
+) -> torch.Tensor:
     """Sum of squares of the parameter change of the step just taken, of this rank's shards.
 
     Computed from fused AdamW's moments, so that no copy of the previous weights is kept, by foreach
-    operations over blocks of `BLOCK` elements: their number, and the extra memory, do not depend on
-    the number of parameters.
+    operations over blocks of `block_size` elements: their number, and the extra memory, do not
+    depend on the number of parameters.
 
     Args:
         optimizer: all parameters of a group have taken the same number of steps; parameters
             without state (no gradient so far) count as unchanged.
         finite: bool scalar, whether the step was taken.
+        block_size: elements of a block.
 
     Returns:
         A float64 scalar on the device.
@@ -130,7 +136,7 @@ def squared_update(optimizer: Optimizer, finite: torch.Tensor) -> torch.Tensor:
         first_scale = (1 - beta1**step).to(dtype)
         second_scale = (1 - beta2**step).sqrt().to(dtype)
         norms: list[torch.Tensor] = []
-        for block in _blocks([(s["exp_avg"], s["exp_avg_sq"], p) for p, s in states]):
+        for block in _blocks([(s["exp_avg"], s["exp_avg_sq"], p) for p, s in states], block_size):
             first, second, after = map(list, zip(*block, strict=True))
             denominator = torch._foreach_sqrt(second)
             torch._foreach_div_(denominator, second_scale)
@@ -151,14 +157,14 @@ Piece = tuple[torch.Tensor, ...]
 """Corresponding elements of tensors that belong together."""
 
 
-def _blocks(states: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Cut this rank's shards into flat pieces, and collect these up to `BLOCK` elements."""
+def _blocks(states: Sequence[Piece], most: int) -> Iterator[list[Piece]]:
+    """Cut this rank's shards into flat pieces, and collect these up to `most` elements."""
     block: list[Piece] = []
     size = 0
     for tensors in states:
-        for piece in zip(*(local(t).flatten().split(BLOCK) for t in tensors), strict=True):
+        for piece in zip(*(local(t).flatten().split(most) for t in tensors), strict=True):
             elements = piece[0].numel()
-            if size + elements > BLOCK:
+            if size + elements > most:
                 yield block
                 block, size = [], 0
             if elements:

@@ -20,7 +20,7 @@ from redi.engine.model.student import Student
 from redi.engine.train.expert_counts import count_experts
 from redi.engine.train.guards import PackResult
 from redi.engine.train.metrics import memory_figures
-from redi.engine.train.optimizer import Optimizer, squared_update, step_if
+from redi.engine.train.optimizer import BLOCK, CPU_BLOCK, Optimizer, squared_update, step_if
 from redi.kernels import FilteredRediLoss
 
 
@@ -84,7 +84,8 @@ def train_step(
         step_if(optimizer, finite)
         optimizer.zero_grad()
     with record_function("redi.metrics"):
-        squared = squared_update(optimizer, finite)
+        on_cpu = world.device.type == "cpu"
+        squared = squared_update(optimizer, finite, CPU_BLOCK if on_cpu else BLOCK)
         dist.all_reduce(squared)
         update_norm = (squared / recipe.shard.replicate).sqrt()
         figures = {"data_seconds": data_seconds} | memory_figures(world.device)

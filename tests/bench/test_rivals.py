@@ -32,7 +32,7 @@ def _traces(path: Path) -> Path:
 def test_a_plain_loop_computes_what_redi_train_does(objective: str, tmp_path: Path) -> None:
     """The loss, gradient norm and rate of each step, from outside, on the batches of the run."""
     write_model(tmp_path / "model", seed=0)
-    case = rivals.Case("", "", objective, batch=3, steps=4, max_tokens=64)
+    case = rivals.Case("", "", objective, batch=3, steps=4, max_tokens=64, trainers=())
     traces = _traces(tmp_path / "traces.jsonl")
     folder = rivals.prepare(case, tmp_path / "case", tmp_path / "model", traces, tmp_path / "cache")
     job = json.loads((folder / "job.json").read_text())
@@ -69,6 +69,11 @@ def test_the_loop_steps_along_the_gradient_of_redi(tmp_path: Path) -> None:
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_each_case_names_trainers_of_its_objective() -> None:
+    for case in rivals.CASES.values():
+        assert set(case.trainers) <= rival_trainers.TRAINERS[case.objective].keys()
 
 
 def _run(name: str, turn: int, cpu: float, norm: float = 2.0) -> dict[str, Any]:

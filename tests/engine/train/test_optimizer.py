@@ -66,13 +66,10 @@ def squared_difference(model: nn.Module, before: list[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("block", [2**24, 100, 5])
 @pytest.mark.parametrize("steps", [1, 5])
-def test_update_equals_the_change_of_the_weights(
-    block: int, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_update_equals_the_change_of_the_weights(block: int, steps: int) -> None:
     """In one block, in blocks of a few parameters, and with parameters cut into pieces."""
-    monkeypatch.setattr(optimizer_module, "BLOCK", block)
     model, optimizer, before = trained(4, steps)
-    squared = squared_update(optimizer, TRUE)
+    squared = squared_update(optimizer, TRUE, block)
     assert squared.dtype == torch.float64
     assert squared.item() == pytest.approx(loop_form(optimizer), rel=1e-8)
     assert squared.item() == pytest.approx(squared_difference(model, before), rel=1e-8)
@@ -118,10 +115,10 @@ def test_few_device_operations() -> None:
     assert counts[0] == counts[1], "the count depends on the number of parameters"
 
 
-def test_block_size_bounds_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_module, "BLOCK", 100)
+def test_block_size_bounds_the_blocks() -> None:
     tensors = [(torch.arange(n), torch.arange(n)) for n in (30, 0, 250, 60, 40, 1)]
-    sizes = [[piece[0].numel() for piece in block] for block in optimizer_module._blocks(tensors)]
+    blocks = optimizer_module._blocks(tensors, 100)
+    sizes = [[piece[0].numel() for piece in block] for block in blocks]
     assert sizes == [[30], [100], [100], [50], [60, 40], [1]]
 
 
