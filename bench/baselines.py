@@ -47,6 +47,14 @@ class Result(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Exact:
+    """The results in float64."""
+
+    result: Result
+    token_logps: Tensor
+
+
+@dataclass(frozen=True)
 class Contender:
     """A method on given operands."""
 

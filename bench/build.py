@@ -203,9 +203,11 @@ def calls() -> dict[str, Callable[[Backend], object]]:
     def topk(
         backend: Backend, dtype: torch.dtype = torch.bfloat16, **options: Any
     ) -> kernels.TopkDivergence:
-        ids, logps = targets[:, None].expand(tokens, 4), weights[:, None].expand(tokens, 4)
-        operands = hidden.to(dtype), weight.to(dtype), ids, logps, weights
-        return kernels.topk_divergence(*operands, targets=targets, backend=backend, **options)
+        ids, logps = torch.arange(4).expand(tokens, 4), torch.full((tokens, 4), -2.0)
+        return kernels.topk_divergence(
+            hidden.to(dtype), weight.to(dtype), ids, logps, weights, targets=targets,
+            backend=backend, **trained, **options,
+        )  # fmt: skip
 
     return {
         "redi_loss": redi,

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redi.bench.baselines import Absent
+from redi.bench.baselines import Absent, Exact
 from redi.bench.inputs import LossSizes, Operands, make_operands
-from redi.bench.loss import METHODS, TOLERANCE, Exact, errors_of, float64_result, why_rejected
+from redi.bench.loss import METHODS, TOLERANCE, errors_of, float64_result, why_rejected
 from redi.bench.measure import problem_line
 from redi.bench.report import LiveRecord
 

@@ -43,6 +43,8 @@ class LossSizes:
     inputs: Inputs = "random"
     states: str = ""
     """For "states": a file written by `redi.bench.filter --states`."""
+    loss: Literal["redi", "divergence"] = "redi"
+    """What is measured; no matter of the operands."""
 
 
 class Operands(NamedTuple):

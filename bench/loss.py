@@ -6,7 +6,8 @@ alone, with operands and results allocated beforehand; no contender that compute
 can be faster. `redi-filter` does not compute them in full; see its errors. Errors are against
 float64. Prints a table and writes JSON and a picture. If an error of this project's op is out of
 bounds, the record has the reason in its row (`rejected`) and the exit status is 1: the time of a
-wrong result is meaningless.
+wrong result is meaningless. `--loss divergence` measures a divergence to a teacher instead, see
+`divergence.py`.
 
 A contender that cannot be measured (package absent, peer fails) is listed with the reason, and the
 others run; a failure of this project's op makes the exit status 1. `bench/gpu.sh` runs this at full
@@ -27,14 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redi.bench import baselines, peers
-from redi.bench.baselines import Absent, Contender, LossMethod, Result
+from redi.bench import baselines, divergence, peers
+from redi.bench.baselines import Absent, Contender, Exact, LossMethod, Result
 from redi.bench.inputs import LossSizes, Operands, make_operands, sizes_of_states
 from redi.bench.measure import peak_cuda, peak_resident, problem_line, time_in_turns
 from redi.bench.report import draw, environment, print_table, write_record
 from redi.kernels import reference
 
 METHODS: dict[str, LossMethod] = baselines.METHODS | peers.METHODS
+DIVERGENCES = divergence.METHODS
 
 # Relative Frobenius errors of the gradients, and the largest absolute error of a log-prob, above
 # which a contender of this project is wrong.
@@ -69,14 +71,6 @@ class TimedRow:
     dweight_error: float | None
     rejected: str | None
     """Why the result is wrong, and its time therefore meaningless; None if it is right."""
-
-
-@dataclass(frozen=True)
-class Exact:
-    """The results in float64."""
-
-    result: Result
-    token_logps: Tensor
 
 
 def float64_result(operands: Operands, slice_tokens: int = 512) -> Exact:
@@ -119,13 +113,24 @@ def errors_of(contender: Contender, exact: Exact) -> dict[str, float | None]:
     return errors
 
 
+def methods_of(loss: str) -> dict[str, LossMethod]:
+    """The contenders for a loss, "redi" or "divergence"."""
+    return DIVERGENCES if loss == "divergence" else METHODS
+
+
+def _method(name: str) -> LossMethod:
+    """A contender for either loss: they have no name in common but the floor's."""
+    return METHODS[name] if name in METHODS else DIVERGENCES[name]
+
+
 def _peak_resident(name: str, sizes: LossSizes) -> float:
     """Peak MiB of one step; runs in a separate process."""
     torch.set_num_threads(sizes.threads)
     # Run it once, very small, so that loading code and libraries is not counted.
     small = replace(sizes, tokens=64, vocab=128, hidden=16, inputs="random")
-    METHODS[name].build(make_operands(small)).step()
-    step = METHODS[name].build(make_operands(sizes)).step
+    method = _method(name)
+    method.build(make_operands(small)).step()
+    step = method.build(make_operands(sizes)).step
     return peak_resident(step)
 
 
@@ -155,17 +160,18 @@ def measure(sizes: LossSizes, names: list[str], repeats: int, limit_s: float) ->
 
     Args:
         sizes: the operands.
-        names: keys of METHODS, "floor" among them.
+        names: keys of `methods_of`, "floor" among them.
         repeats, limit_s: see `measure.time_in_turns`.
     """
-    operands = make_operands(sizes)
-    built, absent, failed = _build(names, operands)
+    operands, methods = make_operands(sizes), methods_of(sizes.loss)
+    built, absent, failed = _build(names, methods, operands)
     steps = {name: contender.step for name, contender in built.items()}
     seconds, problems = time_in_turns(steps, sizes.device, repeats, limit_s)
     failed |= problems
     if "floor" not in seconds:
         raise SystemExit(f"the floor could not be measured: {failed['floor']}")
-    exact = float64_result(operands)
+    exact_of = divergence.float64_result if sizes.loss == "divergence" else float64_result
+    exact = exact_of(operands)
     rows = []
     for name, taken in seconds.items():
         ratios = [a / b for a, b in zip(taken, seconds["floor"], strict=True)]
@@ -178,7 +184,7 @@ def measure(sizes: LossSizes, names: list[str], repeats: int, limit_s: float) ->
         rows.append(
             TimedRow(
                 name=name,
-                note=METHODS[name].note,
+                note=methods[name].note,
                 seconds=taken,
                 median_s=statistics.median(taken),
                 spread_s=(min(taken), max(taken)),
@@ -192,7 +198,7 @@ def measure(sizes: LossSizes, names: list[str], repeats: int, limit_s: float) ->
 
 
 def _build(
-    names: list[str], operands: Operands
+    names: list[str], methods: dict[str, LossMethod], operands: Operands
 ) -> tuple[dict[str, Contender], dict[str, str], dict[str, str]]:
     """(contenders, why absent, why failed), each by name."""
     built: dict[str, Contender] = {}
@@ -200,7 +206,7 @@ def _build(
     failed: dict[str, str] = {}
     for name in names:
         try:
-            built[name] = METHODS[name].build(operands)
+            built[name] = methods[name].build(operands)
         except (Absent, ImportError) as reason:
             absent[name] = str(reason)
         except Exception as error:  # a peer may raise anything at import
@@ -212,14 +218,15 @@ def why_rejected(name: str, errors: dict[str, float | None], dtype: str) -> str 
     """Which errors of a method of this project are out of bounds; None if none is.
 
     Args:
-        name: a key of METHODS.
+        name: a key of METHODS or DIVERGENCES.
         errors: see `errors_of`; one that is absent or NaN is out of bounds.
         dtype: of the operands, a name of `TOLERANCE` such as "bfloat16".
     """
-    if not METHODS[name].ours:
+    method = _method(name)
+    if not method.ours:
         return None
     gradient = TOLERANCE[getattr(torch, dtype)]
-    if METHODS[name].approximate:
+    if method.approximate:
         gradient = APPROXIMATE_TOLERANCE
     bounds = {"logp_error": LOGP_TOLERANCE, "dhidden_error": gradient, "dweight_error": gradient}
     wrong = [
@@ -253,12 +260,23 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=600.0, help="no repeat begins after this time"
     )
-    parser.add_argument("--contenders", nargs="+", choices=list(METHODS), default=[*METHODS])
-    parser.add_argument("--without", nargs="+", choices=list(METHODS), default=[])
+    parser.add_argument(
+        "--loss",
+        choices=["redi", "divergence"],
+        default="redi",
+        help="divergence: to a teacher, of `redi.bench.divergence`",
+    )
+    names = list(METHODS | DIVERGENCES)
+    parser.add_argument("--contenders", nargs="+", choices=names, help="all of the loss if absent")
+    parser.add_argument("--without", nargs="+", choices=names, default=[])
     parser.add_argument("--label", default="", help="suffix of the record's name")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder")
     parser.add_argument("--plot", type=Path, metavar="FILE.json", help="only draw this record")
     options = parser.parse_args(arguments)
+    known = methods_of(options.loss)
+    options.contenders = options.contenders or [*known]
+    if strangers := set(options.contenders) - set(known):
+        parser.error(f"{', '.join(sorted(strangers))} computes no {options.loss}: see --loss")
     if options.sequences < 2 or options.sequences % 2 or options.repeats < 1:
         parser.error("--sequences must be even and at least 2, --repeats at least 1")
     if options.tokens < 2 * options.sequences or options.vocab < 16 or options.hidden < 16:
@@ -292,15 +310,17 @@ def main(arguments: list[str] | None = None) -> int:
         device=options.device,
         threads=options.threads,
         inputs=options.inputs,
+        loss=options.loss,
     )
     if options.states:
-        sizes = sizes_of_states(options.states, sizes.dtype, sizes.device, sizes.threads)
+        found = sizes_of_states(options.states, sizes.dtype, sizes.device, sizes.threads)
+        sizes = replace(found, loss=options.loss)
     torch.set_num_threads(sizes.threads)
     left_out = {"floor", *options.without}
     names = ["floor", *(name for name in options.contenders if name not in left_out)]
     measured = measure(sizes, names, options.repeats, options.seconds)
     record: dict[str, Any] = {
-        "benchmark": "loss",
+        "benchmark": "loss" if sizes.loss == "redi" else sizes.loss,
         "date": date.today().isoformat(),
         "label": options.label,
         **environment(sizes.device),
@@ -315,7 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
     rejected = {row.name: row.rejected for row in measured.rows if row.rejected}
     for name, reason in rejected.items():
         print(f"{name}: its time is meaningless, it is wrong: {reason}", file=sys.stderr)
-    return int(bool(rejected) or any(METHODS[name].ours for name in measured.failed))
+    return int(bool(rejected) or any(_method(name).ours for name in measured.failed))
 
 
 if __name__ == "__main__":

@@ -77,8 +77,9 @@ def hardware_name(device: str) -> str:
 def title(record: dict[str, Any]) -> str:
     """Title of a record of the loss, in one line."""
     sizes = record["sizes"]
+    loss = "REDI loss" if sizes.get("loss", "redi") == "redi" else "Divergence to a teacher"
     return (
-        f"REDI loss, forward + backward: T {sizes['tokens']}, V {sizes['vocab']}, "
+        f"{loss}, forward + backward: T {sizes['tokens']}, V {sizes['vocab']}, "
         f"D {sizes['hidden']}, {sizes['dtype']}, {sizes.get('inputs', 'random')} inputs, "
         f"{record['hardware']}"
     )
@@ -199,7 +200,8 @@ def draw(record: dict[str, Any], path: Path) -> bool:
     rows = record["rows"]
     names = [row["name"] for row in rows]
     colors = [
-        FLOOR if name == "floor" else OURS if name.startswith("redi") else OTHERS for name in names
+        FLOOR if name == "floor" else OURS if name.startswith(("redi", "topk-t")) else OTHERS
+        for name in names
     ]
     figure = Figure(figsize=(12, 1.6 + 0.42 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)

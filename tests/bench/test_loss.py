@@ -105,6 +105,28 @@ def test_every_contender_at_hand_computes_the_same_loss_and_gradients() -> None:
     assert {"floor", "redi-torch", "eager", "torch-by-sequence", "torch-by-token"} <= checked
 
 
+@pytest.mark.slow
+def test_every_divergence_at_hand_is_recorded_and_those_of_one_loss_agree(tmp_path: Path) -> None:
+    code = bench.main([*TINY, "--loss", "divergence", "--out", str(tmp_path)])
+    assert code == 0
+    (file,) = tmp_path.glob("divergence_*.json")
+    record = json.loads(file.read_text())
+    rows = {row["name"]: row for row in record["rows"]}
+    assert {"floor", "topk-torch", "topk-torch-jsd", "cross-entropy", "topk-eager"} <= set(rows)
+    for name in ("topk-torch", "topk-eager"):
+        assert rows[name]["dhidden_error"] < 2e-5
+        assert rows[name]["dweight_error"] < 2e-5
+    assert rows["topk-torch"]["logp_error"] < 2e-5
+    assert not any(row["rejected"] for row in record["rows"])
+    assert not record["failed"]
+
+
+def test_a_contender_of_another_loss_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["--loss", "divergence", "--contenders", "redi-torch"])
+    assert "redi-torch computes no divergence: see --loss" in capsys.readouterr().err
+
+
 def _altered(gradient: float, logps: float) -> LossMethod:
     def build(operands: Operands) -> Contender:
         right = bench.METHODS["eager"].build(operands)
