@@ -18,6 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from redi.bench.learning.tapered import TaperedLoss
+from redi.bench.learning.teacher import (
+    BoundedPairsLoss,
+    TaughtLoss,
+    TaughtPairsLoss,
+    UnfilteredLoss,
+)
 from redi.bench.learning.trial import ROW_TOKENS, Trial, select_units, whole_folder
 from redi.engine.config.sections import ObjectiveConfig, OptimConfig
 from redi.engine.data.loader import StepLoader
@@ -91,6 +97,20 @@ BOUNDED_METHODS = (
     StudyMethod("TOPR 0.8", ObjectiveConfig("topr", alpha=0.8)),
 )
 """Of the study of bounded terms for incorrect traces."""
+TEACHER_METHODS = (
+    *(method for method in METHODS if method.name in ("control", "REDI 0.5")),
+    *(
+        StudyMethod(f"{name} {alpha:g}", ObjectiveConfig("redi", alpha=alpha), loss=loss)
+        for name, loss, alpha in (
+            ("taught", TaughtLoss, 0.0),
+            ("taught", TaughtLoss, 0.5),
+            ("taught pairs", TaughtPairsLoss, 0.5),
+            ("bounded pairs", BoundedPairsLoss, 0.5),
+            ("unfiltered", UnfilteredLoss, 0.0),
+        )
+    ),
+)
+"""Of the study of a teacher's distributions in place of samples; for the habit alone."""
 RATES = (2e-5, 1e-4, 5e-4, 2.5e-3)
 """Peak learning rates of stage 2, the same for every method."""
 

@@ -7,8 +7,10 @@ results are measured on other problems. There are two sets of methods (`students
 
     --study alpha     REDI with alpha from 0, the control, to 1, and other objectives; three tasks
     --study bounded   bounded terms for incorrect traces beside control and REDI; five tasks
+    --study teacher   a teacher's distributions instead of samples; one task (`teacher.py`)
 
-The first takes about 70 minutes of CPU time in two processes, the second three times as much. The
+The first takes about 70 minutes of CPU time in two processes, the second three times as much, the
+third 25 minutes. The
 same command resumes: each run of stage 2 is saved when it is complete, and a study that was stopped
 is continued with the first of its seeds that lack runs. A finished study prints its tables again.
 Needs the extra `engine`.
@@ -37,6 +39,7 @@ from redi.bench.learning.students import (
     BOUNDED_METHODS,
     METHODS,
     RATES,
+    TEACHER_METHODS,
     StudyRuns,
     examine,
     look,
@@ -56,6 +59,7 @@ from redi.bench.learning.trial import (
 STUDIES = {
     "alpha": (METHODS, ("habit", "slips", "pits")),
     "bounded": (BOUNDED_METHODS, tuple(TASKS)),
+    "teacher": (TEACHER_METHODS, ("habit",)),
 }
 """Methods and tasks by the name of the study."""
 TINY = StudySizes(

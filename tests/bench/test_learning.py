@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from redi.bench.learning import report, study
+from redi.bench.learning import report, study, teacher
 from redi.bench.learning.prediction import (
     bounded,
     count_habit,
@@ -31,7 +31,13 @@ from redi.bench.learning.prediction import (
     with_floor,
     without_floor,
 )
-from redi.bench.learning.students import METHODS, StudyRuns, load_student, train
+from redi.bench.learning.students import (
+    METHODS,
+    TEACHER_METHODS,
+    StudyRuns,
+    load_student,
+    train,
+)
 from redi.bench.learning.tasks import (
     CHOICE,
     HABIT,
@@ -429,6 +435,32 @@ def run_seed(folder: Path, runs: StudyRuns) -> dict[str, Any]:
         if path.name == "stage-1.json" or path.parent.name == "cells":
             found[path.name] = {**json.loads(path.read_text()), "cpu_seconds": None}
     return found
+
+
+@pytest.mark.parametrize(("outcome", "counted"), [(1, {True}), (-1, {False}), (0, {True, False})])
+def test_the_habit_s_distributions_are_the_frequencies_of_its_traces(
+    outcome: int, counted: set[bool]
+) -> None:
+    """At the third box, after a value and a blank: of all traces, and of either kind."""
+    problem, rng = "2914177=", random.Random(3)
+    after = [quickstart.attempt(problem, rng) for _ in range(60_000)]
+    boxes = [one.text[2] for one in after if one.text.startswith("7*") and one.correct in counted]
+    tokens = torch.tensor(
+        [["0123456789=*".index(c) for c in problem + "7*0000"] + [teacher.END_ID]]
+    )
+    (found,) = teacher.distributions(tokens, torch.tensor([outcome]))
+    torch.testing.assert_close(found.sum(-1), torch.ones(7, dtype=torch.float64))
+    for box, share in zip("0123456789=*", found[2], strict=False):
+        assert boxes.count(box) / len(boxes) == pytest.approx(float(share), abs=0.02)
+
+
+@pytest.mark.slow
+def test_students_of_distributions_run_and_differ_from_those_of_samples(tmp_path: Path) -> None:
+    made = run_seed(tmp_path, StudyRuns(["habit"], 1, TEACHER_METHODS, (1e-3,)))
+    losses = {name: run["steps"][0]["loss"] for name, run in made.items() if "steps" in run}
+    assert len(losses) == len(TEACHER_METHODS)
+    assert all(math.isfinite(loss) for loss in losses.values())
+    assert len(set(losses.values())) == len(losses)
 
 
 def test_a_seed_run_again_makes_what_is_missing_and_nothing_else(tmp_path: Path) -> None:
