@@ -84,8 +84,8 @@ def topk_divergence(
 
     Where w_t is negative a bounded D keeps the loss bounded below: "jsd" is at most log 2, and
     "forward" and "reverse" at most - log(skew) (forward without a tail: times sum q). At skew 0
-    "reverse" is at most the largest - log q, and "forward" has no bound; its gradient by the
-    logits has one, as that of a cross-entropy: |w_t|.
+    "reverse" is at most the largest - log q (without a tail: or 1), and "forward" has no bound;
+    its gradient by the logits has one, as that of a cross-entropy: |w_t|.
 
     Args:
         hidden, weight: as for `redi_loss`; [..., D] and [V, D].
@@ -116,7 +116,7 @@ def topk_divergence(
             log-probs that are no distribution; these values are read where `redi_loss` reads
             targets. On a GPU an id out of range makes the loss NaN.
     """
-    check_teacher(teacher_ids, teacher_logps, token_weights)
+    check_teacher(hidden, teacher_ids, teacher_logps, token_weights)
     shape = token_weights.shape
     takes_part = reference.teacher_targets(teacher_ids) if targets is None else targets
     hidden, weight, takes_part = check_operands(hidden, weight, takes_part, ignore_index)

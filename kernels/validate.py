@@ -79,9 +79,11 @@ def check_token_weights(name: str, values: Tensor, targets: Tensor) -> Tensor:
     return values.flatten()
 
 
-def check_teacher(ids: Tensor, logps: Tensor, token_weights: Tensor) -> None:
-    """`ids` [..., K] and `logps` [..., K] of tokens as many as `token_weights` [...]."""
+def check_teacher(hidden: Tensor, ids: Tensor, logps: Tensor, token_weights: Tensor) -> None:
+    """`ids` [..., K], `logps` [..., K] and `token_weights` [...] of the tokens of `hidden`."""
+    _check_tensor("hidden", hidden, ("...", "D"), FLOATS)
     _check_tensor("token_weights", token_weights, ("...",), FLOATS)
+    _check_shape("token_weights", token_weights, hidden.shape[:-1])
     _check_tensor("teacher_ids", ids, ("...", "K"), INDICES)
     _check_tensor("teacher_logps", logps, ("...", "K"), FLOATS)
     if ids.shape[:-1] != token_weights.shape:

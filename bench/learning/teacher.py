@@ -1,8 +1,8 @@
-"""Losses of the study that know the habit's teacher: not his traces alone, but his distributions.
+"""Losses of the study that know the habit's teacher: not its traces alone, but its distributions.
 
-The impatient teacher's next box depends on his running value and on how many boxes he just left
-blank, and both can be read off a problem and the boxes so far. So his distribution over the next
-token is known at each token of each trace, and so is the one of those of his traces that end
+The impatient teacher's next box depends on its running value and on how many boxes it just left
+blank, and both can be read off a problem and the boxes so far. So its distribution over the next
+token is known at each token of each trace, and so is the one of those of its traces that end
 correctly: what a student that imitates correct traces learns from samples.
 """
 
@@ -65,7 +65,7 @@ def distributions(documents: Tensor, outcomes: Tensor) -> Tensor:
 
     Args:
         documents: [S, tokens] problems, "=", boxes, the end.
-        outcomes: [S] +1: of those of his traces that end correctly, -1: incorrectly, 0: of all.
+        outcomes: [S] +1: of those of its traces that end correctly, -1: incorrectly, 0: of all.
     """
     problems = documents[:, :DIGITS]
     boxes = documents[:, DIGITS + 1 : DIGITS + 1 + BOXES]
@@ -96,7 +96,7 @@ class TaughtLoss(PackedLoss):
     """
 
     filtered = True
-    """Whether the teacher's distributions are those of his traces that end as the trace does."""
+    """Whether the teacher's distributions are those of its traces that end as the trace does."""
     negatives = False
     """Whether incorrect traces' tokens are replaced as well."""
     form: dict[str, Any] = {"direction": "forward"}  # noqa: RUF012
@@ -139,7 +139,7 @@ class TaughtLoss(PackedLoss):
 
 
 class UnfilteredLoss(TaughtLoss):
-    """`TaughtLoss` with the distributions that a teacher's logits give: of all of his traces."""
+    """`TaughtLoss` with the distributions that a teacher's logits give: of all of its traces."""
 
     filtered = False
 
