@@ -10,7 +10,7 @@ is none of the K.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -77,6 +77,10 @@ class Columns:
     """[C, K + 1] in the accumulation dtype, the tail's last; 0 where `counts` is not."""
     counts: Tensor
     """[C, K + 1] bool: the outcomes that D is over."""
+
+    def of(self, rows: slice) -> "Columns":
+        """Those of some of the rows."""
+        return Columns(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def columns_of(
@@ -248,10 +252,11 @@ def topk_softmax(
         separate = dtype != logits.dtype and multiplies_halves(logits.device)
         dlogits = torch.empty_like(logits, dtype=dtype) if separate else logits
 
+    # Once for all blocks: of few rows each of these many small operations costs its overhead alone.
+    all_columns = columns_of(teacher, tokens, targets[tokens], logits.shape[1], logits.dtype)
     for rows in blocks(logits):
-        e, of_rows = logits[rows], tokens[rows]
+        e, of_rows, columns = logits[rows], tokens[rows], all_columns.of(rows)
         slope = transform_(e, terms, weights is not None)
-        columns = columns_of(teacher, of_rows, targets[of_rows], e.shape[1], e.dtype)
         z = e.gather(1, columns.index)
         e.scatter_(1, columns.index, -torch.inf)
         peak = e.amax(-1, keepdim=True).clamp_(min=LOWEST_PEAK)
