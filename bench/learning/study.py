@@ -3,17 +3,16 @@
 For each of the teachers of `tasks.py`, `python -m redi.bench.learning` trains students of several
 seeds on correct traces (stage 1). From each student it runs every method at every learning rate of
 one grid. A method's learning rate is the best one on validation problems, over all seeds; the
-results are measured on other problems. There are two sets of methods (`students.py`):
+results are measured on other problems. There are three sets of methods (`students.py`):
 
     --study alpha     REDI with alpha from 0, the control, to 1, and other objectives; three tasks
     --study bounded   bounded terms for incorrect traces beside control and REDI; five tasks
     --study teacher   a teacher's distributions instead of samples; one task (`teacher.py`)
 
 The first takes about 70 minutes of CPU time in two processes, the second three times as much, the
-third 25 minutes. The
-same command resumes: each run of stage 2 is saved when it is complete, and a study that was stopped
-is continued with the first of its seeds that lack runs. A finished study prints its tables again.
-Needs the extra `engine`.
+third 25 by estimate. The same command resumes: each run of stage 2 is saved when it is complete, and a
+study that was stopped is continued with the first of its seeds that lack runs. A finished study
+prints its tables again. Needs the extra `engine`.
 """
 
 from __future__ import annotations
