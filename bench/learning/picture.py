@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib import colormaps
@@ -50,28 +51,26 @@ def draw(record: Record, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_methods(record: Record, path: Path) -> None:
-    """Each method less the control, at its best rate; and its accuracy and form at every rate."""
-    figure = Figure(figsize=(15, 5.2), layout="constrained")
-    figure.suptitle(f"{TASKS[record['task']].title} ({record['seeds']} seeds)")
-    differences, accuracy, formed = figure.subplots(1, 3)
-    _draw_differences(differences, record)
-    names = list(record["methods"])
-    rates = list(record["methods"][CONTROL]["rates"])
-    for axes, key, title in (
-        (accuracy, "sampled", f"Accuracy at T = {TEMPERATURE}, by learning rate"),
-        (formed, "well formed", "Well formed, by learning rate"),
-    ):
-        for rate, _, colour in _coloured(dict.fromkeys(rates)):
-            runs = [record["methods"][name]["rates"][rate]["figures"][key] for name in names]
-            means = [mean_and_error(by_seed)[0] for by_seed in runs]
-            axes.plot(means, range(len(names)), "o", ms=4, color=colour, label=f"lr {rate}")
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
+def draw_methods(records: list[Record], path: Path) -> None:
+    """A panel for each task: accuracy of each method at every rate, and the control's best."""
+    figure = Figure(figsize=(1.5 + 3.1 * len(records), 5), layout="constrained")
+    (panels,) = figure.subplots(1, len(records), sharey=True, squeeze=False)
+    for axes, record in zip(panels, records, strict=True):
+        methods = record["methods"]
+        axes.axvline(fmean(chosen(record, CONTROL)["figures"]["sampled"]), color="black", lw=0.8)
+        for rate, _, colour in _coloured(methods[CONTROL]["rates"]):
+            lists = [method["rates"][rate]["figures"]["sampled"] for method in methods.values()]
+            means, errors = zip(*map(mean_and_error, lists), strict=True)
+            style = {"fmt": "o", "ms": 4, "capsize": 2, "color": colour, "label": f"lr {rate}"}
+            axes.errorbar(means, range(len(methods)), xerr=errors, **style)
+        axes.set_yticks(range(len(methods)), methods)
         axes.set_xlim(-0.02, 1.02)
-        axes.set_title(title)
-    for axes in figure.axes:
+        axes.set_title(TASKS[record["task"]].title)
         _finish(axes)
+    panels[0].invert_yaxis()
+    figure.suptitle(
+        f"Accuracy at T = {TEMPERATURE} (seeds: {records[0]['seeds']}); line: the control's best"
+    )
     figure.savefig(path, dpi=100)
 
 

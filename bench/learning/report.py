@@ -196,9 +196,12 @@ def _percent(value: tuple[float, float], sign: str = "") -> str:
 
 
 def report(folder: Path, study: str, runs: StudyRuns, out: Path | None) -> None:
-    """Print the tables of each task; write its record and picture to `out`, if given."""
+    """Print the tables of each task; write records and pictures to `out`, if given."""
+    records = []
+    prefix = "learning" if study == "alpha" else study
     for task in runs.tasks:
         record = collect(folder, task, runs)
+        records.append(record)
         title = (
             f"{TASKS[task].title}. Sampled at T = {TEMPERATURE}; Δ: minus the control's; "
             f"fault: {TASKS[task].fault}, at T = 1"
@@ -210,13 +213,17 @@ def report(folder: Path, study: str, runs: StudyRuns, out: Path | None) -> None:
         if "predicted fault" in record:
             print_table("Boxes left blank at T = 1", *prediction_table(record), file=sys.stdout)
         if out is not None:
-            from redi.bench.learning.picture import draw, draw_methods
-
             out.mkdir(parents=True, exist_ok=True)
             settings = _read(folder / "settings.json")
             content = {**environment(settings["device"]), "sizes": settings, **record}
-            prefix = "learning" if study == "alpha" else study
             path = out / f"{prefix}-{task}.json"
             path.write_text(json.dumps(content) + "\n", encoding="utf-8")
-            picture = draw if study == "alpha" else draw_methods
-            picture(record, path.with_suffix(".png"))
+    if out is None:
+        return
+    from redi.bench.learning.picture import draw, draw_methods
+
+    if study != "alpha":
+        draw_methods(records, out / f"{prefix}.png")
+        return
+    for record in records:
+        draw(record, out / f"{prefix}-{record['task']}.png")
