@@ -673,6 +673,8 @@ def _run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", STOPPED)
     except OSError as error:
+        if "No usable temporary directory" in str(error):  # of Python's tempfile, for a library
+            return _fail("no directory for temporary files can be written; set TMPDIR to one", 1)
         if error.filename is None:
             end_job(f"redi: {describe(error)}", 1, traceback.format_exc())
             raise

@@ -100,7 +100,11 @@ def tolerant_streams() -> Iterator[_Stream]:
         try:
             os.fstat(number)
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)  # by worker processes
     before = sys.stdout, sys.stderr
     streams = _Stream(sys.stdout), _Stream(sys.stderr)
     sys.stdout, sys.stderr = cast(tuple[IO[str], IO[str]], streams)

@@ -14,8 +14,12 @@ from redi.engine.errors import InputError
 from redi.engine.storage import FLIGHT_RECORDER, MANIFEST, RECIPE
 
 _FOLDERS = ("checkpoints", "export", "tensorboard")
-_SUFFIXES = (".toml", ".json", ".jsonl", ".partial", ".html", ".png")
-"""Suffixes of names of files. Both are checked at the top of a run directory alone."""
+_REPLACED = (RECIPE, MANIFEST, "report.html")
+_FILES = (
+    *_REPLACED,
+    *(f"{name}.partial" for name in _REPLACED),
+    *("metrics.jsonl", "metrics.partial", "samples.jsonl", "curves.png"),
+)
 _OTHERS = ("wandb", FLIGHT_RECORDER)
 """Folders that other programs write, with links in them."""
 _PART_NAMES = ("files", "version", "format", "template", "system_prompt", "tokenizer")
@@ -44,7 +48,7 @@ def check_run_files(run_dir: Path) -> None:
             fits = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
             if top and name in _FOLDERS:
                 wanted, fits = "directory", stat.S_ISDIR(mode)
-            elif top and name.endswith(_SUFFIXES):
+            elif top and name in _FILES:
                 wanted, fits = "regular file", stat.S_ISREG(mode)
             if not fits:
                 raise InputError(f"{path}: {_kind(mode)}, not a {wanted}; remove it")

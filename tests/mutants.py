@@ -13,6 +13,7 @@ import ast
 import copy
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -171,7 +172,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path, help="source files to change")
-    parser.add_argument("--tests", nargs="+", required=True, help="arguments of pytest")
+    parser.add_argument(
+        "--tests", required=True, help="arguments of pytest, quoted: 'FILE -k NAME'"
+    )
     parser.add_argument("--lines", help="only lines A-B of the files")
     parser.add_argument("--sample", type=int, help="number of mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
@@ -189,13 +192,14 @@ def main() -> int:
         return 2
     began = time.monotonic()
     unchanged = Mutant(found[0].path, 0, "", "", found[0].path.read_text(encoding="utf-8"))
-    if not survives(unchanged, asked.tests, 3600):
+    tests = shlex.split(asked.tests)
+    if not survives(unchanged, tests, 3600):
         print("the tests fail without a change")
         return 2
     seconds = 3 * (time.monotonic() - began) + 10
     left = []
     for number, mutant in enumerate(found, start=1):
-        alive = survives(mutant, asked.tests, seconds)
+        alive = survives(mutant, tests, seconds)
         print(f"{number}/{len(found)} {'SURVIVED' if alive else 'killed'} {mutant}", flush=True)
         left += [mutant] * alive
     killed = len(found) - len(left)

@@ -48,6 +48,7 @@ from redi.engine.train.run_folder import (
     record_flight,
     write_run_dir,
 )
+from redi.engine.train.run_lock import RunLock
 from redi.engine.train.score_traces import set_reference
 from redi.engine.train.signals import StopRequest
 
@@ -74,20 +75,21 @@ def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
         torch.cuda.reset_accumulated_memory_stats(world.device)  # allocation retries
-    with collected_at_the_end():
-        finished = _run(recipe, world, console, stop)
+    with collected_at_the_end(), RunLock() as lock:
+        finished = _run(recipe, world, console, stop, lock)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     return finished
 
 
-def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> bool:
+def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest, lock: RunLock) -> bool:
     """`run_recipe`; what it allocates is unreachable when it returns."""
     named = recipe  # by URL if it is on object storage
     run_dir = working_folder(recipe.run.dir or "", recipe.data.cache_dir)
     run = open_run(run_dir)
 
     def look() -> PreviousRun:
+        lock.take(run_dir)
         run.fetch()
         check_same_recipe(recipe, run_dir)
         return read_previous_run(run_dir)
@@ -151,6 +153,7 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> b
             keys = data.keys | facts | {ATTENTION_COST: attention_cost}
             written = replace(recipe, model=named.model, adapter=named.adapter)
             write_run_dir(written, keys, summary, found.dtype, run_dir, world, old_total)
+            lock.take(run_dir)
             run.publish()
         record_flight(run_dir, world)
         rate = learning_rate(recipe.optim, total, first_total)

@@ -2,12 +2,13 @@
 
 import os
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from redi.engine.cli import main
+from redi.engine.cli import COMMANDS, main
 
 JOB = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -61,6 +62,18 @@ def test_a_port_in_use_is_one_line(
     assert line.startswith(f"redi: the ranks cannot join at localhost:{port}: ")
     assert "EADDRINUSE" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_no_directory_for_temporary_files_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    monkeypatch.setitem(COMMANDS, "doctor", lambda _: tempfile.mkdtemp())
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == (
+        "redi: no directory for temporary files can be written; set TMPDIR to one\n"
+    )
 
 
 def test_a_current_directory_that_was_removed_is_one_line(

@@ -105,6 +105,8 @@ def test_a_run_of_this_version_fits_and_so_does_a_link_to_it(run: Path, tmp_path
     (run / "wandb").mkdir()
     (run / "wandb" / "latest-run").symlink_to(run)  # as its client does
     (tmp_path / "link").symlink_to(run)
+    for name in ("export.partial", "samples.partial"):  # of a command that was killed
+        (run / name).mkdir()
     check_run_files(run)
     check_run_files(tmp_path / "link")
     assert read_manifest(run)["dtype"] == "float32"

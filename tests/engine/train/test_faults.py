@@ -24,6 +24,7 @@ from run_cases import untimed
 from redi.engine.cli import main
 from redi.engine.distributed import _own_store
 from redi.engine.train.checkpoint import complete_checkpoints
+from redi.engine.train.run_lock import RunLock
 
 WriteRecipe = Callable[..., Path]
 
@@ -513,3 +514,37 @@ def test_the_slurm_script_trains_on_two_nodes_and_outlives_a_rank(
     os.kill(children(agents[1])[0], signal.SIGKILL)
     assert job.wait(600) == 0, log.read_text()
     assert same(tmp_path / "run", on_two_ranks)
+
+
+def test_a_run_directory_in_which_another_command_trains_is_not_touched(
+    recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    path = recipe("run", {"train.max_steps": 1})
+    assert main(["train", str(path), "--quiet"]) == 0
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with RunLock() as lock:
+        lock.take(run)
+        assert main(["train", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        f"redi: run.dir: another command trains in {run}; wait for its end, or choose another "
+        "run.dir\n"
+    )
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    assert main(["train", str(path)]) == 0
+    assert "finished already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_second_of_two_runs_at_once_ends_and_the_first_is_undisturbed(
+    path: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    first = Run("train", path, log=tmp_path / "first")
+    first.wait_for(lambda: has_steps(tmp_path / "run", 2))
+    second = Run("train", path, log=tmp_path / "second")
+    assert second.end() == 2
+    assert second.stderr.startswith("redi: run.dir: another command trains in")
+    assert first.end() == 0
+    assert same(tmp_path / "run", undisturbed)
+    third = Run("train", path, log=tmp_path / "third")
+    assert third.end() == 0
