@@ -154,7 +154,8 @@ def _loop(job: Job) -> None:
     warmup = -int(-job["warmup"] * steps // 1)
     scheduler = get_scheduler("linear", optimizer, warmup, steps)
     for step, batch in enumerate(job["batches"], 1):
-        sequences, weights = [], []
+        sequences: list[Tensor] = []
+        weights: list[Tensor] = []
         targets = sum(len(one) for _, *completions in batch for one in completions)
         for prompt, *completions in batch:
             for completion, sign in zip(completions, (1.0, -job["alpha"]), strict=False):

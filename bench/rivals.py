@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -366,7 +366,7 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
         runs: of one case; of two runs those steps are compared that both have.
     """
     ours = {run["turn"]: run for run in runs if run["name"] == OURS_NAME}
-    found = {}
+    found: dict[str, Any] = {}
     for name in dict.fromkeys(run["name"] for run in runs):
         pairs = [_same_steps(run, ours[run["turn"]]) for run in runs if run["name"] == name]
         own = [run for run, _ in pairs]
@@ -416,8 +416,13 @@ MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {
 }
 
 
-def difference(key: str, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> float:
-    """The largest difference of a step's figure, relative to the largest figure of the run."""
+def difference(key: str, pairs: Sequence[Sequence[dict[str, Any]]]) -> float:
+    """The largest difference of a step's figure, relative to the largest of the second run.
+
+    Args:
+        key: of `FIGURES`.
+        pairs: of runs.
+    """
     return max(
         abs(line[key] - ours[key]) / max(abs(one[key]) for one in other["lines"])
         for run, other in pairs
