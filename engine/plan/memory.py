@@ -194,7 +194,11 @@ def phase_peaks(
             adapter = add_adapter(model, recipe.adapter, dtype)
         router = router_loss(recipe, model)
         model.train()
-        objective = PackedLoss(replace(section, backend="torch"), context=context)
+        objective = PackedLoss(
+            replace(section, backend="torch"),
+            context=context,
+            distill_weight=recipe.distill.weight,
+        )
         if section.kind.reference:
             traces = int(load.pack.sequence_ids.max()) + 1
             objective = replace(objective, reference=torch.zeros(traces))

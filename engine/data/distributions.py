@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from redi.engine.distill.given import PADDING
 from redi.engine.errors import RunError
 
+PADDING = -1
+"""Id of an entry that a token lacks; its log-prob is -inf."""
 _DATA, _META = "distributions.arrow", "meta.json"
 _BATCH_BYTES = 1 << 26
 _SCHEMA = pa.schema(
@@ -182,6 +183,11 @@ class Distributions:
         """Identifies them: hashes of their content."""
         parts = zip(self.stores, self.weights, strict=True)
         return " ".join(f"{store.folder.name}*{weight:g}" for store, weight in parts)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of the caches."""
+        return [file for store in self.stores for file in store.files]
 
     def has(self, trace: int) -> bool:
         """Whether a trace has distributions of any teacher."""
