@@ -109,6 +109,9 @@ def step_memory(recipe: Recipe, config: Any, load: Load, ranks: int, card: Card)
         )
         peaks = list(_continued(few, more, depth - SHALLOW))
     phase, parts = max(peaks, key=lambda peak: peak[1].total())
+    pack = load.of_rank(recipe.shard.context).pack
+    for entries in (pack.teacher_ids, pack.teacher_logps):
+        parts["loss"] += 0 if entries is None else entries.nbytes
     host = 0
     if recipe.shard.offload:
         dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))

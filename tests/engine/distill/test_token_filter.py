@@ -57,7 +57,31 @@ def test_the_largest_gaps_are_kept_among_trained_tokens() -> None:
     assert largest(gaps, None, 1.0).all()
 
 
-def test_the_tokens_of_a_run_are_those_of_the_tables(
+def test_the_tokens_kept_are_those_of_the_tables(
+    tables: tuple[Path, Path], recipe: Callable[..., Path]
+) -> None:
+    data = prepared(recipe("kept", settings(tables, 0.3)))
+    rows = [pq.read_table(table).to_pylist() for table in tables]
+    targets = 0
+    units = data.examples.units[data.schedule.units(1)].flatten().tolist()
+    for trace in units:
+        reference, student = (np.array(table[trace]["token_logps"]) for table in rows)
+        gaps = reference - student
+        count = max(1, round(0.3 * len(gaps)))
+        weights = data.tokens.token_weights(trace)
+        assert weights is not None
+        assert int(weights.sum()) == count
+        assert gaps[weights > 0].min() >= gaps[weights == 0].max(initial=-np.inf)
+        targets += count
+    batch = build_batch(data.tokens, np.array(units), data.examples.lengths[units])
+    assert len(batch.valid_index) == targets
+    again = pickle.loads(pickle.dumps(data.tokens))  # as a worker gets it
+    assert np.array_equal(again.token_weights(units[0]), data.tokens.token_weights(units[0]))
+    assert again.key == data.tokens.key
+
+
+@pytest.mark.slow
+def test_a_run_trains_the_kept_tokens_and_shows_their_share(
     tables: tuple[Path, Path],
     recipe: Callable[..., Path],
     steps: Steps,
@@ -70,28 +94,17 @@ def test_the_tokens_of_a_run_are_those_of_the_tables(
     assert "tokens left out by the token filter" in shown
     assert "masked by spans" not in shown
     data = prepared(path)
-    rows = [pq.read_table(table).to_pylist() for table in tables]
-    targets = completions = 0
-    units = data.examples.units[data.schedule.units(1)].flatten().tolist()
-    for trace in units:
-        reference, student = (np.array(table[trace]["token_logps"]) for table in rows)
-        gaps = reference - student
-        count = max(1, round(0.3 * len(gaps)))
-        weights = data.tokens.token_weights(trace)
-        assert weights is not None
-        assert int(weights.sum()) == count
-        assert gaps[weights > 0].min() >= gaps[weights == 0].max(initial=-np.inf)
-        targets, completions = targets + count, completions + len(gaps)
+    traces = data.examples.units[data.schedule.units(1)].flatten()
+    lengths = data.examples.lengths[traces]
+    targets = int(data.tokens.num_targets(traces, lengths).sum())
     (line,) = steps(tmp_path / "kept")
     assert line["targets"] == targets
+    completions = int((lengths - data.tokens.prompt_lengths[traces]).sum())
     assert line["kept"] == pytest.approx(targets / completions)
-    batch = build_batch(data.tokens, np.array(units), data.examples.lengths[units])
-    assert len(batch.valid_index) == targets
-    again = pickle.loads(pickle.dumps(data.tokens))  # as a worker gets it
-    assert np.array_equal(again.token_weights(units[0]), data.tokens.token_weights(units[0]))
-    assert again.key == data.tokens.key
+    assert 0.25 < line["kept"] < 0.4
 
 
+@pytest.mark.slow
 def test_all_tokens_are_the_run_without_a_filter(
     tables: tuple[Path, Path], recipe: Callable[..., Path]
 ) -> None:
@@ -108,6 +121,7 @@ def test_all_tokens_are_the_run_without_a_filter(
         assert ours is theirs is None or bool((ours == theirs).all()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [

@@ -141,9 +141,8 @@ def settings(teacher: Path, **changes: Any) -> dict[str, Any]:
     return {"distill.path": str(teacher), **steady, **changes}
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=[pytest.mark.slow] * (name != "redi")) for name in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_the_first_step_is_the_formula_on_plain_transformers(
     case: str,
     teacher: Path,
@@ -228,15 +227,23 @@ def test_a_run_that_is_killed_resumes_to_the_same_weights(
     assert first == second
 
 
-def test_a_changed_teacher_and_unused_keys_are_errors(
-    teacher: Path, recipe: Callable[..., Path], tmp_path: Path, capsys: Any, world: Path
-) -> None:
-    def problem(name: str, changes: dict[str, Any], *more: str) -> str:
-        assert main(["train", str(recipe(name, changes)), *more]) == 2
+Problem = Callable[[str, dict[str, Any]], str]
+
+
+@pytest.fixture
+def problem(recipe: Callable[..., Path], capsys: Any) -> Problem:
+    """The error of a recipe."""
+
+    def of(name: str, changes: dict[str, Any]) -> str:
+        assert main(["train", str(recipe(name, changes))]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
         return line
 
-    unused = problem("a", {"distill.path": str(teacher)})
+    return of
+
+
+def test_unused_keys_of_a_teacher_are_errors(problem: Problem) -> None:
+    unused = problem("a", {"distill.path": "teacher.parquet"})
     assert 'distill.path is not used by redi: set objective.name = "kd"' in unused
     simpo = {"objective.name": "simpo", "objective.beta": 1.0, "distill.weight": 1.0}
     assert "distill.weight adds to sft, redi and signed, not to simpo" in problem("b", simpo)
@@ -256,6 +263,12 @@ def test_a_changed_teacher_and_unused_keys_are_errors(
         "g",
         {"objective.name": "kd", "distill.path": "x", "distill.mixing_weights": [1.0, 2.0]},
     )
+
+
+@pytest.mark.slow
+def test_a_teacher_without_distributions_is_an_error(
+    problem: Problem, world: Path, tmp_path: Path
+) -> None:
     assert "traces.jsonl: has distributions of none of the" in problem(
         "h", {"objective.name": "kd"}
     )
@@ -337,4 +350,5 @@ def test_the_plan_counts_the_entries_of_a_pack(
         found[name] = json.loads(out.read_text())
     wanted = found["plain"][0]["packing"]["fullest_pack"] * K * 6
     totals = {name: sum(one[0]["memory"]["parts"].values()) for name, one in found.items()}
-    assert totals["distilled"] >= totals["plain"] + wanted
+    # The ops differ by some numbers for each trace.
+    assert totals["distilled"] - totals["plain"] == pytest.approx(wanted, abs=512)
