@@ -42,6 +42,7 @@ from redi.engine.model.build import check_vocabulary, model_config
 from redi.engine.model.flops import model_size
 from redi.engine.plan.auto_rows import rows_without_card
 from redi.engine.train.prepare_data import prepare_data
+from redi.engine.train.teachers import check_teacher
 
 _PAIRS_TOGETHER = 64
 """Pairs per call of the tokenizer."""
@@ -228,6 +229,7 @@ def fill_cache(
     config = model_config(recipe, weights=False)
     check_vocabulary(recipe, config)
     data = prepare_data(recipe, world, console)
+    check_teacher(data.teacher, config)
     size = model_size(config, recipe.adapter)
     row_tokens = recipe.train.row_tokens
     if row_tokens == "auto":

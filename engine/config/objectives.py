@@ -27,6 +27,8 @@ class ObjectiveKind:
     """True if the loss has the exponential of mean log-probs, which must not be above 0."""
     reference: bool = False
     """True if the loss needs the log-probs of the model as it was before step 1."""
+    distills: bool = False
+    """True if `[distill] weight` may add a divergence from a teacher."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -35,11 +37,24 @@ class ObjectiveKind:
         return ("name", "backend", *self.parameters, *mean)
 
 
+DIVERGENCE = ("direction", "temperature", "tail", "skew")
+"""The keys of a divergence from a teacher's distributions."""
+
 OBJECTIVES = {
-    "sft": ObjectiveKind("positives", ("length", "filter_epsilon"), ("sequence", "token")),
-    "redi": ObjectiveKind("pairs", ("alpha", "negative_gamma", "length", "filter_epsilon")),
+    "sft": ObjectiveKind(
+        "positives", ("length", "filter_epsilon"), ("sequence", "token"), distills=True
+    ),
+    "redi": ObjectiveKind(
+        "pairs", ("alpha", "negative_gamma", "length", "filter_epsilon"), distills=True
+    ),
     "signed": ObjectiveKind(
-        "traces", ("alpha", "positive_weight", "length"), ("sequence", "token", "none")
+        "traces",
+        ("alpha", "positive_weight", "length"),
+        ("sequence", "token", "none"),
+        distills=True,
+    ),
+    "kd": ObjectiveKind(
+        "traces", ("alpha", "ce_weight", "length", *DIVERGENCE), ("sequence", "token", "none")
     ),
     "dft": ObjectiveKind("positives", ("length",), ("sequence", "token")),
     "unlikelihood": ObjectiveKind("pairs", ("alpha", "length")),

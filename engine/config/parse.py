@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from redi.engine.config.objectives import OBJECTIVES
+from redi.engine.config.distill import objective_keys, resolve_distill
+from redi.engine.config.objectives import DIVERGENCE, OBJECTIVES
 from redi.engine.config.options import command_parser, missing_arguments, plain_type
 from redi.engine.config.sections import KEYS, SECTIONS, TABLES, ObjectiveConfig, Recipe
 from redi.engine.errors import InputError
@@ -172,32 +173,35 @@ def load_recipe(parser: ArgumentParser, path: str, argv: Sequence[str]) -> Recip
         }
     except (ArgumentError, ValueError) as error:
         raise InputError(f"{_origin(str(error), path, overridden)}{explain(error)}") from None
-    recipe = Recipe(**sections)
+    try:
+        recipe = resolve_distill(Recipe(**sections), content.get("distill", {}), overridden)
+    except InputError as error:
+        raise InputError(f"{_origin(str(error), path, overridden)}{error}") from None
     objective = recipe.objective
-    for key in unused_keys(objective):
+    for key in unused_keys(recipe):
         if key in content.get("objective", {}) and f"objective.{key}" not in overridden:
             raise InputError(f"{path}: {_not_used(key, objective.name)}")
     # An override applies to all recipes of a command. A recipe that does not use it ignores it.
-    return replace(recipe, objective=_without(objective, unused_keys(objective)))
+    return replace(recipe, objective=_without(objective, unused_keys(recipe)))
 
 
 def check_overrides(recipes: Sequence[Recipe], argv: Sequence[str]) -> None:
     """Raise InputError if none of the recipes uses an override of `[objective]`."""
     overridden = {a[2:].split("=")[0] for a in argv if a.startswith("--objective.")}
     names = list(dict.fromkeys(recipe.objective.name for recipe in recipes))
-    used = {key for name in names for key in OBJECTIVES[name].keys}
+    used = {key for recipe in recipes for key in objective_keys(recipe)}
     for key in sorted(name.removeprefix("objective.") for name in overridden):
         if key not in used:
             raise InputError(_not_used(key, " and ".join(names)))
 
 
-def unused_keys(objective: ObjectiveConfig) -> list[str]:
+def unused_keys(recipe: Recipe) -> list[str]:
     """Parameters that differ from their default but that the objective does not read."""
-    default = ObjectiveConfig()
+    objective, default = recipe.objective, ObjectiveConfig()
     return [
         f.name
         for f in fields(ObjectiveConfig)
-        if f.name not in objective.kind.keys
+        if f.name not in objective_keys(recipe)
         and getattr(objective, f.name) != getattr(default, f.name)
     ]
 
@@ -208,6 +212,8 @@ def _without(objective: ObjectiveConfig, keys: Sequence[str]) -> ObjectiveConfig
 
 def _not_used(key: str, name: str) -> str:
     users = ", ".join(user for user, declared in OBJECTIVES.items() if key in declared.keys)
+    if key in DIVERGENCE:
+        users += ", and with distill.weight"
     return f"objective.{key} is not used by {name} (but by {users}); remove it"
 
 

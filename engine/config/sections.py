@@ -225,7 +225,8 @@ class ObjectiveConfig(Section, name="objective"):
     name: str = "sft"
     """sft: -log p of correct traces. redi: the same plus alpha * log p of incorrect ones. signed:
     each trace separately, with the weight of its row. bounded_redi: redi with a bounded term of
-    incorrect traces. sft_simper: sft plus alpha times simper. The others: as in their papers."""
+    incorrect traces. sft_simper: sft plus alpha times simper. kd: the divergence from a teacher,
+    see [distill]. The others: as in their papers."""
     alpha: float = ranged(0.8, NOT_NEGATIVE)
     """Weight of the incorrect traces (arXiv 2505.24850), or of simper's terms (sft_simper); 0: only
     positives are trained."""
@@ -234,8 +235,10 @@ class ObjectiveConfig(Section, name="objective"):
     negative_gamma: float = ranged(0.0, NOT_NEGATIVE)
     """Multiplies a negative's term by exp(negative_gamma * mean log-prob) (redi); 0: off."""
     temperature: float = ranged(1.0, POSITIVE)
-    """The term of an incorrect trace is temperature * exp(mean log-prob / temperature)
-    (bounded_redi); the higher, the closer to redi."""
+    """bounded_redi: the term of an incorrect trace is temperature * exp(mean log-prob /
+    temperature); the higher, the closer to redi. kd, distill.weight: divides the logits of student
+    and teacher in the divergence, which is multiplied by temperature^2; unless it is 1, the
+    teacher's probabilities are normalised over its K entries."""
     beta: float | None = ranged(None, POSITIVE)
     """Scale of the log-probs or of their margin; required by the objectives that read it (orpo:
     weight of its log odds)."""
@@ -243,9 +246,20 @@ class ObjectiveConfig(Section, name="objective"):
     """Target margin of the positive's scaled log-prob: gamma of the SimPO paper (simpo)."""
     label_smoothing: float = ranged(0.0, Range(0, 0.5, open_high=True))
     """Assumed share of pairs whose labels are swapped (dpo, robust_dpo)."""
+    direction: Literal["forward", "reverse", "jsd"] = "forward"
+    """The divergence from a teacher (kd, distill.weight). forward: KL(teacher, student); reverse:
+    KL(student, teacher); jsd: Jensen-Shannon, at most log 2."""
+    tail: Literal["bucket", "ignore"] = "bucket"
+    """All tokens outside of a teacher's K entries. bucket: together one more outcome; ignore: no
+    part of the divergence."""
+    skew: float = ranged(0.0, Range(0, 1, open_high=True))
+    """Compares with a mixture that has this share of the other distribution, which bounds forward
+    and reverse by -log(skew) (arXiv 2402.03898); 0: off."""
+    ce_weight: float = ranged(0.0, NOT_NEGATIVE)
+    """Adds this weight times the cross-entropy of the traces' own tokens (kd)."""
     normalisation: Literal["sequence", "token", "none"] = "sequence"
     """sequence: mean over each sequence first; token: one mean over all tokens of the step (sft,
-    dft, signed); none: mean over sequences of sums over tokens (signed)."""
+    dft, signed, kd); none: mean over sequences of sums over tokens (signed, kd)."""
     length: Literal["trained", "original"] = "trained"
     """The length |y|. trained: number of trained tokens; original: tokens before truncation (as in
     the authors' code; a truncated trace weighs less)."""
@@ -272,6 +286,11 @@ class ObjectiveConfig(Section, name="objective"):
                         f"objective.filter_epsilon needs objective.{key} = "
                         f"{' or '.join(map(repr, values))}, got {value!r}"
                     )
+        if self.skew and self.direction == "jsd":
+            raise ValueError(
+                'objective.skew is not used by objective.direction = "jsd", which mixes both '
+                "equally; remove it"
+            )
         allowed = self.kind.normalisations
         if self.normalisation not in allowed:
             raise ValueError(
@@ -288,6 +307,58 @@ class ObjectiveConfig(Section, name="objective"):
     def kind(self) -> ObjectiveKind:
         """The keys that the objective reads and the units that it trains on."""
         return OBJECTIVES[self.name]
+
+
+@dataclass(frozen=True)
+class DistillConfig(Section, name="distill"):
+    """A teacher's distributions of the traces' tokens (docs/distillation.md)."""
+
+    path: str | list[str] = ""
+    """Tables of `redi logprobs --top`, folders of DistillKit, or traces with such columns: one for
+    each teacher; default: columns of data.path."""
+    mixing_weights: list[float] = field(default_factory=list, metadata=in_range(POSITIVE))
+    """One number per path: the share of that teacher in the mixture; default: equal shares."""
+    weight: float = ranged(0.0, NOT_NEGATIVE)
+    """Adds weight times the divergence from the teacher to the objective (sft, redi, signed); kd
+    needs none. 0: off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.mixing_weights) not in (0, len(self.paths)):
+            raise ValueError(
+                "distill.mixing_weights must have one number per path, got "
+                f"{len(self.mixing_weights)} for {len(self.paths)}"
+            )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The teachers as a tuple; empty: columns of the data."""
+        if not self.path:
+            return ()
+        return (self.path,) if isinstance(self.path, str) else tuple(self.path)
+
+
+@dataclass(frozen=True)
+class TokenFilterConfig(Section, name="token_filter"):
+    """Trains only the tokens that a reference predicts better than the student
+    (docs/distillation.md)."""
+
+    keep: float | None = ranged(None, Range(0, 1, open_low=True))
+    """Share of each trace's tokens that is trained: those with the largest gap between the
+    student's and the reference's loss; default: all tokens, without a reference."""
+    reference: str | None = None
+    """Table of `redi logprobs --tokens` of the reference, for the traces of data.path."""
+    student: str | None = None
+    """The same table of the student, as it is before training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = {"keep": self.keep, "reference": self.reference, "student": self.student}
+        missing = [name for name, value in given.items() if value is None]
+        if missing and len(missing) < len(given):
+            raise ValueError(
+                f"token_filter.{missing[0]} is missing: the filter needs all three keys"
+            )
 
 
 @dataclass(frozen=True)
@@ -509,6 +580,8 @@ class Recipe:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    token_filter: TokenFilterConfig = field(default_factory=TokenFilterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
@@ -522,6 +595,8 @@ SECTIONS: dict[str, type] = {
     "adapter": AdapterConfig,
     "data": DataConfig,
     "objective": ObjectiveConfig,
+    "distill": DistillConfig,
+    "token_filter": TokenFilterConfig,
     "optim": OptimConfig,
     "train": TrainConfig,
     "shard": ShardConfig,

@@ -126,8 +126,12 @@ class TokenizedTraces:
         teachers: Sequence[str] = (),
         teacher_weights: Mapping[str, float] | None = None,
         piece_tokens: int | None = None,
+        kept: Path | None = None,
     ) -> None:
-        """Open the files. For the last three arguments see `of_teachers` and `in_pieces`."""
+        """Open the files.
+
+        For the last four arguments see `of_teachers`, `in_pieces` and `with_kept`.
+        """
         self.folder = folder
         self.key = meta.key
         self.dropped = meta.dropped
@@ -180,6 +184,13 @@ class TokenizedTraces:
         self._begins: np.ndarray | None = None  # first token of each piece; None: 0 for all
         if piece_tokens is not None and not self.prompt_lengths.all():
             self._cut(piece_tokens)
+        self._kept_file = kept
+        if kept is not None:
+            self._kept = np.load(kept, mmap_mode="r")
+            counts = self.lengths - self.prompt_lengths
+            self._kept_starts = np.concatenate([[0], np.cumsum(counts)])
+            self.weighted = np.ones_like(self.weighted)
+            self.key = xxhash.xxh3_128_hexdigest(f"{self.key}\n{kept.name}".encode())
 
     def _cut(self, piece_tokens: int) -> None:
         """Replace each document by its pieces; see `in_pieces`."""
@@ -228,6 +239,15 @@ class TokenizedTraces:
             self.folder, self._meta, self.sources, teachers, weights, self._piece_tokens
         )
 
+    def with_kept(self, path: Path) -> "TokenizedTraces":
+        """Mask tokens in addition to those that spans mask.
+
+        Args:
+            path: bool [completion tokens of all traces, one after the other] as .npy; False masks.
+        """
+        chosen = self._teachers, self._teacher_weights, self._piece_tokens
+        return TokenizedTraces(self.folder, self._meta, self.sources, *chosen, path)
+
     def in_pieces(self, tokens: int) -> "TokenizedTraces":
         """Cut each document (a text without a prompt) into pieces of at most this many tokens.
 
@@ -264,13 +284,19 @@ class TokenizedTraces:
 
     def __reduce__(self) -> tuple[object, ...]:
         # A memory map cannot be sent to a worker process; the worker opens its own.
-        chosen = self._teachers, self._teacher_weights, self._piece_tokens
+        chosen = self._teachers, self._teacher_weights, self._piece_tokens, self._kept_file
         return TokenizedTraces, (self.folder, self._meta, self.sources, *chosen)
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The files of the cache."""
-        return self.folder / _DATA, self.folder / _META
+        kept = (self._kept_file,) if self._kept_file else ()
+        return self.folder / _DATA, self.folder / _META, *kept
+
+    @property
+    def is_filtered(self) -> bool:
+        """True if a filter masks tokens; see `with_kept`."""
+        return self._kept_file is not None
 
     def ids(self, index: int) -> np.ndarray:
         """Token ids of a trace, int32 [lengths[index]], as a read-only view of the file."""
@@ -284,9 +310,17 @@ class TokenizedTraces:
 
         0: the token is not trained. None: all are 1.
         """
-        if not self.weighted[index]:
-            return None
+        if self._kept_file is not None:
+            kept = self._kept[self._kept_starts[index] : self._kept_starts[index + 1]]
+            weights = self.span_weights(index)
+            return kept.astype(np.float32) if weights is None else weights * kept
+        return self.span_weights(index) if self.weighted[index] else None
+
+    def span_weights(self, index: int) -> np.ndarray | None:
+        """`token_weights` by spans alone."""
         batch, position = self._locate(index)
+        if not self._batches[batch]["token_weights"][position].is_valid:
+            return None
         weights = self._batches[batch]["token_weights"][position].values.to_numpy()
         # The first token of a piece of a document counts as its prompt, and has a weight in the
         # file.

@@ -7,9 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redi.engine.data.distributions import PADDING as NO_ENTRY
 from redi.engine.data.packing import IGNORE, PackedBatch
 
-PADDING = {"input_ids": 0, "targets": IGNORE, "token_weights": 0.0}
+PADDING = {
+    "input_ids": 0,
+    "targets": IGNORE,
+    "token_weights": 0.0,
+    "teacher_ids": NO_ENTRY,
+    "teacher_logps": -np.inf,
+}
 """Fields with a value for each token, but for positions, and the value of padding."""
 
 

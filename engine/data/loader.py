@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.context_slice import slice_pack
+from redi.engine.data.distributions import Distributions
 from redi.engine.data.packing import Cost, PackedBatch, build_batch, pack
 from redi.engine.data.schedule import Examples, Schedule
 
@@ -103,6 +104,8 @@ class StepLoader(Dataset[StepBatches]):
     """Processes that build steps ahead; 0: each step is built when it is needed."""
     pin: bool = False
     """Put tensors into page-locked memory."""
+    teacher: Distributions | None = None
+    """Distributions of the traces, if the loss needs them."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -130,7 +133,10 @@ class StepLoader(Dataset[StepBatches]):
         return StepBatches(
             step=step,
             micro_batches=[
-                slice_pack(build_batch(self.tokens, sequences[pack], lengths[pack]), *self.slice)
+                slice_pack(
+                    build_batch(self.tokens, sequences[pack], lengths[pack], self.teacher),
+                    *self.slice,
+                )
                 for pack in own
             ],
             units=units,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from redi.engine.data.cache import TokenizedTraces
+from redi.engine.data.distributions import PADDING, Distributions
 
 IGNORE = -100
 """Target of a position that is not trained."""
@@ -424,6 +425,11 @@ class PackedBatch:
     token_weights: Tensor | None = None
     """float32 [T], the weight of each target; None if all in `valid_index` are 1. A token of weight
     0 is no target."""
+    teacher_ids: Tensor | None = None
+    """int32 [T, K]: the tokens of a teacher's distribution of what each position predicts, -1 where
+    it has fewer; None if the loss needs none."""
+    teacher_logps: Tensor | None = None
+    """float16 [T, K]: their log-probs; -inf where there is none."""
     row_cu_seqlens: Tensor | None = None
     """int32: boundaries of the documents of the whole pack if this is a slice of it (`slice_pack`),
     with those of its padding."""
@@ -469,7 +475,10 @@ def _from_arrays(*values: Any) -> PackedBatch:
 
 
 def build_batch(
-    tokens: TokenizedTraces, sequence_ids: np.ndarray, lengths: np.ndarray
+    tokens: TokenizedTraces,
+    sequence_ids: np.ndarray,
+    lengths: np.ndarray,
+    teacher: Distributions | None = None,
 ) -> PackedBatch:
     """Make the tensors of one pack.
 
@@ -478,6 +487,7 @@ def build_batch(
         sequence_ids: int64 [S], the traces of the pack. If empty, the pack is a dummy.
         lengths: int64 [S], number of tokens of each trace that are kept,
             `Examples.lengths[sequence_ids]`; each exceeds the length of the prompt.
+        teacher: distributions of the traces, if the loss needs them.
 
     Raises:
         ValueError: the two arrays differ in length.
@@ -508,6 +518,9 @@ def build_batch(
     positive = np.repeat(tokens.signs[sequence_ids] > 0, lengths)[valid_index]
     valid_index = np.concatenate([valid_index[positive], valid_index[~positive]])
 
+    teacher_ids = teacher_logps = None
+    if teacher is not None:
+        teacher_ids, teacher_logps = _distributions(tokens, teacher, sequence_ids, starts)
     weights, signs = tokens.weights[sequence_ids], tokens.signs[sequence_ids]
     num_targets = tokens.num_targets(sequence_ids, lengths)
     return PackedBatch(
@@ -528,7 +541,23 @@ def build_batch(
         max_seqlen=int(lengths.max()),
         is_dummy=False,
         token_weights=None if token_weights is None else torch.from_numpy(token_weights),
+        teacher_ids=teacher_ids,
+        teacher_logps=teacher_logps,
     )
+
+
+def _distributions(
+    tokens: TokenizedTraces, teacher: Distributions, sequence_ids: np.ndarray, starts: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """`teacher_ids` and `teacher_logps` of a pack."""
+    ids = np.full((int(starts[-1]), teacher.kept), PADDING, np.int32)
+    logps = np.full(ids.shape, -np.inf, np.float16)
+    for place, index in enumerate(sequence_ids.tolist()):
+        prompt = int(tokens.prompt_lengths[index])
+        found = teacher.of(index, int(tokens.lengths[index]) - prompt)
+        first, end = starts[place] + prompt - 1, starts[place + 1] - 1
+        ids[first:end], logps[first:end] = (part[: end - first] for part in found)
+    return torch.from_numpy(ids), torch.from_numpy(logps)
 
 
 def _token_weights(

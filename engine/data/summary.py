@@ -11,11 +11,16 @@ import numpy as np
 
 from redi.engine.console import Console
 from redi.engine.data.cache import TokenizedTraces
+from redi.engine.data.distributions import Distributions, StoreMeta
+from redi.engine.data.messages import DISTRIBUTION_COLUMNS
 from redi.engine.data.packing import Cost, pack
 from redi.engine.data.schedule import Examples, Schedule
 from redi.engine.data.weight_counts import WeightCounts, count_weights
 
 PERCENTILES = (5, 50, 95, 99)
+MIN_LIKELY = 0.5
+"""Share of a teacher's distributions that have the trace's own token among their entries; below it
+there is a warning."""
 PACKED_STEPS = 20
 """Number of first steps whose packing is measured."""
 
@@ -97,6 +102,10 @@ class Summary:
     """The control tokens in the text of the data."""
     token_weights: WeightCounts
     """What spans mask and weight."""
+    teachers: list[StoreMeta]
+    """Figures of each teacher's distributions, if the loss needs any."""
+    undistilled: int
+    """Used traces without a distribution, if the loss needs them."""
     unread: dict[str, tuple[str, ...]]
     """Columns with meaningful content that are not read, by file, including held-out files."""
     unfinished: int
@@ -133,6 +142,7 @@ def summarize(
     cost: Cost,
     gather: str = "micro_step",
     context: int = 1,
+    teacher: Distributions | None = None,
 ) -> Summary:
     """Summarize the data set, its units and their packing.
 
@@ -141,6 +151,7 @@ def summarize(
         held_out: the traces of `[eval]` and the units that are scored, if any.
         row_tokens, cost, gather: as for `pack`.
         world_size, context: number of ranks, and of those that share a pack.
+        teacher: distributions of the traces, if the loss needs them.
     """
     in_use = np.zeros(len(tokens), dtype=bool)
     in_use[examples.units] = True
@@ -200,7 +211,9 @@ def summarize(
         control_tokens=int(np.sum(tokens.control[used] > 0)),
         control_names=tuple(tokens.control_tokens),
         token_weights=count_weights(tokens, examples),
-        unread=tokens.unread | (held_out[0].unread if held_out else {}),
+        teachers=[store.meta for store in teacher.stores] if teacher else [],
+        undistilled=sum(not teacher.has(trace) for trace in used.tolist()) if teacher else 0,
+        unread=_unread(tokens, teacher) | (held_out[0].unread if held_out else {}),
         unfinished=tokens.unfinished,
         document_start=tokens.document_start,
         held_out=None if held_out is None else _in_both(*held_out, tokens, used),
@@ -230,6 +243,23 @@ def _in_both(
         problems=len(prompts),
         trained_problems=int(np.isin(prompts, trained_prompts).sum()),
     )
+
+
+def _unread(tokens: TokenizedTraces, teacher: Distributions | None) -> dict[str, tuple[str, ...]]:
+    """The columns that nothing reads, by file; a teacher's are read from the files it names."""
+    read_from = {store.meta.source for store in teacher.stores} if teacher else set()
+    found = {
+        name: tuple(
+            column
+            for column in columns
+            if not (
+                ", ".join(tokens.sources) in read_from
+                and column.rpartition(".")[2] in DISTRIBUTION_COLUMNS
+            )
+        )
+        for name, columns in tokens.unread.items()
+    }
+    return {name: columns for name, columns in found.items() if columns}
 
 
 def _distinct(values: np.ndarray) -> np.ndarray:
@@ -302,9 +332,23 @@ def count_rows(summary: Summary) -> list[tuple[str, str]]:
         ("with control tokens", f"{summary.control_tokens:,}"),
     ]
     weights = summary.token_weights
-    for what, count in (("masked", weights.masked), ("weighted", weights.weighted)):
+    for what, count in (
+        ("masked by spans", weights.masked - weights.filtered),
+        ("weighted by spans", weights.weighted),
+        ("left out by the token filter", weights.filtered),
+    ):
         if count:
-            rows.append((f"tokens {what} by spans", f"{count:,} ({count / weights.tokens:.1%})"))
+            rows.append((f"tokens {what}", f"{count:,} ({count / weights.tokens:.1%})"))
+    for number, one in enumerate(summary.teachers, start=1):
+        name = f"teacher {number}" if len(summary.teachers) > 1 else "the teacher"
+        per_token = 1 / max(one.tokens, 1)
+        rows += [
+            (f"tokens with a distribution of {name}", f"{one.tokens:,}"),
+            ("- entries of a token (K)", f"{one.kept:,}"),
+            ("- probability that they have", f"{one.mass * per_token:.1%}"),
+            ("- own tokens of the traces among them", f"{one.likely * per_token:.1%}"),
+            ("- cached MB", f"{one.bytes / 1e6:,.1f}"),
+        ]
     if summary.paired:
         rows += [
             ("identical chosen and rejected", f"{summary.identical_pairs:,}"),
@@ -383,6 +427,18 @@ def warnings(summary: Summary) -> list[str]:
             f"problems have a prompt that is trained on, {both.trained_traces:,} of its "
             f"{both.traces:,} traces are themselves trained on, token for token"
         )
+    if summary.undistilled:
+        found.append(
+            f"{summary.undistilled:,} of {trained:,} traces have no distribution of a teacher: "
+            "their divergence counts as 0"
+        )
+    for one in summary.teachers:
+        if one.likely < MIN_LIKELY * one.tokens:
+            found.append(
+                f"{one.source}: only {one.likely / one.tokens:.1%} of the traces' own tokens are "
+                "among the entries of their distributions: is it the student's tokenizer, and is "
+                "each distribution that of its token?"
+            )
     if summary.duplicates * 10 > trained:
         found.append(
             f"{summary.duplicates:,} of {trained:,} traces repeat another one; [data] duplicates "

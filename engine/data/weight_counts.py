@@ -19,6 +19,8 @@ class WeightCounts:
     tokens: int
     masked: int
     """Of weight 0: not trained."""
+    filtered: int
+    """Those of `masked` that spans do not mask: `[token_filter]` does."""
     weighted: int
     """Of another weight than 0 and 1."""
     first_weighted: int | None
@@ -31,7 +33,7 @@ def count_weights(tokens: TokenizedTraces, examples: Examples) -> WeightCounts:
     """Count the tokens of the traces in units. Reads the weights of those that have any."""
     used = np.unique(examples.units)
     counts = examples.lengths[used] - tokens.prompt_lengths[used]
-    masked = weighted = 0
+    masked = by_spans = weighted = 0
     firsts: list[int | None] = [None, None]
     for place in np.flatnonzero(tokens.weighted[used]).tolist():
         index = int(used[place])
@@ -40,11 +42,13 @@ def count_weights(tokens: TokenizedTraces, examples: Examples) -> WeightCounts:
         weights = weights[: counts[place]]
         others = int(np.sum((weights != 0) & (weights != 1)))
         masked += int(np.sum(weights == 0))
+        spans = tokens.span_weights(index)
+        by_spans += 0 if spans is None else int(np.sum(spans[: counts[place]] == 0))
         weighted += others
         for number, found in enumerate((others, np.any(weights < 0))):
             if found and firsts[number] is None:
                 firsts[number] = index
-    return WeightCounts(int(counts.sum()), masked, weighted, *firsts)
+    return WeightCounts(int(counts.sum()), masked, masked - by_spans, weighted, *firsts)
 
 
 def check_weights(section: ObjectiveConfig, tokens: TokenizedTraces, counts: WeightCounts) -> None:

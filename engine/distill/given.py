@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PADDING = -1
-"""Id of an entry that a position lacks; its log-prob is -inf."""
+from redi.engine.data.distributions import PADDING
+
 IMPOSSIBLE = -1000.0
 """Log-probs below it stand for tokens without probability, such as -9999 or -1e9."""
 MOST_MASS = 1.05

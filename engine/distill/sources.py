@@ -21,6 +21,7 @@ import xxhash
 from redi.engine.console import Console
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.content_hash import trace_hash
+from redi.engine.data.distributions import Store, open_store, write_store
 from redi.engine.data.fingerprints import source_fingerprint
 from redi.engine.data.messages import DISTRIBUTION_COLUMNS
 from redi.engine.data.read_position import ReadPosition, ReadProgress
@@ -31,7 +32,6 @@ from redi.engine.data.traces import normalise
 from redi.engine.distill import distillkit
 from redi.engine.distill.columns import read_columns
 from redi.engine.distill.given import PADDING, Given, Misaligned, align, check
-from redi.engine.distill.store import Store, open_store, write_store
 from redi.engine.distill.token_texts import TokenTexts
 from redi.engine.errors import FaultyRow, InputError, faulty_rows
 
@@ -142,7 +142,7 @@ class _Reader:
 
     def _aligned(self, given: Given, traces: Sequence[int], where: str) -> Iterator[_Aligned]:
         """Align with each of the traces that has the same tokens; a fault if none has."""
-        problem = ""
+        problem, matched = "", False
         for trace in traces:
             ids, prompt = self._tokens.ids(trace), int(self._tokens.prompt_lengths[trace])
             weights = self._tokens.token_weights(trace)
@@ -151,11 +151,11 @@ class _Reader:
             except Misaligned as error:
                 problem = problem or f"{error}, in the trace of {self._tokens.where(trace)}"
                 continue
+            matched = True
             if trace not in self.found:
                 self.found.add(trace)
                 yield trace, likely, logps, ids[prompt:]
-            return
-        if problem:
+        if problem and not matched:
             self.faults.append(f"{where}: the teacher's tokens are not the student's: {problem}")
 
     def _table(self, source: Source) -> Iterator[_Aligned]:

@@ -236,6 +236,7 @@ FORMULAS = {
     "sft": Formula(_positives),
     "redi": Formula(_redi),
     "signed": Formula(_signed),
+    "kd": Formula(_redi),  # of the divergence from a teacher
     "dft": Formula(_positives, "dft"),
     "unlikelihood": Formula(_redi, "unlikelihood"),
     "bounded_redi": Formula(exponential=_bounded_redi),

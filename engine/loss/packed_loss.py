@@ -29,6 +29,7 @@ from redi.kernels import (
     segment_sum,
     sequence_loss,
     signed_cross_entropy,
+    topk_divergence,
 )
 
 
@@ -61,6 +62,26 @@ class StepTotals:
     expert_counts: Tensor | None = None
 
 
+class DistilledLoss(NamedTuple):
+    """A `RediLoss` with the divergences from a teacher."""
+
+    loss: Tensor
+    sequence_logps: Tensor
+    sequence_lengths: Tensor
+    sequence_divergences: Tensor
+    """[S] sums over each sequence's targets, detached; 0 for a token without a distribution."""
+
+
+def at_temperature(logps: Tensor, temperature: float) -> Tensor:
+    """log softmax(log-probs / temperature) over the entries of each token, float32 [T, K].
+
+    -inf where there is no entry.
+    """
+    scaled = logps.float() / temperature
+    missing = scaled.isneginf().all(-1, keepdim=True)
+    return torch.where(missing, scaled, scaled.masked_fill(missing, 0.0).log_softmax(-1))
+
+
 @dataclass(frozen=True)
 class PackedLoss:
     """The objective of a recipe: from a pack's hidden states to its share of the step's loss.
@@ -71,11 +92,13 @@ class PackedLoss:
             trace index. It must be set before the first call if the objective has a reference.
         context: the ranks that share a pack. A pack is then a slice (`slice_pack`), and what is
             returned is its share of the pack's sums.
+        distill_weight: weight of the divergence from a teacher in other objectives than kd.
     """
 
     section: ObjectiveConfig
     reference: Tensor | None = None
     context: ContextGroup = ALONE
+    distill_weight: float = 0.0
 
     def __call__(
         self,
@@ -84,7 +107,7 @@ class PackedLoss:
         batch: PackedBatch,
         totals: StepTotals,
         logits: Logits = PLAIN,
-    ) -> RediLoss | FilteredRediLoss:
+    ) -> RediLoss | FilteredRediLoss | DistilledLoss:
         """The pack's share of the loss, and its sequences' log-probs.
 
         Args:
@@ -104,6 +127,10 @@ class PackedLoss:
         positive, negative = declared.weights(self.section)
         # If incorrect traces are only measured, the op gets this as a host int.
         num_with_grad = batch.num_positive_targets if negative == 0 else None
+        if batch.teacher_ids is not None:
+            token_weights = self._token_weights(positive, negative, batch, totals)
+            return self._distilled(token_weights, hidden, weight, batch, logits, num_with_grad)
+        assert not self.is_distilled or batch.is_dummy, "the loader has no distributions"
         filtered = self.section.filter_epsilon > 0
         if filtered or self._is_plain_redi(declared, positive, batch):
             op: Callable[..., RediLoss | FilteredRediLoss] = partial(redi_loss, **logits._asdict())
@@ -126,14 +153,7 @@ class PackedLoss:
                 num_with_grad=num_with_grad,
                 backend=self.section.backend,
             )
-        per_sequence = torch.where(batch.signs > 0, positive, negative) * (batch.signs != 0)
-        if batch.weights is not None:
-            per_sequence = per_sequence * batch.weights
-        token_weights = (per_sequence / self._denominators(batch, totals)).repeat_interleave(
-            batch.cu_seqlens.diff(), output_size=hidden.shape[0]
-        )
-        if batch.token_weights is not None:
-            token_weights = token_weights * batch.token_weights
+        token_weights = self._token_weights(positive, negative, batch, totals)
         loss, token_logps = signed_cross_entropy(
             hidden,
             weight,
@@ -146,6 +166,69 @@ class PackedLoss:
             **logits._asdict(),
         )
         return RediLoss(loss, segment_sum(token_logps, batch.cu_seqlens), batch.num_targets)
+
+    @property
+    def is_distilled(self) -> bool:
+        """True if the loss needs a teacher's distributions."""
+        return self.section.name == "kd" or self.distill_weight > 0
+
+    def _token_weights(
+        self, positive: float, negative: float, batch: PackedBatch, totals: StepTotals
+    ) -> Tensor:
+        """The weight of each token's term, float32 [T], from those of correct and incorrect."""
+        per_sequence = torch.where(batch.signs > 0, positive, negative) * (batch.signs != 0)
+        if batch.weights is not None:
+            per_sequence = per_sequence * batch.weights
+        token_weights = (per_sequence / self._denominators(batch, totals)).repeat_interleave(
+            batch.cu_seqlens.diff(), output_size=len(batch.input_ids)
+        )
+        if batch.token_weights is not None:
+            token_weights = token_weights * batch.token_weights
+        return token_weights
+
+    def _distilled(
+        self,
+        token_weights: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        batch: PackedBatch,
+        logits: Logits,
+        num_with_grad: int | None,
+    ) -> DistilledLoss:
+        """The weighted sum of divergences from the teacher and of cross-entropies, in one pass."""
+        section = self.section
+        assert batch.teacher_ids is not None
+        assert batch.teacher_logps is not None
+        teacher_logps = batch.teacher_logps
+        if section.temperature != 1:
+            teacher_logps = at_temperature(teacher_logps, section.temperature)
+        of_divergence, of_target = self.distill_weight, 1.0
+        if section.name == "kd":
+            of_divergence, of_target = 1.0, section.ce_weight
+        out = topk_divergence(
+            hidden,
+            weight,
+            batch.teacher_ids,
+            teacher_logps,
+            token_weights * (of_divergence * section.temperature**2),
+            direction=section.direction,
+            temperature=section.temperature,
+            tail=section.tail,
+            skew=section.skew,
+            targets=batch.targets,
+            target_weights=token_weights * of_target,
+            valid_index=batch.valid_index,
+            num_with_grad=num_with_grad,
+            backend=section.backend,
+            **logits._asdict(),
+        )
+        assert out.token_logps is not None
+        return DistilledLoss(
+            out.loss,
+            segment_sum(out.token_logps, batch.cu_seqlens),
+            batch.num_targets,
+            segment_sum(out.token_divergences, batch.cu_seqlens),
+        )
 
     def _is_plain_redi(self, declared: Formula, positive: float, batch: PackedBatch) -> bool:
         """True if `redi_loss` computes this objective; it also computes the tokens' weights.

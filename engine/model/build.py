@@ -121,7 +121,8 @@ def build_student(
     if router is not None:
         console.say(f"router loss: {router.coefficient:g} x that of {router.routers} routers")
     model.train()
-    student = Student(model, PackedLoss(recipe.objective, context=context), adapter, router)
+    objective = PackedLoss(recipe.objective, context=context, distill_weight=recipe.distill.weight)
+    student = Student(model, objective, adapter, router)
     shard(student, recipe.shard, dtype, world.device, recipe.train.resolved_row_tokens)
     student.to_empty(device=world.device)  # allocates the shards alone
     read_weights(model, path)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from redi.engine.context import ContextGroup
 from redi.engine.data.packing import PackedBatch
-from redi.engine.loss.packed_loss import PackedLoss, StepTotals
+from redi.engine.loss.packed_loss import DistilledLoss, PackedLoss, StepTotals
 from redi.engine.loss.top_logprobs import top_logprobs
 from redi.engine.model.adapter import Adapter
 from redi.engine.model.attention import NAME, document_kwargs
@@ -118,7 +118,7 @@ class Student(nn.Module):
 
     def forward(
         self, batch: PackedBatch, totals: StepTotals | None, top: int = 0
-    ) -> RediLoss | FilteredRediLoss | PackScores:
+    ) -> RediLoss | FilteredRediLoss | DistilledLoss | PackScores:
         """Share of the loss, and log-prob sums per sequence, of one pack.
 
         Args:
@@ -145,7 +145,7 @@ class Student(nn.Module):
 
     def score_or_loss(
         self, batch: PackedBatch, totals: StepTotals | None, top: int = 0
-    ) -> RediLoss | FilteredRediLoss | PackScores:
+    ) -> RediLoss | FilteredRediLoss | DistilledLoss | PackScores:
         """`forward` without recording what ran."""
         if totals is None:
             hidden = self.hidden_states(batch).detach()

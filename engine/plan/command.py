@@ -32,6 +32,7 @@ from redi.engine.plan.packed_run import pack_run
 from redi.engine.plan.search import Gpus, fastest, longest_unit
 from redi.engine.plan.types import Plan
 from redi.engine.train.prepare_data import PreparedData, check_positions, prepare_data
+from redi.engine.train.teachers import check_teacher
 
 
 def plan_recipes(
@@ -62,6 +63,7 @@ def plan_recipes(
         has_router_loss = router_coefficient(recipe, config) > 0
         with join_world() as world:
             data = prepare_data(recipe, world, console)
+        check_teacher(data.teacher, config)
         check_positions(
             data.tokens,
             data.examples.lengths,

@@ -109,6 +109,9 @@ def step_memory(recipe: Recipe, config: Any, load: Load, ranks: int, card: Card)
         )
         peaks = list(_continued(few, more, depth - SHALLOW))
     phase, parts = max(peaks, key=lambda peak: peak[1].total())
+    pack = load.of_rank(recipe.shard.context).pack
+    for entries in (pack.teacher_ids, pack.teacher_logps):
+        parts["loss"] += 0 if entries is None else entries.nbytes
     host = 0
     if recipe.shard.offload:
         dtype = compute_dtype(recipe.train.dtype, torch.device("cuda"))
@@ -194,7 +197,11 @@ def phase_peaks(
             adapter = add_adapter(model, recipe.adapter, dtype)
         router = router_loss(recipe, model)
         model.train()
-        objective = PackedLoss(replace(section, backend="torch"), context=context)
+        objective = PackedLoss(
+            replace(section, backend="torch"),
+            context=context,
+            distill_weight=recipe.distill.weight,
+        )
         if section.kind.reference:
             traces = int(load.pack.sequence_ids.max()) + 1
             objective = replace(objective, reference=torch.zeros(traces))

@@ -33,6 +33,7 @@ Phase = tuple[Any, ...]
 _CHUNKED = {
     "signed_cross_entropy",
     "sequence_loss",
+    "topk_divergence",
     "linear_logprobs",
     "linear_logprobs_backward",
 }

@@ -111,7 +111,7 @@ def pack_run(
         seconds=float(np.mean(seconds)),
     )
     return run, Load(
-        pack=build_batch(data.tokens, fullest, lengths[fullest]),
+        pack=build_batch(data.tokens, fullest, lengths[fullest], data.teacher),
         targets=frozenset(int(data.num_targets[traces].sum()) for traces in packs),
         micro_steps=run.most_micro_steps,
     )

@@ -327,7 +327,7 @@ def full_pack(data: PreparedData, row_tokens: int) -> PackedBatch:
             room -= length
         if room == before:
             break
-    return build_batch(data.tokens, np.array(chosen), np.array(kept))
+    return build_batch(data.tokens, np.array(chosen), np.array(kept), data.teacher)
 
 
 def _named(candidate: Candidate) -> str:

@@ -61,8 +61,8 @@ class PackResult:
     """float64 [S]: mean log-prob per token."""
     signs: torch.Tensor
     """int64 [S]."""
-    dropped: torch.Tensor | None
-    """float64 [S]: mean share of a token's probability that a filter excluded from the gradient."""
+    further: torch.Tensor | None
+    """float64 [S]: mean over tokens of the objective's further figure, see `StepResult`."""
     router_loss: torch.Tensor | None = None
     """The part of `loss` that is the routers'."""
 

@@ -96,6 +96,7 @@ def train(
         slice=student.context.slice,
         workers=training.workers,
         pin=world.device.type == "cuda",
+        teacher=data.teacher,
     )
     trackers = open_trackers(recipe, run_dir, done) if world.is_main else []
     metrics = MetricsLog(run_dir / "metrics.jsonl", done, trackers, active=world.is_main)
@@ -240,10 +241,12 @@ def _metrics_line(
         "seconds": seconds,
         "tokens_per_s": batches.num_tokens / seconds,
         **result.largest,
+        **result.further,
     }
-    if result.filtered:
-        line["positive_dropped"] = result.positive_dropped
-        line["negative_dropped"] = result.negative_dropped
+    if data.tokens.is_filtered:
+        traces = data.examples.units[batches.units].reshape(-1)
+        completions = data.examples.lengths[traces] - data.tokens.prompt_lengths[traces]
+        line["kept"] = batches.num_targets / int(completions.sum())
     if result.router_aux_loss is not None:
         line["router_aux_loss"] = result.router_aux_loss
     return line

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from redi.engine.config.distill import is_distilled
 from redi.engine.config.objectives import UnitKind
 from redi.engine.config.sections import Recipe, ShardConfig
 from redi.engine.console import Console
+from redi.engine.data.distributions import Distributions
 from redi.engine.data.mixing import mix
 from redi.engine.data.packing import Cost
 from redi.engine.data.schedule import Examples, Schedule, select
@@ -19,9 +22,11 @@ from redi.engine.data.summary import Summary, summarize
 from redi.engine.data.text import load_tokenizer
 from redi.engine.data.tokens import TokenizedTraces, TokenSettings, tokenize
 from redi.engine.data.weight_counts import check_weights, count_weights
+from redi.engine.distill.token_filter import filtered
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
 from redi.engine.train.generation_accuracy import held_out_problems
+from redi.engine.train.teachers import teachers_of
 from redi.engine.train.validation import HeldOut
 
 
@@ -33,12 +38,15 @@ class PreparedData:
     examples: Examples
     schedule: Schedule
     held_out: HeldOut | None
+    teacher: Distributions | None = None
+    """Distributions of the traces, if the loss needs them."""
 
     @property
     def keys(self) -> dict[str, str | None]:
         """Hashes of the tokenized sets, by section of the recipe."""
         held_out = self.held_out.tokens.key if self.held_out else None
-        return {"data": self.tokens.key, "eval": held_out}
+        teacher = {"distill": self.teacher.key} if self.teacher else {}
+        return {"data": self.tokens.key, "eval": held_out, **teacher}
 
     @property
     def parts(self) -> dict[str, dict[str, Any]]:
@@ -76,13 +84,15 @@ class PreparedData:
             cost=cost,
             gather=shard.gather,
             context=shard.context,
+            teacher=self.teacher,
         )
 
 
 def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData:
     """Tokenize or open the cache, select the examples to train on, and schedule the steps."""
     tokens = tokenized(recipe, recipe.data.paths, world, console, recipe.data.where)
-    tokens = tokens.of_teachers(recipe.data.teachers, recipe.data.teacher_weights)
+    whole = tokens.of_teachers(recipe.data.teachers, recipe.data.teacher_weights)
+    tokens = _filtered(recipe, whole, world, console)
     examples = _examples(recipe, tokens, recipe.objective.kind.units)
     check_weights(recipe.objective, tokens, count_weights(tokens, examples))
     schedule = Schedule(
@@ -93,7 +103,27 @@ def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData
         seed=recipe.train.seed,
         mixture=mix(tokens, examples.units, recipe.data.paths, recipe.data.mixing_weights),
     )
-    return PreparedData(tokens, examples, schedule, _held_out(recipe, world, console))
+    held_out = _held_out(recipe, world, console)
+    if not is_distilled(recipe):
+        return PreparedData(tokens, examples, schedule, held_out)
+    teacher = world.from_rank0(
+        lambda: teachers_of(recipe, whole, console), lambda teacher: teacher.files
+    )
+    return PreparedData(tokens, examples, schedule, held_out, teacher)
+
+
+def _filtered(
+    recipe: Recipe, tokens: TokenizedTraces, world: World, console: Console
+) -> TokenizedTraces:
+    """The traces with the tokens that `[token_filter]` keeps."""
+    section = recipe.token_filter
+    if section.keep is None or section.reference is None or section.student is None:
+        return tokens
+    files, keep = (Path(section.reference), Path(section.student)), section.keep
+    return world.from_rank0(
+        lambda: filtered(tokens, *files, keep, recipe.data.cache_dir, console),
+        lambda tokens: tokens.files,
+    )
 
 
 def _held_out(recipe: Recipe, world: World, console: Console) -> HeldOut | None:

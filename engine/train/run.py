@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from redi.engine.config.distill import is_distilled
 from redi.engine.config.sections import Recipe
 from redi.engine.config.stages import exports_adapter
 from redi.engine.console import Console
@@ -51,6 +52,7 @@ from redi.engine.train.run_folder import (
 from redi.engine.train.run_lock import RunLock
 from redi.engine.train.score_traces import set_reference
 from redi.engine.train.signals import StopRequest
+from redi.engine.train.teachers import check_teacher
 
 
 def run_recipe(recipe: Recipe, world: World, console: Console, stop: StopRequest) -> bool:
@@ -128,6 +130,7 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest, lock
         'set data.max_tokens = {} with data.overlong = "drop" or "truncate", or raise '
         "model.max_position_embeddings",
     )
+    check_teacher(data.teacher, found.config)
     has_router_loss = router_coefficient(recipe, found.config) > 0
     size = model_size(found.config, recipe.adapter, has_router_loss)
     cost, attention_cost = calibrated(
@@ -137,7 +140,8 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest, lock
     row_tokens = recipe.train.resolved_row_tokens
     summary = data.summarize(row_tokens, world.size, cost, recipe.shard)
     show(summary, str(run_dir), console)
-    for warning in [*warnings(summary), *_recipe_warnings(recipe, total)]:
+    negatives = summary.lengths["negative"].count
+    for warning in [*warnings(summary), *_recipe_warnings(recipe, total, negatives)]:
         console.warn(warning)
 
     with stop.interruptible(world.size == 1):
@@ -180,8 +184,13 @@ def _finish(run: LocalRun) -> None:
     run.publish()
 
 
-def _recipe_warnings(recipe: Recipe, total: int) -> list[str]:
-    """Warnings about the recipe, printed before hours of training."""
+def _recipe_warnings(recipe: Recipe, total: int, negatives: int) -> list[str]:
+    """Warnings about the recipe, printed before hours of training.
+
+    Args:
+        total: steps of the run.
+        negatives: incorrect traces in use.
+    """
     found = []
     if (profiled := recipe.run.profile_steps) and profiled.start > total:
         found.append(
@@ -192,6 +201,13 @@ def _recipe_warnings(recipe: Recipe, total: int) -> list[str]:
         found.append(
             f"objective.filter_epsilon = {epsilon:g}: the gradient is approximate; see "
             "positive_dropped and negative_dropped in the metrics"
+        )
+    objective = recipe.objective
+    pushed = objective.alpha > 0 and objective.kind.units != "positives" and negatives
+    if is_distilled(recipe) and pushed and objective.direction == "forward" and not objective.skew:
+        found.append(
+            'objective.direction = "forward" has no bound where incorrect traces are pushed away '
+            'from the teacher; use "jsd" or objective.skew, or objective.alpha = 0'
         )
     if recipe.objective.name == "redi" and recipe.objective.alpha > 1:
         found.append(

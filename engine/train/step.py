@@ -11,10 +11,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
+from redi.engine.config.distill import is_distilled
 from redi.engine.config.sections import Recipe, ShardConfig
 from redi.engine.data.loader import StepBatches
 from redi.engine.distributed import World
-from redi.engine.loss.packed_loss import StepTotals
+from redi.engine.loss.packed_loss import DistilledLoss, StepTotals
 from redi.engine.model.sharding import gather_once
 from redi.engine.model.student import Student
 from redi.engine.train.expert_counts import count_experts
@@ -32,9 +33,10 @@ class StepResult:
     positive_logp: float | None
     """Mean over the step's positives of their mean log-prob per token; None if there are none."""
     negative_logp: float | None
-    positive_dropped: float | None
-    """Mean share of a token's probability that a filter excluded from the gradient."""
-    negative_dropped: float | None
+    further: dict[str, float | None]
+    """Means likewise of the objective's further figure: with a filter of `dropped`, the share of a
+    token's probability that it excluded from the gradient; with a teacher of `divergence`, from
+    its distribution. Empty with neither."""
     grad_norm: float
     """l2 norm before clipping."""
     update_norm: float
@@ -47,8 +49,6 @@ class StepResult:
     """True if the background save failed on any rank."""
     largest: dict[str, float]
     """The largest value over the ranks of `data_seconds` and of each of `memory_figures`."""
-    filtered: bool
-    """True if a filter excluded vocabulary entries from the gradient."""
     router_aux_loss: float | None
     """Without its coefficient; None without a router loss."""
 
@@ -93,23 +93,26 @@ def train_step(
         for index, value in enumerate(figures.values()):
             largest[index] = value  # not torch.tensor(values): that copy would wait for the device
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        loss, positive, negative, dropped_positive, dropped_negative, router, *rest = torch.cat(
+        loss, positive, negative, more_positive, more_negative, router, *rest = torch.cat(
             [sums, torch.stack([grad_norm.double(), update_norm, finite.double()]), largest]
         ).tolist()
     stops, failures, norm, update, taken, *of_ranks = rest
+    further: dict[str, float | None] = {}
+    name = "dropped" if recipe.objective.filter_epsilon > 0 else "divergence"
+    if name == "dropped" or is_distilled(recipe):
+        further[f"positive_{name}"] = _mean(more_positive, batches.num_positives)
+        further[f"negative_{name}"] = _mean(more_negative, batches.num_negatives)
     result = StepResult(
         loss=loss,
         positive_logp=_mean(positive, batches.num_positives),
         negative_logp=_mean(negative, batches.num_negatives),
-        positive_dropped=_mean(dropped_positive, batches.num_positives),
-        negative_dropped=_mean(dropped_negative, batches.num_negatives),
+        further=further,
         grad_norm=norm,
         update_norm=update,
         taken=bool(taken),
         stop_requested=stops > 0,
         save_failed=failures > 0,
         largest=dict(zip(figures, of_ranks, strict=True)),
-        filtered=recipe.objective.filter_epsilon > 0,
         router_aux_loss=router / student.router_loss.coefficient if student.router_loss else None,
     )
     return result, packs
@@ -145,16 +148,18 @@ def _run_packs(
             out.loss.backward()
         lengths = out.sequence_lengths.clamp(min=1)
         means = out.sequence_logps.double() / lengths
-        dropped = None
+        further = None
         if isinstance(out, FilteredRediLoss):
-            dropped = out.sequence_dropped.double() / lengths
+            further = out.sequence_dropped.double() / lengths
+        elif isinstance(out, DistilledLoss):
+            further = out.sequence_divergences.double() / lengths
         packs.append(
             PackResult(
                 batch.sequence_ids,
                 out.loss.detach(),
                 means,
                 on_device.signs,
-                dropped,
+                further,
                 student.router_loss.share if student.router_loss else None,
             )
         )
@@ -177,8 +182,8 @@ def _step_sums(
 ) -> torch.Tensor:
     """Sums over the packs of all ranks, float64 [8] on the device.
 
-    Loss; mean log-probs of positives and of negatives; probability that a filter excluded, of
-    positives and of negatives; router loss; stop requests; failed saves.
+    Loss; mean log-probs of positives and of negatives; the further figure of positives and of
+    negatives; router loss; stop requests; failed saves.
     """
     sums = torch.zeros(8, dtype=torch.float64, device=device)
     sums[6], sums[7] = stop_requested, save_failed
@@ -186,7 +191,7 @@ def _step_sums(
         sums[0] += one.loss
         if one.router_loss is not None:
             sums[5] += one.router_loss
-        for first, values in ((1, one.means), (3, one.dropped)):
+        for first, values in ((1, one.means), (3, one.further)):
             if values is not None:
                 # Not values[signs > 0]: boolean indexing would wait for the device.
                 sums[first] += torch.where(one.signs > 0, values, 0.0).sum()

@@ -15,10 +15,10 @@ from data_cases import save_tokenizer, settings, write_rows
 
 from redi.engine.console import Console
 from redi.engine.data.cache import TokenizedTraces
+from redi.engine.data.distributions import Distributions, Store
 from redi.engine.data.tokens import tokenize
 from redi.engine.distill.given import PADDING
 from redi.engine.distill.sources import read_teacher
-from redi.engine.distill.store import Distributions, Store
 from redi.engine.errors import InputError
 
 Row = dict[str, Any]
@@ -512,11 +512,23 @@ def test_the_cache_is_used_until_the_file_changes(
     assert case.read(path).meta.traces == 1
 
 
+def test_equal_traces_share_a_row(case: Case, tmp_path: Path) -> None:
+    tokens = case.tokenized([case.rows[0], case.rows[1], case.rows[0]], "twice.jsonl")
+    path = write_rows(tmp_path / "teacher.jsonl", [case.rows[0] | of_completion(case, 0)])
+    store = case.read(path, tokens=tokens)
+    count = int(tokens.lengths[0] - tokens.prompt_lengths[0])
+    assert [store.has(trace) for trace in range(3)] == [True, False, True]
+    first, second = store.of(0, count), store.of(2, count)
+    assert first is not None
+    assert second is not None
+    assert np.array_equal(first[0], second[0])
+
+
 def test_figures_of_a_cache_are_counted(case: Case, tmp_path: Path) -> None:
     rows = [row | of_completion(case, trace) for trace, row in enumerate(case.rows)]
     meta = case.read(write_rows(tmp_path / "teacher.jsonl", rows)).meta
     tokens = sum(len(row["logprobs"]) for row in rows)
-    assert (meta.traces, meta.tokens, meta.kept, meta.entries) == (2, tokens, 5, 5 * tokens)
+    assert (meta.traces, meta.tokens, meta.kept) == (2, tokens, 5)
     assert meta.likely == tokens
     mass = sum(np.exp(row["logprobs"]).sum() for row in rows)
     assert meta.mass == pytest.approx(mass, rel=1e-3)

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from redi.engine.distill.given import PADDING
 from redi.engine.errors import RunError
 
+PADDING = -1
+"""Id of an entry that a token lacks; its log-prob is -inf."""
 _DATA, _META = "distributions.arrow", "meta.json"
 _BATCH_BYTES = 1 << 26
 _SCHEMA = pa.schema(
@@ -41,7 +42,6 @@ class StoreMeta:
     """Tokens that have one."""
     kept: int
     """K: the most entries of a token."""
-    entries: int
     likely: int
     """Tokens of traces that are among the entries of their own distribution."""
     mass: float
@@ -54,18 +54,18 @@ class Store:
     """The distributions of one teacher, memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
-        """Open a complete cache; FileNotFoundError or another OSError if there is none."""
+        """Open a complete cache; OSError or ValueError if there is none."""
         self.folder = folder
         self.meta = StoreMeta(**json.loads((folder / _META).read_text()))
         reader = pa.ipc.open_file(pa.memory_map(str(folder / _DATA)))
         self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
-        starts = np.cumsum([0] + [batch.num_rows for batch in self._batches])
         self._places = {
             trace: (number, place)
             for number, batch in enumerate(self._batches)
             for place, trace in enumerate(batch["trace"].to_pylist())
         }
-        assert starts[-1] == self.meta.traces
+        if len(self._places) != self.meta.traces:
+            raise ValueError("incomplete")
 
     def __reduce__(self) -> tuple[object, ...]:
         return Store, (self.folder,)  # a worker maps the file itself
@@ -119,7 +119,7 @@ def write_store(
         RunError: the folder cannot be written.
     """
     waiting: list[tuple[int, np.ndarray, np.ndarray]] = []
-    traces = tokens = kept = entries = likely = held = 0
+    traces = tokens = kept = likely = held = 0
     mass, largest = 0.0, -1
 
     def batch() -> pa.RecordBatch:
@@ -139,7 +139,6 @@ def write_store(
                 traces += 1
                 tokens += int(used.any(axis=1).sum())
                 kept = max(kept, ids.shape[1])
-                entries += int(used.sum())
                 likely += int((ids == own[:, None]).any(axis=1).sum())
                 mass += float(np.exp(logps, dtype=np.float64).sum())
                 largest = max(largest, int(ids.max(initial=-1)))
@@ -152,7 +151,7 @@ def write_store(
             if waiting:
                 writer.write_batch(batch())
         size = partial.stat().st_size
-        meta = StoreMeta(source, traces, tokens, kept, entries, likely, mass, largest, size)
+        meta = StoreMeta(source, traces, tokens, kept, likely, mass, largest, size)
         os.replace(partial, folder / _DATA)
         described = partial.with_suffix(".meta")
         described.write_text(json.dumps(asdict(meta), indent=1))
@@ -182,6 +181,11 @@ class Distributions:
         """Identifies them: hashes of their content."""
         parts = zip(self.stores, self.weights, strict=True)
         return " ".join(f"{store.folder.name}*{weight:g}" for store, weight in parts)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of the caches."""
+        return [file for store in self.stores for file in store.files]
 
     def has(self, trace: int) -> bool:
         """Whether a trace has distributions of any teacher."""
