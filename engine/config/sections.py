@@ -178,6 +178,9 @@ class AdapterConfig(Section, name="adapter"):
     all-linear: each of them."""
     dora: bool = False
     """Train the magnitudes of the adapted weights separately (DoRA, arXiv 2402.09353)."""
+    base: Literal["auto", "nf4"] = "auto"
+    """Dtype of the frozen model. nf4: linear layers of blocks have 4 bits a weight (QLoRA; needs
+    the extra bitsandbytes); auto: the compute dtype."""
     path: str | None = None
     """Folder or URL of a peft LoRA adapter to continue, in place of a new one; rank, alpha, targets
     and dora are its own. Default: after a recipe with an adapter, and without model.path, its
@@ -413,6 +416,9 @@ class TrainConfig(Section, name="train"):
     router_aux_loss: float | None = ranged(None, NOT_NEGATIVE)
     """Coefficient of the load-balancing loss of a mixture's routers, over all tokens of a step;
     default: the model's router_aux_loss_coef if it has output_router_logits = true, else 0."""
+    fp8: bool = False
+    """Compute the products of the blocks' linear layers in float8 (needs the extra torchao and an
+    H100 or a newer GPU; on a CPU they are emulated)."""
     deterministic: bool = False
     """Make runs on CUDA bitwise reproducible, at some cost in speed (runs on a CPU always are)."""
 
