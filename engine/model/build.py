@@ -50,6 +50,11 @@ def model_config(recipe: Recipe, weights: bool = True) -> Any:
     path = model.path or ""
     config = read_config(path, model.rope_theta, model.max_position_embeddings, weights)
     logits = check_architecture(path, config)
+    if recipe.objective.filter_epsilon and recipe.shard.context > 1:
+        raise InputError(
+            "objective.filter_epsilon is not available with shard.context: it counts the tokens of "
+            "whole sequences; remove one of the two"
+        )
     if recipe.objective.filter_epsilon and logits != PLAIN:
         raise InputError(
             "objective.filter_epsilon is not available for a model with scaled or soft-capped "

@@ -31,6 +31,8 @@ LONGEST_ROW = 65_536
 """Longest row that is tried, unless a trace is longer. Ranks then hardly wait (bench/packing)."""
 MULTIPLES = (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 """Rows that are tried, in units of the longest trace."""
+SHORTEST_SHARED = 16_384
+"""Ranks that share packs are tried if a trace is at least this long."""
 SAMPLED_TRACES = 4096
 """Traces that are packed for each row: as many steps, evenly spaced, as have this number."""
 SAMPLED_STEPS = (6, 32)
@@ -223,8 +225,8 @@ def _candidates(
     ranks = gpus.ranks
     sampled = sampled_steps(data)
     rows = row_lengths(data)
-    heads = 1 if recipe.objective.filter_epsilon else size.heads
-    combinations = list(_combinations(recipe, axes, ranks, heads))
+    shared = longest_unit(data) >= SHORTEST_SHARED and not recipe.objective.filter_epsilon
+    combinations = list(_combinations(recipe, axes, ranks, size.heads if shared else 1))
     progress = console.progress("packing rows of", len(rows), endpoints=False)
     for row in rows:
         packed: dict[tuple[str, int], list[PackedStep]] = {}
@@ -262,23 +264,30 @@ def _combinations(
 ) -> Iterator[tuple[ShardConfig, tuple[int, ...]]]:
     """Sections `[shard]` with the values of the axes, and those values' places.
 
-    On one rank the settings between ranks stay as they are. Context groups need ranks of a replica
-    and equal shares of `heads`.
+    On one rank the settings between ranks stay as they are.
+
+    Args:
+        heads: what the ranks of a context group can have equal shares of.
     """
-    choices = [
-        [axis.values.index(getattr(recipe.shard, axis.key))]
-        if axis.many_ranks and ranks == 1
-        else range(len(axis.values))
-        for axis in axes
-    ]
+
+    def places(axis: Axis) -> Sequence[int]:
+        if axis.many_ranks and ranks == 1:
+            return [axis.values.index(getattr(recipe.shard, axis.key))]
+        every = range(len(axis.values))
+        if axis.key == "context":
+            of_replica = ranks // recipe.shard.replicate
+            common = math.gcd(heads, of_replica)
+            return [place for place in every if common % axis.values[place] == 0]
+        return every
+
+    choices = list(map(places, axes))
     for need in product(*choices):
         values = {axis.key: axis.values[place] for axis, place in zip(axes, need, strict=True)}
         try:
             shard = replace(recipe.shard, **values)
         except ValueError:  # the recipe would refuse this combination
             continue
-        if ranks % (shard.replicate * shard.context) == 0 and heads % shard.context == 0:
-            yield shard, need
+        yield shard, need
 
 
 def sampled_steps(data: PreparedData) -> list[int]:

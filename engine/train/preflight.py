@@ -98,11 +98,6 @@ def _check_checkpointing(recipe: Recipe, attention: str) -> None:
 
 def _check_backend(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
     filtered = bool(recipe.objective.filter_epsilon)
-    if filtered and recipe.shard.context > 1:
-        raise InputError(
-            "objective.filter_epsilon is not available with shard.context: it counts the tokens of "
-            "whole sequences; remove one of the two"
-        )
     if filtered and dtype != torch.bfloat16:
         raise InputError(
             'objective.filter_epsilon needs bfloat16: set train.dtype = "bfloat16", or remove it'

@@ -1,6 +1,6 @@
 """Slices of a pack for the ranks of a context group."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -72,15 +72,21 @@ def test_a_slice_has_its_tokens_of_each_sequence(count: int) -> None:
     assert [found[place] for place in range(len(LENGTHS))] == whole.num_targets.tolist()
 
 
-def test_weights_of_tokens_are_cut_too() -> None:
+def test_what_belongs_to_tokens_is_cut_too() -> None:
     whole = packed()
-    weights = torch.arange(len(whole.input_ids), dtype=torch.float32)
-    slices = [
-        slice_pack(PackedBatch(*[*whole._values()[:-3], weights, None, 0]), index, 4)
-        for index in range(4)
-    ]
-    joined = torch.cat([one.token_weights for one in slices if one.token_weights is not None])
-    assert torch.equal(joined[: len(weights)], weights)
+    tokens = len(whole.input_ids)
+    given: dict[str, Any] = {
+        "token_weights": torch.arange(tokens, dtype=torch.float32),
+        "teacher_ids": torch.arange(2 * tokens).view(tokens, 2),
+        "teacher_logps": torch.arange(2.0 * tokens).view(tokens, 2),
+    }
+    slices = [slice_pack(replace(whole, **given), index, 4) for index in range(4)]
+    for name, values in given.items():
+        joined = torch.cat([getattr(one, name) for one in slices])
+        assert torch.equal(joined[:tokens], values)
+    padding = joined[tokens:]
+    assert len(padding) > 0
+    assert (padding == -torch.inf).all(), "an entry of a teacher that does not exist"
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -46,8 +46,9 @@ def prepared(recipe: Callable[..., Path]) -> tuple[Recipe, Any, PreparedData]:
 
 @pytest.mark.slow
 def test_the_search_finds_the_best_of_all_combinations_with_fewer_counts(
-    prepared: tuple[Recipe, Any, PreparedData],
+    prepared: tuple[Recipe, Any, PreparedData], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(search, "SHORTEST_SHARED", 0)
     recipe, config, data = prepared
     size = model_size(config)
     counted = []
@@ -149,16 +150,25 @@ def test_rows_are_tried_from_the_longest_trace_on_and_full_packs_have_their_leng
         assert len(pack.valid_index) > 0
 
 
-@pytest.mark.parametrize("ranks", [1, RANKS])
+@pytest.mark.parametrize(
+    ("ranks", "shared"),
+    [(1, False), (RANKS, False), pytest.param(RANKS, True, marks=pytest.mark.slow)],
+)
 def test_the_table_and_the_search_have_the_same_times(
-    prepared: tuple[Recipe, Any, PreparedData], ranks: int
+    prepared: tuple[Recipe, Any, PreparedData],
+    ranks: int,
+    shared: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For a run whose steps are all sampled, with each combination of settings."""
+    if shared:
+        monkeypatch.setattr(search, "SHORTEST_SHARED", 0)
     recipe, config, data = prepared
     size = model_size(config)
     cluster = Cluster(ranks, "h100", mfu=SPEED / CARDS["h100"].peak_flops)
     gpus = Gpus(ranks, cluster.flops_per_second)
     candidates = list(search._candidates(recipe, size, data, gpus, AXES, QUIET))
+    assert {one.recipe.shard.context for one in candidates} == ({1, 2, 4} if shared else {1})
     times = set()
     for candidate in candidates[:: max(1, len(candidates) // 40)]:
         packing, _ = pack_run(candidate.recipe, size, data, cluster, QUIET)

@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"shard.checkpointing": "full"},
     "offload": {"shard.checkpointing": "full", "shard.offload": True},
     "each-micro-step": {"shard.reduce": "micro_step"},
+    "compiled": {"shard.compile": True},
     "lora": {"adapter.rank": 4},
     "sums": {"objective.name": "signed", "objective.normalisation": "none"},
 }
@@ -162,6 +163,10 @@ def test_a_killed_rank_ends_the_run_and_it_resumes_bit_equal(
     [
         ({"shard.context": 2}, "shard.context = 2 does not divide the 1 ranks of this run"),
         ({"shard.context": 0}, "shard.context must be >= 1, got 0"),
+        (
+            {"shard.context": 2, "objective.filter_epsilon": 0.1},
+            "objective.filter_epsilon is not available with shard.context",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(
