@@ -1,6 +1,6 @@
 """Slices of a pack for the ranks of a context group."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -75,10 +75,7 @@ def test_a_slice_has_its_tokens_of_each_sequence(count: int) -> None:
 def test_weights_of_tokens_are_cut_too() -> None:
     whole = packed()
     weights = torch.arange(len(whole.input_ids), dtype=torch.float32)
-    slices = [
-        slice_pack(PackedBatch(*[*whole._values()[:-3], weights, None, 0]), index, 4)
-        for index in range(4)
-    ]
+    slices = [slice_pack(replace(whole, token_weights=weights), index, 4) for index in range(4)]
     joined = torch.cat([one.token_weights for one in slices if one.token_weights is not None])
     assert torch.equal(joined[: len(weights)], weights)
 
