@@ -29,8 +29,7 @@ LEAST_SIZE = 4096
 """Smaller parameters take no memory worth saving."""
 PIECE = 2**22
 """Values that are updated at a time: temporary tensors take up to 60 bytes a value."""
-SIGNED = {"exp_avg": True, "exp_avg_sq": False}
-"""Moments, and whether they have a sign."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def is_quantizable(parameter: torch.Tensor) -> bool:
@@ -55,7 +54,7 @@ class QuantizedAdamW(torch.optim.Optimizer):
         self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
-        self._codes: dict[tuple[bool, torch.device], torch.Tensor] = {}
+        self._values: dict[tuple[bool, torch.device], torch.Tensor] = {}
         """The value of each code, float32 [256], with and without a sign."""
 
     @torch.no_grad()
@@ -84,41 +83,24 @@ class QuantizedAdamW(torch.optim.Optimizer):
         self, parameter: nn.Parameter, state: dict[str, torch.Tensor], group: dict[str, Any]
     ) -> None:
         """Update this rank's shard and its moments, piece by piece."""
-        from torchao.optim.subclass_8bit import OptimState8bit
-
         assert parameter.grad is not None
         block = _block(parameter)
-        flat = {
-            "parameter": local(parameter.detach()),
-            "gradient": local(parameter.grad),
-            **{moment: local(state[moment]) for moment in SIGNED},
-        }
-        pieces = {name: tensor.view(-1).split(PIECE) for name, tensor in flat.items()}
-        for moment in SIGNED:
-            name = f"{moment}_scale"
-            pieces[name] = local(state[name]).view(-1).split(PIECE // block)
+        tensors = [(parameter.detach(), PIECE), (parameter.grad, PIECE)]
+        for moment in MOMENTS:
+            tensors += [(state[moment], PIECE), (state[f"{moment}_scale"], PIECE // block)]
+        pieces = [local(tensor).view(-1).split(size) for tensor, size in tensors]
         update = _compiled() if parameter.device.type == "cuda" else _plain()
         rate = torch.tensor(group["lr"], dtype=torch.float32)
         with torch._dynamo.utils.disable_cache_limit():  # the number of sizes is fixed
-            for values in zip(*pieces.values(), strict=True):
-                piece = dict(zip(pieces, values, strict=True))
-                if not len(piece["parameter"]):
+            for weights, gradient, *moments in zip(*pieces, strict=True):
+                if not len(weights):
                     continue
-                moments = [
-                    OptimState8bit(
-                        piece[moment],
-                        piece[f"{moment}_scale"],
-                        self._values(signed, parameter.device),
-                        signed,
-                        torch.float32,
-                    )
-                    for moment, signed in SIGNED.items()
-                ]
                 update(
-                    piece["parameter"],
-                    piece["gradient"],
+                    weights,
+                    gradient,
                     state["step"],
-                    *moments,
+                    self._moment(True, *moments[:2]),
+                    self._moment(False, *moments[2:]),
                     None,  # not AMSGrad
                     rate,
                     *group["betas"],
@@ -128,20 +110,26 @@ class QuantizedAdamW(torch.optim.Optimizer):
                     False,  # no stochastic rounding: masters are float32
                 )
 
-    def _values(self, signed: bool, device: torch.device) -> torch.Tensor:
-        if (signed, device) not in self._codes:
-            from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned
+    def _moment(self, signed: bool, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """torchao's tensor of a moment, which shares the memory of `codes` and `scale`."""
+        from torchao.optim.subclass_8bit import (
+            OptimState8bit,
+            get_qmap_signed,
+            get_qmap_unsigned,
+        )
 
+        if (signed, codes.device) not in self._values:
             with _disable_current_modes():  # the plan runs with tensors that have no values
                 values = get_qmap_signed() if signed else get_qmap_unsigned()
-            self._codes[signed, device] = torch.tensor(values, device=device)
-        return self._codes[signed, device]
+            self._values[signed, codes.device] = torch.tensor(values, device=codes.device)
+        table = self._values[signed, codes.device]
+        return OptimState8bit(codes, scale, table, signed, torch.float32)
 
 
 def _first_state(parameter: nn.Parameter) -> dict[str, torch.Tensor]:
     rows, row = parameter.shape[0], math.prod(parameter.shape[1:])
     state = {"step": torch.tensor(0.0)}
-    for moment in SIGNED:
+    for moment in MOMENTS:
         state[moment] = _zeros(parameter.shape, torch.uint8, parameter)
         scales = (rows, row // _block(parameter))
         state[f"{moment}_scale"] = _zeros(scales, torch.float32, parameter)
