@@ -32,6 +32,8 @@ PACKAGES = (
     "triton",
     "liger-kernel",
     "flash-attn",
+    "torchao",
+    "bitsandbytes",
     "math-verify",
     "vllm",
     "tensorboard",

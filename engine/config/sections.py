@@ -342,6 +342,9 @@ class TrainConfig(Section, name="train"):
     router_aux_loss: float | None = ranged(None, NOT_NEGATIVE)
     """Coefficient of the load-balancing loss of a mixture's routers, over all tokens of a step;
     default: the model's router_aux_loss_coef if it has output_router_logits = true, else 0."""
+    fp8: bool = False
+    """Compute the products of the blocks' linear layers in float8 (needs the extra torchao and an
+    H100 or a newer GPU; on a CPU they are emulated)."""
     deterministic: bool = False
     """Make runs on CUDA bitwise reproducible, at some cost in speed (runs on a CPU always are)."""
 

@@ -27,6 +27,7 @@ from redi.engine.model.architecture import (
 from redi.engine.model.attention import register_attention
 from redi.engine.model.boundaries import pass_boundaries
 from redi.engine.model.export import check_exportable
+from redi.engine.model.fp8 import use_fp8
 from redi.engine.model.liger import apply_liger
 from redi.engine.model.load import empty_model, generation_config, read_config
 from redi.engine.model.mixers import separate_documents
@@ -113,6 +114,8 @@ def build_student(
             check_exportable(model, tokenizer, Path(folder) / "export")
     liger = apply_liger(model, recipe.model.liger, world.device)
     console.say(f"liger-kernel: {liger}")
+    if recipe.train.fp8:
+        console.say(f"float8: {use_fp8(model, world.device)}")
     adapter = None
     if recipe.adapter.wanted:
         adapter = add_adapter(model, recipe.adapter, dtype)

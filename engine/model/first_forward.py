@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -44,6 +45,8 @@ class ForwardRecord:
     """Number of modules with liger-kernel's forward, by class; "rope" if its RoPE is used."""
     adapter: dict[str, int]
     """Number of layers that ran with an adapter, by name; empty without one."""
+    linear: dict[str, int]
+    """Number of linear layers that ran in float8 or with NF4 weights, by class."""
     routers: int = 0
     """Number of routers whose load-balancing loss is trained."""
 
@@ -57,12 +60,14 @@ class ForwardRecord:
         liger = ", ".join(f"{count} {name}" for name, count in self.liger.items())
         adapter = ", ".join(f"{count} {name}" for name, count in self.adapter.items())
         shared = f", shared by {self.context_ranks} ranks" if self.context_ranks > 1 else ""
+        linear = "".join(f"; {count} {name}" for name, count in self.linear.items())
         return (
             f"attention {self.attention} in {self.attention_calls} layers{windows}{shared}"
             f"{mixers}; "
             f"loss {loss}; liger-kernel {liger or 'off'}"
             + (f"; adapter on {adapter}" if adapter else "")
             + (f"; loss of {self.routers} routers" if self.routers else "")
+            + linear
         )
 
 
@@ -99,6 +104,7 @@ def record_forward(model: PreTrainedModel, forward: Callable[[], Out]) -> tuple[
     with (
         recording_calls() as found,
         counting_adapters(model) as adapted,
+        _counting(model, ("Float8Linear", "Nf4Linear")) as linear,
         torch.compiler.set_stance("force_eager"),
         ops,
     ):
@@ -132,7 +138,28 @@ def record_forward(model: PreTrainedModel, forward: Callable[[], Out]) -> tuple[
         loss=loss,
         liger=liger_layers(model),
         adapter=dict(adapted),
+        linear=dict(linear),
     )
+
+
+@contextmanager
+def _counting(model: PreTrainedModel, classes: Collection[str]) -> Iterator[Counter[str]]:
+    """Counts the modules that run within the block, by class."""
+    found: Counter[str] = Counter()
+
+    def count(module: torch.nn.Module, *_: Any) -> None:
+        found[type(module).__name__] += 1
+
+    handles = [
+        module.register_forward_hook(count)
+        for module in model.modules()
+        if type(module).__name__ in classes
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def liger_layers(model: PreTrainedModel) -> dict[str, int]:

@@ -18,6 +18,7 @@ from redi.engine.model.architecture import attention_for, check_context, check_d
 from redi.engine.model.attention import NOT_IN_GRAPHS
 from redi.engine.model.build import model_config
 from redi.engine.model.checkpointing import NOT_KEPT
+from redi.engine.model.fp8 import check_fp8
 from redi.engine.model.router_loss import router_coefficient
 from redi.engine.model.sharding import compute_dtype
 from redi.engine.storage import open_run
@@ -60,6 +61,7 @@ def check_before_data(recipe: Recipe, run_dir: Path, world: World) -> Preflight:
     check_dropout(recipe.model.path or "", config, kind)
     check_adapter(recipe, config, dtype)
     check_context(recipe.model.path or "", config, recipe.shard.context)
+    check_fp8(recipe, world.device, dtype)
     _check_compile(recipe, kind, config)
     _check_checkpointing(recipe, kind)
     _check_backend(recipe, world.device, dtype)

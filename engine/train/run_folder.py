@@ -429,6 +429,8 @@ def manifest(world_size: int, device: torch.device, **facts: Any) -> dict[str, A
         "flash-attn",
         "liger-kernel",
         "peft",
+        "torchao",
+        "bitsandbytes",
         "math-verify",
         "vllm",
     )
