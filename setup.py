@@ -34,6 +34,7 @@ EXTRAS = {
     "triton": ["triton>=3.6; sys_platform == 'linux'"],
     "torchao": ["torchao>=0.18"],  # optim.name = "adamw-8bit", train.fp8
     "lora": ["peft>=0.18"],
+    "bitsandbytes": ["bitsandbytes>=0.49", "peft>=0.18"],  # adapter.base = "nf4"
     "liger": ["liger-kernel>=0.8; sys_platform == 'linux'"],
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "storage": ["gcsfs>=2024.2", "s3fs>=2024.2"],  # run.dir = "s3://..." or "gs://..."

@@ -178,6 +178,9 @@ class AdapterConfig(Section, name="adapter"):
     all-linear: each of them."""
     dora: bool = False
     """Train the magnitudes of the adapted weights separately (DoRA, arXiv 2402.09353)."""
+    base: Literal["auto", "nf4"] = "auto"
+    """Dtype of the frozen model. nf4: linear layers of blocks have 4 bits a weight (QLoRA; needs
+    the extra bitsandbytes); auto: the compute dtype."""
     path: str | None = None
     """Folder or URL of a peft LoRA adapter to continue, in place of a new one; rank, alpha, targets
     and dora are its own. Default: after a recipe with an adapter, and without model.path, its

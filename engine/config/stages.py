@@ -47,7 +47,7 @@ def continued(path: str, adapter: AdapterConfig, before: AdapterConfig) -> Adapt
             f"{path}: the recipe before exports an adapter, and this one has none: set "
             f"adapter.rank = {before.rank} here to continue it, or adapter.merge = true there"
         )
-    for name in ("rank", "alpha", "targets", "dora"):
+    for name in ("rank", "alpha", "targets", "dora", "base"):
         now, then = getattr(adapter, name), getattr(before, name)
         if now not in (then, getattr(AdapterConfig(), name)):
             raise InputError(

@@ -27,6 +27,7 @@ from redi.engine.config.sections import AdapterConfig, Recipe
 from redi.engine.errors import InputError
 from redi.engine.model.composite import SOURCE
 from redi.engine.model.load import empty_model, first_line
+from redi.engine.model.nf4 import SCALES, dequantized, quantize_blocks
 from redi.engine.model.weights import ADAPTER_NAME, check_tensor, copy_shard, local_shard
 from redi.engine.storage import fetch_model
 
@@ -48,16 +49,22 @@ class Adapter:
     """Scaling of each adapted layer, by its name in the model."""
     is_new: bool
     """True if it does not continue another one: it starts as no change of the model."""
+    quantized: str | None
+    """Which layers of the model are in NF4; None: none is."""
 
     def text(self, model: nn.Module) -> str:
         """One line for the log."""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         frozen = [p for p in model.parameters() if not p.requires_grad]
         kind = "DoRA" if self.config.use_dora else "LoRA"
+        dtype = str(frozen[0].dtype).removeprefix("torch.")
+        kept = f"{sum(p.numel() for p in frozen):,} are frozen in {dtype}"
+        if self.quantized:
+            size = sum(p.nbytes for p in frozen) / 2**30
+            kept = f"{self.quantized} are frozen in NF4, the rest in {dtype} ({size:.2f} GiB)"
         return (
             f"{kind} of rank {self.config.r} on {len(self.scalings)} linear layers: {trained:,} "
-            f"weights are trained, {sum(p.numel() for p in frozen):,} are frozen in "
-            f"{str(frozen[0].dtype).removeprefix('torch.')}"
+            f"weights are trained, {kept}"
         )
 
 
@@ -104,6 +111,14 @@ def add_adapter(model: PreTrainedModel, section: AdapterConfig, dtype: torch.dty
     except ValueError as error:
         raise InputError(f"{where}: {first_line(error)} The blocks have {known}") from None
     adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    quantized = None
+    if section.base == "nf4":
+        if config.use_dora:
+            raise InputError(
+                'adapter.dora is not available with adapter.base = "nf4": magnitudes need the '
+                "weights; remove one of them"
+            )
+        quantized = quantize_blocks(model)
     for name, module in adapted.items():
         if name not in linear or not isinstance(module, LoraLinear):
             raise InputError(f"{where}: {name} is not a linear layer of a block; leave it out")
@@ -111,6 +126,7 @@ def add_adapter(model: PreTrainedModel, section: AdapterConfig, dtype: torch.dty
         config,
         {name: module.scaling["default"] for name, module in adapted.items()},
         section.path is None,
+        quantized,
     )
 
 
@@ -374,8 +390,8 @@ def merged(
     """
     layer, _, kind = name.rpartition(".")
     if adapter is None or layer not in adapter.scalings:
-        return whole(name)
-    base = whole(f"{layer}.base_layer.{kind}")
+        return _of_model(name, whole)
+    base = _of_model(f"{layer}.base_layer.{kind}", whole)
     if kind != "weight":
         return base
     a, b = (whole(f"{layer}.lora_{factor}.default.weight").float() for factor in "AB")
@@ -384,6 +400,14 @@ def merged(
         magnitude = whole(f"{layer}.lora_magnitude_vector.default.weight").float()
         weight *= (magnitude / torch.linalg.norm(weight, dim=1))[:, None]
     return weight
+
+
+def _of_model(name: str, whole: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """A whole tensor of the model itself; a weight in NF4 has its rounded values in float32."""
+    tensor = whole(name)
+    if tensor.dtype != torch.uint8:
+        return tensor
+    return dequantized(tensor, whole(f"{name.removesuffix('weight')}{SCALES}"), torch.float32)
 
 
 def adapter_names(state: Mapping[str, torch.Tensor]) -> Sequence[str]:

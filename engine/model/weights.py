@@ -27,6 +27,7 @@ from redi.engine.errors import InputError
 from redi.engine.model.composite import CARRIED, SOURCE, text_names
 from redi.engine.model.conversions import Merged, translate
 from redi.engine.model.load import first_line
+from redi.engine.model.nf4 import SCALES, fill, stand_in
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -87,10 +88,19 @@ def weight_files(path: str) -> dict[Path, list[str]]:
 
 
 def base_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Tensors of a model without those of an adapter, with the names that they have without it."""
+    """Tensors of a model without those of an adapter, with the names that they have without it.
+
+    A weight in NF4 has a stand-in, which `copy_shard` fills.
+    """
+    state = model.state_dict()
+    for name in [n for n in state if n.endswith(f".{SCALES}")]:
+        weight = f"{name.removesuffix(SCALES)}weight"
+        if (scales := state[name]).dtype == torch.uint8:
+            state[weight] = stand_in(state[weight], scales)
+            del state[name]
     return {
         name.replace(".base_layer.", "."): tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
         if not ADAPTER_NAME.search(name)
     }
 
@@ -200,13 +210,16 @@ def _read_merged(
             raise ValueError(f"{merged.first} cannot be merged: {first_line(error)}") from None
         del tensors
     for name, tensor in made.items():
-        local, own = local_shard(wanted[name])
+        local, _ = local_shard(wanted[name])
         shape = list(local.shape if stacked else wanted[name].shape)
         if list(tensor.shape) != shape:
             raise ValueError(
                 f"{name} is {list(tensor.shape)} in the files, but {shape} in the model"
             )
-        local.copy_(tensor if stacked else tensor[own])
+        if stacked:
+            local.copy_(tensor)
+        else:
+            copy_shard(wanted[name], tensor)
 
 
 def _read(model: PreTrainedModel, files: Mapping[Path, Mapping[str, str]]) -> None:
@@ -233,6 +246,12 @@ def _read(model: PreTrainedModel, files: Mapping[Path, Mapping[str, str]]) -> No
 
 
 def copy_shard(tensor: torch.Tensor, source: Any) -> None:
+    """Fill this rank's shard from a whole tensor, or from its slice in a file."""
+    if hasattr(tensor, "nf4"):
+        (codes, own), (scales, _) = map(local_shard, tensor.nf4)
+        if codes.numel():
+            fill(codes, scales, source[own])
+        return
     local, part = local_shard(tensor)
     if local.numel():
         local.copy_(source[part if tensor.dim() else ...])  # a buffer may have no dimension

@@ -69,6 +69,20 @@ def small_model(folder: Path, layers: int, **changes: Any) -> Path:
     return folder
 
 
+def seven_billion(folder: Path) -> None:
+    """The shape of Qwen2.5-7B."""
+    small_model(
+        folder,
+        layers=28,
+        vocab_size=152_064,
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=32_768,
+    )
+
+
 def small_pack() -> PackedBatch:
     """A positive and a negative of 512 tokens each."""
     return packed_row((TOKENS // 2, TOKENS // 2), 0, 64)
@@ -209,16 +223,7 @@ def test_the_memory_of_8_bit_moments_equals_that_of_a_real_step(tmp_path: Path) 
 @pytest.mark.slow
 def test_an_adapter_of_7b_fits_one_card_of_80_gb(tmp_path: Path) -> None:
     """With traces of 32,768 tokens; all weights do not fit it."""
-    small_model(
-        tmp_path,
-        layers=28,
-        vocab_size=152_064,
-        hidden_size=3584,
-        intermediate_size=18_944,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_position_embeddings=32_768,
-    )
+    seven_billion(tmp_path)
     config = read_config(str(tmp_path), weights=False)
     tokens = 32_768
     load = Load(packed_row((tokens // 2, tokens // 2), 0, 64), frozenset([tokens - 2]), 2)
@@ -233,6 +238,47 @@ def test_an_adapter_of_7b_fits_one_card_of_80_gb(tmp_path: Path) -> None:
     assert found.parts["moments"] == pytest.approx(8 * size.adapter, rel=1e-2)
     assert found.total < usable
     assert step_memory(recipe, config, load, 1, CARDS["h100"]).total > usable
+
+
+needs_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="the extra 'bitsandbytes' is not installed"
+)
+
+
+@pytest.mark.slow
+@needs_bitsandbytes
+def test_the_memory_of_a_4_bit_model_equals_that_of_a_real_step(tmp_path: Path) -> None:
+    recipe = recipe_of(small_model(tmp_path, layers=SHALLOW), ShardConfig(checkpointing="full"))
+    recipe = replace(recipe, adapter=AdapterConfig(rank=4, base="nf4"))
+    config = read_config(str(tmp_path), weights=False)
+    planned = step_memory(recipe, config, LOAD, 1, CARDS["h100"])
+    real = RealStep(recipe)
+    assert planned.parts["masters"] == pytest.approx(real.masters, abs=1024)
+    quantized = SHALLOW * (4 * 64 * 64 + 3 * 64 * 192)
+    size = model_size(config, recipe.adapter)
+    rest = 4 * (size.parameters + size.adapter - quantized)
+    assert real.masters == quantized * (4 + 32 / 64) / 8 + rest
+    in_step = planned.total - planned.parts["masters"] - planned.parts["moments"]
+    assert in_step == pytest.approx(real.peak, rel=0.04)
+
+
+@pytest.mark.slow
+@needs_bitsandbytes
+def test_a_4_bit_adapter_of_7b_fits_one_card_of_24_gb(tmp_path: Path) -> None:
+    """With packs of 8,192 tokens; in 16 bits it does not."""
+    seven_billion(tmp_path)
+    config = read_config(str(tmp_path), weights=False)
+    tokens = 8192
+    load = Load(packed_row((tokens // 2, tokens // 2), 0, 64), frozenset([tokens - 2]), 2)
+    recipe = recipe_of(tmp_path, ShardConfig(checkpointing="full"))
+    recipe = replace(recipe, train=TrainConfig(row_tokens=tokens, dtype="bfloat16"))
+    card = replace(CARDS["a100"], memory=24 * 10**9)
+    found = {}
+    for base in ("nf4", "auto"):
+        adapted = replace(recipe, adapter=AdapterConfig(rank=16, base=base))
+        found[base] = step_memory(adapted, config, load, 1, card)
+    assert found["nf4"].parts["masters"] / 2**30 == pytest.approx(5.6, abs=0.1)
+    assert found["nf4"].total < card.usable_memory < found["auto"].total
 
 
 @pytest.mark.slow
