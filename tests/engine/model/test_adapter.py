@@ -320,6 +320,20 @@ def test_dropout_is_the_same_when_recomputed(
 
 
 @pytest.mark.slow
+def test_compiled_blocks_train_the_same_adapter(
+    runs: Path, recipe: Callable[..., Path], tmp_path: Path, steps: Steps
+) -> None:
+    assert main(["train", str(recipe("run", LORA | {"shard.compile": True}))]) == 0
+    ours, theirs = (
+        load_file(run / "export" / WEIGHTS) for run in (tmp_path / "run", runs / "lora")
+    )
+    for name, weight in ours.items():
+        assert (weight - theirs[name]).abs().max() < 1e-6, name
+    for mine, other in zip(steps(tmp_path / "run"), steps(runs / "lora"), strict=True):
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_the_adapter_can_be_off_without_being_frozen(recipe: Callable[..., Path]) -> None:
     batch = packed_row((9, 7), 3, 12)
     plain = student_of(recipe("plain"))(batch, None)
