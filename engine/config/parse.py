@@ -47,6 +47,7 @@ ALIASES = {
     "lora_target_modules": "adapter.targets",
     "target_modules": "adapter.targets",
     "use_dora": "adapter.dora",
+    "load_in_4bit": "adapter.base",
 }
 
 _DOT = "\x1f"
