@@ -97,6 +97,7 @@ def test_every_layer_of_a_real_run_has_packed_attention_on_each_rank(
         "loss": loss,
         "liger": {},
         "adapter": {},
+        "linear": {},
         "routers": 0,
     }
     assert ran == [one] * ranks
