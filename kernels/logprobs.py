@@ -120,6 +120,7 @@ def linear_logprobs(
         keep = False
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
+        check_target_values(targets, weight.shape[0], valid_index)
         made = reference.linear_logprobs(
             hidden,
             weight,

@@ -38,8 +38,10 @@ from redi.kernels.validate import (
     check_schedule,
     check_sequences,
     check_statistics,
+    check_target_values,
     check_terms,
     check_token_weights,
+    check_weight_values,
 )
 
 
@@ -127,6 +129,8 @@ def redi_loss(
     check_schedule(valid_index, chunk_tokens, hidden, num_with_grad)
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
+        order = valid_index, num_with_grad
+        _check_values(hidden, weight, targets, cu_seqlens, signs, alpha, num_pairs, *order)
         return reference.redi_loss(
             hidden,
             weight,
@@ -264,6 +268,8 @@ def redi_value_and_grad(
         check_dweight(dweight, weight)
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
+        order = valid_index, num_with_grad
+        _check_values(hidden, weight, targets, cu_seqlens, signs, alpha, num_pairs, *order)
         out, dhidden, dweight = reference.redi_value_and_grad(
             hidden,
             weight,
@@ -361,6 +367,11 @@ def signed_cross_entropy(
     check_logits(logit_scale, softcap)
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
+        check_target_values(flat_targets, weight.shape[0], valid_index)
+        order = flat_targets, valid_index, num_with_grad
+        check_weight_values("token_weights", token_weights, *order)
+        if entropy_weights is not None:
+            check_weight_values("entropy_weights", entropy_weights, *order)
         loss, *results = reference.signed_cross_entropy(
             hidden,
             weight,
@@ -385,6 +396,23 @@ def signed_cross_entropy(
         )  # fmt: skip
         results = asked(entropy, log_sum_exp, logps, entropies, lses)
     return loss, *(values.view(targets.shape) for values in results)
+
+
+def _check_values(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    signs: Tensor,
+    alpha: float,
+    num_pairs: float,
+    valid_index: Tensor | None,
+    num_with_grad: int | None,
+) -> None:
+    """The checks of the ops, for the reference, which is none."""
+    check_target_values(targets, weight.shape[0], valid_index)
+    weights, _ = _token_weights(hidden, targets, cu_seqlens, signs, alpha, num_pairs, "torch")
+    check_weight_values("token_weights", weights, targets, valid_index, num_with_grad)
 
 
 def _token_weights(

@@ -31,6 +31,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: Backend = "auto"
     check_cu_seqlens(cu_seqlens, values)
     backend = choose_backend(backend, values.device, values.dtype)
     if backend == "reference":
+        check_sequence_values(cu_seqlens, values.shape[0])
         return reference.segment_sum(values, cu_seqlens)
     return segment_sum_op(values, cu_seqlens, backend)
 

@@ -115,6 +115,8 @@ def sequence_loss(
     check_exponential_lengths(exponential_lengths, valid_index)
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     if backend == "reference":
+        check_target_values(targets, weight.shape[0], valid_index)
+        check_sequence_values(cu_seqlens, targets.shape[0])
         return reference.sequence_loss(
             hidden,
             weight,

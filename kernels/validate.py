@@ -21,6 +21,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 INDICES = (torch.int32, torch.int64)
 
+MOST_INT = 2**63  # no int64 is as large
+
 # A teacher's probabilities may sum to this: bfloat16 log-probs of an entropy of 2.5 nats may.
 MOST_MASS = 1.01
 
@@ -244,11 +246,20 @@ def check_number(
     argument, and True would count as 1.
     """
     kind = Integral if whole else Real
-    single = isinstance(value, Tensor) and value.dim() == 0 and not whole
+    single = (
+        isinstance(value, Tensor)
+        and value.dim() == 0
+        and value.dtype in (*FLOATS, *INTEGERS)
+        and not whole
+    )
     # Under torch.compile a number may be symbolic.
     symbolic = isinstance(value, torch.SymInt if whole else torch.SymInt | torch.SymFloat)
     if isinstance(value, bool) or not (isinstance(value, kind) or single or symbolic):
         raise TypeError(f"{name} must be {expected}, got {value!r}")
+    if isinstance(value, int) and abs(value) >= MOST_INT:
+        raise ValueError(
+            f"{name} must be {expected}, got an int of {value.bit_length()} bits, more than 63"
+        )
 
 
 def check_statistics(entropy: bool, log_sum_exp: bool) -> None:
@@ -284,8 +295,8 @@ def check_dweight(dweight: Tensor, weight: Tensor) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """`value` is one of `choices`."""
-    if value not in choices:
+    """`value` is one of `choices`. A tensor is none: its comparison may have no truth value."""
+    if isinstance(value, Tensor) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
 
