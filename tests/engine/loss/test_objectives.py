@@ -491,7 +491,8 @@ def test_a_pair_longer_than_a_pack_is_an_input_error(tmp_path: Path) -> None:
 USERS_MISTAKES = {
     "name = 'orpo'": "objective.beta is missing: orpo needs it",
     "name = 'bounded_redi'\ntemperature = 0.0": "objective.temperature must be > 0, got 0.0",
-    "name = 'redi'\ntemperature = 2.0": "temperature is not used by redi (but by kd, bounded_redi, and with distill.weight)",
+    "name = 'redi'\ntemperature = 2.0": "temperature is not used by redi (but by kd, bounded_redi, "
+    "and with distill.weight)",
     "name = 'dpo'": "objective.beta is missing: dpo needs it",
     "name = 'dpo'\nbeta = 0.0": "objective.beta must be > 0, got 0.0",
     "name = 'dpo'\nbeta = 0.1\nlabel_smoothing = 0.5": "label_smoothing must be in [0, 0.5)",
