@@ -18,6 +18,13 @@ FAMILIES = {
     "qwen3_next": (1, 3),
     "bamba": (2, 2),
     "olmo_hybrid": (1, 3),
+    "qwen3_5_text": (1, 3),
+    "qwen3_5_moe_text": (1, 3),
+    "lfm2_moe": (2, 2),
+    "lfm3": (1, 3),
+    "kimi_linear": (1, 3),
+    "bailing_hybrid": (1, 3),
+    "granitemoehybrid": (2, 2),
 }
 QUICK = ("lfm2", "qwen3_next")
 
@@ -57,7 +64,10 @@ def test_documents_do_not_leak_through_a_mixer(kind: str) -> None:
 
     with recording_calls() as found:
         before = packed(model, ids)
-    assert torch.equal(before[13:], packed(model, changed)[13:])
+    # An expert's product has the tokens of all documents, so it may round in another way.
+    experts = any(name.endswith("experts") for name, _ in model.named_modules())
+    difference = (before[13:] - packed(model, changed)[13:]).abs().max()
+    assert difference <= (1e-6 * before.abs().max() if experts else 0)
     attention, mixers = split_calls(found)
     assert (len(attention), len(mixers)) == FAMILIES[kind]
     assert {call.documents for call in found} == {3}
