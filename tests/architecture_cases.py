@@ -86,6 +86,13 @@ TINY: dict[str, Any] = {
     "mamba_n_heads": 8,
     "mamba_d_head": 8,
     "mamba_d_state": 8,
+    # Linear attention.
+    "linear_head_dim": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
     # Latent attention.
     "kv_lora_rank": 8,
     "q_lora_rank": 8,

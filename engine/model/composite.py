@@ -12,10 +12,15 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from redi.engine.errors import InputError
 
-TESTED = {"gemma3", "mistral3"}
+TESTED = {"gemma3", "gemma4", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"}
 """Types whose text model computes, for text, what the composite does."""
+
+# Text models that transformers has only within a composite -> the same model, for text.
+CAUSAL = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 
 SOURCE = "redi_composite_source"
 """Attribute of a text model's configuration: directory or hub name of the composite."""
@@ -29,6 +34,10 @@ PREFIXES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
     "lm_head.": "lm_head.",
+    # Qwen2-VL and Qwen2.5-VL in files of transformers 4.
+    "model.embed_tokens.": "model.embed_tokens.",
+    "model.layers.": "model.layers.",
+    "model.norm.": "model.norm.",
 }
 
 
@@ -39,7 +48,11 @@ def text_config(config: Any, path: str) -> Any:
         InputError: the text model alone would have other logits than the composite.
     """
     text = deepcopy(config.get_text_config())
-    if getattr(text, "final_logit_softcapping", None) is not None:
+    if text.model_type in CAUSAL:
+        values = {name: value for name, value in text.to_dict().items() if name != "model_type"}
+        text = AutoConfig.for_model(CAUSAL[text.model_type], **values)
+    is_capped = getattr(text, "final_logit_softcapping", None) is not None
+    if config.model_type == "gemma3" and is_capped:
         raise InputError(
             f"model.path: {path}: transformers ignores final_logit_softcapping in this composite "
             "model; set it to null in config.json"

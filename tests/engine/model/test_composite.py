@@ -17,29 +17,54 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from redi.engine.cli import main
 from redi.engine.model import weights
 from redi.engine.model.composite import TESTED, text_name
+from redi.engine.model.load import find_config, load_weights
 
-VISION = {
-    "gemma3": {"image_size": 8, "patch_size": 4},
-    "mistral3": {"image_size": 8, "patch_size": 4},
+QWEN = {"depth": 1, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32}
+MROPE = {"rope_type": "default", "rope_theta": 1e4}
+# Type -> type of its text model among causal ones, changes to that, sizes of the vision model.
+KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {}, {"image_size": 8, "patch_size": 4}),
+    "gemma4": ("gemma4_text", {}, {"patch_size": 4, "head_dim": 8, "num_key_value_heads": 2}),
+    "mistral3": ("mistral", {}, {"image_size": 8, "patch_size": 4, "head_dim": 8}),
+    "qwen2_vl": (
+        "qwen2",
+        {"rope_parameters": {**MROPE, "mrope_section": [2, 1, 1]}},
+        {"depth": 1, "num_heads": 2, "patch_size": 4, "embed_dim": 16, "hidden_size": 32},
+    ),
+    "qwen2_5_vl": (
+        "qwen2",
+        {"rope_parameters": {**MROPE, "mrope_section": [2, 1, 1]}},
+        {**QWEN, "fullatt_block_indexes": [0]},
+    ),
+    "qwen3_vl": (
+        "qwen3",
+        {"rope_parameters": {**MROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True}},
+        {**QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    ),
+    "qwen3_5": ("qwen3_5_text", {}, {**QWEN, "num_position_embeddings": 16}),
 }
 
 
 def write_composite(folder: Path, kind: str, tokenizer: Any, legacy: bool = False) -> None:
     """A tiny composite; `legacy`: with the names of transformers 4."""
     torch.manual_seed(0)
-    text = tiny_config("gemma3_text" if kind == "gemma3" else "mistral")
+    causal, changes, vision = KINDS[kind]
+    text = tiny_config(causal)
+    for name, value in changes.items():
+        setattr(text, name, value)
     text.vocab_size = len(tokenizer)
     text.max_position_embeddings = 128
-    text.final_logit_softcapping = None
+    if kind == "gemma3":
+        text.final_logit_softcapping = None
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    vision = {**sizes, "num_attention_heads": 2, **VISION[kind]}
-    if kind == "mistral3":
-        vision |= {"head_dim": 8}
     default = AutoConfig.for_model(kind)
+    found = default.vision_config
+    vision_type = found.model_type if found else f"{kind}_vision"
     config = AutoConfig.for_model(
         kind,
-        text_config=text.to_dict(),
-        vision_config={**vision, "model_type": default.vision_config.model_type},
+        text_config={**text.to_dict(), "model_type": default.get_text_config().model_type},
+        vision_config={**sizes, "num_attention_heads": 2, **vision, "model_type": vision_type},
+        tie_word_embeddings=text.tie_word_embeddings,
     )
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     draw_weights(model)
@@ -53,7 +78,7 @@ def write_composite(folder: Path, kind: str, tokenizer: Any, legacy: bool = Fals
         .replace("model.multi_modal", "multi_modal")
         for name in load_file(file)
     }
-    assert any(name.startswith(("model.language_model.", "language_model.")) for name in names)
+    assert any(map(text_name, names))
     if legacy:
         renamed = {names[name]: tensor for name, tensor in load_file(file).items()}
         save_file(renamed, file, metadata={"format": "pt"})
@@ -68,6 +93,11 @@ CASES = [
     ("gemma3", 0, False),
     pytest.param("gemma3", 2, True, marks=pytest.mark.slow),
     pytest.param("mistral3", 0, False, marks=pytest.mark.slow),
+    *(
+        pytest.param(kind, 0, False, marks=pytest.mark.slow)
+        for kind in KINDS
+        if kind not in ("gemma3", "mistral3")
+    ),
 ]
 
 
@@ -112,6 +142,11 @@ def test_the_text_model_is_trained_and_the_rest_is_exported_untouched(
     assert not info["unexpected_keys"]
     state = model.state_dict()
     assert all(tensor.isfinite().all() for tensor in state.values())
+    # `redi evaluate` loads it as it is.
+    config = find_config(str(run / "export"), "model")
+    loaded = load_weights(str(run / "export"), "model", config, torch.float32).eval()
+    ids = torch.arange(1, 9)[None]
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
     # A checkpoint's export is the same.
     assert main(["export", str(run)]) == 0
@@ -122,7 +157,7 @@ def test_the_text_model_is_trained_and_the_rest_is_exported_untouched(
 def test_a_composite_s_config_is_not_changed_and_its_adapter_is_merged(
     tokenizer: Any, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert {"gemma3", "mistral3"} == TESTED
+    assert KINDS.keys() == TESTED
     write_composite(tmp_path / "gemma3", "gemma3", tokenizer)
     changes = {"model.path": str(tmp_path / "gemma3"), "model.rope_theta": 1e5}
     assert main(["train", str(recipe("run", changes))]) == 2

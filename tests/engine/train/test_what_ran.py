@@ -158,7 +158,7 @@ def test_each_command_refuses_a_model_before_it_reads_data(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "composite"
-    AutoConfig.for_model("qwen2_5_vl").save_pretrained(folder)
+    AutoConfig.for_model("llava").save_pretrained(folder)
     (folder / "model.safetensors").touch()
     data = tmp_path / "broken.jsonl"
     data.write_text("no JSON\n")
