@@ -353,10 +353,10 @@ data is read.
 | EXAONE 4, Apertus | `exaone4`, `apertus` | yes |
 | Nemotron (dense), StableLM 2 | `nemotron`, `stablelm` | yes |
 | gpt-oss | `gpt_oss` | yes; weights in bfloat16, as those in MXFP4 cannot be trained |
-| Gemma 3 from 4B on, Gemma 4, Mistral 3 | `gemma3`, `gemma4`, `mistral3` | their text model |
+| Gemma 3 from 4B on, Mistral Small 3.1 | `gemma3`, `mistral3` | their text model |
 | Qwen2-VL, Qwen2.5-VL | `qwen2_vl`, `qwen2_5_vl` | their text model |
 | Qwen3-VL, Qwen3.5 (dense) | `qwen3_vl`, `qwen3_5` | their text model |
-| Other composite models (Llama 4, mixtures with vision) | `llama4`, `qwen3_5_moe`, ... | no |
+| Other composite models | `gemma4`, `llama4`, `qwen3_5_moe`, `qwen3_vl_moe`, ... | no |
 | Qwen3-Next, text models of Qwen3.5 | `qwen3_next`, `qwen3_5_text`, `qwen3_5_moe_text` | yes |
 | LFM2, OLMo Hybrid | `lfm2`, `lfm2_moe`, `olmo_hybrid` | yes |
 | Granite 4, Bamba | `granitemoehybrid`, `bamba` | yes |

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from redi.engine.errors import InputError
 
-TESTED = {"gemma3", "gemma4", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"}
+TESTED = {"gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"}
 """Types whose text model computes, for text, what the composite does."""
 
 # Text models that transformers has only within a composite -> the same model, for text.
@@ -51,8 +51,7 @@ def text_config(config: Any, path: str) -> Any:
     if text.model_type in CAUSAL:
         values = {name: value for name, value in text.to_dict().items() if name != "model_type"}
         text = AutoConfig.for_model(CAUSAL[text.model_type], **values)
-    is_capped = getattr(text, "final_logit_softcapping", None) is not None
-    if config.model_type == "gemma3" and is_capped:
+    if getattr(text, "final_logit_softcapping", None) is not None:
         raise InputError(
             f"model.path: {path}: transformers ignores final_logit_softcapping in this composite "
             "model; set it to null in config.json"

@@ -24,7 +24,6 @@ MROPE = {"rope_type": "default", "rope_theta": 1e4}
 # Type -> type of its text model among causal ones, changes to that, sizes of the vision model.
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {}, {"image_size": 8, "patch_size": 4}),
-    "gemma4": ("gemma4_text", {}, {"patch_size": 4, "head_dim": 8, "num_key_value_heads": 2}),
     "mistral3": ("mistral", {}, {"image_size": 8, "patch_size": 4, "head_dim": 8}),
     "qwen2_vl": (
         "qwen2",
