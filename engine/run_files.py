@@ -29,7 +29,7 @@ def check_run_files(run_dir: Path) -> None:
     """Check that all in a run directory is a regular file or directory, as its name says.
 
     A command that writes into a run must not write elsewhere, through a link. The run directory
-    itself may be a link.
+    itself may be a link, and a checkpoint, into which nothing is written when it is complete.
 
     Raises:
         InputError: it is not so; the message names the entry.
@@ -50,6 +50,8 @@ def check_run_files(run_dir: Path) -> None:
                 wanted, fits = "directory", stat.S_ISDIR(mode)
             elif top and name in _FILES:
                 wanted, fits = "regular file", stat.S_ISREG(mode)
+            elif Path(parent) == Path(run_dir) / "checkpoints":
+                fits = fits or path.is_dir()  # a checkpoint that was moved to another disk
             if not fits:
                 raise InputError(f"{path}: {_kind(mode)}, not a {wanted}; remove it")
 
