@@ -141,7 +141,7 @@ def score_traces(
 
 
 def model_key(student: Student, recipe: Recipe, fingerprint: str | None, dtype: torch.dtype) -> str:
-    """Identifies all that a model's log-probs depend on: weights, configuration, dtype.
+    """Identifies all that a model's log-probs depend on: weights, configuration, precision.
 
     Args:
         recipe: its model and the adapter that it continues. A new adapter changes nothing yet.
@@ -153,6 +153,10 @@ def model_key(student: Student, recipe: Recipe, fingerprint: str | None, dtype: 
     weights = fingerprint or f"{recipe.model.path}@{getattr(config, '_commit_hash', None)}"
     if recipe.adapter.path:
         weights += f" {model_fingerprint(recipe.adapter.path, recipe.data.cache_dir)}"
+    if recipe.adapter.base == "nf4":
+        weights += " nf4"
+    if recipe.train.fp8:
+        weights += " float8"
     return json.dumps([weights, facts, str(dtype)], sort_keys=True, default=str)
 
 

@@ -1,6 +1,7 @@
 """A frozen model of 4 bits: the adapter trains on exactly the rounded weights, on any ranks."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -73,6 +74,20 @@ def test_linear_layers_of_blocks_alone_are_rounded_as_bitsandbytes_does(
         assert "_proj.weight" in name
         codes, state = quantize_4bit(plain[name], blocksize=64, quant_type="nf4")
         assert torch.equal(dequantize_4bit(codes, state), ours[name]), name
+
+
+@pytest.mark.slow
+def test_the_reference_is_the_rounded_model(
+    model: Path, recipe: Callable[..., Path], tmp_path: Path, steps: Steps
+) -> None:
+    """Not the cached scores of the plain one: before the first update DPO's loss is log 2."""
+    dpo = {"objective.name": "dpo", "objective.beta": 0.1, "train.max_steps": 1}
+    changes = NF4 | dpo | {"model.path": str(model)}
+    paths = [recipe(base, changes | {"adapter.base": base}) for base in ("auto", "nf4")]
+    assert main(["train", *map(str, paths)]) == 0
+    for base in ("auto", "nf4"):
+        (line,) = steps(tmp_path / base)
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-6), base
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Training in float8: which layers run in it, near bfloat16, alike in all packs and modes."""
 
 import json
+import math
 import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -72,6 +73,20 @@ def test_packs_and_recomputation_change_nothing(
     assert ours[0]["micro_steps"] > theirs[0]["micro_steps"]
     for figure in ("loss", "positive_logp", "negative_logp"):
         assert ours[0][figure] == pytest.approx(theirs[0][figure], rel=1e-6), figure
+
+
+@needs_torchao
+@pytest.mark.slow
+def test_the_reference_is_computed_in_float8(
+    recipe: Callable[..., Path], steps: Steps, tmp_path: Path
+) -> None:
+    """Not the cached scores without it: before the first update DPO's loss is log 2."""
+    dpo = FP8 | {"objective.name": "dpo", "objective.beta": 0.1, "train.max_steps": 1}
+    paths = [recipe(name, dpo | {"train.fp8": name == "fp8"}) for name in ("plain", "fp8")]
+    assert main(["train", *map(str, paths)]) == 0
+    for name in ("plain", "fp8"):
+        (line,) = steps(tmp_path / name)
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-6), name
 
 
 def test_what_does_not_go_with_float8_is_one_line(
