@@ -43,6 +43,7 @@ SIBLINGS = {
     "topr": {"objective.name": "topr"},
     "unpaired": {"objective.name": "apo_zero_unpaired", "objective.beta": 0.1},
 }
+PAIRS = 8  # of a step, as `write_recipe` has it
 # Fewer sequences than ranks: of 2 ranks one has only a dummy, or only a negative. (The slow test on
 # 4 ranks does this with a tied head.)
 FEW = {
@@ -262,9 +263,12 @@ def compare(runs: Path, steps: Steps, objective: str, head: str) -> int:
         if not run.is_dir():
             continue
         for ours, theirs in zip(steps(run), expected, strict=True):
-            # SimPER's loss is a difference of mean probabilities, and as exact as these.
-            logps = theirs["positive_logp"], theirs["negative_logp"]
-            terms = sum(map(math.exp, logps)) if objective == "simper" else abs(theirs["loss"])
+            terms = abs(theirs["loss"])
+            if objective == "simper":  # a difference of mean probabilities, as exact as these
+                terms = math.exp(theirs["positive_logp"]) + math.exp(theirs["negative_logp"])
+            elif objective == "topr":  # exp of a sequence's log-prob has the error of that sum
+                mean_length = theirs["targets"] / (2 * PAIRS)
+                terms *= -theirs["negative_logp"] * mean_length
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6 * terms), run.name
             assert ours["positive_logp"] == pytest.approx(theirs["positive_logp"], rel=1e-6)
             if theirs["negative_logp"] is not None:
