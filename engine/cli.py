@@ -135,6 +135,7 @@ def prepare(argv: Sequence[str]) -> None:
     if arguments.ranks < 1:
         raise InputError(f"ranks must be >= 1, got {arguments.ranks}")
     recipes = _with_models(parser, arguments.recipes, argv, "its tokenizer is needed")
+    check_overrides([recipe for _, recipe in recipes], argv)
 
     from redi.engine.commands.prepare import fill_cache
     from redi.engine.distributed import join_world

@@ -56,8 +56,13 @@ def resolve_distill(
     for key in given:
         is_default = getattr(section, key) == getattr(default, key)
         if not is_default and f"distill.{key}" not in overridden:
-            raise InputError(
-                f'distill.{key} is not used by {name}: set objective.name = "kd", or '
-                "distill.weight, or remove it"
-            )
+            raise InputError(not_used(key, name))
     return replace(recipe, distill=default)
+
+
+def not_used(key: str, name: str) -> str:
+    """The line of an error: a key of `[distill]` for an objective without a teacher."""
+    return (
+        f'distill.{key} is not used by {name}: set objective.name = "kd", or distill.weight, or '
+        "remove it"
+    )

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from redi.engine.config.distill import objective_keys, resolve_distill
+from redi.engine.config.distill import is_distilled, not_used, objective_keys, resolve_distill
 from redi.engine.config.objectives import DIVERGENCE, OBJECTIVES
 from redi.engine.config.options import command_parser, missing_arguments, plain_type
 from redi.engine.config.sections import KEYS, SECTIONS, TABLES, ObjectiveConfig, Recipe
@@ -187,13 +187,18 @@ def load_recipe(parser: ArgumentParser, path: str, argv: Sequence[str]) -> Recip
 
 
 def check_overrides(recipes: Sequence[Recipe], argv: Sequence[str]) -> None:
-    """Raise InputError if none of the recipes uses an override of `[objective]`."""
-    overridden = {a[2:].split("=")[0] for a in argv if a.startswith("--objective.")}
-    names = list(dict.fromkeys(recipe.objective.name for recipe in recipes))
+    """Raise InputError if none of the recipes uses an override of `[objective]` or `[distill]`."""
+    names = " and ".join(dict.fromkeys(recipe.objective.name for recipe in recipes))
     used = {key for recipe in recipes for key in objective_keys(recipe)}
-    for key in sorted(name.removeprefix("objective.") for name in overridden):
-        if key not in used:
-            raise InputError(_not_used(key, " and ".join(names)))
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, given, value = argument.partition("=")
+        key = name.rpartition(".")[2]
+        if name.startswith("--objective.") and key not in used:
+            raise InputError(_not_used(key, names))
+        # An empty path, or a weight of 0, turns a teacher off.
+        is_off = (value if given else following) in ("", "0", "0.0")
+        if name.startswith("--distill.") and not is_off and not any(map(is_distilled, recipes)):
+            raise InputError(not_used(key, names))
 
 
 def unused_keys(recipe: Recipe) -> list[str]:
@@ -252,6 +257,9 @@ def _unknown(key: str) -> str:
     near += difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
     if near:
         return f"unknown key {key}; did you mean {near[0]}?"
+    if key in SECTIONS:
+        first = fields(SECTIONS[key])[0].name
+        return f"{key} is a section, not a value: [{key}] with keys such as {first}"
     if section in SECTIONS:
         names = ", ".join(f.name for f in fields(SECTIONS[section]))
         return f"unknown key {key}; [{section}] has {names}"

@@ -629,7 +629,10 @@ def check_replicas(section: ShardConfig, world_size: int) -> None:
     groups = {f"shard.{key} = {getattr(section, key)}": getattr(section, key) for key in GROUPS}
     for name, count in groups.items():
         if world_size % count:
-            raise InputError(f"{name} does not divide the {world_size} ranks of this run")
+            raise InputError(
+                f"{name} does not divide the {world_size} ranks of this run; start a multiple of "
+                f"{count} with torchrun (redi plan: --ranks)"
+            )
     if world_size % math.prod(groups.values()):
         raise InputError(
             f"{' times '.join(groups)} does not divide the {world_size} ranks of this run: the "

@@ -8,7 +8,7 @@ completion, files of DistillKit by their tokens.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -32,12 +32,23 @@ from redi.engine.data.traces import normalise
 from redi.engine.distill import distillkit
 from redi.engine.distill.columns import read_columns
 from redi.engine.distill.given import PADDING, Given, Misaligned, align, check
+from redi.engine.distill.tables import list_of, numbers, typed
 from redi.engine.distill.token_texts import TokenTexts
 from redi.engine.errors import FaultyRow, InputError, faulty_rows
 
 VERSION = "1"
 """Increase it if the same files would give other distributions."""
-_TABLE = ("hash", "row", "token_ids", "top_ids", "top_logps")
+_TABLE = {
+    "hash": pa.string(),
+    "row": pa.string(),
+    "token_ids": list_of(pa.int32()),
+    "top_ids": list_of(pa.int32(), 2),
+    "top_logps": list_of(pa.float32(), 2),
+}
+_DISTILLKIT = {
+    "input_ids": list_of(pa.int32()),
+    **dict.fromkeys(distillkit.COLUMNS[1:], list_of(pa.uint8(), 2)),
+}
 _ROWS = 16
 """Rows of a columnar file that are read at a time: one may have megabytes."""
 
@@ -92,8 +103,9 @@ def read_teacher(
             if not reader.found:
                 raise InputError(
                     f"{names}: has distributions of none of the {len(tokens):,} traces of the "
-                    "data: it must have the same prompts and completions (files of DistillKit: the "
-                    "same tokens), with columns of docs/distillation.md"
+                    "data; distill.path must name a table of `redi logprobs --top K`, or files "
+                    "with the same prompts and completions (DistillKit: the same tokens) and "
+                    "columns of docs/distillation.md"
                 )
 
         return write_store(folder, names, aligned())
@@ -162,17 +174,15 @@ class _Reader:
         """A table of `redi logprobs --top`."""
         for row, batch, place in self._parquet_rows(source, _TABLE):
             where = f"{source.name}:{row} (of {batch['row'][place]})"
-            own = batch["token_ids"][place].values.to_numpy()
-            ids, logps = (batch[name][place].values.flatten() for name in ("top_ids", "top_logps"))
-            shape = (len(own), -1) if len(own) else (0, 0)
             try:
-                given = check(
-                    Given(
-                        ids.to_numpy().reshape(shape),
-                        logps.to_numpy(zero_copy_only=False).astype(np.float32).reshape(shape),
-                        own,
+                own, ids, logps = (numbers(batch, name, place) for name in list(_TABLE)[2:])
+                if ids.shape != logps.shape or len(ids) != len(own):
+                    raise ValueError(
+                        f"top_ids [{', '.join(map(str, ids.shape))}] and top_logps "
+                        f"[{', '.join(map(str, logps.shape))}] must have K entries of each of the "
+                        f"{len(own)} token_ids"
                     )
-                )
+                given = check(Given(ids, logps, own))
             except ValueError as error:
                 self.faults.append(f"{where}: {error}")
                 continue
@@ -181,18 +191,14 @@ class _Reader:
     def _distillkit(self, source: Source) -> Iterator[_Aligned]:
         """A file of DistillKit. It may have one more token, which pads the text."""
         settings = distillkit.read_compression(Path(source.name))
-        for row, batch, place in self._parquet_rows(source, distillkit.COLUMNS):
-            ids = batch["input_ids"][place].values.to_numpy().astype(np.int32)
-            for length in (len(ids), len(ids) - 1):
-                if traces := self._by_tokens[_digest(ids[:length])]:
-                    break
-            else:
-                continue
-            parts = (batch[name][place].values for name in distillkit.COLUMNS[1:])
-            packed = [
-                one.flatten().to_numpy().astype(np.uint8).reshape(len(one), -1) for one in parts
-            ]
+        for row, batch, place in self._parquet_rows(source, _DISTILLKIT):
             try:
+                ids, *packed = (numbers(batch, name, place) for name in _DISTILLKIT)
+                for length in (len(ids), len(ids) - 1):
+                    if traces := self._by_tokens[_digest(ids[:length])]:
+                        break
+                else:
+                    continue
                 given = distillkit.decompress(settings, *(one[: length - 1] for one in packed))
             except ValueError as error:
                 self.faults.append(f"{source.name}:{row}: {error}")
@@ -227,7 +233,7 @@ class _Reader:
         return self._texts(text, given)
 
     def _parquet_rows(
-        self, source: Source, columns: Sequence[str]
+        self, source: Source, columns: Mapping[str, pa.DataType]
     ) -> Iterator[tuple[int, pa.RecordBatch, int]]:
         """(row number, from 1; a batch; the row's place in it) of each row."""
         try:
@@ -237,6 +243,7 @@ class _Reader:
             number, rows = 0, max(file.metadata.num_rows, 1)
             self._position.begin(source, lambda size: size * number / rows)
             for batch in file.iter_batches(batch_size=_ROWS, columns=list(columns)):
+                batch = typed(batch, columns)
                 for place in range(batch.num_rows):
                     number += 1
                     yield number, batch, place

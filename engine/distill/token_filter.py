@@ -23,9 +23,14 @@ from redi.engine.console import Console
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.fingerprints import source_fingerprint
 from redi.engine.data.sources import Source
+from redi.engine.distill.tables import list_of, numbers, typed
 from redi.engine.errors import InputError, RunError
 
-_COLUMNS = ("hash", "row", "token_ids", "token_logps")
+_COLUMNS = {
+    "hash": pa.string(),
+    "token_ids": list_of(pa.int32()),
+    "token_logps": list_of(pa.float32()),
+}
 _ROWS = 64
 VERSION = "1"
 """Increase it if the same tables would keep other tokens."""
@@ -161,13 +166,20 @@ def _rows(table: Path, console: Console) -> Iterator[tuple[str, str, np.ndarray,
         number = 0
         with closing(console.progress("scores of trace", file.metadata.num_rows)) as progress:
             for batch in file.iter_batches(batch_size=_ROWS, columns=list(_COLUMNS)):
+                batch = typed(batch, _COLUMNS)
                 for place in range(batch.num_rows):
                     number += 1
-                    ids, logps = (
-                        batch[name][place].values.to_numpy()
-                        for name in ("token_ids", "token_logps")
-                    )
-                    yield f"{table}:{number}", batch["hash"][place].as_py(), ids, logps
+                    where = f"{table}:{number}"
+                    try:
+                        ids, logps = (numbers(batch, name, place) for name in list(_COLUMNS)[1:])
+                    except ValueError as error:
+                        raise InputError(f"{where}: {error}") from None
+                    if len(ids) != len(logps) or not np.isfinite(logps).all():
+                        raise InputError(
+                            f"{where}: token_logps must have a finite number for each of the "
+                            f"{len(ids)} token_ids"
+                        )
+                    yield where, batch["hash"][place].as_py(), ids, logps
                 progress.update(batch.num_rows)
     except (OSError, pa.ArrowException) as error:
         problem = " ".join(str(error).split())

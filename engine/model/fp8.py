@@ -28,11 +28,11 @@ def check_fp8(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
     """Raise InputError if the recipe wants float8 and it is not available, before data is read."""
     if not recipe.train.fp8:
         return
-    check_installed("torchao", "train.fp8")
     if recipe.adapter.wanted:
         raise InputError(
             "train.fp8 is for training all weights, and [adapter] freezes them; remove one of them"
         )
+    check_installed("torchao", "train.fp8")
     if device.type != "cuda":
         return
     if torch.cuda.get_device_capability(device) < CAPABILITY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from redi.engine.config.sections import Recipe
@@ -16,9 +17,16 @@ def teachers_of(recipe: Recipe, tokens: TokenizedTraces, console: Console) -> Di
     """The distributions of a recipe's teachers for its traces, from the cache or from files.
 
     Raises:
-        InputError: a file has none, or those of other tokens; names file and row.
+        InputError: a path is a model, or a file has none or those of other tokens; names file and
+            row.
     """
     sources: list[tuple[tuple[str, ...], str]]
+    for path in recipe.distill.paths:
+        if any((Path(path) / name).is_file() for name in ("config.json", "export/config.json")):
+            raise InputError(
+                f"distill.path: {path} is a model, not its distributions; write them with "
+                f"`redi logprobs {path} --data DATA --top K --out teacher.parquet`"
+            )
     sources = [((path,), "auto") for path in recipe.distill.paths]
     stores = [
         read_teacher(

@@ -85,6 +85,7 @@ MISTAKES = {
     "[optim]\nlearning_rate = 1e-5\n": "unknown key optim.learning_rate; did you mean optim.lr?",
     "[objective]\nalhpa = 0.5\n": "did you mean objective.alpha?",
     "[training]\nseed = 1\n": "did you mean train.seed?",
+    "objective = 'redi'\n": "is a section, not a value: [objective] with keys such as name",
     "[wandb]\nproject = 'x'\n": "the sections are model, adapter, data, objective",
     "[optim]\nfoo = 1\n": "[optim] has name, lr, weight_decay",
     "seed = 1\n": "did you mean train.seed?",

@@ -435,6 +435,74 @@ def test_a_row_without_proper_distributions_is_named(
         case.read(path)
 
 
+def table_of(case: Case) -> list[Row]:
+    """The distributions as a table of `redi logprobs --top`."""
+    rows = []
+    for trace in range(2):
+        start = int(case.tokens.prompt_lengths[trace])
+        rows.append(
+            {
+                "hash": case.tokens.hash(trace),
+                "row": f"data.jsonl:{trace + 1}",
+                "token_ids": case.tokens.ids(trace)[start:].tolist(),
+                "top_ids": case.ids[trace][start:].tolist(),
+                "top_logps": case.logps[trace][start:].tolist(),
+            }
+        )
+    return rows
+
+
+def in_first(name: str, change: Callable[[list[Any]], Any]) -> Callable[[list[Row]], None]:
+    def spoil_table(rows: list[Row]) -> None:
+        rows[0][name] = change(rows[0][name])
+
+    return spoil_table
+
+
+def in_all(name: str, change: Callable[[Any], Any]) -> Callable[[list[Row]], None]:
+    def spoil_table(rows: list[Row]) -> None:
+        for row in rows:
+            row[name] = [[change(entry) for entry in token] for token in row[name]]
+
+    return spoil_table
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "problem"),
+    [
+        (in_first("top_ids", lambda value: None), r":1 \(of data.jsonl:1\): top_ids is null"),
+        (in_first("token_ids", lambda value: None), ":1 .*token_ids is null"),
+        (in_first("top_logps", lambda value: [None, *value[1:]]), ":1 .*top_logps has a null"),
+        (in_first("top_ids", lambda value: [[None] * 5, *value[1:]]), ":1 .*top_ids has a null"),
+        (
+            in_first("top_ids", lambda value: [value[0][:4], *value[1:]]),
+            ":1 .*top_ids has 4 entries of one token and 5 of another",
+        ),
+        (
+            in_first("top_logps", lambda value: [token[:3] for token in value]),
+            r":1 .*top_ids \[\d+, 5\] and top_logps \[\d+, 3\] must have K entries of each",
+        ),
+        (in_all("top_ids", lambda entry: f"token {entry}"), ": .*column 'top_ids': .*token"),
+        (
+            in_all("top_ids", lambda entry: entry + (1 << 40)),
+            ".*column 'top_ids'.*not in range",
+        ),
+    ],
+)
+def test_a_faulty_table_is_an_error_with_row_or_column(
+    case: Case, tmp_path: Path, spoiled: Callable[[list[Row]], None], problem: str
+) -> None:
+    path = tmp_path / "table.parquet"
+    rows = table_of(case)
+    pq.write_table(pa.Table.from_pylist(rows[::-1]), path)
+    case.check(case.read(path))  # in any order
+    spoiled(rows)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(InputError, match=f"table.parquet{problem}") as raised:
+        case.read(path)
+    assert "\n" not in str(raised.value)
+
+
 def test_another_tokenizer_is_an_error_with_row_and_token(case: Case, tmp_path: Path) -> None:
     rows = [row | vllm(case, trace) for trace, row in enumerate(case.rows)]
     entries = rows[1]["prompt_logprobs"]

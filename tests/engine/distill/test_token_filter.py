@@ -121,6 +121,13 @@ def test_all_tokens_are_the_run_without_a_filter(
         assert ours is theirs is None or bool((ours == theirs).all()), name
 
 
+def with_scores(table: pa.Table, change: Callable[[list[float]], Any]) -> pa.Table:
+    """A table with other log-probs in its first row."""
+    first, *others = table["token_logps"].to_pylist()
+    place = table.schema.get_field_index("token_logps")
+    return table.set_column(place, "token_logps", [[change(first), *others]])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "problem"),
@@ -134,6 +141,12 @@ def test_all_tokens_are_the_run_without_a_filter(
                 [[[1 + i for i in ids] for ids in t["token_ids"].to_pylist()]],
             ),
             r":1: its token_ids are not the tokens of .*traces.jsonl:1",
+        ),
+        (lambda t: with_scores(t, lambda values: None), ":1: token_logps is null"),
+        (lambda t: with_scores(t, lambda values: values[1:]), ":1: token_logps must have a finite"),
+        (
+            lambda t: with_scores(t, lambda values: [float("nan"), *values[1:]]),
+            ":1: token_logps must have a finite number",
         ),
         (None, "no such file"),
     ],

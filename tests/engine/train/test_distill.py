@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from redi.engine.cli import main
-from redi.engine.config.parse import load_recipe, train_parser
+from redi.engine.config.parse import check_overrides, load_recipe, train_parser
 from redi.engine.config.sections import ObjectiveConfig, Recipe
 from redi.engine.console import Console
 from redi.engine.data.packing import build_batch
 from redi.engine.distributed import join_world
+from redi.engine.errors import InputError
 from redi.engine.loss.packed_loss import PackedLoss, StepTotals, at_temperature
 from redi.engine.train.prepare_data import PreparedData, prepare_data
 from redi.kernels import chunked
@@ -273,6 +274,8 @@ def test_a_teacher_without_distributions_is_an_error(
         "h", {"objective.name": "kd"}
     )
     assert "no such file" in problem("i", {"objective.name": "kd", "distill.path": "missing.jsonl"})
+    a_model = problem("i", {"objective.name": "kd", "distill.path": str(world / "tied")})
+    assert "is a model, not its distributions; write them with `redi logprobs" in a_model
     scores = tmp_path / "scores.parquet"
     line = ["logprobs", world / "tied", "--data", world / "traces.jsonl", "--out", scores]
     assert main([*map(str, line)]) == 0
@@ -283,10 +286,16 @@ def test_a_teacher_without_distributions_is_an_error(
 def test_a_run_without_a_teacher_ignores_an_override_of_it(
     recipe: Callable[..., Path], teacher: Path
 ) -> None:
+    """A recipe does, as another one of the command may use it; if none does, it is an error."""
     path = recipe("sft", {"objective.name": "sft"})
     line = [str(path), "--distill.path", str(teacher)]
     found = load_recipe(train_parser(), str(path), line)
     assert found.distill.path == ""
+    with pytest.raises(InputError, match=r"distill.path is not used by sft: set objective.name"):
+        check_overrides([found], line)
+    kd = load_recipe(train_parser(), str(path), [str(path), "--objective.name", "kd"])
+    check_overrides([found, kd], line)
+    check_overrides([found], [str(path), "--distill.path", "", "--distill.weight=0"])
 
 
 def test_a_distilled_pack_takes_three_products_and_others_their_own_ops(
