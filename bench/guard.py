@@ -40,7 +40,7 @@ SIZES = argparse.Namespace(
     hidden=64, head_dim=16, layers=3, vocab=4096, longest=600, row_tokens=8192, device="cpu"
 )
 LOSS = LossSizes(
-    tokens=1024, vocab=16_384, hidden=128, sequences=8, dtype="float32", device="cpu", threads=1
+    tokens=512, vocab=16_384, hidden=128, sequences=8, dtype="float32", device="cpu", threads=1
 )
 PADDED_STEPS = 2
 
@@ -107,7 +107,7 @@ def padded(folder: Path) -> dict[str, float]:
     return {"seconds": min(taken), "peak": peak_resident_bytes()}
 
 
-def loss_time(repeats: int = 7) -> float:
+def loss_time(repeats: int = 5) -> float:
     """Median ratio of a fused forward and backward to its three matrix products."""
     torch.set_num_threads(LOSS.threads)
     operands = make_operands(LOSS)

@@ -505,6 +505,7 @@ def planned(*arguments: object) -> list[dict[str, Any]]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_the_plan_equals_the_training_that_follows(
     recipe: Callable[..., Path],
     steps: Callable[[Path], list[dict[str, Any]]],

@@ -129,7 +129,7 @@ def recipes_of(
     recipes = []
     for objective, head in cases:
         for layout, of_layout in layouts.items():
-            simple = objective in ("token", "alpha0") or head == "tied"
+            simple = objective != "redi" or head == "tied"
             if simple and layout in ("recomputed", "selective"):
                 continue
             name = f"{objective}-{head}-{layout}-{ranks}"

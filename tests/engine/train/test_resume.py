@@ -444,6 +444,7 @@ def test_the_old_export_of_a_run_that_is_lengthened_is_not_evaluated_as_the_run(
         model_path(str(tmp_path), "model")
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_is_lengthened_resumes_and_ends_as_a_straight_one(
     short: Path,
     straight: Path,

@@ -38,6 +38,7 @@ def shell(line: str) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds a shell's child in /proc")
 def test_a_stopped_run_is_not_exported_by_the_command_that_follows(
     recipe: Callable[..., Path], tmp_path: Path

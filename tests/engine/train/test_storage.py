@@ -153,6 +153,7 @@ def test_a_run_in_a_bucket_equals_a_local_one_and_is_found_finished_on_another_m
     assert "finished already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_second_recipe_starts_from_the_export_in_the_bucket_also_on_another_machine(
     recipe: WriteRecipe, local: Path, memory: str, tmp_path: Path
 ) -> None:

@@ -68,7 +68,8 @@ raise SystemExit(code)
 """
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_every_layer_of_a_real_run_has_packed_attention_on_each_rank(
     recipe: Callable[..., Path], command: Callable[..., list[str]], tmp_path: Path, ranks: int
 ) -> None:
