@@ -11,7 +11,7 @@ kinds:
     terms       a function from the sequences' log-probs (`Sequences`) to the loss of each sequence
                 or pair. The log-probs are computed first, then a backward scaled per sequence.
 
-`packed_loss.py` computes a pack's share of the step's loss from either.
+`packed_loss.py` computes a pack's share of the step's loss from any of them.
 """
 
 from __future__ import annotations
