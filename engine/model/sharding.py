@@ -79,7 +79,8 @@ def shard(
     for module in _groups(student):
         # Sum over ranks, because denominators are global counts. gloo supports only sums.
         module.set_force_sum_reduction_for_comms(True)
-        module.set_gradient_divide_factor(1.0)
+        if world > 1:  # one rank would divide all gradients by the factor, into a copy
+            module.set_gradient_divide_factor(1.0)
     for name, parameter in student.named_parameters():
         # A bf16 master would round away updates at a learning rate of 1e-6.
         is_master = parameter.dtype == torch.float32 or not parameter.requires_grad
