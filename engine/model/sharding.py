@@ -81,11 +81,33 @@ def shard(
         module.set_force_sum_reduction_for_comms(True)
         if world > 1:  # one rank would divide all gradients by the factor, into a copy
             module.set_gradient_divide_factor(1.0)
+        if world == 1 and device.type == "cpu":
+            module.set_custom_reduce_scatter(_InPlace())  # type: ignore[arg-type]
     for name, parameter in student.named_parameters():
         # A bf16 master would round away updates at a learning rate of 1e-6.
         is_master = parameter.dtype == torch.float32 or not parameter.requires_grad
         assert is_master, f"master weight {name} is {parameter.dtype}"
     return student
+
+
+class _InPlace:
+    """The reduction of a single rank: its output is its input, so FSDP2's copy does nothing.
+
+    FSDP2 allocates the input first. On CUDA the two belong to different streams.
+    """
+
+    def __init__(self) -> None:
+        self._input: torch.Tensor | None = None
+
+    def allocate(
+        self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """The input, then the output."""
+        if self._input is None:
+            self._input = torch.empty(size, dtype=dtype, device=device)
+            return self._input
+        output, self._input = self._input, None
+        return output
 
 
 def reshard(student: Student) -> None:
