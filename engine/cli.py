@@ -459,12 +459,11 @@ def logprobs(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--top",
         type=int,
-        default=0,
         metavar="K",
         help="also write the K most likely tokens at each token and their log-probs, to distill",
     )
     args = parse_arguments(parser, argv)
-    if args.top < 0:
+    if args.top is not None and args.top < 1:
         raise InputError(f"--top must be >= 1, got {args.top}")
     _announce_hub("model", args.model)
     _find_data(*args.data, kept_from={"out": args.out})
@@ -496,7 +495,7 @@ def logprobs(argv: Sequence[str]) -> None:
         console = Console(active=world.is_main)
         if warning:
             console.warn(warning)
-        write_logprobs(recipe, Path(args.out), world, console, args.tokens, args.top)
+        write_logprobs(recipe, Path(args.out), world, console, args.tokens, args.top or 0)
     if rank() == 0:
         print(args.out)
 

@@ -131,7 +131,8 @@ def topk_divergence(
     backend = choose_backend(backend, hidden.device, hidden.dtype, hidden.shape[1])
     teacher = teacher_ids.flatten(0, -2), teacher_logps.flatten(0, -2), token_weights
     if backend == "reference":
-        check_teacher_values(*teacher[:2], takes_part, weight.shape[0], direction, skew)
+        order = valid_index, num_with_grad
+        _check_values(weight, takes_part, *teacher, target_weights, *order, direction, skew)
         made = reference.topk_divergence(
             hidden,
             weight,
@@ -156,6 +157,27 @@ def topk_divergence(
         )  # fmt: skip
     token_logps = None if targets is None else logps.view(shape)
     return TopkDivergence(loss, divergences.view(shape), token_logps)
+
+
+def _check_values(
+    weight: Tensor,
+    targets: Tensor,
+    teacher_ids: Tensor,
+    teacher_logps: Tensor,
+    token_weights: Tensor,
+    target_weights: Tensor | None,
+    valid_index: Tensor | None,
+    num_with_grad: int | None,
+    direction: str,
+    skew: float,
+) -> None:
+    """Raise ValueError as the op does; reads the tensors."""
+    vocab = weight.shape[0]
+    check_target_values(targets, vocab, valid_index)
+    check_teacher_values(teacher_ids, teacher_logps, targets, vocab, direction, skew)
+    for name, values in (("token_weights", token_weights), ("target_weights", target_weights)):
+        if values is not None:
+            check_weight_values(name, values, targets, valid_index, num_with_grad)
 
 
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -184,13 +206,10 @@ def _topk_divergence_op(
 ) -> _Results:
     """(loss, token_divergences, token_logps, dhidden, dweight); `needs` is of the last two."""
     schedule = TokenSchedule(valid_index, num_with_grad, chunk_tokens)
-    check_target_values(targets, weight.shape[0], valid_index)
-    check_teacher_values(teacher_ids, teacher_logps, targets, weight.shape[0], direction, skew)
-    check_weight_values("token_weights", token_weights, targets, *schedule[:2])
+    given = teacher_ids, teacher_logps, token_weights, target_weights
+    _check_values(weight, targets, *given, valid_index, num_with_grad, direction, skew)
     if target_weights is None:
         target_weights = torch.zeros_like(token_weights)
-    else:
-        check_weight_values("target_weights", target_weights, targets, *schedule[:2])
     loss, divergences, logps, dhidden, dweight = results = _new_results(hidden, weight, needs)
     teacher = Teacher(
         teacher_ids,

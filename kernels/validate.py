@@ -46,7 +46,11 @@ def check_operands(
     _check_tensor("weight", weight, ("V", "D"), FLOATS)
     _check_tensor("targets", targets, ("...",), (torch.int64,))
     device = hidden.device.type
-    if hidden.dtype != weight.dtype and torch.is_autocast_enabled(device):
+    if (
+        hidden.dtype != weight.dtype
+        and torch.amp.is_autocast_available(device)  # not of meta tensors
+        and torch.is_autocast_enabled(device)
+    ):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if hidden.dtype != weight.dtype:

@@ -18,6 +18,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -26,6 +29,7 @@ from redi.engine.quickstart import task as quickstart
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DISTILLATION = ROOT / "docs" / "distillation.md"
 
 # What a test machine cannot do as it stands in the text, and what is done in its place.
 INSTEAD = {
@@ -115,6 +119,65 @@ def test_what_a_page_says_works(page: Path, folder: Path) -> None:
     output: str | None = ""
     for block in blocks_of(page):
         output = follow(block, folder, output)
+    if page == DISTILLATION:
+        check_advantages(folder)
+        assert re.search(r"tokens weighted by spans +[\d,]+ \(100.0%\)", output or "")
+
+
+def check_advantages(folder: Path) -> None:
+    """KDRL's of real samples: larger where the teacher prefers a token, and for correct ones."""
+    teacher, student = (
+        iter(pq.read_table(folder / f"samples-{name}.parquet").to_pylist())
+        for name in ("teacher", "student")
+    )
+    verdicts = []
+    sampled, advantages = (
+        [json.loads(line) for line in (folder / name).open()]
+        for name in ("samples.jsonl", "advantages.jsonl")
+    )
+    for before, after in zip(sampled, advantages, strict=True):
+        by_verdict: dict[bool, list[float]] = {True: [], False: []}
+        for sample, trace in zip(before["traces"], after["traces"], strict=True):
+            if not sample["text"]:
+                continue
+            spans = trace["spans"]
+            assert [[a, b] for a, b, _ in spans] == [[n, n + 1] for n in range(len(trace["text"]))]
+            weights = np.array([weight for _, _, weight in spans])
+            of_teacher, of_student = (
+                np.array(next(rows)["token_logps"][: len(spans)]) for rows in (teacher, student)
+            )
+            order = np.argsort(of_teacher - of_student)
+            assert (np.diff(weights[order]) >= 0).all()
+            by_verdict[sample["correct"]].append(weights.mean())
+        if all(by_verdict.values()):
+            verdicts.append(min(by_verdict[True]) > max(by_verdict[False]))
+    assert next(teacher, None) is next(student, None) is None
+    assert len(verdicts) > 3
+    assert all(verdicts)
+
+
+def test_the_advantages_of_kdrl_are_reward_and_log_ratio(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the program in the page, on samples of one problem: one of two with text is correct."""
+    traces = [("ab", True), ("", False), ("é", False)]
+    row = {"prompt": "?", "traces": [{"text": text, "correct": ok} for text, ok in traces]}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    places = {"token_starts": [[0, 1, 2], [0, 0, 1]], "token_ends": [[1, 2, 2], [0, 1, 1]]}
+    for name, logps in (("teacher", [[-1, -3, -1], [-9, -2, -1]]), ("student", [[-2] * 3] * 2)):
+        table = pa.table(places | {"token_logps": [[float(x) for x in one] for one in logps]})
+        pq.write_table(table, tmp_path / f"samples-{name}.parquet")
+    monkeypatch.chdir(tmp_path)
+    (program,) = [one for one in blocks_of(DISTILLATION) if one.language == "python"]
+    exec(compile(program.text, "distillation.md", "exec"), {})
+    (written,) = map(json.loads, (tmp_path / "advantages.jsonl").open())
+    first, empty, last = written["traces"]
+    assert first["correct"] is last["correct"] is True
+    assert empty == row["traces"][1]  # which training leaves out, as it has no tokens
+    rewards = [2**0.5, -(2**-0.5)]  # (1 - 1/3) / std and (0 - 1/3) / std, of three samples
+    wanted = [[[0, 1, rewards[0] + 0.1], [1, 2, rewards[0] - 0.1]], [[0, 1, rewards[1]]]]
+    for trace, spans in zip((first, last), wanted, strict=True):
+        assert trace["spans"] == [pytest.approx(span, rel=1e-5) for span in spans]
 
 
 @pytest.mark.slow

@@ -11,9 +11,14 @@ from redi.engine.config.sections import DistillConfig, Recipe
 from redi.engine.errors import InputError
 
 
+def divergence_weight(recipe: Recipe) -> float:
+    """Weight of the divergence from a teacher in the loss; 0: the loss has none."""
+    return 1.0 if recipe.objective.name == "kd" else recipe.distill.weight
+
+
 def is_distilled(recipe: Recipe) -> bool:
     """True if the loss needs a teacher's distributions."""
-    return recipe.objective.name == "kd" or recipe.distill.weight > 0
+    return divergence_weight(recipe) > 0
 
 
 def objective_keys(recipe: Recipe) -> tuple[str, ...]:
@@ -32,25 +37,33 @@ def resolve_distill(
         overridden: names of the keys that the command line sets.
 
     Raises:
-        InputError: the objective has no such term, or does not use the section.
+        InputError: the objective has no such term, or does not use the section; or the tail has
+            no probability at the temperature.
     """
-    name, section = recipe.objective.name, recipe.distill
+    objective, section = recipe.objective, recipe.distill
+    name = objective.name
     if section.weight > 0:
         if name == "kd":
             raise InputError(
                 "distill.weight is not used by kd, whose loss is the divergence; "
                 "remove it (objective.ce_weight adds a cross-entropy)"
             )
-        if not recipe.objective.kind.distills or recipe.objective.negative_gamma > 0:
-            with_gamma = " with objective.negative_gamma" if recipe.objective.negative_gamma else ""
+        if not objective.kind.distills or objective.negative_gamma > 0:
+            with_gamma = " with objective.negative_gamma" if objective.negative_gamma else ""
             raise InputError(
                 f"distill.weight adds to sft, redi and signed, not to {name}{with_gamma}; remove it"
             )
-        if recipe.objective.filter_epsilon:
+        if objective.filter_epsilon:
             raise InputError(
                 "objective.filter_epsilon cannot be used with distill.weight; remove one of them"
             )
     if is_distilled(recipe):
+        if objective.tail == "bucket" and objective.temperature != 1:
+            raise InputError(
+                f'objective.temperature = {objective.temperature:g} needs objective.tail = "ignore"'
+                ": a teacher's table has the probability of the tokens outside of its K entries at "
+                "temperature 1 alone"
+            )
         return recipe
     default = DistillConfig()
     for key in given:

@@ -241,7 +241,7 @@ class ObjectiveConfig(Section, name="objective"):
     """bounded_redi: the term of an incorrect trace is temperature * exp(mean log-prob /
     temperature); the higher, the closer to redi. kd, distill.weight: divides the logits of student
     and teacher in the divergence, which is multiplied by temperature^2; unless it is 1, the
-    teacher's probabilities are normalised over its K entries."""
+    teacher's probabilities are normalised over its K entries, and tail must be "ignore"."""
     beta: float | None = ranged(None, POSITIVE)
     """Scale of the log-probs or of their margin; required by the objectives that read it (orpo:
     weight of its log odds)."""

@@ -225,12 +225,11 @@ def _joined(ids: np.ndarray, logps: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     logps = np.where(ids == PADDING, -np.inf, logps)
     order = np.argsort(ids, axis=1, kind="stable")
     ids = np.take_along_axis(ids, order, axis=1)
-    probabilities = np.exp(np.take_along_axis(logps, order, axis=1), dtype=np.float64)
+    logps = np.take_along_axis(logps, order, axis=1)
     # From right to left, so that the first of equal ids gets the sum of all.
     for column in range(ids.shape[1] - 1, 0, -1):
         same = (ids[:, column] == ids[:, column - 1]) & (ids[:, column] != PADDING)
-        probabilities[:, column - 1] += np.where(same, probabilities[:, column], 0)
+        logps[same, column - 1] = np.logaddexp(logps[same, column - 1], logps[same, column])
         ids[same, column] = PADDING
-        probabilities[same, column] = 0
-    with np.errstate(divide="ignore"):
-        return ids, np.log(probabilities).astype(np.float32)
+        logps[same, column] = -np.inf
+    return ids, np.minimum(logps, 0)  # rounding of the sum of shares

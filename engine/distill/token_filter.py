@@ -32,6 +32,7 @@ _COLUMNS = {
     "token_logps": list_of(pa.float32()),
 }
 _ROWS = 64
+_ADVICE = "write the table with `redi logprobs MODEL --data DATA --tokens --out FILE.parquet`"
 VERSION = "1"
 """Increase it if the same tables would keep other tokens."""
 
@@ -57,7 +58,8 @@ def filtered(
     """
     for path in (reference, student):
         if not path.is_file():
-            raise InputError(f"[token_filter] {path}: no such file")
+            problem = "is a folder" if path.is_dir() else "no such file"
+            raise InputError(f"[token_filter] {path}: {problem}; {_ADVICE}")
     sources = [Source(str(path), "parquet") for path in (reference, student)]
     files = [source_fingerprint(source, cache_dir) for source in sources]
     parts = [VERSION, tokens.key, f"{keep!r}", *files]
@@ -143,7 +145,7 @@ def _add(
         first = tokens.where(int(np.argmax(missing)))
         raise InputError(
             f"{table}: has no scores of {missing.sum():,} of {len(tokens):,} traces, such as that "
-            f"of {first}; write it with `redi logprobs --tokens` for the same data"
+            f"of {first}; {_ADVICE}, DATA being that of the recipe"
         )
 
 
@@ -160,9 +162,7 @@ def _rows(table: Path, console: Console) -> Iterator[tuple[str, str, np.ndarray,
     try:
         file = pq.ParquetFile(table)
         if absent := set(_COLUMNS) - set(file.schema_arrow.names):
-            raise InputError(
-                f"{table}: has no column {min(absent)}; write it with `redi logprobs --tokens`"
-            )
+            raise InputError(f"{table}: has no column {min(absent)}; {_ADVICE}")
         number = 0
         with closing(console.progress("scores of trace", file.metadata.num_rows)) as progress:
             for batch in file.iter_batches(batch_size=_ROWS, columns=list(_COLUMNS)):
@@ -183,4 +183,4 @@ def _rows(table: Path, console: Console) -> Iterator[tuple[str, str, np.ndarray,
                 progress.update(batch.num_rows)
     except (OSError, pa.ArrowException) as error:
         problem = " ".join(str(error).split())
-        raise InputError(f"{table}: cannot be read: {problem}") from None
+        raise InputError(f"{table}: cannot be read ({problem}); {_ADVICE}") from None

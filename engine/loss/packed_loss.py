@@ -92,13 +92,13 @@ class PackedLoss:
             trace index. It must be set before the first call if the objective has a reference.
         context: the ranks that share a pack. A pack is then a slice (`slice_pack`), and what is
             returned is its share of the pack's sums.
-        distill_weight: weight of the divergence from a teacher in other objectives than kd.
+        divergence_weight: of the divergence from a teacher; 0: the loss has none.
     """
 
     section: ObjectiveConfig
     reference: Tensor | None = None
     context: ContextGroup = ALONE
-    distill_weight: float = 0.0
+    divergence_weight: float = 0.0
 
     def __call__(
         self,
@@ -130,7 +130,7 @@ class PackedLoss:
         if batch.teacher_ids is not None:
             token_weights = self._token_weights(positive, negative, batch, totals)
             return self._distilled(token_weights, hidden, weight, batch, logits, num_with_grad)
-        assert not self.is_distilled or batch.is_dummy, "the loader has no distributions"
+        assert not self.divergence_weight or batch.is_dummy, "the loader has no distributions"
         filtered = self.section.filter_epsilon > 0
         if filtered or self._is_plain_redi(declared, positive, batch):
             op: Callable[..., RediLoss | FilteredRediLoss] = partial(redi_loss, **logits._asdict())
@@ -167,11 +167,6 @@ class PackedLoss:
         )
         return RediLoss(loss, segment_sum(token_logps, batch.cu_seqlens), batch.num_targets)
 
-    @property
-    def is_distilled(self) -> bool:
-        """True if the loss needs a teacher's distributions."""
-        return self.section.name == "kd" or self.distill_weight > 0
-
     def _token_weights(
         self, positive: float, negative: float, batch: PackedBatch, totals: StepTotals
     ) -> Tensor:
@@ -202,15 +197,13 @@ class PackedLoss:
         teacher_logps = batch.teacher_logps
         if section.temperature != 1:
             teacher_logps = at_temperature(teacher_logps, section.temperature)
-        of_divergence, of_target = self.distill_weight, 1.0
-        if section.name == "kd":
-            of_divergence, of_target = 1.0, section.ce_weight
+        of_target = section.ce_weight if section.name == "kd" else 1.0
         out = topk_divergence(
             hidden,
             weight,
             batch.teacher_ids,
             teacher_logps,
-            token_weights * (of_divergence * section.temperature**2),
+            token_weights * (self.divergence_weight * section.temperature**2),
             direction=section.direction,
             temperature=section.temperature,
             tail=section.tail,

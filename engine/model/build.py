@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from redi.engine.config.distill import divergence_weight
 from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
 from redi.engine.context import ALONE, ContextGroup
@@ -129,7 +130,9 @@ def build_student(
     if router is not None:
         console.say(f"router loss: {router.coefficient:g} x that of {router.routers} routers")
     model.train()
-    objective = PackedLoss(recipe.objective, context=context, distill_weight=recipe.distill.weight)
+    objective = PackedLoss(
+        recipe.objective, context=context, divergence_weight=divergence_weight(recipe)
+    )
     student = Student(model, objective, adapter, router)
     shard(student, recipe.shard, dtype, world.device, recipe.train.resolved_row_tokens)
     student.to_empty(device=world.device)  # allocates the shards alone

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from redi.engine.config.distill import divergence_weight
 from redi.engine.config.sections import Recipe
 from redi.engine.context import ContextGroup
 from redi.engine.data.context_slice import slice_pack, slice_tokens
@@ -200,7 +201,7 @@ def phase_peaks(
         objective = PackedLoss(
             replace(section, backend="torch"),
             context=context,
-            distill_weight=recipe.distill.weight,
+            divergence_weight=divergence_weight(recipe),
         )
         if section.kind.reference:
             traces = int(load.pack.sequence_ids.max()) + 1

@@ -301,8 +301,8 @@ def test_probabilities_of_nearly_1_and_1e_30_cancel_nowhere(certain: str, form: 
 
 
 @pytest.mark.parametrize("tail", ["ignore", "bucket"])
-@pytest.mark.parametrize("log_mass", [math.log(1e-30), math.log1p(-1e-9)])
-def test_a_teacher_s_mass_may_be_tiny_or_nearly_1(tail: str, log_mass: float) -> None:
+@pytest.mark.parametrize("log_mass", [-900.0, math.log(1e-30), math.log1p(-1e-9)])
+def test_a_teacher_s_mass_may_be_tiny_below_float64_or_nearly_1(tail: str, log_mass: float) -> None:
     case = teacher_case(ragged=False)
     logps = case.logps - case.logps.logsumexp(-1, keepdim=True) + log_mass
     for direction in ("forward", "reverse", "jsd"):
@@ -313,6 +313,25 @@ def test_a_teacher_s_mass_may_be_tiny_or_nearly_1(tail: str, log_mass: float) ->
         case.hidden, case.weight, case.ids, logps, case.weights, direction="reverse", tail=tail
     )
     assert (made.token_divergences > 0).all()
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_a_softened_teacher_is_its_own_student_unless_it_has_lost_its_tail(direction: str) -> None:
+    """Entries that were normalised over the K have none: D is then the larger, the less of it."""
+    z = 2.5 * torch.randn(1, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    softened, ids = (z / 2).log_softmax(-1).topk(5)
+    one = torch.ones(1, dtype=torch.float64)
+    options = {"direction": direction, "tail": "bucket", "temperature": 2.0}
+
+    def of(logps: Tensor, **changes: str) -> float:
+        eye = torch.eye(50, dtype=torch.float64)
+        return topk_divergence(z, eye, ids, logps, one, **(options | changes)).loss.item()
+
+    assert of(softened) == pytest.approx(0, abs=1e-12)
+    normalised = softened.log_softmax(-1)
+    assert of(normalised) > 0.1
+    if direction == "reverse":  # by the logarithm of what rounding left
+        assert of(normalised) > 10 * of(normalised, tail="ignore") > 0
 
 
 @pytest.mark.parametrize("tail", [pytest.param("ignore", marks=pytest.mark.slow), "bucket"])

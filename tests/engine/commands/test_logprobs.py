@@ -246,7 +246,7 @@ def test_the_most_likely_tokens_are_those_of_plain_transformers(
 
 
 @pytest.mark.parametrize(
-    ("count", "problem"), [("-1", "must be >= 1"), ("99999", "the model has only")]
+    ("count", "problem"), [("0", "must be >= 1, got 0"), ("99999", "the model has only")]
 )
 def test_a_number_of_likely_tokens_that_cannot_be_is_an_error(
     world: Path, tmp_path: Path, count: str, problem: str, capsys: Any

@@ -15,11 +15,12 @@ from data_cases import save_tokenizer, settings, write_rows
 
 from redi.engine.console import Console
 from redi.engine.data.cache import TokenizedTraces
-from redi.engine.data.distributions import Distributions, Store
+from redi.engine.data.distributions import Distributions, Store, write_store
 from redi.engine.data.tokens import tokenize
 from redi.engine.distill.given import PADDING
 from redi.engine.distill.sources import read_teacher
 from redi.engine.errors import InputError
+from redi.kernels import topk_divergence
 
 Row = dict[str, Any]
 
@@ -558,6 +559,30 @@ def test_several_teachers_are_a_mixture_of_probabilities(case: Case, tmp_path: P
     np.testing.assert_allclose(
         np.take_along_axis(mixed[1], order, axis=1), -np.sort(-alone[1], axis=1), rtol=2**-10
     )
+
+
+def test_a_mixture_is_a_distribution_where_entries_are_certain_or_nearly_impossible(
+    tmp_path: Path,
+) -> None:
+    """Shares of 1 add up to more in float32, and exp(-900) is 0 in float64."""
+    ids, logps = np.array([[4, 9]], np.int32), np.array([[0.0, -900.0]], np.float32)
+    stores = [write_store(tmp_path / name, name, [(0, ids, logps, ids[:, 0])]) for name in "abcde"]
+    weights = np.random.default_rng(0).uniform(0.1, 10, (100, len(stores))).tolist()
+    mixed = [Distributions(stores, shares).of(0, 1) for shares in weights]
+    all_ids, all_logps = (
+        torch.from_numpy(np.concatenate(part)) for part in zip(*mixed, strict=True)
+    )
+    assert (all_ids[all_ids != PADDING].view(-1, 2) == torch.tensor([4, 9])).all()
+    found = all_logps[all_ids != PADDING].view(-1, 2).float()
+    torch.testing.assert_close(found, torch.tensor([[0.0, -900.0]]).expand_as(found))
+    hidden = torch.randn(100, 10, requires_grad=True)
+    made = topk_divergence(
+        hidden, torch.eye(10), all_ids, all_logps, torch.ones(100), direction="reverse"
+    )
+    made.loss.backward()
+    assert made.loss.isfinite()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
 
 
 def test_the_cache_is_used_until_the_file_changes(

@@ -169,6 +169,26 @@ def test_a_table_of_other_traces_is_an_error(
     assert re.search(problem, line)
 
 
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("traces.jsonl", "cannot be read"),
+        pytest.param("model", "is a folder", marks=pytest.mark.slow),
+    ],
+)
+def test_a_reference_that_is_no_table_is_an_error_with_advice(
+    world: Path, recipe: Callable[..., Path], capsys: Any, name: str, problem: str
+) -> None:
+    files = (world / name, world / name)
+    assert main(["prepare", str(recipe("none", settings(files, 0.5)))]) == 2
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert name in line
+    assert problem in line
+    assert line.endswith(
+        "write the table with `redi logprobs MODEL --data DATA --tokens --out FILE.parquet`"
+    )
+
+
 def test_the_filter_needs_all_its_keys(recipe: Callable[..., Path], capsys: Any) -> None:
     assert main(["train", str(recipe("some", {"token_filter.keep": 0.5}))]) == 2
     assert (
@@ -179,7 +199,6 @@ def test_the_filter_needs_all_its_keys(recipe: Callable[..., Path], capsys: Any)
 
 @pytest.mark.slow
 def test_a_filtered_run_is_the_same_on_two_ranks_and_with_spans(
-    tables: tuple[Path, Path],
     recipe: Callable[..., Path],
     redi: Callable[..., Any],
     steps: Steps,
@@ -193,22 +212,18 @@ def test_a_filtered_run_is_the_same_on_two_ranks_and_with_spans(
                 trace["spans"] = [[0, 1, 0.0], [1, 2, 2.0]]
     data = tmp_path / "spans.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = tmp_path / "reference.parquet", tmp_path / "student.parquet"
+    for out, model in zip(scored, ("tied", "model"), strict=True):
+        line = ["logprobs", world / model, "--data", data, "--out", out, "--tokens"]
+        assert main([*map(str, line)]) == 0
+    changes = {**settings(scored, 0.5), "optim.eps": 1e-3, "data.path": str(data)}
     found = {}
     for ranks in (0, 2):
-        changes = {**settings(tables, 0.5), "optim.eps": 1e-3, "data.path": str(data)}
-        scored = []
-        for name, model in (("reference", "tied"), ("student", "model")):
-            out = tmp_path / f"{name}-{ranks}.parquet"
-            line = ["logprobs", world / model, "--data", data, "--out", out, "--tokens"]
-            done = redi(*line, ranks=ranks)
-            assert done.returncode == 0, done.stderr
-            scored.append(out)
-        changes |= settings((scored[0], scored[1]), 0.5)
         done = redi("train", recipe(str(ranks), changes), ranks=ranks)
         assert done.returncode == 0, done.stderr
         assert "tokens masked by spans" in done.stderr
         assert "tokens left out by the token filter" in done.stderr
         found[ranks] = steps(tmp_path / str(ranks))
     for one, two in zip(found[0], found[2], strict=True):
-        assert one["targets"] == two["targets"]
+        assert (one["targets"], one["kept"]) == (two["targets"], two["kept"])
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)

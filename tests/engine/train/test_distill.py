@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from redi.engine.cli import main
+from redi.engine.config.distill import divergence_weight
 from redi.engine.config.parse import check_overrides, load_recipe, train_parser
 from redi.engine.config.sections import ObjectiveConfig, Recipe
 from redi.engine.console import Console
@@ -53,7 +54,12 @@ CASES: dict[str, dict[str, Any]] = {
         "objective.normalisation": "token",
     },
     "jsd": {"objective.name": "kd", "objective.direction": "jsd", "objective.ce_weight": 0.1},
-    "warm": {"objective.name": "kd", "objective.temperature": 2.0, "objective.alpha": 0.0},
+    "warm": {
+        "objective.name": "kd",
+        "objective.temperature": 2.0,
+        "objective.tail": "ignore",
+        "objective.alpha": 0.0,
+    },
     "redi": {"objective.direction": "jsd", "distill.weight": 0.7},
     "sft": {"objective.name": "sft", "distill.weight": 2.0, "objective.normalisation": "token"},
 }
@@ -102,7 +108,7 @@ def first_step(path: Path, table: Path) -> dict[str, float | None]:
             q = q ** (1 / of.temperature) / (q ** (1 / of.temperature)).sum(-1, keepdim=True)
         p = (logits / of.temperature).softmax(-1)
         kept = p.gather(1, likely)
-        if of.tail == "bucket" and of.temperature == 1:
+        if of.tail == "bucket":
             rest = p.scatter(1, likely, 0.0).sum(-1, keepdim=True)
             kept = torch.cat([kept, rest], dim=-1)
             q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], dim=-1)
@@ -260,6 +266,9 @@ def test_unused_keys_of_a_teacher_are_errors(problem: Problem) -> None:
     assert "objective.skew is not used by objective.direction" in problem(
         "f", {"objective.name": "kd", "objective.direction": "jsd", "objective.skew": 0.1}
     )
+    assert 'objective.temperature = 2 needs objective.tail = "ignore": ' in problem(
+        "h", {"distill.weight": 1.0, "objective.temperature": 2.0}
+    )
     assert "mixing_weights must have one number per path, got 2 for 1" in problem(
         "g",
         {"objective.name": "kd", "distill.path": "x", "distill.mixing_weights": [1.0, 2.0]},
@@ -312,7 +321,7 @@ def test_a_distilled_pack_takes_three_products_and_others_their_own_ops(
     assert torch.equal(plain.targets, batch.targets)
     hidden = torch.randn(len(batch.input_ids), 8, requires_grad=True)
     head = torch.randn(64, 8, requires_grad=True)
-    objective = PackedLoss(found.objective, distill_weight=found.distill.weight)
+    objective = PackedLoss(found.objective, divergence_weight=divergence_weight(found))
     shapes, matmul = [], chunked.matmul
 
     def spy(a: Tensor, b: Tensor, *more: Any, **options: Any) -> Tensor:
@@ -342,7 +351,7 @@ def test_a_loss_that_needs_a_teacher_refuses_a_pack_without(
     _, data = prepared(recipe("kd", {**settings(teacher), "objective.name": "kd"}))
     batch = build_batch(data.tokens, np.array([0]), data.examples.lengths[:1])
     with pytest.raises(AssertionError, match="no distributions"):
-        PackedLoss(ObjectiveConfig("kd"))(
+        PackedLoss(ObjectiveConfig("kd"), divergence_weight=1.0)(
             torch.zeros(len(batch.input_ids), 8), torch.zeros(64, 8), batch, StepTotals(1, 1)
         )
 
