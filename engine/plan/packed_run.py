@@ -47,7 +47,11 @@ class PackedStep:
         return [pack_sums(self.mismatched.packing, scored.of(self.mismatched.lengths)), own]
 
     def waits(self, size: ModelSize, shard: ShardConfig, flops_per_second: float) -> np.ndarray:
-        """Seconds of the packs that the step waits for, float64 [packs]."""
+        """Seconds of the packs that the step waits for, float64 [packs].
+
+        `step_seconds` gives a pack that is only scored the launches and gathers of a trained one,
+        which is too much where a step waits for these.
+        """
         counts_experts = size.has_router_loss and len(self.packing.packs) > 1
         takes = pack_seconds(size, shard, flops_per_second, counts_experts)
         scored = pack_seconds(size, shard, flops_per_second, only_scored=True)
