@@ -56,6 +56,7 @@ TITLES = {
     "negative_logp": "Log-prob, incorrect traces",
     "margin_accuracy": "Margin accuracy",
     "greedy_accuracy": "Greedy accuracy",
+    "kl": "KL estimate",
     "grad_norm": "Gradient norm",
     "update_norm": "Update norm",
     "lr": "Learning rate",

@@ -27,6 +27,8 @@ class ObjectiveKind:
     """True if the loss has the exponential of mean log-probs, which must not be above 0."""
     reference: bool = False
     """True if the loss needs the log-probs of the model as it was before step 1."""
+    mismatched: bool = False
+    """True if the loss needs log-probs of completions after prompts of other problems."""
     distills: bool = False
     """True if `[distill] weight` may add a divergence from a teacher."""
 
@@ -70,4 +72,10 @@ OBJECTIVES = {
     "ipo": ObjectiveKind("margins", ("beta", "length"), reference=True),
     "apo_zero": ObjectiveKind("pairs", ("beta",), reference=True),
     "apo_zero_unpaired": ObjectiveKind("traces", ("beta",), reference=True),
+    "kto": ObjectiveKind(
+        "traces",
+        ("beta", "desirable_weight", "undesirable_weight"),
+        reference=True,
+        mismatched=True,
+    ),
 }

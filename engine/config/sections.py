@@ -235,6 +235,10 @@ class ObjectiveConfig(Section, name="objective"):
     positives are trained."""
     positive_weight: float = ranged(1.0, NOT_NEGATIVE)
     """Weight of the correct traces (signed)."""
+    desirable_weight: float = ranged(1.0, NOT_NEGATIVE)
+    """Weight of the correct traces (kto)."""
+    undesirable_weight: float = ranged(1.0, NOT_NEGATIVE)
+    """Weight of the incorrect traces (kto)."""
     negative_gamma: float = ranged(0.0, NOT_NEGATIVE)
     """Multiplies a negative's term by exp(negative_gamma * mean log-prob) (redi); 0: off."""
     temperature: float = ranged(1.0, POSITIVE)

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.context_slice import slice_pack
 from redi.engine.data.distributions import Distributions
-from redi.engine.data.packing import Cost, PackedBatch, build_batch, pack
+from redi.engine.data.mismatched import MismatchedTraces
+from redi.engine.data.packing import Cost, PackedBatch, Packing, build_batch, pack
 from redi.engine.data.schedule import Examples, Schedule
 
 CONTEXT = "forkserver"
@@ -74,10 +75,16 @@ class StepBatches:
     """Packs of the rank that has most."""
     rank_efficiency: float
     """See `Packing`."""
+    mismatched: list[PackedBatch] = field(default_factory=list)
+    """This rank's packs of the step's mismatched rows, if the loss needs them."""
 
     def pin_memory(self) -> "StepBatches":
         """Copy the step to page-locked memory. Called by a DataLoader with pin_memory."""
-        return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
+        own, mismatched = (
+            [batch.pin_memory() for batch in packs]
+            for packs in (self.micro_batches, self.mismatched)
+        )
+        return replace(self, micro_batches=own, mismatched=mismatched)
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,8 @@ class StepLoader(Dataset[StepBatches]):
     """Put tensors into page-locked memory."""
     teacher: Distributions | None = None
     """Distributions of the traces, if the loss needs them."""
+    mismatched: MismatchedTraces | None = None
+    """The mismatched rows of the traces, if the loss needs them."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -117,28 +126,16 @@ class StepLoader(Dataset[StepBatches]):
         units = self.schedule.units(step)
         sequences = self.examples.units[units].reshape(-1)
         lengths = self.examples.lengths[sequences]
-        packing = pack(
-            lengths,
-            row_tokens=self.row_tokens,
-            world_size=self.world_size,
-            cost=self.cost,
-            keep_pairs_together=self.examples.keep_pairs_together,
-            gather=self.gather,
-        )
-        own = [packs[self.rank] for packs in packing.packs]
-        if self.gather == "step":  # no dummies, but every rank takes part
-            own = [pack for pack in own if len(pack)] or own[:1]
+        packing = self._pack(lengths)
+        mismatched: list[PackedBatch] = []
+        if (rows := self.mismatched) is not None:
+            of_rows = rows.lengths[sequences]
+            mismatched = self._batches(rows, sequences, of_rows, self._pack(of_rows))
         targets = self.tokens.num_targets(sequences, lengths)
         signs = self.tokens.signs[sequences] * (targets > 0)
         return StepBatches(
             step=step,
-            micro_batches=[
-                slice_pack(
-                    build_batch(self.tokens, sequences[pack], lengths[pack], self.teacher),
-                    *self.slice,
-                )
-                for pack in own
-            ],
+            micro_batches=self._batches(self.tokens, sequences, lengths, packing, self.teacher),
             units=units,
             num_sequences=len(sequences),
             num_positives=int(np.sum(signs > 0)),
@@ -147,7 +144,35 @@ class StepLoader(Dataset[StepBatches]):
             num_tokens=int(lengths.sum()),
             micro_steps=len(packing.packs),
             rank_efficiency=packing.rank_efficiency,
+            mismatched=mismatched,
         )
+
+    def _pack(self, lengths: np.ndarray) -> Packing:
+        return pack(
+            lengths,
+            row_tokens=self.row_tokens,
+            world_size=self.world_size,
+            cost=self.cost,
+            keep_pairs_together=self.examples.keep_pairs_together,
+            gather=self.gather,
+        )
+
+    def _batches(
+        self,
+        tokens: TokenizedTraces,
+        sequences: np.ndarray,
+        lengths: np.ndarray,
+        packing: Packing,
+        teacher: Distributions | None = None,
+    ) -> list[PackedBatch]:
+        """This rank's packs."""
+        own = [packs[self.rank] for packs in packing.packs]
+        if self.gather == "step":  # no dummies, but every rank takes part
+            own = [pack for pack in own if len(pack)] or own[:1]
+        return [
+            slice_pack(build_batch(tokens, sequences[pack], lengths[pack], teacher), *self.slice)
+            for pack in own
+        ]
 
     def steps(self, start_step: int) -> Iterator[StepBatches]:
         """Yield the steps after `start_step`, the last one that is already trained."""

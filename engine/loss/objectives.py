@@ -43,6 +43,8 @@ class Sequences:
     """int64 [S]: +1, -1, or 0 for a dummy."""
     reference: Tensor | None
     """[S]: the same sums under the reference model; None if the objective has no reference."""
+    kl: Tensor | None = None
+    """float64 scalar, see `StepTotals`; None if the objective has no mismatched rows."""
 
     @property
     def means(self) -> Tensor:
@@ -219,6 +221,20 @@ def _apo_zero(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
     return (-section.beta * sequences.signs * ratios).sigmoid()
 
 
+def _kto(section: ObjectiveConfig, sequences: Sequences) -> Tensor:
+    """w (1 - sigmoid(beta s (r - z))) with r = log p/p_ref, a trace's sign s and its weight w.
+
+    KTO (arXiv 2402.01306, equation 7); z is that of `estimate_kl`.
+    """
+    assert section.beta is not None
+    assert sequences.reference is not None
+    assert sequences.kl is not None
+    ratios = sequences.logps - sequences.reference
+    desirable = ratios.new_tensor(section.desirable_weight)
+    weights = desirable.where(sequences.signs > 0, section.undesirable_weight)
+    return weights * (-section.beta * sequences.signs * (ratios - sequences.kl)).sigmoid()
+
+
 def _log_ratios(sequences: Sequences) -> Tensor:
     """h, [S / 2]: log p/p_ref of the positive minus that of the negative, sums over tokens."""
     assert sequences.reference is not None
@@ -251,6 +267,7 @@ FORMULAS = {
     "ipo": Formula(terms=_ipo),
     "apo_zero": Formula(terms=_apo_zero),
     "apo_zero_unpaired": Formula(terms=_apo_zero),
+    "kto": Formula(terms=_kto),
 }
 _DISCOUNTED_REDI = Formula(terms=_discounted_redi)
 

@@ -54,12 +54,15 @@ class StepTotals:
         tokens: number of all tokens; a router loss needs it.
         expert_counts: int64 [E], tokens that choose each expert, over all routers; None if the step
             has one pack per rank, whose forward counts them.
+        kl: float64 scalar, mean log p/p_ref of the mismatched rows, at least 0; None if the
+            objective has none.
     """
 
     units: int
     targets: int
     tokens: int = 0
     expert_counts: Tensor | None = None
+    kl: Tensor | None = None
 
 
 class DistilledLoss(NamedTuple):
@@ -90,6 +93,7 @@ class PackedLoss:
         section: name and parameters.
         reference: float32 [traces] on the student's device, log-probs under the reference model by
             trace index. It must be set before the first call if the objective has a reference.
+        mismatched_reference: the same of the mismatched rows.
         context: the ranks that share a pack. A pack is then a slice (`slice_pack`), and what is
             returned is its share of the pack's sums.
         divergence_weight: of the divergence from a teacher; 0: the loss has none.
@@ -97,6 +101,7 @@ class PackedLoss:
 
     section: ObjectiveConfig
     reference: Tensor | None = None
+    mismatched_reference: Tensor | None = None
     context: ContextGroup = ALONE
     divergence_weight: float = 0.0
 
@@ -317,7 +322,8 @@ class PackedLoss:
         if self.section.kind.reference:
             assert self.reference is not None, "set_reference was not called"
             reference = self.reference[batch.sequence_ids]
-        sequences = Sequences(weighted, self._lengths(batch), batch.signs, reference)
+        lengths = self._lengths(batch)
+        sequences = Sequences(weighted, lengths, batch.signs, reference, totals.kl)
         if declared.exponential is not None:
             terms = declared.exponential(self.section).terms(sequences)
         else:

@@ -118,6 +118,10 @@ class ModelSize:
             attention_again += 2.0
         return self._cost(linear, (6.0 + attention_again) / 2)
 
+    def scoring_cost(self) -> Cost:
+        """Flops of a sequence's forward alone: every token counts as scored."""
+        return self._cost(2.0 * (self.trunk + self.adapter + self.head), 1.0)
+
 
 def model_size(
     config: PretrainedConfig, adapter: AdapterConfig | None = None, has_router_loss: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,16 +30,32 @@ class PackedStep:
     """Indices of the traces in each pack, of all micro-steps and ranks (or context groups)."""
     lengths: np.ndarray
     """float64 [S], of the step's traces."""
+    mismatched: PackedStep | None = None
+    """The step's mismatched rows, which are scored before, if the loss needs them."""
 
-    def costs(self, cost: Cost) -> np.ndarray:
-        """Of each pack, float64 [micro-steps, ranks or context groups]."""
-        return pack_sums(self.packing, cost.of(self.lengths))
+    def costs(self, trained: Cost, scored: Cost) -> list[np.ndarray]:
+        """Of each pack that is scored, if there are any, and of each that is trained.
+
+        Ranks wait for each other between the two.
+
+        Returns:
+            Arrays float64 [micro-steps, ranks or context groups].
+        """
+        own = pack_sums(self.packing, trained.of(self.lengths))
+        if self.mismatched is None:
+            return [own]
+        return [pack_sums(self.mismatched.packing, scored.of(self.mismatched.lengths)), own]
 
     def waits(self, size: ModelSize, shard: ShardConfig, flops_per_second: float) -> np.ndarray:
-        """Seconds of the packs that the step waits for, float64 [packs]."""
+        """Seconds of the packs that the step waits for, float64 [packs].
+
+        `step_seconds` gives a pack that is only scored the launches and gathers of a trained one,
+        which is too much where a step waits for these.
+        """
         counts_experts = size.has_router_loss and len(self.packing.packs) > 1
         takes = pack_seconds(size, shard, flops_per_second, counts_experts)
-        return slowest(self.costs(takes), shard.gather)
+        scored = pack_seconds(size, shard, flops_per_second, only_scored=True)
+        return np.concatenate([slowest(each, shard.gather) for each in self.costs(takes, scored)])
 
 
 def slowest(packs: np.ndarray, gather: str) -> np.ndarray:
@@ -93,7 +109,7 @@ def pack_run(
     worst = min(steps, key=lambda step: step.packing.rank_efficiency)
     packs = [traces for step in steps for traces in step.packs if len(traces)]
     fullest = max(packs, key=lambda traces: int(lengths[traces].sum()))
-    flops = [step.costs(runs) for step in steps]
+    flops = [step.costs(runs, size.scoring_cost()) for step in steps]
     waits = [step.waits(size, shard, cluster.flops_per_second) for step in steps]
     seconds = [step_seconds(each, size, ranks, shard) for each in waits]
     run = PackedRun(
@@ -105,8 +121,10 @@ def pack_run(
         rank_efficiency=float(np.mean([step.packing.rank_efficiency for step in steps])),
         worst=WorstStep(worst.step, worst.packing.rank_efficiency, worst.packing.bound),
         fullest_pack=int(lengths[fullest].sum()),
-        flops=float(np.mean([packs.sum() for packs in flops])),
-        slowest_flops=float(np.mean([slowest(each, shard.gather).sum() for each in flops]))
+        flops=float(np.mean([sum(packs.sum() for packs in each) for each in flops])),
+        slowest_flops=float(
+            np.mean([sum(slowest(packs, shard.gather).sum() for packs in each) for each in flops])
+        )
         / shard.context,
         seconds=float(np.mean(seconds)),
     )
@@ -120,21 +138,23 @@ def pack_run(
 def pack_step(step: int, data: PreparedData, recipe: Recipe, ranks: int, cost: Cost) -> PackedStep:
     """Pack a step as training does, which balances `cost`."""
     traces = _traces(step, data)
-    lengths = data.examples.lengths[traces]
-    packing = pack(
-        lengths,
-        row_tokens=recipe.train.resolved_row_tokens,
-        world_size=ranks // recipe.shard.context,
-        cost=cost,
-        keep_pairs_together=data.examples.keep_pairs_together,
-        gather=recipe.shard.gather,
-    )
-    return PackedStep(
-        step,
-        packing,
-        [traces[places] for packs in packing.packs for places in packs],
-        lengths.astype(np.float64),
-    )
+
+    def packed(lengths: np.ndarray) -> PackedStep:
+        packing = pack(
+            lengths,
+            row_tokens=recipe.train.resolved_row_tokens,
+            world_size=ranks // recipe.shard.context,
+            cost=cost,
+            keep_pairs_together=data.examples.keep_pairs_together,
+            gather=recipe.shard.gather,
+        )
+        packs = [traces[places] for micro_step in packing.packs for places in micro_step]
+        return PackedStep(step, packing, packs, lengths.astype(np.float64))
+
+    own = packed(data.examples.lengths[traces])
+    if data.mismatched is None:
+        return own
+    return replace(own, mismatched=packed(data.mismatched.lengths[traces]))
 
 
 def pack_sums(packing: Packing, values: np.ndarray) -> np.ndarray:

@@ -123,7 +123,11 @@ def _ring_latency(ranks: int) -> float:
 
 
 def pack_seconds(
-    size: ModelSize, shard: ShardConfig, flops_per_second: float, counts_experts: bool = False
+    size: ModelSize,
+    shard: ShardConfig,
+    flops_per_second: float,
+    counts_experts: bool = False,
+    only_scored: bool = False,
 ) -> Cost:
     """Seconds that a sequence takes: the flops of its share of a rank, and attention's exchanges.
 
@@ -132,21 +136,25 @@ def pack_seconds(
     Args:
         flops_per_second: of a rank.
         counts_experts: as in `ModelSize.run_cost`.
+        only_scored: True if only a forward runs.
     """
     runs = size.run_cost(shard.checkpointing, counts_experts)
+    passes = 2 if shard.checkpointing == "none" else 3
+    if only_scored:
+        runs, passes = size.scoring_cost(), 1
     speed = flops_per_second * shard.context
     return Cost(
-        runs.linear / speed + exchange_seconds(size, shard),
+        runs.linear / speed + exchange_seconds(size, shard, passes),
         runs.quadratic / speed,
         tuple((window, cost / speed) for window, cost in runs.windows),
     )
 
 
-def exchange_seconds(size: ModelSize, shard: ShardConfig) -> float:
+def exchange_seconds(size: ModelSize, shard: ShardConfig, passes: int) -> float:
     """Seconds per token of a pack that the ranks of a context group exchange (`[shard] context`).
 
-    Queries, keys, values and results go from slices to heads or back, in forward and backward, and
-    in recomputation again. A rank sends all of its slice but its own share.
+    Queries, keys, values and results go from slices to heads or back in each of the passes, which
+    are forward, backward and recomputation. A rank sends all of its slice but its own share.
     """
     ranks = shard.context
     if ranks == 1:
@@ -154,9 +162,8 @@ def exchange_seconds(size: ModelSize, shard: ShardConfig) -> float:
     copies = key_value_copies(size.heads, size.key_value_heads, ranks)
     query_and_result = size.attention + sum(dims for _, dims in size.windows)
     elements = query_and_result * (1 + copies * size.key_value_heads / size.heads)
-    times = 2 if shard.checkpointing == "none" else 3
     speed = ACHIEVED * (NVLINK if ranks <= GPUS_PER_MACHINE else NETWORK)
-    return times * EXCHANGED_BYTES * elements * (ranks - 1) / ranks**2 / speed
+    return passes * EXCHANGED_BYTES * elements * (ranks - 1) / ranks**2 / speed
 
 
 def step_seconds(compute: np.ndarray, size: ModelSize, ranks: int, shard: ShardConfig) -> float:

@@ -97,6 +97,7 @@ def train(
         workers=training.workers,
         pin=world.device.type == "cuda",
         teacher=data.teacher,
+        mismatched=data.mismatched,
     )
     trackers = open_trackers(recipe, run_dir, done) if world.is_main else []
     metrics = MetricsLog(run_dir / "metrics.jsonl", done, trackers, active=world.is_main)

@@ -15,6 +15,7 @@ from redi.engine.config.objectives import UnitKind
 from redi.engine.config.sections import Recipe, ShardConfig
 from redi.engine.console import Console
 from redi.engine.data.distributions import Distributions
+from redi.engine.data.mismatched import MismatchedTraces, mismatch
 from redi.engine.data.mixing import mix
 from redi.engine.data.packing import Cost
 from redi.engine.data.schedule import Examples, Schedule, select
@@ -40,6 +41,8 @@ class PreparedData:
     held_out: HeldOut | None
     teacher: Distributions | None = None
     """Distributions of the traces, if the loss needs them."""
+    mismatched: MismatchedTraces | None = None
+    """The mismatched rows of the traces, if the loss needs them."""
 
     @property
     def keys(self) -> dict[str, str | None]:
@@ -105,7 +108,8 @@ def prepare_data(recipe: Recipe, world: World, console: Console) -> PreparedData
     )
     held_out = _held_out(recipe, world, console)
     if not is_distilled(recipe):
-        return PreparedData(tokens, examples, schedule, held_out)
+        mismatched = mismatch(tokens, examples) if recipe.objective.kind.mismatched else None
+        return PreparedData(tokens, examples, schedule, held_out, mismatched=mismatched)
     teacher = world.from_rank0(
         lambda: teachers_of(recipe, whole, console), lambda teacher: teacher.files
     )

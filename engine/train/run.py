@@ -235,6 +235,7 @@ def _build(
             data.tokens,
             data.examples.units[data.schedule.drawn()],
             data.examples.lengths,
+            mismatched=data.mismatched,
             fingerprint=weights,
             dtype=found.dtype,
             cost=cost,

@@ -24,6 +24,7 @@ from redi.engine.console import Console, Progress
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.context_slice import slice_pack, targets_in_slice
 from redi.engine.data.fingerprints import model_fingerprint
+from redi.engine.data.mismatched import MismatchedTraces
 from redi.engine.data.packing import Cost, build_batch, pack
 from redi.engine.distributed import World
 from redi.engine.errors import RunError
@@ -167,6 +168,7 @@ def set_reference(
     units: np.ndarray,
     lengths: np.ndarray,
     *,
+    mismatched: MismatchedTraces | None = None,
     fingerprint: str | None,
     dtype: torch.dtype,
     cost: Cost,
@@ -178,13 +180,14 @@ def set_reference(
     A new adapter is off meanwhile.
 
     Args:
-        units: int64 [n, 2], the pairs that are trained.
+        units: int64 [n, 1] or [n, 2], the traces or pairs that are trained.
         lengths: int64 [traces], tokens kept of each.
+        mismatched: the mismatched rows of the same traces, if the objective needs them.
         fingerprint: see `model_key`.
     """
     sequences = np.unique(units)
-    is_new = student.adapter is not None and student.adapter.is_new
-    with adapter_off(student) if is_new else nullcontext():
+
+    def logps_of(tokens: TokenizedTraces, lengths: np.ndarray) -> torch.Tensor:
         scores = score_traces(
             student,
             tokens,
@@ -196,9 +199,17 @@ def set_reference(
             world=world,
             console=console,
         )
-    reference = torch.zeros(len(tokens))
-    reference[torch.from_numpy(sequences)] = torch.from_numpy(scores.weighted_logps).float()
-    student.objective = replace(student.objective, reference=reference.to(world.device))
+        logps = torch.zeros(len(tokens))
+        logps[torch.from_numpy(sequences)] = torch.from_numpy(scores.weighted_logps).float()
+        return logps.to(world.device)
+
+    is_new = student.adapter is not None and student.adapter.is_new
+    with adapter_off(student) if is_new else nullcontext():
+        objective = replace(student.objective, reference=logps_of(tokens, lengths))
+        if mismatched is not None:
+            of_mismatched = logps_of(mismatched, mismatched.lengths)
+            objective = replace(objective, mismatched_reference=of_mismatched)
+    student.objective = objective
 
 
 def scoring_pack_tokens(row_tokens: int, lengths: np.ndarray, device: torch.device) -> int:

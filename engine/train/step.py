@@ -20,6 +20,7 @@ from redi.engine.model.sharding import gather_once
 from redi.engine.model.student import Student
 from redi.engine.train.expert_counts import count_experts
 from redi.engine.train.guards import PackResult
+from redi.engine.train.kl_estimate import estimate_kl
 from redi.engine.train.metrics import memory_figures
 from redi.engine.train.optimizer import BLOCK, CPU_BLOCK, Optimizer, squared_update, step_if
 from redi.kernels import FilteredRediLoss
@@ -36,7 +37,7 @@ class StepResult:
     further: dict[str, float | None]
     """Means likewise of the objective's further figure: with a filter of `dropped`, the share of a
     token's probability that it excluded from the gradient; with a teacher of `divergence`, from
-    its distribution. Empty with neither."""
+    its distribution. With mismatched rows `kl`, see `StepTotals`. Empty with none."""
     grad_norm: float
     """l2 norm before clipping."""
     update_norm: float
@@ -73,7 +74,7 @@ def train_step(
     Returns:
         The step's figures, and the results of this rank's packs, which messages need.
     """
-    packs = forward_backward(student, batches, world.device, recipe.shard)
+    packs, kl = forward_backward(student, batches, world.device, recipe.shard)
     with record_function("redi.clip"):
         grad_norm = clip(student, recipe.optim.max_grad_norm)
     with record_function("redi.metrics"):
@@ -93,15 +94,19 @@ def train_step(
         for index, value in enumerate(figures.values()):
             largest[index] = value  # not torch.tensor(values): that copy would wait for the device
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        none = torch.zeros_like(update_norm)
+        of_step = [grad_norm.double(), update_norm, finite.double(), none if kl is None else kl]
         loss, positive, negative, more_positive, more_negative, router, *rest = torch.cat(
-            [sums, torch.stack([grad_norm.double(), update_norm, finite.double()]), largest]
+            [sums, torch.stack(of_step), largest]
         ).tolist()
-    stops, failures, norm, update, taken, *of_ranks = rest
+    stops, failures, norm, update, taken, found_kl, *of_ranks = rest
     further: dict[str, float | None] = {}
     name = "dropped" if recipe.objective.filter_epsilon > 0 else "divergence"
     if name == "dropped" or is_distilled(recipe):
         further[f"positive_{name}"] = _mean(more_positive, batches.num_positives)
         further[f"negative_{name}"] = _mean(more_negative, batches.num_negatives)
+    if kl is not None:
+        further["kl"] = found_kl
     result = StepResult(
         loss=loss,
         positive_logp=_mean(positive, batches.num_positives),
@@ -120,21 +125,26 @@ def train_step(
 
 def forward_backward(
     student: Student, batches: StepBatches, device: torch.device, section: ShardConfig
-) -> list[PackResult]:
-    """Accumulate the gradient of a step. Returns the results of this rank's packs. Collective."""
+) -> tuple[list[PackResult], torch.Tensor | None]:
+    """Accumulate the gradient of a step. Collective.
+
+    Returns:
+        The results of this rank's packs, and `StepTotals.kl`.
+    """
     with gather_once(student) if section.gather == "step" else nullcontext():
         return _run_packs(student, batches, device, section.reduce)
 
 
 def _run_packs(
     student: Student, batches: StepBatches, device: torch.device, reduce: str
-) -> list[PackResult]:
+) -> tuple[list[PackResult], torch.Tensor | None]:
     assert isinstance(student, FSDPModule)
     totals = StepTotals(
         units=len(batches.units),
         targets=batches.num_targets,
         tokens=batches.num_tokens,
         expert_counts=count_experts(student, batches, device),
+        kl=estimate_kl(student, batches, device),
     )
     packs = []
     for index, batch in enumerate(batches.micro_batches):
@@ -163,7 +173,7 @@ def _run_packs(
                 student.router_loss.share if student.router_loss else None,
             )
         )
-    return packs
+    return packs, totals.kl
 
 
 def clip(student: Student, max_norm: float) -> torch.Tensor:

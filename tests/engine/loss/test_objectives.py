@@ -27,7 +27,7 @@ from redi.engine.loss.objectives import FORMULAS, Formula, Sequences, formula, p
 from redi.engine.loss.packed_loss import PackedLoss, StepTotals
 
 V, D = 97, 12
-BETA, MARGIN, ALPHA = 0.3, 0.7, 0.6
+BETA, MARGIN, ALPHA, KL = 0.3, 0.7, 0.6, 1.7
 PROMPTS = [3, 3, 1, 1, 5, 5, 2, 2, 4, 4]
 COMPLETIONS = [4, 9, 1, 1, 17, 3, 2, 12, 6, 6]
 SIGNS = [1, -1] * 5
@@ -142,6 +142,16 @@ CASES: dict[str, tuple[ObjectiveConfig, Callable[..., Tensor]]] = {
             (
                 a * (1 - torch.sigmoid(BETA * (y.sum() - r)))
                 + b * torch.sigmoid(BETA * (z.sum() - q))
+            )
+            / 10
+        ),
+    ),
+    "kto": (
+        section("kto", desirable_weight=1.5, undesirable_weight=0.7),
+        lambda y, z, r, q, a, b: (
+            (
+                a * 1.5 * (1 - torch.sigmoid(BETA * (y.sum() - r - KL)))
+                + b * 0.7 * (1 - torch.sigmoid(BETA * (KL - z.sum() + q)))
             )
             / 10
         ),
@@ -307,7 +317,7 @@ def compare_with_formula(
 
     ours = head.clone().requires_grad_()
     targets = int((counts if of.kind.units == "traces" else counts[::2]).sum())
-    totals = StepTotals(UNITS[of.kind.units], targets)
+    totals = StepTotals(UNITS[of.kind.units], targets, kl=torch.tensor(KL).double())
     objective = PackedLoss(of, REFERENCE.double())
     total = torch.zeros((), dtype=torch.float64)
     leaves: dict[int, Tensor] = {}
@@ -496,6 +506,11 @@ USERS_MISTAKES = {
     "name = 'dpo'": "objective.beta is missing: dpo needs it",
     "name = 'dpo'\nbeta = 0.0": "objective.beta must be > 0, got 0.0",
     "name = 'dpo'\nbeta = 0.1\nlabel_smoothing = 0.5": "label_smoothing must be in [0, 0.5)",
+    "name = 'kto'": "objective.beta is missing: kto needs it",
+    "name = 'kto'\nbeta = 0.1\nalpha = 0.5": "objective.alpha is not used by kto",
+    "name = 'kto'\nbeta = 0.1\nundesirable_weight = -1.0": (
+        "objective.undesirable_weight must be >= 0"
+    ),
     "name = 'redi'\nbeta = 0.1": "objective.beta is not used by redi (but by simpo, orpo, dpo,",
     "name = 'sft'\nalpha = 0.5": "objective.alpha is not used by sft",
     "name = 'simpo'\nbeta = 2.0\nmargin = inf": "objective.margin must be finite",

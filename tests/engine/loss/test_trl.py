@@ -1,6 +1,7 @@
-"""Objectives of pairs against TRL's loss code on the same log-probs, if TRL is installed."""
+"""Objectives against TRL's loss code on the same log-probs, if TRL is installed."""
 
 from collections import defaultdict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -99,6 +100,64 @@ def test_losses_with_a_reference_are_trl(case: str, logps: Tensor) -> None:
     if case == "apo_zero":  # a sum of terms of single traces
         found = found[::2] + found[1::2]
     torch.testing.assert_close(found, torch.stack(theirs))
+
+
+@pytest.mark.parametrize("moved", [0.7, -0.7], ids=["away", "closer"])
+def test_kto_is_trl(moved: float, logps: Tensor) -> None:
+    """The loss of six correct and six incorrect traces with its gradient; z is 0 if negative."""
+    from trl import KTOTrainer
+
+    section = ObjectiveConfig(name="kto", beta=0.1, desirable_weight=1.5, undesirable_weight=0.6)
+    reference = logps.flip(0) * 0.9
+    mismatched = reference * 0.8
+    given = {
+        "label": torch.tensor([True, False] * PAIRS),
+        "ref_logps": reference,
+        "ref_KL_logps": mismatched - moved,
+    }
+    leaf = logps.clone().requires_grad_()
+    for prefix, values in (("", leaf), ("KL_", mismatched)):
+        # The trace's log-prob is that of its only token.
+        given[f"{prefix}input_ids"] = torch.stack([torch.zeros_like(values), values], 1)
+        given[f"{prefix}attention_mask"] = torch.ones(2 * PAIRS, 2)
+        given[f"{prefix}completion_mask"] = torch.tensor([[0, 1]] * (2 * PAIRS))
+
+    class Model:
+        training = True
+
+        def __call__(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
+            values = input_ids[:, 1:]
+            return SimpleNamespace(log_probs=values, entropy=values, mean_logits=values)
+
+    model = Model()
+    accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x)
+    trainer = SimpleNamespace(
+        model=model,
+        accelerator=accelerator,
+        aux_loss_enabled=False,
+        calculate_KL=True,
+        precompute_ref_logps=True,
+        loss_type="kto",
+        beta=0.1,
+        desirable_weight=1.5,
+        undesirable_weight=0.6,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    trainer._compute_kl_logps = partial(KTOTrainer._compute_kl_logps, trainer)
+    theirs = KTOTrainer._compute_loss(trainer, model, given, False)
+    (their_gradient,) = torch.autograd.grad(theirs, leaf)
+    kl = torch.tensor(trainer._metrics["train"]["kl"][0]).double()
+    assert kl.item() == pytest.approx(max(moved, 0))
+    signs = torch.tensor([1, -1] * PAIRS)
+    sequences = Sequences(leaf, torch.ones(2 * PAIRS), signs, reference, kl)
+    terms = FORMULAS["kto"].terms
+    assert terms is not None
+    found = terms(section, sequences).mean()
+    (gradient,) = torch.autograd.grad(found, leaf)
+    torch.testing.assert_close(found, theirs)
+    torch.testing.assert_close(gradient, their_gradient)
 
 
 def stand_in(section: ObjectiveConfig, loss_type: str, log_probs: Tensor) -> SimpleNamespace:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tomli_w
 import torch
@@ -22,6 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from redi.engine.cli import main
+from redi.engine.config.objectives import OBJECTIVES
+from redi.engine.config.parse import load_recipe, train_parser
 from redi.engine.config.sections import (
     AdapterConfig,
     ModelConfig,
@@ -31,6 +34,7 @@ from redi.engine.config.sections import (
     ShardConfig,
     TrainConfig,
 )
+from redi.engine.console import Console
 from redi.engine.data.loader import StepBatches
 from redi.engine.data.packing import PackedBatch
 from redi.engine.distributed import join_world
@@ -42,10 +46,12 @@ from redi.engine.model.flops import model_size
 from redi.engine.model.load import empty_model, read_config
 from redi.engine.model.sharding import shard
 from redi.engine.model.student import Student
-from redi.engine.plan.cards import CARDS, RESERVE
+from redi.engine.plan.cards import CARDS, RESERVE, Cluster
 from redi.engine.plan.memory import SHALLOW, Load, cache_memory, phase_peaks, step_memory
+from redi.engine.plan.packed_run import pack_run
 from redi.engine.train.generation_accuracy import HeldOutProblems
 from redi.engine.train.optimizer import make_optimizer, squared_update, step_if
+from redi.engine.train.prepare_data import prepare_data
 from redi.engine.train.step import clip, forward_backward
 from redi.engine.train.tensor_steps import TensorSteps
 
@@ -107,7 +113,8 @@ class RealStep:
         config = read_config(recipe.model.path or "", weights=False)
         with join_world():
             model = build_model(recipe.model.path or "", config, "sdpa")
-            objective = PackedLoss(recipe.objective, reference=torch.zeros(2))
+            zeros = torch.zeros(2)
+            objective = PackedLoss(recipe.objective, zeros, mismatched_reference=zeros)
             adapter = None
             if recipe.adapter.wanted:
                 adapter = add_adapter(model, recipe.adapter, torch.float32)
@@ -137,6 +144,7 @@ class RealStep:
                 num_tokens=2 * TOKENS,
                 micro_steps=2,
                 rank_efficiency=1.0,
+                mismatched=[small_pack(), small_pack()],
             )
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
                 forward_backward(student, batches, CPU, recipe.shard)
@@ -163,6 +171,7 @@ class RealStep:
         pytest.param("none", {"reduce": "micro_step"}, {}, marks=pytest.mark.slow),
         pytest.param("none", {"gather": "step"}, {}, marks=pytest.mark.slow),
         pytest.param("none", {}, {"name": "dpo", "beta": 0.1}, marks=pytest.mark.slow),
+        pytest.param("full", {}, {"name": "kto", "beta": 0.1}, marks=pytest.mark.slow),
     ],
 )
 def test_the_planned_memory_equals_that_of_a_real_step(
@@ -503,6 +512,49 @@ def planned(*arguments: object) -> list[dict[str, Any]]:
     path = Path(str(arguments[-1]))
     assert main(["plan", *map(str, arguments[:-1]), "--json", str(path)]) == 0
     return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_each_objective_has_a_plan(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    names = [name for name in OBJECTIVES if name != "kd"]  # which needs a teacher's table
+    paths = []
+    for name in names:
+        beta = {"objective.beta": 0.1} if "beta" in OBJECTIVES[name].parameters else {}
+        paths.append(recipe(name, {"objective.name": name, "train.batch": 16} | beta))
+    plans = dict(zip(names, planned(*paths, tmp_path / "plan.json"), strict=True))
+    same_units = {"positives": "sft", "traces": "signed", "pairs": "redi", "margins": "dpo"}
+    for name, plan in plans.items():
+        assert plan["fits"], name
+        assert plan["memory"]["parts"]["loss"] > 0, name
+        flops = plan["packing"]["flops"]
+        others = plans[same_units[OBJECTIVES[name].units]]["packing"]["flops"]
+        assert flops > others if name == "kto" else flops == others, name
+
+
+def test_a_plan_counts_the_forward_of_mismatched_rows(recipe: Callable[..., Path]) -> None:
+    kto = {"objective.name": "kto", "objective.beta": 0.1, "train.row_tokens": 96}
+    cluster = Cluster(2, "h100", 1e-6)
+    path = recipe("kto", kto)
+    of = load_recipe(train_parser(), str(path), [str(path)])
+    with join_world() as alone:
+        data = prepare_data(of, alone, Console(active=False))
+    assert data.mismatched is not None
+    size = model_size(read_config(of.model.path or "", weights=False))
+    for gather in ("micro_step", "step"):
+        chosen = replace(of, shard=replace(of.shard, gather=gather))
+        quiet = Console(active=False)
+        found, _ = pack_run(chosen, size, data, cluster, quiet)
+        without, _ = pack_run(chosen, size, replace(data, mismatched=None), cluster, quiet)
+        steps = [data.schedule.units(step) for step in range(1, found.steps + 1)]
+        lengths = data.mismatched.lengths[data.examples.units[np.concatenate(steps), 0]]
+        # 2 flops per weight and token, and per dimension and pair of tokens (length^2 / 2 pairs).
+        products = 2 * (size.trunk + size.head) * lengths.sum()
+        flops = products + size.attention * (lengths**2).sum()
+        assert found.flops - without.flops == pytest.approx(flops / found.steps)
+        waited = found.slowest_flops - without.slowest_flops
+        assert flops / found.steps / 2 <= waited < flops / found.steps
+        # At this speed compute is all that takes time.
+        assert found.seconds - without.seconds == pytest.approx(waited / cluster.flops_per_second)
 
 
 @pytest.mark.slow

@@ -31,7 +31,8 @@ CASES = [("sft", "model"), ("redi", "tied")]
 MORE_CASES = [("alpha0", "tied"), ("sft", "tied"), ("token", "model"), ("redi", "model")]
 ALL_CASES = [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)]
 # One objective per kind: weights of traces, a token's log-prob, a sequence's (by autograd, and in
-# one pass), a pair in one pack; with a reference for pairs and for single traces.
+# one pass), a pair in one pack; with a reference for pairs and for single traces, and with
+# mismatched rows.
 SIBLINGS = {
     "signed": {"objective.name": "signed"},
     "unlikelihood": {"objective.name": "unlikelihood"},
@@ -42,6 +43,7 @@ SIBLINGS = {
     "dpo": {"objective.name": "dpo", "objective.beta": 0.1},
     "topr": {"objective.name": "topr"},
     "unpaired": {"objective.name": "apo_zero_unpaired", "objective.beta": 0.1},
+    "kto": {"objective.name": "kto", "objective.beta": 0.1},
 }
 PAIRS = 8  # of a step, as `write_recipe` has it
 # Fewer sequences than ranks: of 2 ranks one has only a dummy, or only a negative. (The slow test on
@@ -202,13 +204,14 @@ def sibling_runs(
     """The other objectives: one process with whole and split packs, 2 ranks with split ones."""
     folder = tmp_path_factory.mktemp("siblings")
     recipes: dict[int, list[Path]] = {1: [], 2: []}
-    layouts = (("whole", 1), ("split", 1), ("split", 2), ("context", 2))
+    layouts = (("whole", 1), ("split", 1), ("split", 2), ("context", 2), ("gathered", 2))
     for objective, of_objective in SIBLINGS.items():
         for layout, ranks in layouts:
             name = f"{objective}-model-{layout}-{ranks}"
             changes = {**STEADY, **of_objective}
             changes["train.row_tokens"] = 4096 if layout == "whole" else 128
             changes["shard.context"] = 2 if layout == "context" else 1
+            changes["shard.gather"] = "step" if layout == "gathered" else "micro_step"
             changes |= {"run.dir": str(folder / name), "train.max_steps": 3}
             recipes[ranks].append(write_recipe(folder, name, changes))
     train(recipes, redi)
@@ -227,7 +230,9 @@ def test_layout_and_world_size_do_not_matter(
 def test_layout_and_world_size_do_not_matter_to_other_objectives(
     sibling_runs: Path, steps: Steps, objective: str
 ) -> None:
-    assert compare(sibling_runs, steps, objective, "model") == 4
+    assert compare(sibling_runs, steps, objective, "model") == 5
+    if objective == "kto":
+        assert max(line["kl"] for line in steps(sibling_runs / "kto-model-whole-1")) > 0.1
 
 
 @pytest.mark.parametrize("few", FEW)
@@ -278,6 +283,9 @@ def compare(runs: Path, steps: Steps, objective: str, head: str) -> int:
             for norm in ("grad_norm", "update_norm"):
                 assert ours[norm] == pytest.approx(theirs[norm], rel=2e-5), (run.name, norm)
             assert ours["tokens"] == theirs["tokens"], run.name
+            if objective == "kto":  # a mean difference of log-probs, as exact as these
+                terms = -theirs["positive_logp"] * theirs["targets"] / PAIRS
+                assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-6 * terms), run.name
         compared += 1
     return compared
 

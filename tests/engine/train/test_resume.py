@@ -69,6 +69,24 @@ def test_killed_between_checkpoints_and_started_again_it_ends_the_same(
     same(run_dir)
 
 
+@pytest.mark.slow
+def test_kto_resumes_with_the_log_probs_of_the_model_before_step_1(
+    recipe: WriteRecipe, steps: Steps, tmp_path: Path
+) -> None:
+    kto = {**SETTINGS, "train.max_steps": 6, "objective.name": "kto", "objective.beta": 0.1}
+    paths = {name: recipe(name, kto) for name in ("whole", "killed")}
+    run = Run("train", paths["killed"], log=tmp_path / "log")
+    run.wait_for(lambda: has_steps(tmp_path / "killed", 4))
+    run.kill()
+    assert not (tmp_path / "killed" / "export").exists(), "it was killed too late"
+    assert main(["train", *map(str, paths.values())]) == 0
+    lines = steps(tmp_path / "killed")
+    assert untimed(lines) == untimed(steps(tmp_path / "whole"))
+    assert lines[3]["kl"] > 0.1  # of the first step after the checkpoint
+    ours, theirs = (tmp_path / n / "export" / "model.safetensors" for n in ("killed", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_training_continues_while_a_checkpoint_is_written_and_does_not_change_it(
     recipe: WriteRecipe,
     same: Callable[[Path], None],
