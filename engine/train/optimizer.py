@@ -133,26 +133,23 @@ def squared_update(
             continue
         step = states[0][1]["step"].double()  # 1 - 0.999 ** step cancels in float32
         dtype = states[0][0].dtype  # foreach operations are fused only if dtypes are equal
-        second_scale = (1 - beta2**step).sqrt()
-        # adam = scale * first / (second.sqrt() + eps): both corrections in one scalar, since each
-        # operation on a block is a pass over memory.
-        scale = second_scale / (1 - beta1**step)
-        eps = (group["eps"] * second_scale).to(dtype)
+        first_scale = (1 - beta1**step).to(dtype)
+        second_scale = (1 - beta2**step).sqrt().to(dtype)
         norms: list[torch.Tensor] = []
         for block in _blocks([(s["exp_avg"], s["exp_avg_sq"], p) for p, s in states], block_size):
             first, second, after = map(list, zip(*block, strict=True))
             denominator = torch._foreach_sqrt(second)
-            torch._foreach_add_(denominator, eps)
+            torch._foreach_div_(denominator, second_scale)
+            torch._foreach_add_(denominator, group["eps"])
             change = torch._foreach_div(first, denominator)
+            torch._foreach_div_(change, first_scale)
             if decay:
-                torch._foreach_mul_(change, scale.to(dtype))
                 torch._foreach_add_(change, after, alpha=decay)
             norms += torch._foreach_norm(change, dtype=torch.float64)
         # after = before - rate * (adam + decay * before), solved for before:
         # before - after = rate / (1 - rate * decay) * (adam + decay * after).
         if norms:
-            factor = rate / (1 - rate * decay) * (1.0 if decay else scale)
-            total += (factor * torch.stack(norms)).square().sum()
+            total += (rate / (1 - rate * decay) * torch.stack(norms)).square().sum()
     return torch.where(finite, total, 0.0)
 
 
