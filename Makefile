@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 
 train: $(VENV)/.installed
 	$(BIN)/python -m redi.engine.quickstart make runs/quickstart
-	OMP_NUM_THREADS=1 $(BIN)/redi train $(addprefix engine/recipes/quickstart-, sft.toml control.toml redi.toml)
+	OMP_NUM_THREADS=1 $(BIN)/redi train $(addprefix engine/recipes/quickstart-, sft.toml control.toml redi.toml sft-simper.toml)
 	OMP_NUM_THREADS=1 $(BIN)/python -m redi.engine.quickstart report runs/quickstart
 
 test: $(VENV)/.installed-test

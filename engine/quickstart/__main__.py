@@ -1,4 +1,4 @@
-"""Make the quickstart's data and model, or report its three runs."""
+"""Make the quickstart's data and model, or report its runs."""
 
 from __future__ import annotations
 

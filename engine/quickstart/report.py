@@ -1,4 +1,4 @@
-"""Report of the quickstart: a table and a picture of its three models on held-out problems.
+"""Report of the quickstart: a table and a picture of its models on held-out problems.
 
 Results are printed whatever they are. The control (stage 2 on correct traces only) separates a gain
 of REDI from a gain of longer training.
@@ -19,10 +19,9 @@ from redi.engine.generation.scoring import mean_and_error, paired_difference
 from redi.engine.quickstart.task import BLANK, DIGITS, is_correct
 from redi.engine.train.run_folder import is_finished
 
-MODELS = {"SFT": "sft", "control": "control", "REDI": "redi"}
-"""Name in the table -> run directory. The control continues from SFT with alpha = 0."""
-MORE_MODELS = {"SFT+SimPER": "sft-simper"}
-"""Those that are measured too if they were trained."""
+MODELS = {"SFT": "sft", "control": "control", "REDI": "redi", "SFT+SimPER": "sft-simper"}
+"""Name in the table -> run directory. All but the first continue from SFT, the control with
+alpha = 0."""
 TEMPERATURE = 0.7
 SAMPLES = 4
 SHOWN_PROBLEMS = 3
@@ -65,8 +64,7 @@ def report_quickstart(folder: Path) -> dict[str, ModelResults]:
             raise InputError(f"{folder / run}: no trained model; run `make train` first")
     problems = [json.loads(line)["prompt"] for line in (folder / "test.jsonl").open()]
     found = {}
-    trained = {name: run for name, run in MORE_MODELS.items() if is_finished(folder / run)}
-    for name, run in {**MODELS, **trained}.items():
+    for name, run in MODELS.items():
         Console().say(f"{name}: generating traces of {len(problems)} held-out problems")
         found[name] = measure_model(folder / run, problems)
     print_table(*table(found), file=sys.stdout)
@@ -172,8 +170,7 @@ def draw_quickstart(folder: Path, found: dict[str, ModelResults], path: Path) ->
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    colours = {"SFT": "#7f7f7f", "control": COLOURS[0], "REDI": COLOURS[1]}
-    colours |= dict(zip(MORE_MODELS, COLOURS[2:], strict=False))
+    colours = dict(zip(MODELS, ("#7f7f7f", *COLOURS), strict=False))
     with rc_context({"font.size": 15}):
         figure = Figure(figsize=(12, 5), layout="constrained")
         accuracy, logps = figure.subplots(1, 2)

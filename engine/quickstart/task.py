@@ -7,8 +7,9 @@ the more probably its value is wrong, and later boxes continue from the wrong va
 a lucky habit: correct traces have it too, and imitation keeps it.
 
 `make train` runs everything: `python -m redi.engine.quickstart make DIR` writes traces (ordinary
-JSONL), a tokenizer with a chat template and a small Qwen2; the recipes quickstart-sft, -control and
--redi train on them; `python -m redi.engine.quickstart report DIR` measures the results.
+JSONL), a tokenizer with a chat template and a small Qwen2; the recipes quickstart-sft, -control,
+-redi and -sft-simper train on them; `python -m redi.engine.quickstart report DIR` measures the
+results.
 """
 
 from __future__ import annotations
