@@ -16,4 +16,5 @@ if __name__ == "__main__":
     from redi.bench.learning.study import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its workers would outlive it
     main()

@@ -10,9 +10,9 @@ results are measured on other problems. There are three sets of methods (`studen
     --study teacher   a teacher's distributions instead of samples; one task (`teacher.py`)
 
 The first takes about 70 minutes of CPU time in two processes, the second three times as much, the
-third 25 by estimate. The same command resumes: each run of stage 2 is saved when it is complete,
-and a study that was stopped is continued with the first of its seeds that lack runs. A finished
-study prints its tables again. Needs the extra `engine`.
+third 28. The same command resumes: each run of stage 2 is saved when it is complete, and a study
+that was stopped is continued with the first of its seeds that lack runs. A finished study prints
+its tables again. Needs the extra `engine`.
 """
 
 from __future__ import annotations
