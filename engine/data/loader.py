@@ -22,6 +22,7 @@ from redi.engine.data.distributions import Distributions
 from redi.engine.data.mismatched import MismatchedTraces
 from redi.engine.data.packing import Cost, PackedBatch, Packing, build_batch, pack
 from redi.engine.data.schedule import Examples, Schedule
+from redi.engine.errors import RunError
 
 CONTEXT = "forkserver"
 """How workers start: as forks of a server process that has only imported this module. A fork of the
@@ -175,7 +176,11 @@ class StepLoader(Dataset[StepBatches]):
         ]
 
     def steps(self, start_step: int) -> Iterator[StepBatches]:
-        """Yield the steps after `start_step`, the last one that is already trained."""
+        """Yield the steps after `start_step`, the last one that is already trained.
+
+        Raises:
+            RunError: a worker was killed.
+        """
         if self.workers:
             start_worker_server()
         loader = DataLoader(
@@ -190,7 +195,15 @@ class StepLoader(Dataset[StepBatches]):
             # dropout uses as well.
             generator=torch.Generator(),
         )
-        yield from loader
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise RunError(
+                "a worker process that packs steps was killed, perhaps for lack of memory "
+                "(data.workers = 0 packs in the training process); the same command resumes"
+            ) from error
 
 
 def _end_with_training(worker: int) -> None:

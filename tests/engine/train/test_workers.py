@@ -153,3 +153,21 @@ def test_a_signal_to_all_processes_reaches_training_alone(
     for path in (paths[2], paths[0]):
         assert start(path).wait(300) == 0
     check_equal(run_dir, tmp_path / "workers-0")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_in_one_line_and_the_same_command_resumes(
+    paths: dict[int, Path], start: Start, tmp_path: Path
+) -> None:
+    log, run_dir = tmp_path / "workers-2.log", tmp_path / "workers-2"
+    run = start(paths[2])
+    wait_for(lambda: len(lines(run_dir)) >= 5, log)
+    worker = int((tmp_path / "workers-2.pids").read_text().split()[-1])
+    os.kill(worker, signal.SIGKILL)
+    assert run.wait(SOON) == 1, log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert "redi: a worker process that packs steps was killed" in log.read_text().splitlines()[-1]
+    wait_for(lambda: not processes_of(tmp_path), log, SOON)
+    for path in (paths[2], paths[0]):
+        assert start(path).wait(300) == 0
+    check_equal(run_dir, tmp_path / "workers-0")
