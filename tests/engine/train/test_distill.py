@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from op_counter import OpCounter
+from processes import Run
 from run_cases import untimed
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -28,6 +25,7 @@ from redi.engine.data.packing import build_batch
 from redi.engine.distributed import join_world
 from redi.engine.errors import InputError
 from redi.engine.loss.packed_loss import PackedLoss, StepTotals, at_temperature
+from redi.engine.train.checkpoint import complete_checkpoints
 from redi.engine.train.prepare_data import PreparedData, prepare_data
 from redi.kernels import chunked
 
@@ -206,27 +204,18 @@ def test_ranks_and_packs_train_alike(
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_resumes_to_the_same_weights(
-    teacher: Path,
-    recipe: Callable[..., Path],
-    redi: Callable[..., Any],
-    command: Callable[..., list[str]],
-    steps: Steps,
-    tmp_path: Path,
+    teacher: Path, recipe: Callable[..., Path], steps: Steps, tmp_path: Path
 ) -> None:
     changes = {**settings(teacher), **CASES["redi"], "train.max_steps": 12, "run.save_every": 2}
     whole, cut = (recipe(name, changes) for name in ("whole", "cut"))
-    assert redi("train", whole).returncode == 0
-    process = subprocess.Popen(command("train", cut), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "cut").glob("checkpoints/*/manifest.json")) + list(
-        (tmp_path / "cut").glob("checkpoints/*")
-    ):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    done = redi("train", cut)
-    assert done.returncode == 0, done.stderr
+    assert Run("train", whole, log=tmp_path / "whole.log").end() == 0
+    killed = Run("train", cut, log=tmp_path / "killed.log")
+    killed.wait_for(lambda: bool(complete_checkpoints(tmp_path / "cut")))
+    killed.kill()
+    assert len(steps(tmp_path / "cut")) < 12
+    again = Run("train", cut, log=tmp_path / "again.log")
+    assert again.end() == 0, again.stderr
+    assert "resumes after step" in again.stderr
     assert untimed(steps(tmp_path / "cut")) == untimed(steps(tmp_path / "whole"))
     first, second = (
         (tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("whole", "cut")
