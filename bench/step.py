@@ -196,7 +196,7 @@ def _packed(args: argparse.Namespace, parts: Parts) -> Callable[[], float]:
     from redi.engine.loss.packed_loss import PackedLoss, StepTotals
     from redi.engine.model.attention import choose_attention, register_attention
     from redi.engine.model.flops import training_cost
-    from redi.engine.model.sharding import compute_dtype, shard
+    from redi.engine.model.sharding import compute_dtype, reduce_in_place, shard
     from redi.engine.model.student import Student
 
     device = torch.device(args.device)
@@ -206,6 +206,8 @@ def _packed(args: argparse.Namespace, parts: Parts) -> Callable[[], float]:
     student = Student(_model(args, attention), objective)
     section = ShardConfig(checkpointing=args.checkpointing)
     shard(student, section, dtype, device, args.row_tokens)
+    if device.type == "cpu":
+        reduce_in_place(student)
     student.head.register_forward_pre_hook(lambda *_: parts.begin("loss, in forward"))
     student.head.register_forward_hook(lambda *_: parts.end("loss, in forward"))
     update = _update(student)

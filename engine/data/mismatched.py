@@ -68,11 +68,12 @@ def mismatch(tokens: TokenizedTraces, examples: Examples) -> MismatchedTraces:
         InputError: a problem has more than half of the traces.
     """
     traces = examples.units[:, 0]
-    traces = traces[np.argsort(tokens.groups[traces], kind="stable")]
-    problems, sizes = np.unique(tokens.groups[traces], return_counts=True)
+    problems = _problems(tokens)
+    traces = traces[np.argsort(problems[traces], kind="stable")]
+    numbers, sizes = np.unique(problems[traces], return_counts=True)
     shift = int(sizes.max())
     if 2 * shift > len(traces):
-        first = traces[tokens.groups[traces] == problems[sizes.argmax()]][0]
+        first = traces[problems[traces] == numbers[sizes.argmax()]][0]
         raise InputError(
             f"{tokens.where(int(first))}: its problem has {shift} of the {len(traces)} traces, but "
             "kto pairs each completion with the prompt of another problem, so that none may have "
@@ -83,3 +84,12 @@ def mismatch(tokens: TokenizedTraces, examples: Examples) -> MismatchedTraces:
     lengths = examples.lengths - tokens.prompt_lengths + tokens.prompt_lengths[prompts_of]
     longest = int(examples.lengths[traces].max())
     return MismatchedTraces(tokens, prompts_of, np.minimum(lengths, longest))
+
+
+def _problems(tokens: TokenizedTraces) -> np.ndarray:
+    """Problem numbers as in `groups`, int64 [n], but equal prompts are one problem.
+
+    If each row has an id, `groups` has each row apart, and neighbours often have the same prompt.
+    """
+    _, first, prompt = np.unique(tokens.prompt_digests, return_index=True, return_inverse=True)
+    return tokens.groups[first][prompt]

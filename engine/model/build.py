@@ -33,7 +33,7 @@ from redi.engine.model.liger import apply_liger
 from redi.engine.model.load import empty_model, generation_config, read_config
 from redi.engine.model.mixers import separate_documents
 from redi.engine.model.router_loss import router_loss
-from redi.engine.model.sharding import shard
+from redi.engine.model.sharding import reduce_in_place, shard
 from redi.engine.model.student import Student
 from redi.engine.model.weights import read_weights
 
@@ -135,6 +135,8 @@ def build_student(
     )
     student = Student(model, objective, adapter, router)
     shard(student, recipe.shard, dtype, world.device, recipe.train.resolved_row_tokens)
+    if world.size == 1 and world.device.type == "cpu":
+        reduce_in_place(student)
     student.to_empty(device=world.device)  # allocates the shards alone
     read_weights(model, path)
     if adapter is not None:

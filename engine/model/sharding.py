@@ -81,8 +81,6 @@ def shard(
         module.set_force_sum_reduction_for_comms(True)
         if world > 1:  # one rank would divide all gradients by the factor, into a copy
             module.set_gradient_divide_factor(1.0)
-        if world == 1 and device.type == "cpu":
-            module.set_custom_reduce_scatter(_InPlace())  # type: ignore[arg-type]
     for name, parameter in student.named_parameters():
         # A bf16 master would round away updates at a learning rate of 1e-6.
         is_master = parameter.dtype == torch.float32 or not parameter.requires_grad
@@ -90,10 +88,19 @@ def shard(
     return student
 
 
+def reduce_in_place(student: Student) -> None:
+    """Give a single rank's reductions one buffer. Only on a CPU: on CUDA two streams use it.
+
+    Not part of `shard`, since a plan for one GPU shards on the CPU too.
+    """
+    for module in _groups(student):
+        module.set_custom_reduce_scatter(_InPlace())  # type: ignore[arg-type]
+
+
 class _InPlace:
     """The reduction of a single rank: its output is its input, so FSDP2's copy does nothing.
 
-    FSDP2 allocates the input first. On CUDA the two belong to different streams.
+    FSDP2 allocates the input first.
     """
 
     def __init__(self) -> None:

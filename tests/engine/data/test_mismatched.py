@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_cases import make_tokens
+from data_cases import make_tokens, save_tokenizer, settings, write_rows
 
+from redi.engine.console import Console
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.mismatched import MismatchedTraces, mismatch
 from redi.engine.data.packing import build_batch
 from redi.engine.data.schedule import Examples, select
+from redi.engine.data.tokens import tokenize
 from redi.engine.errors import InputError
 
 # Three problems, not in order; the last trace is too long and left out.
@@ -46,6 +48,24 @@ def test_each_completion_follows_the_prompt_of_another_problem(tmp_path: Path) -
     assert sorted(sources) == list(range(6))
     assert max(found.lengths[:6]) == 15
     assert found.key != tokens.key
+
+
+def test_equal_prompts_are_one_problem_whatever_their_ids(tmp_path: Path) -> None:
+    rows = [
+        {"id": number, "prompt": f"Problem {number // 4}", "completion": f"{number}", "label": True}
+        for number in range(12)
+    ]
+    path, tokenizer = write_rows(tmp_path / "x.jsonl", rows), save_tokenizer(tmp_path / "model")
+    quiet = Console(active=False)
+    tokens = tokenize(settings(path, tokenizer), tmp_path / "cache", processes=1, console=quiet)
+    assert len(set(tokens.groups)) == 12
+    examples = select(
+        tokens, objective_needs="traces", max_tokens=64, overlong="drop", row_tokens=None
+    )
+    found = mismatch(tokens, examples)
+    for trace in range(12):
+        prompt = found.ids(trace)[: found.prompt_lengths[trace]].tolist()
+        assert prompt != tokens.ids(trace)[: tokens.prompt_lengths[trace]].tolist()
 
 
 def test_a_row_has_the_sign_and_the_token_weights_of_its_completion(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from redi.engine.data.packing import PackedBatch, build_batch
 from redi.engine.distributed import join_world
 from redi.engine.loss.packed_loss import PackedLoss, StepTotals
 from redi.engine.model.attention import NAME, register_attention
-from redi.engine.model.sharding import reshard, shard
+from redi.engine.model.sharding import reduce_in_place, reshard, shard
 from redi.engine.model.student import Student
 
 CPU = torch.device("cpu")
@@ -73,6 +73,24 @@ def test_an_untied_head_is_reduced_before_the_trunk_runs_backward(world: Path, t
     assert len(reduced) == len(in_order) + 1  # the root's group, last
     for name, group in zip(reduced, in_order, strict=False):
         assert group in name
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["once", "each pack"])
+def test_gradients_that_are_reduced_in_place_are_those_of_a_copy(world: Path, each: bool) -> None:
+    found = []
+    for in_place in (False, True):
+        student = sharded(world / "model", torch.bfloat16)
+        if in_place:
+            reduce_in_place(student)
+        for number, lengths in enumerate([(9, 7), (4, 12), (8, 8)]):
+            student.set_requires_gradient_sync(each or number == 2)
+            student(pack(lengths), TOTALS).loss.backward()
+        found.append([p.grad.to_local().clone() for p in student.parameters()])
+        buffers = {p.grad.to_local().untyped_storage().data_ptr() for p in student.parameters()}
+        assert len(buffers) == 5  # one of each group
+    assert all(gradient.any() for gradient in found[0])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_traces_weight_is_not_rounded_to_the_compute_dtype(world: Path) -> None:
