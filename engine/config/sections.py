@@ -282,9 +282,9 @@ class ObjectiveConfig(Section, name="objective"):
             raise ValueError(f"objective.name: {self.name} is unknown; available: {known}")
         super().__post_init__()
         if self.beta is None and "beta" in self.kind.keys:
+            usual = "2 to 10" if self.name == "simpo" else "0.1 or less"
             raise ValueError(
-                f"objective.beta is missing: {self.name} needs it (DPO: 0.1 or less; SimPO: 2 to "
-                "10)"
+                f"objective.beta is missing: {self.name} needs it; usual are values of {usual}"
             )
         if self.filter_epsilon:
             for key, values in FILTERED.items():

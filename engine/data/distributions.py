@@ -1,7 +1,8 @@
 """The cache of a teacher's distributions, aligned with the tokens of a data set.
 
 An Arrow file has the K entries of each token of a completion: int32 ids and float16 log-probs.
-`meta.json`, written last, has the figures that are shown before training.
+`meta.json`, written last, has the figures that are shown before training, and a checksum of both
+files: a cache that was cut off or changed is made again.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
+from redi.engine.data.fingerprints import data_checksum
 from redi.engine.errors import RunError
 
 PADDING = -1
@@ -48,15 +51,23 @@ class StoreMeta:
     """Sum over tokens of the probability that the entries have."""
     largest_id: int
     bytes: int
+    checksum: str = ""
+    """Hash of the Arrow file and of all other fields. Empty in old caches, which are made again."""
+
+    def with_checksum(self, data: Path) -> StoreMeta:
+        """The same, with the checksum for an Arrow file in a folder of the token cache's."""
+        plain = json.dumps(asdict(replace(self, checksum="")), sort_keys=True)
+        content = f"{plain}\n{data_checksum(data, data.parent.parent.parent)}"
+        return replace(self, checksum=xxhash.xxh3_128_hexdigest(content.encode()))
 
 
 class Store:
     """The distributions of one teacher, memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
-        """Open a complete cache; OSError or ValueError if there is none."""
+        """Open a complete cache; see `open_store`."""
         self.folder = folder
-        self.meta = StoreMeta(**json.loads((folder / _META).read_text()))
+        self.meta = _read_meta(folder)
         reader = pa.ipc.open_file(pa.memory_map(str(folder / _DATA)))
         self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         self._places = {
@@ -64,8 +75,6 @@ class Store:
             for number, batch in enumerate(self._batches)
             for place, trace in enumerate(batch["trace"].to_pylist())
         }
-        if len(self._places) != self.meta.traces:
-            raise ValueError("incomplete")
 
     def __reduce__(self) -> tuple[object, ...]:
         return Store, (self.folder,)  # a worker maps the file itself
@@ -96,11 +105,17 @@ class Store:
 
 
 def open_store(folder: Path) -> Store | None:
-    """The cache in a folder; None if it is missing or incomplete."""
+    """The cache in a folder; None if it is missing, incomplete or damaged."""
     try:
-        return Store(folder)
-    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
+        meta = _read_meta(folder)
+        whole = meta == meta.with_checksum(folder / _DATA)
+    except (OSError, ValueError, TypeError):
         return None
+    return Store(folder) if whole else None
+
+
+def _read_meta(folder: Path) -> StoreMeta:
+    return StoreMeta(**json.loads((folder / _META).read_text()))
 
 
 def write_store(
@@ -153,6 +168,7 @@ def write_store(
         size = partial.stat().st_size
         meta = StoreMeta(source, traces, tokens, kept, likely, mass, largest, size)
         os.replace(partial, folder / _DATA)
+        meta = meta.with_checksum(folder / _DATA)
         described = partial.with_suffix(".meta")
         described.write_text(json.dumps(asdict(meta), indent=1))
         os.replace(described, folder / _META)

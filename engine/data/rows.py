@@ -219,7 +219,7 @@ def _numbered_values(
                 if line is None:
                     yield number, FaultyRow(_too_long(f"{source.name}:{number}", max_row_mb))
                 elif line.strip():
-                    yield number, _parsed_or_error(line, source.name, number)
+                    yield number, _parsed_or_error(line.rstrip(b"\r\n"), source.name, number)
 
 
 def _lines(file: IO[bytes], max_row_mb: int) -> Iterator[bytes | None]:

@@ -49,6 +49,10 @@ _DISTILLKIT = {
     "input_ids": list_of(pa.int32()),
     **dict.fromkeys(distillkit.COLUMNS[1:], list_of(pa.uint8(), 2)),
 }
+_ADVICE = (
+    "a teacher's file has rows of traces with columns of docs/distillation.md, or is a .parquet "
+    "table of `redi logprobs --top K`"
+)
 _ROWS = 16
 """Rows of a columnar file that are read at a time: one may have megabytes."""
 
@@ -211,8 +215,10 @@ class _Reader:
             source, self._format, columns=DISTRIBUTION_COLUMNS, position=self._position
         ):
             try:
-                if isinstance(row, InputError):
+                if isinstance(row, FaultyRow):
                     raise row
+                if isinstance(row, InputError):
+                    raise InputError(f"{row}; {_ADVICE}")
                 traces = normalise(row, row.format, train_on=self._train_on)
             except FaultyRow as error:
                 if self._faulty == "error":

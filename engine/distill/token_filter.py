@@ -64,9 +64,18 @@ def filtered(
     files = [source_fingerprint(source, cache_dir) for source in sources]
     parts = [VERSION, tokens.key, f"{keep!r}", *files]
     path = tokens.folder / f"kept-{xxhash.xxh3_128_hexdigest(chr(10).join(parts).encode())}.npy"
-    if not path.exists():
+    if not _is_whole(path, int((tokens.lengths - tokens.prompt_lengths).sum())):
         _write(path, tokens, reference, student, keep, console)
     return tokens.with_kept(path)
+
+
+def _is_whole(path: Path, count: int) -> bool:
+    """True if a file has a choice for each of `count` tokens."""
+    try:
+        kept = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return kept.dtype == np.bool_ and kept.shape == (count,)
 
 
 def _write(

@@ -140,8 +140,8 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest, lock
     row_tokens = recipe.train.resolved_row_tokens
     summary = data.summarize(row_tokens, world.size, cost, recipe.shard)
     show(summary, str(run_dir), console)
-    negatives = summary.lengths["negative"].count
-    for warning in [*warnings(summary), *_recipe_warnings(recipe, total, negatives)]:
+    counts = [summary.lengths[kind].count for kind in ("positive", "negative")]
+    for warning in [*warnings(summary), *_recipe_warnings(recipe, total, *counts)]:
         console.warn(warning)
 
     with stop.interruptible(world.size == 1):
@@ -184,12 +184,12 @@ def _finish(run: LocalRun) -> None:
     run.publish()
 
 
-def _recipe_warnings(recipe: Recipe, total: int, negatives: int) -> list[str]:
+def _recipe_warnings(recipe: Recipe, total: int, positives: int, negatives: int) -> list[str]:
     """Warnings about the recipe, printed before hours of training.
 
     Args:
         total: steps of the run.
-        negatives: incorrect traces in use.
+        positives, negatives: correct and incorrect traces in use.
     """
     found = []
     if (profiled := recipe.run.profile_steps) and profiled.start > total:
@@ -214,6 +214,15 @@ def _recipe_warnings(recipe: Recipe, total: int, negatives: int) -> list[str]:
             f"objective.alpha = {recipe.objective.alpha}: incorrect traces weigh more than correct "
             "ones; the paper's alpha is in [0, 1]"
         )
+    if objective.name == "kto":
+        correct = objective.desirable_weight * positives
+        incorrect = objective.undesirable_weight * negatives
+        if not 0.99 * incorrect <= correct <= 1.01 * 4 / 3 * incorrect:
+            found.append(
+                f"{positives:,} correct traces times objective.desirable_weight are "
+                f"{correct:,.10g}, {negatives:,} incorrect ones times undesirable_weight "
+                f"{incorrect:,.10g}: the paper of kto has the first 1 to 4/3 times the second"
+            )
     return found
 
 

@@ -231,6 +231,7 @@ def test_an_unknown_kind_of_file_is_an_error(tmp_path):
     ("name", "data", "line", "problem"),
     [
         ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n\n{"prompt": "a"', 3, "not valid JSON"),
+        ("a.jsonl", b'{"prompt": "a"\n', 1, "not valid JSON: Expecting ',' delimiter (column 15)"),
         ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff"}\n', 2, "UTF-8"),
         ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n[1, 2]\n', 2, "a JSON object, not list"),
         ("a.jsonl", b'{"prompt": "a", "completion": "b"}\nnull\n', 2, "a JSON object, not null"),

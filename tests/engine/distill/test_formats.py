@@ -527,6 +527,12 @@ def test_files_without_any_trace_of_the_data_are_an_error(case: Case, tmp_path: 
         case.read(case.folder / "data.jsonl")
 
 
+def test_a_table_written_as_json_is_an_error_with_advice(case: Case, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "table.jsonl", [{"hash": "ab", "top_ids": [[1]], "logp_mean": -1}])
+    with pytest.raises(InputError, match=r"jsonl:1: the columns .*; .*\.parquet table of `redi"):
+        case.read(path)
+
+
 def test_several_teachers_are_a_mixture_of_probabilities(case: Case, tmp_path: Path) -> None:
     rows = [row | of_completion(case, trace) for trace, row in enumerate(case.rows)]
     first = case.read(write_rows(tmp_path / "first.jsonl", rows))
@@ -601,6 +607,12 @@ def test_the_cache_is_used_until_the_file_changes(
     made.files[1].unlink()  # as if it was killed before the end
     assert case.read(path).meta == made.meta
     assert len(calls) == 1
+    content = made.files[0].read_bytes()
+    for damaged in (bytes([content[400] ^ 1]), b"\xff" * 8):  # of the same size
+        made.files[0].write_bytes(content[:400] + damaged + content[400 + len(damaged) :])
+        assert case.read(path).meta == made.meta
+        assert made.files[0].read_bytes() == content
+    assert len(calls) == 3
     write_rows(Path(path), [rows[0] | {"new": 2}])
     assert case.read(path).meta.traces == 1
 

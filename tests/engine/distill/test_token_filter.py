@@ -78,6 +78,12 @@ def test_the_tokens_kept_are_those_of_the_tables(
     again = pickle.loads(pickle.dumps(data.tokens))  # as a worker gets it
     assert np.array_equal(again.token_weights(units[0]), data.tokens.token_weights(units[0]))
     assert again.key == data.tokens.key
+    kept = data.tokens.files[-1]
+    content = kept.read_bytes()
+    for damaged in (b"", content[:-1]):
+        kept.write_bytes(damaged)
+        assert prepared(recipe("kept", settings(tables, 0.3))).tokens.key == data.tokens.key
+        assert kept.read_bytes() == content
 
 
 @pytest.mark.slow

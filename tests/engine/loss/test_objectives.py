@@ -503,10 +503,10 @@ USERS_MISTAKES = {
     "name = 'bounded_redi'\ntemperature = 0.0": "objective.temperature must be > 0, got 0.0",
     "name = 'redi'\ntemperature = 2.0": "temperature is not used by redi (but by kd, bounded_redi, "
     "and with distill.weight)",
-    "name = 'dpo'": "objective.beta is missing: dpo needs it",
+    "name = 'dpo'": "objective.beta is missing: dpo needs it; usual are values of 0.1 or less",
     "name = 'dpo'\nbeta = 0.0": "objective.beta must be > 0, got 0.0",
     "name = 'dpo'\nbeta = 0.1\nlabel_smoothing = 0.5": "label_smoothing must be in [0, 0.5)",
-    "name = 'kto'": "objective.beta is missing: kto needs it",
+    "name = 'kto'": "objective.beta is missing: kto needs it; usual are values of 0.1 or less",
     "name = 'kto'\nbeta = 0.1\nalpha = 0.5": "objective.alpha is not used by kto",
     "name = 'kto'\nbeta = 0.1\nundesirable_weight = -1.0": (
         "objective.undesirable_weight must be >= 0"

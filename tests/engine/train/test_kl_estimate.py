@@ -18,6 +18,7 @@ from redi.engine.distributed import join_world
 from redi.engine.model.build import build_student, model_config
 from redi.engine.train.kl_estimate import estimate_kl
 from redi.engine.train.prepare_data import PreparedData, prepare_data
+from redi.engine.train.run import _recipe_warnings
 
 KTO = {
     "objective.name": "kto",
@@ -82,6 +83,26 @@ def test_it_is_the_mean_log_ratio_of_the_rows_and_at_least_0(
             assert found.item() == pytest.approx(max(0.0, expected - reference), rel=1e-5)
             assert (found > 0) == (reference < 0)
             assert student.training
+
+
+@pytest.mark.parametrize(
+    ("positives", "negatives", "weight", "warned"),
+    [
+        (30, 30, 1.0, ""),
+        (40, 30, 1.0, ""),
+        (30, 60, 0.4, ""),
+        (58, 123, 1.0, "58 correct traces times objective.desirable_weight are 58, 123 incorrect"),
+        (30, 0, 1.0, "0 incorrect ones"),
+        (0, 30, 1.0, "0 correct traces"),
+    ],
+)
+def test_unequal_numbers_of_traces_warn(
+    recipe: Callable[..., Path], positives: int, negatives: int, weight: float, warned: str
+) -> None:
+    path = recipe("run", {**KTO, "objective.undesirable_weight": weight})
+    kto = load_recipe(train_parser(), str(path), [str(path)])
+    found = _recipe_warnings(kto, 1, positives, negatives)
+    assert (len(found) == 1 and warned in found[0]) if warned else not found
 
 
 @pytest.mark.slow
