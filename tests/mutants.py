@@ -2,29 +2,76 @@
 
     python tests/mutants.py engine/train/loop.py --tests tests/engine/train/test_resume.py
 
-Each mutant is a copy of the sources, so the checkout stays as it is. A mutant is killed if the
-tests fail or take three times as long as without it.
+The changes are made in a copy of the sources, so the checkout stays as it is. A mutant is killed if
+the tests fail or take three times as long as without it. Each runs in a fork of this process, which
+has imported the libraries; processes that a test starts import them anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import compileall
 import copy
+import importlib
+import multiprocessing
 import os
 import random
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import cache_from_source
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("engine", "kernels", "bench")
+LIBRARIES = ("hypothesis", "peft", "pyarrow.parquet", "torch.distributed.fsdp")
+FORK = multiprocessing.get_context("fork")
+
+_LOSS = (
+    "tests/engine/loss/test_objectives.py tests/engine/loss/test_trl.py"
+    " tests/engine/loss/test_authors_options.py tests/engine/train/test_distill.py"
+    " -k 'of_the_formula or exponentials or measures or ln_2 or gamma_0 or ones_run or pair or trl"
+    " or original_length'"
+)
+_RUNS = (
+    "tests/engine/train/test_generation_accuracy.py tests/engine/train/test_guards.py"
+    " tests/engine/train/test_mixing_in_a_run.py tests/engine/train/test_terminal.py"
+    " -k 'accuracy_is or long_generation or overflows or too_many or collapsed or draws or held_out"
+    " or plain_lines or first_step'"
+)
+_KERNELS = (
+    " ".join(
+        f"tests/kernels/test_{name}.py"
+        for name in ("terms", "exactness", "algebra", "sequence_loss", "topk_divergence")
+    )
+    + " -k 'not triton and not contract and not real_vocab and not finite_diff and not never_above'"
+)
+TESTS = {
+    "engine/loss/objectives.py": _LOSS,
+    "engine/loss/packed_loss.py": _LOSS,
+    "engine/data/packing.py": "tests/engine/data/test_packing.py",
+    "engine/data/schedule.py": (
+        "tests/engine/data/test_schedule.py tests/engine/data/test_mixing.py"
+        " tests/engine/data/test_summary.py tests/engine/data/test_selection.py"
+        " tests/engine/loss/test_authors_options.py"
+        " -k 'not every_kind and not leave_the_end and not scored_without and not edited'"
+    ),
+    "engine/train/loop.py": _RUNS,
+    "engine/train/step.py": _RUNS,
+    "kernels/reference.py": _KERNELS,
+    "kernels/chunked.py": _KERNELS,
+    "kernels/softmax.py": _KERNELS,
+}
+"""Arguments of pytest: quick tests of each file."""
 
 COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE, ast.Gt),
@@ -88,7 +135,7 @@ def mutants(path: Path) -> list[Mutant]:
 
 
 def _executed(tree: ast.Module) -> Iterator[ast.expr | ast.stmt]:
-    """The expressions and statements of a file, without annotations.
+    """The expressions and statements of a file, without annotations and decorators.
 
     Those inside of f-strings have no places of their own before Python 3.12.
     """
@@ -96,7 +143,7 @@ def _executed(tree: ast.Module) -> Iterator[ast.expr | ast.stmt]:
     while pending:
         node = pending.pop()
         for name, value in () if isinstance(node, ast.JoinedStr) else ast.iter_fields(node):
-            if name in ("annotation", "returns", "type_params"):
+            if name in ("annotation", "returns", "type_params", "decorator_list"):
                 continue
             pending += [one for one in (value if isinstance(value, list) else [value]) if one]
         pending = [one for one in pending if isinstance(one, ast.AST)]
@@ -136,34 +183,36 @@ def _changes(node: ast.expr | ast.stmt) -> Iterator[str]:
             yield "return None"
 
 
-def survives(mutant: Mutant, tests: list[str], seconds: float) -> bool:
-    """Whether the tests pass with the change within `seconds`."""
-    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        copied = Path(folder, "redi")
-        for package in PACKAGES:
-            shutil.copytree(ROOT / package, copied / package)
-        (copied / mutant.path.relative_to(ROOT)).write_text(mutant.source, encoding="utf-8")
-        return _passes(tests, folder, seconds)
-
-
-def _passes(tests: list[str], sources: str, seconds: float) -> bool:
-    """Whether the tests pass with `redi` of the folder `sources`; redi is a namespace package."""
-    pytest = str(Path(sys.executable).with_name("pytest"))  # `-m pytest` would import from here
-    line = [pytest, "--import-mode=importlib", "-qx", "-p", "no:cacheprovider", *tests]
-    environment = os.environ | {"PYTHONPATH": sources, "PYTHONDONTWRITEBYTECODE": "1"}
-    with subprocess.Popen(
-        line,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
-        try:
-            return process.wait(seconds) == 0
-        except subprocess.TimeoutExpired:
+def survives(mutant: Mutant, tests: list[str], sources: Path, seconds: float) -> bool:
+    """Whether the tests pass with the change within `seconds`. `sources` holds all packages."""
+    changed = sources / "redi" / mutant.path.relative_to(ROOT)
+    unchanged = changed.read_text(encoding="utf-8")
+    changed.write_text(mutant.source, encoding="utf-8")
+    Path(cache_from_source(str(changed))).unlink(missing_ok=True)  # Python knows it by its seconds
+    process = FORK.Process(target=_run_tests, args=(tests, sources))
+    try:
+        process.start()
+        process.join(seconds)
+        return process.exitcode == 0
+    finally:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, 9)  # and its children
-            return False
+        process.join()
+        changed.write_text(unchanged, encoding="utf-8")
+
+
+def _run_tests(tests: list[str], sources: Path) -> NoReturn:
+    """Run pytest with `redi` of the folder `sources`, and exit with its status."""
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    os.environ |= {"PYTHONPATH": str(sources), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(sources))
+    os.chdir(ROOT)
+    # The test that killed the last mutant comes first: it often kills the next one.
+    cache = ["-o", f"cache_dir={sources / 'cache'}", "--failed-first"]
+    os._exit(pytest.main(["--import-mode=importlib", "-qx", *cache, *tests]))
 
 
 def main() -> int:
@@ -171,42 +220,55 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("files", nargs="+", type=Path, help="source files to change")
-    parser.add_argument(
-        "--tests", required=True, help="arguments of pytest, quoted: 'FILE -k NAME'"
-    )
+    parser.add_argument("files", nargs="*", help="source files to change; default: all of TESTS")
+    parser.add_argument("--tests", help="arguments of pytest, quoted; default: those in TESTS")
     parser.add_argument("--lines", help="only lines A-B of the files")
-    parser.add_argument("--sample", type=int, help="number of mutants, drawn at random")
+    parser.add_argument("--sample", type=int, help="mutants of each file, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--least", type=float, default=0.9, help="share that must be killed")
     asked = parser.parse_args()
-    found = [one for path in asked.files for one in mutants(path.resolve())]
-    if asked.lines:
-        first, _, last = asked.lines.partition("-")
-        found = [one for one in found if int(first) <= one.line <= int(last or first)]
-    if asked.sample is not None:
-        random.Random(asked.seed).shuffle(found)
-        del found[asked.sample :]
-    if not found:
-        print("no place to change")
-        return 2
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    survived, count = [], 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        sources = Path(folder)
+        for package in PACKAGES:
+            shutil.copytree(ROOT / package, sources / "redi" / package)
+        compileall.compile_dir(sources, quiet=1)
+        for name in asked.files or TESTS:
+            path = (ROOT / name).resolve()
+            found = mutants(path)
+            if asked.lines:
+                first, _, last = asked.lines.partition("-")
+                found = [one for one in found if int(first) <= one.line <= int(last or first)]
+            if asked.sample is not None:
+                random.Random(asked.seed).shuffle(found)
+                del found[asked.sample :]
+            left = survivors(path, found, shlex.split(asked.tests or TESTS[name]), sources)
+            print(f"{name}: killed {len(found) - len(left)} of {len(found)}", flush=True)
+            survived += left
+            count += len(found)
+    for mutant in survived:
+        print(f"survived: {mutant}")
+    return int(count - len(survived) < asked.least * count)
+
+
+def survivors(path: Path, found: list[Mutant], tests: list[str], sources: Path) -> list[Mutant]:
+    """The mutants of a file that the tests do not notice."""
     began = time.monotonic()
-    unchanged = Mutant(found[0].path, 0, "", "", found[0].path.read_text(encoding="utf-8"))
-    tests = shlex.split(asked.tests)
-    if not survives(unchanged, tests, 3600):
-        print("the tests fail without a change")
-        return 2
+    if not survives(
+        Mutant(path, 0, "", "", path.read_text(encoding="utf-8")), tests, sources, 3600
+    ):
+        sys.exit(f"{path}: the tests fail without a change")
     seconds = 3 * (time.monotonic() - began) + 10
     left = []
     for number, mutant in enumerate(found, start=1):
-        alive = survives(mutant, tests, seconds)
-        print(f"{number}/{len(found)} {'SURVIVED' if alive else 'killed'} {mutant}", flush=True)
+        began = time.monotonic()
+        alive = survives(mutant, tests, sources, seconds)
+        fate = f"{'SURVIVED' if alive else 'killed'} in {time.monotonic() - began:.0f} s"
+        print(f"{number}/{len(found)} {fate} {mutant}", flush=True)
         left += [mutant] * alive
-    killed = len(found) - len(left)
-    print(f"killed {killed} of {len(found)}, {killed / len(found):.0%}")
-    for mutant in left:
-        print(f"survived: {mutant}")
-    return int(killed < asked.least * len(found))
+    return left
 
 
 if __name__ == "__main__":

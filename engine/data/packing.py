@@ -349,7 +349,7 @@ class _Step:
         steps = others // self._world_size
         tokens = self._lengths[mine][:, None] - self._lengths[theirs]
         cost = self._costs[mine][:, None] - self._costs[theirs]
-        allowed = (cost > 0) & (self._tokens[others] + tokens <= self._row_tokens)
+        allowed = self._tokens[others] + tokens <= self._row_tokens
         allowed &= self._tokens[largest] - tokens <= self._row_tokens
 
         # The most expensive pack that an exchange does not touch, in its one or two micro-steps.

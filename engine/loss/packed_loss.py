@@ -176,7 +176,7 @@ class PackedLoss:
         self, positive: float, negative: float, batch: PackedBatch, totals: StepTotals
     ) -> Tensor:
         """The weight of each token's term, float32 [T], from those of correct and incorrect."""
-        per_sequence = torch.where(batch.signs > 0, positive, negative) * (batch.signs != 0)
+        per_sequence = torch.where(batch.signs > 0, positive, negative)
         if batch.weights is not None:
             per_sequence = per_sequence * batch.weights
         token_weights = (per_sequence / self._denominators(batch, totals)).repeat_interleave(

@@ -498,6 +498,11 @@ def test_a_rounded_teacher_has_a_tail_however_its_mass_was_rounded() -> None:
             z, torch.eye(9), ids, table, torch.ones(1), direction="reverse", tail="bucket"
         )
         assert 0 < made.token_divergences < 20
+    # Half a unit of the last place of each log-prob, 2^-11 of it, is what rounding may have taken.
+    stored = torch.tensor([[0.5, 0.5]]).log().half()
+    (tail,) = reference.teacher_tails(ids, stored, vocab=9).tolist()
+    assert tail == pytest.approx(2**-11 * math.log(2), rel=1e-3)
+    assert tail > 1 - stored.double().exp().sum() > 0
 
 
 @pytest.mark.parametrize(

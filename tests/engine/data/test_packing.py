@@ -11,6 +11,7 @@ from data_cases import make_pairs, make_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
+from redi.engine.data.distributions import PADDING, Distributions, write_store
 from redi.engine.data.packing import IGNORE, Cost, PackedBatch, balance, build_batch, pack
 
 COSTS = st.builds(Cost, st.floats(0.1, 10), st.one_of(st.just(0.0), st.floats(1e-4, 1.0)))
@@ -44,6 +45,9 @@ def test_rank_efficiency_is_total_cost_over_what_the_slowest_ranks_take(
     slowest = sum(max(step) for step in steps)
     total = sum(sum(step) for step in steps)
     assert packing.rank_efficiency == pytest.approx(total / (ranks * slowest))
+    longest = max(cost.of(sizes))
+    assert packing.bound == pytest.approx(min(1, total / (ranks * longest)))
+    assert packing.rank_efficiency <= packing.bound * (1 + 1e-9)
     # Packs of similar cost share a micro-step, the most expensive first.
     flat = [one for step in steps for one in sorted(step, reverse=True)]
     assert flat == pytest.approx(sorted(flat, reverse=True))
@@ -267,6 +271,29 @@ def test_a_truncated_trace_trains_what_remains(tmp_path):
     assert batch.num_targets.tolist() == [2]
 
 
+def test_what_belongs_to_a_token_is_at_the_position_that_predicts_it(tmp_path):
+    # Prompt 1 2, completion 3 4 5 without its last token; prompt 6, completion 7 8.
+    weights = [[0.5, 0.0, 2.0], None]
+    tokens = make_tokens(tmp_path / "made", [2, 1], [3, 2], [1, -1], [0, 0], token_weights=weights)
+    rows = [
+        (trace, np.array(own)[:, None], np.array(logps)[:, None], np.array(own))
+        for trace, own, logps in ((0, [3, 4, 5], [-1, -2, -3]), (1, [7, 8], [-4, -5]))
+    ]
+    teacher = Distributions([write_store(tmp_path / "store", "made", rows)], [1.0])
+    batch = build_batch(tokens, np.array([1, 0]), np.array([3, 4]), teacher)
+    assert batch.token_weights is not None
+    assert batch.token_weights.tolist() == [1, 1, 1, 1, 0.5, 0, 1]
+    assert batch.targets.tolist() == [7, 8, IGNORE, IGNORE, 3, IGNORE, IGNORE]
+    assert batch.valid_index.tolist() == [4, 0, 1]
+    assert batch.num_targets.tolist() == [2, 1]
+    assert batch.target_counts == (1, 2)
+    assert batch.teacher_ids is not None
+    assert batch.teacher_ids[:, 0].tolist() == [7, 8, PADDING, PADDING, 3, 4, PADDING]
+    assert batch.teacher_logps is not None
+    nothing = -np.inf
+    assert batch.teacher_logps[:, 0].tolist() == [-4, -5, nothing, nothing, -1, -2, nothing]
+
+
 def test_weights_are_there_only_if_some_differ_from_one(tmp_path):
     tokens = make_tokens(tmp_path / "made", [2] * 3, [3] * 3, [1] * 3, range(3), [1, 0.5, 1])
     batch = build_batch(tokens, np.array([0, 1]), np.array([5, 5]))
@@ -284,7 +311,9 @@ def test_a_pack_without_work_is_two_tokens_that_count_for_nothing(tmp_path):
     assert batch.input_ids.tolist() == [0, 0]
     assert batch.position_ids.tolist() == [0, 1]
     assert batch.targets.tolist() == [IGNORE, IGNORE]
-    assert batch.signs.tolist() == batch.num_targets.tolist() == [0]
+    assert batch.signs.tolist() == batch.num_targets.tolist() == batch.full_targets.tolist() == [0]
+    assert (batch.num_positive_targets, batch.target_counts) == (0, (0,))
+    assert (batch.sequence_ids.tolist(), batch.max_seqlen) == ([-1], 2)
     assert batch.cu_seqlens.tolist() == [0, 2]
     assert len(batch.valid_index) == 0
     with pytest.raises(ValueError, match="2 lengths for 1 sequences"):

@@ -65,6 +65,23 @@ def test_positives_alone_are_units_of_one(tokens):
     assert examples.left_out["positives unused"] == 2
 
 
+def test_traces_alone_are_units_of_one_problem_by_problem(tokens):
+    examples = chosen(tokens, objective_needs="traces")
+    assert examples.units[:, 0].tolist() == [0, 1, 4, 2, 3, 5, 7, 6, 8, 9]  # positives first
+    assert examples.left_out == {}
+    examples = chosen(tokens, objective_needs="traces", pairing="first")
+    assert examples.units[:, 0].tolist() == [0, 2, 5, 7, 6, 8]  # one of each sign
+    assert examples.left_out == {"traces unused": 4}
+
+
+def test_a_pair_whose_margin_is_needed_must_fit_into_a_pack(tokens):
+    # Of 14 + 34, 24 + 44 and 24 + 14 tokens.
+    assert chosen(tokens, objective_needs="margins", row_tokens=68).keep_pairs_together == 2
+    with pytest.raises(InputError, match=r"made.jsonl:2: its pair has 68 .* 67 \(1 of 3 pairs"):
+        chosen(tokens, objective_needs="margins", row_tokens=67)
+    assert chosen(tokens, row_tokens=67).keep_pairs_together == 1
+
+
 def test_an_overlong_trace_is_an_error_that_names_its_row_and_what_to_do(tokens):
     with pytest.raises(InputError) as caught:
         chosen(tokens, max_tokens=40)
@@ -167,6 +184,8 @@ def test_traces_that_form_no_unit_are_an_error_with_counts(tmp_path, signs, grou
 def test_nothing_left_within_the_limit_is_an_error_with_counts(tokens):
     with pytest.raises(InputError, match="10 overlong dropped"):
         chosen(tokens, max_tokens=5, overlong="drop")
+    with pytest.raises(InputError, match=r"no trace to train on .*10 overlong dropped"):
+        chosen(tokens, max_tokens=5, overlong="drop", objective_needs="traces")
 
 
 schedules = st.builds(
@@ -211,7 +230,10 @@ def test_epochs_and_seeds_draw_in_different_orders():
 
 def test_the_order_of_a_seed_never_changes():
     # A resumed run must keep the order with which it began, with any installed versions.
-    assert Schedule(10, 10, None, None, 42).units(1).tolist() == [4, 8, 1, 9, 3, 6, 0, 7, 2, 5]
+    units = Schedule(10, 10, None, None, 42).units(1)
+    assert units.tolist() == [4, 8, 1, 9, 3, 6, 0, 7, 2, 5]
+    with pytest.raises(ValueError, match="read-only"):
+        units[:] = 0  # it is kept for further calls
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -24,7 +25,7 @@ from redi.engine.console import Console
 from redi.engine.data.packing import build_batch
 from redi.engine.distributed import join_world
 from redi.engine.errors import InputError
-from redi.engine.loss.packed_loss import PackedLoss, StepTotals, at_temperature
+from redi.engine.loss.packed_loss import DistilledLoss, PackedLoss, StepTotals, at_temperature
 from redi.engine.train.checkpoint import complete_checkpoints
 from redi.engine.train.prepare_data import PreparedData, prepare_data
 from redi.kernels import chunked
@@ -82,6 +83,29 @@ def divergence(p: Tensor, q: Tensor, direction: str, skew: float) -> Tensor:
     return terms.sum(-1)
 
 
+def of_trace(
+    recipe: Recipe, rows: pa.Table, index: int, logits: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The divergences [tokens] of a trace, and the same with the cross-entropies, weighted."""
+    of = recipe.objective
+    likely = torch.tensor(rows["top_ids"][index].as_py())
+    q = torch.tensor(np.array(rows["top_logps"][index].as_py(), np.float64)).exp()
+    if of.temperature != 1:
+        q = q ** (1 / of.temperature) / (q ** (1 / of.temperature)).sum(-1, keepdim=True)
+    p = (logits / of.temperature).softmax(-1)
+    kept = p.gather(1, likely)
+    if of.tail == "bucket":
+        rest = p.scatter(1, likely, 0.0).sum(-1, keepdim=True)
+        kept = torch.cat([kept, rest], dim=-1)
+        q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], dim=-1)
+    terms = divergence(kept, q, of.direction, of.skew)
+    entropy = -logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    of_divergence, of_target = recipe.distill.weight, 1.0
+    if of.name == "kd":
+        of_divergence, of_target = 1.0, of.ce_weight
+    return terms, of_divergence * of.temperature**2 * terms + of_target * entropy
+
+
 def first_step(path: Path, table: Path) -> dict[str, float | None]:
     """The first line of metrics.jsonl by plain transformers in float64, without packing."""
     recipe, data = prepared(path)
@@ -100,24 +124,9 @@ def first_step(path: Path, table: Path) -> dict[str, float | None]:
         ids = torch.from_numpy(data.tokens.ids(index).astype("int64"))
         prompt = int(data.tokens.prompt_lengths[index])
         logits = model(input_ids=ids[None]).logits[0, prompt - 1 : -1]
-        likely = torch.tensor(rows["top_ids"][index].as_py())
-        q = torch.tensor(np.array(rows["top_logps"][index].as_py(), np.float64)).exp()
-        if of.temperature != 1:
-            q = q ** (1 / of.temperature) / (q ** (1 / of.temperature)).sum(-1, keepdim=True)
-        p = (logits / of.temperature).softmax(-1)
-        kept = p.gather(1, likely)
-        if of.tail == "bucket":
-            rest = p.scatter(1, likely, 0.0).sum(-1, keepdim=True)
-            kept = torch.cat([kept, rest], dim=-1)
-            q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], dim=-1)
-        terms = divergence(kept, q, of.direction, of.skew)
+        terms, both = of_trace(recipe, rows, index, logits, ids[prompt:])
         sign = int(data.tokens.signs[index])
         found[sign].append(terms.mean().item())
-        entropy = -logits.log_softmax(-1).gather(1, ids[prompt:, None])[:, 0]
-        of_divergence, of_target = recipe.distill.weight, 1.0
-        if of.name == "kd":
-            of_divergence, of_target = 1.0, of.ce_weight
-        both = of_divergence * of.temperature**2 * terms + of_target * entropy
         weight = 1.0 if sign > 0 else -of.alpha
         denominator = targets if of.normalisation == "token" else len(units) * len(terms)
         loss = loss + weight * both.sum() / denominator
@@ -324,6 +333,34 @@ def test_a_distilled_pack_takes_three_products_and_others_their_own_ops(
     with OpCounter() as ops:
         PackedLoss(found.objective)(hidden, head, plain, StepTotals(3, 1))
     assert not any("topk" in name for name in ops.ran)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_distilled_pack_has_the_loss_of_the_formula(
+    case: str, recipe: Callable[..., Path], teacher: Path
+) -> None:
+    found, data = prepared(recipe(case, {**settings(teacher), **CASES[case]}))
+    rows = pq.read_table(teacher)
+    traces = data.examples.units[:3].flatten()
+    batch = build_batch(data.tokens, traces, data.examples.lengths[traces], data.teacher)
+    vocab = 64
+    logits = torch.randn(len(batch.input_ids), vocab, dtype=torch.float64)
+    totals = StepTotals(3, int(batch.num_targets.sum()))
+    objective = PackedLoss(found.objective, divergence_weight=divergence_weight(found))
+    out = objective(logits, torch.eye(vocab, dtype=torch.float64), batch, totals)
+    assert isinstance(out, DistilledLoss)
+    loss = 0.0
+    for place, index in enumerate(traces.tolist()):
+        own = batch.valid_index[
+            (batch.valid_index >= batch.cu_seqlens[place])
+            & (batch.valid_index < batch.cu_seqlens[place + 1])
+        ]
+        terms, both = of_trace(found, rows, index, logits[own], batch.targets[own])
+        assert out.sequence_divergences[place] == pytest.approx(terms.sum().item(), rel=1e-5)
+        weight = 1.0 if batch.signs[place] > 0 else -found.objective.alpha
+        mean = found.objective.normalisation == "sequence"
+        loss += weight * both.sum().item() / (3 * len(own) if mean else totals.targets)
+    assert out.loss.item() == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_temperature_normalises_over_the_entries() -> None:

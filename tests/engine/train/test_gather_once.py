@@ -35,6 +35,7 @@ def spy(student, optimizer, batches, *args, **kwargs):
     events = sorted(trace.events(), key=lambda event: event.time_range.start)
     order = [KINDS[event.name] for event in events if event.name in KINDS]
     found = {kind: order.count(kind) for kind in KINDS.values()}
+    found["all_reduces"] = sum(event.name == "gloo:all_reduce" for event in events)
     found["in_order"] = order == sorted(order)  # every gather before every reduction
     found["packs"] = [batch.num_tokens for batch in batches.micro_batches]
     found["forwards"] = sum(event.name == "FSDP::root_pre_forward" for event in events)
@@ -142,6 +143,17 @@ def test_ranks_run_three_and_one_micro_steps_and_gather_each_group_once(
         assert ours["positive_logp"] == pytest.approx(theirs["positive_logp"], rel=1e-6)
         for norm in ("grad_norm", "update_norm"):
             assert ours[norm] == pytest.approx(theirs[norm], rel=2e-5), norm
+
+
+@pytest.mark.slow
+def test_replicas_reduce_once_a_step_however_many_packs_it_has(
+    recipe: Callable[..., Path], spied: Callable[..., list[list[dict[str, Any]]]]
+) -> None:
+    shard = {"shard.replicate": 2, "shard.reduce": "micro_step"}
+    path = recipe("run", {**shard, "train.row_tokens": 64, "train.batch": 4})
+    for steps_of_rank in spied(path):
+        assert len({len(step["packs"]) for step in steps_of_rank}) > 1
+        assert len({step["all_reduces"] for step in steps_of_rank}) == 1, steps_of_rank
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from the same stage 1: "sound" with alpha 0.8 at 5e-5, "collapse" with alpha 1 a
 """
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,9 @@ def test_a_row_that_overflows_is_named_and_the_run_continues(
         "data.max_tokens": 60,
         "train.batch": 2,
     }
+    began = time.perf_counter()
     assert main(["train", str(recipe("run", changes))]) == 0
+    seconds = time.perf_counter() - began
     metrics = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     found = list(metrics)
     (event,) = [line for line in found if line.get("event") == "skipped"]
@@ -217,7 +220,9 @@ def test_a_row_that_overflows_is_named_and_the_run_continues(
     assert len(named) <= 2  # only traces of its pack
     steps = [line for line in found if "loss" in line]
     assert len(steps) == 20
+    assert sum(line["seconds"] for line in steps) < seconds
     for line in steps:
+        assert line["tokens_per_s"] == pytest.approx(line["tokens"] / line["seconds"])
         assert (line["loss"] is None) == (line["step"] == event["step"])
         if line["step"] == event["step"]:
             assert line["update_norm"] == 0
@@ -255,7 +260,9 @@ def test_the_command_of_a_collapsed_run_does_not_train_its_ruined_weights_on(
 ) -> None:
     path = str(recipe("run", COLLAPSES))
     assert main(["train", path]) == 1
-    ended = capsys.readouterr().err.splitlines()[-1]
+    *earlier, ended = capsys.readouterr().err.splitlines()
+    (warning,) = [line for line in earlier if "this looks like collapse" in line]
+    assert warning.startswith("warning: step ")
     advice = ended[ended.index("the last good checkpoint:") :]
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     last = json.loads(metrics.splitlines()[-1])
