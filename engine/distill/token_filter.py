@@ -75,7 +75,7 @@ def _is_whole(path: Path, count: int) -> bool:
         kept = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
         return False
-    return kept.dtype == np.bool_ and kept.shape == (count,)
+    return bool(kept.dtype == np.bool_ and kept.shape == (count,))
 
 
 def _write(
