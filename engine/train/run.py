@@ -21,6 +21,7 @@ from redi.engine.data.packing import Cost
 from redi.engine.data.summary import show, warnings
 from redi.engine.data.tokens import file_fingerprints
 from redi.engine.distributed import World
+from redi.engine.errors import InputError
 from redi.engine.model.adapter import lasting_path
 from redi.engine.model.build import build_student
 from redi.engine.model.export import export
@@ -28,7 +29,15 @@ from redi.engine.model.flops import model_size
 from redi.engine.model.router_loss import router_coefficient
 from redi.engine.model.student import Student
 from redi.engine.plan.auto_rows import resolve_rows
-from redi.engine.storage import LocalRun, fetch_models, inside, open_run, shown, working_folder
+from redi.engine.storage import (
+    RECIPE,
+    LocalRun,
+    fetch_models,
+    inside,
+    open_run,
+    shown,
+    working_folder,
+)
 from redi.engine.train.attention_cost import KEY as ATTENTION_COST
 from redi.engine.train.attention_cost import calibrated
 from redi.engine.train.checkpoint import check_not_damaged
@@ -156,6 +165,12 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest, lock
             facts: dict[str, Any] = {"model": weights, "adapter": adapter, "parts": data.parts}
             keys = data.keys | facts | {ATTENTION_COST: attention_cost}
             written = replace(recipe, model=named.model, adapter=named.adapter)
+            lock.take(run_dir)  # another command may have made it since `look`
+            if previous.limits is None and (run_dir / RECIPE).is_file():
+                raise InputError(
+                    f"run.dir: another command has trained in {shown(run_dir)} since this one "
+                    "started; choose another run.dir, or repeat the command to resume that run"
+                )
             write_run_dir(written, keys, summary, found.dtype, run_dir, world, old_total)
             lock.take(run_dir)
             run.publish()

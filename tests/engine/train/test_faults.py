@@ -23,7 +23,9 @@ from run_cases import untimed
 
 from redi.engine.cli import main
 from redi.engine.distributed import _own_store
+from redi.engine.train import run as run_module
 from redi.engine.train.checkpoint import complete_checkpoints
+from redi.engine.train.prepare_data import PreparedData
 from redi.engine.train.run_lock import RunLock
 
 WriteRecipe = Callable[..., Path]
@@ -533,6 +535,32 @@ def test_a_run_directory_in_which_another_command_trains_is_not_touched(
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
     assert main(["train", str(path)]) == 0
     assert "finished already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("ended", "problem"), [(False, "trains in"), (True, "has trained in")])
+def test_a_run_directory_that_another_command_makes_meanwhile_is_not_touched(
+    ended: bool,
+    problem: str,
+    recipe: WriteRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = recipe("run", {"train.max_steps": 1})
+    prepare, run = run_module.prepare_data, tmp_path / "run"
+    with RunLock() as lock:
+
+        def meanwhile(*given: Any) -> PreparedData:
+            run.mkdir()
+            (run / "recipe.toml").write_text("of the other command")
+            if not ended:
+                lock.take(run)
+            return prepare(*given)
+
+        monkeypatch.setattr(run_module, "prepare_data", meanwhile)
+        assert main(["train", str(path), "--quiet"]) == 2
+    assert capsys.readouterr().err.startswith(f"redi: run.dir: another command {problem} {run}")
+    assert [file.read_text() for file in run.iterdir()] == ["of the other command"]
 
 
 @pytest.mark.slow
