@@ -21,7 +21,7 @@ from redi.engine.config.distill import is_distilled, not_used, objective_keys, r
 from redi.engine.config.objectives import DIVERGENCE, OBJECTIVES
 from redi.engine.config.options import command_parser, missing_arguments, plain_type
 from redi.engine.config.sections import KEYS, SECTIONS, TABLES, ObjectiveConfig, Recipe
-from redi.engine.errors import InputError
+from redi.engine.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -250,6 +250,7 @@ def _origin(text: str, path: str, overridden: set[str]) -> str:
 
 
 def _unknown(key: str) -> str:
+    key = one_line(key)
     section, _, name = key.rpartition(".")
     if alias := ALIASES.get(name or key):
         return f"unknown key {key}; did you mean {alias}?"

@@ -313,7 +313,8 @@ def load_tokenizer(path: str) -> Any:
     """Load the fast tokenizer in a folder or on the hub.
 
     Raises:
-        InputError: there is none, or it has no end-of-sequence token.
+        InputError: there is none, its maximum length is no number, or it has no end-of-sequence
+            token.
     """
     from transformers import AutoTokenizer  # imported late: reading a cache does not need it
 
@@ -327,6 +328,9 @@ def load_tokenizer(path: str) -> Any:
         raise InputError(f"{path}: no tokenizer can be loaded: {problem}") from error
     if not tokenizer.is_fast:
         raise InputError(f"{path}: a fast tokenizer is needed (a folder with tokenizer.json)")
+    # transformers compares it with the length of each text
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise InputError(f"{path}: tokenizer_config.json: model_max_length must be a number")
     if tokenizer.eos_token is None:
         raise InputError(f"{path}: the tokenizer has no eos_token: the end could not be trained")
     return tokenizer

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tomli_w
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from redi.engine.cli import main
@@ -137,6 +137,7 @@ def test_any_value_of_a_recipe_is_one_line(
     examples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @settings(max_examples=examples, deadline=None)
+    @example(changes=[(("adapter", "base"), [])], more=("\n", {}))
     @given(changes=CHANGES, more=st.none() | st.tuples(TEXT, TOML_VALUES))
     def check(changes: list[tuple[tuple[str, str], Any]], more: tuple[str, Any] | None) -> None:
         content: dict[str, Any] = {"model": {"path": "model"}}

@@ -79,6 +79,14 @@ def prompt_and_trained(tokens: TokenizedTraces, index: int, tokenizer: str) -> t
     return prompt, decode(trained)
 
 
+def test_a_maximum_length_that_is_no_number_is_one_line(make, tmp_path: Path) -> None:
+    folder = Path(save_tokenizer(tmp_path / "tokenizer"))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": []}))
+    with pytest.raises(InputError, match=r"tokenizer_config.json: model_max_length must be a num"):
+        make([PAIR], str(folder))
+
+
 def test_chat_trains_exactly_completion_and_end_on_qwen(make, qwen):
     tokens = make([PAIR], qwen, system_prompt=SYSTEM)
     head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{PROMPT}<|im_end|>\n"
