@@ -1,6 +1,7 @@
 """What tests of training runs share."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from redi.engine.train.metrics import TIMINGS
@@ -17,6 +18,12 @@ COLLAPSES = {
     "run.keep": 1,
 }
 """Changes to the recipe of the small world with which a run collapses."""
+
+
+def has_steps(run_dir: Path, count: int) -> bool:
+    """True if a run has logged at least `count` steps."""
+    path = run_dir / "metrics.jsonl"
+    return path.exists() and path.read_text().count('"loss"') >= count
 
 
 def untimed(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

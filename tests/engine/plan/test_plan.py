@@ -20,7 +20,7 @@ from architecture_cases import tiny_config
 from data_cases import packed_row
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
 from redi.engine.cli import main
 from redi.engine.config.objectives import OBJECTIVES
@@ -75,8 +75,8 @@ def small_model(folder: Path, layers: int, **changes: Any) -> Path:
     return folder
 
 
-def seven_billion(folder: Path) -> None:
-    """The shape of Qwen2.5-7B."""
+def seven_billion(folder: Path, tokens: int) -> tuple[Recipe, PretrainedConfig, Load]:
+    """The shape of Qwen2.5-7B, checkpointed, with packs of two equal sequences."""
     small_model(
         folder,
         layers=28,
@@ -87,6 +87,10 @@ def seven_billion(folder: Path) -> None:
         num_key_value_heads=4,
         max_position_embeddings=32_768,
     )
+    recipe = recipe_of(folder, ShardConfig(checkpointing="full"))
+    recipe = replace(recipe, train=TrainConfig(row_tokens=tokens, dtype="bfloat16"))
+    load = Load(packed_row((tokens // 2, tokens // 2), 0, 64), frozenset([tokens - 2]), 2)
+    return recipe, read_config(str(folder), weights=False), load
 
 
 def small_pack() -> PackedBatch:
@@ -232,12 +236,7 @@ def test_the_memory_of_8_bit_moments_equals_that_of_a_real_step(tmp_path: Path) 
 @pytest.mark.slow
 def test_an_adapter_of_7b_fits_one_card_of_80_gb(tmp_path: Path) -> None:
     """With traces of 32,768 tokens; all weights do not fit it."""
-    seven_billion(tmp_path)
-    config = read_config(str(tmp_path), weights=False)
-    tokens = 32_768
-    load = Load(packed_row((tokens // 2, tokens // 2), 0, 64), frozenset([tokens - 2]), 2)
-    recipe = recipe_of(tmp_path, ShardConfig(checkpointing="full"))
-    recipe = replace(recipe, train=TrainConfig(row_tokens=tokens, dtype="bfloat16"))
+    recipe, config, load = seven_billion(tmp_path, 32_768)
     adapted = replace(recipe, adapter=AdapterConfig(rank=16))
     size = model_size(config, adapted.adapter)
     assert size.parameters == pytest.approx(7.6e9, rel=0.01)
@@ -275,12 +274,7 @@ def test_the_memory_of_a_4_bit_model_equals_that_of_a_real_step(tmp_path: Path) 
 @needs_bitsandbytes
 def test_a_4_bit_adapter_of_7b_fits_one_card_of_24_gb(tmp_path: Path) -> None:
     """With packs of 8,192 tokens; in 16 bits it does not."""
-    seven_billion(tmp_path)
-    config = read_config(str(tmp_path), weights=False)
-    tokens = 8192
-    load = Load(packed_row((tokens // 2, tokens // 2), 0, 64), frozenset([tokens - 2]), 2)
-    recipe = recipe_of(tmp_path, ShardConfig(checkpointing="full"))
-    recipe = replace(recipe, train=TrainConfig(row_tokens=tokens, dtype="bfloat16"))
+    recipe, config, load = seven_billion(tmp_path, 8192)
     card = replace(CARDS["a100"], memory=24 * 10**9)
     found = {}
     for base in ("nf4", "auto"):

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from processes import Run, free_port, ranks
-from run_cases import untimed
+from run_cases import has_steps, untimed
 
 from redi.engine.cli import main
 from redi.engine.distributed import _own_store
@@ -69,11 +69,6 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the values that differ between runs."""
     found = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return untimed(found)
-
-
-def has_steps(run_dir: Path, count: int) -> bool:
-    path = run_dir / "metrics.jsonl"
-    return path.exists() and path.read_text().count('"loss"') >= count
 
 
 def same(run_dir: Path, other: Path) -> bool:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from processes import Run, ranks
-from run_cases import untimed
+from run_cases import has_steps, untimed
 from safetensors.torch import load_file
 
 from redi.engine.cli import main
@@ -51,11 +51,6 @@ def same(undisturbed: Path, steps: Steps) -> Callable[[Path], None]:
             assert torch.equal(weights[name], expected[name]), name
 
     return check
-
-
-def has_steps(run_dir: Path, count: int) -> bool:
-    path = run_dir / "metrics.jsonl"
-    return path.exists() and path.read_text().count('"loss"') >= count
 
 
 def test_killed_between_checkpoints_and_started_again_it_ends_the_same(
