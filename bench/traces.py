@@ -23,6 +23,9 @@ class InMemoryTraces:
         self.signs = signs
         self.weights = np.ones(len(ids), np.float32)
         self.weighted = np.zeros(len(ids), bool)
+        numbers: dict[bytes, int] = {}
+        prompts = [trace[:end].tobytes() for trace, end in zip(ids, prompt_lengths, strict=True)]
+        self.prompt_digests = np.array([numbers.setdefault(p, len(numbers)) for p in prompts])
 
     def ids(self, index: int) -> np.ndarray:
         """Token ids of one trace."""

@@ -28,6 +28,7 @@ MAY_CHANGE_ON_RESUME = (
     "shard.compile",
     "shard.offload",
     "train.row_tokens",
+    "train.share_prompts",
     "data.cache",
     "data.processes",
     "data.workers",

@@ -410,6 +410,9 @@ class TrainConfig(Section, name="train"):
     either after 1 epoch."""
     max_steps: int | None = ranged(None, AT_LEAST_1)
     """Most optimizer steps."""
+    share_prompts: bool = True
+    """Compute a prompt once for all traces of it that are in one pack. Not used with shard.context,
+    shard.compile, a router loss, or models whose layers need whole documents."""
     row_tokens: int | Literal["auto"] = ranged(32768, Range(2))
     """Most tokens of a pack, the packed row that one rank runs in one micro-step. auto: the length
     for which ranks wait least for each other and that fits the GPU; a run keeps it."""

@@ -20,7 +20,14 @@ from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.context_slice import slice_pack
 from redi.engine.data.distributions import Distributions
 from redi.engine.data.mismatched import MismatchedTraces
-from redi.engine.data.packing import Cost, PackedBatch, Packing, build_batch, pack
+from redi.engine.data.packing import (
+    Cost,
+    PackedBatch,
+    Packing,
+    build_batch,
+    pack,
+    shared_prompts,
+)
 from redi.engine.data.schedule import Examples, Schedule
 from redi.engine.errors import RunError
 
@@ -72,6 +79,8 @@ class StepBatches:
     """Trained tokens."""
     num_tokens: int
     """All tokens of the sequences, without dummies."""
+    shared_tokens: int
+    """Those of prompts that are computed once for several traces of a pack, and counted again."""
     micro_steps: int
     """Packs of the rank that has most."""
     rank_efficiency: float
@@ -116,6 +125,8 @@ class StepLoader(Dataset[StepBatches]):
     """Distributions of the traces, if the loss needs them."""
     mismatched: MismatchedTraces | None = None
     """The mismatched rows of the traces, if the loss needs them."""
+    share_prompts: bool = False
+    """See `build_batch`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -127,22 +138,25 @@ class StepLoader(Dataset[StepBatches]):
         units = self.schedule.units(step)
         sequences = self.examples.units[units].reshape(-1)
         lengths = self.examples.lengths[sequences]
-        packing = self._pack(lengths)
         mismatched: list[PackedBatch] = []
         if (rows := self.mismatched) is not None:
             of_rows = rows.lengths[sequences]
             mismatched = self._batches(rows, sequences, of_rows, self._pack(of_rows))
+        packing = self._pack(lengths)
         targets = self.tokens.num_targets(sequences, lengths)
         signs = self.tokens.signs[sequences] * (targets > 0)
         return StepBatches(
             step=step,
-            micro_batches=self._batches(self.tokens, sequences, lengths, packing, self.teacher),
+            micro_batches=self._batches(
+                self.tokens, sequences, lengths, packing, self.teacher, self.share_prompts
+            ),
             units=units,
             num_sequences=len(sequences),
             num_positives=int(np.sum(signs > 0)),
             num_negatives=int(np.sum(signs < 0)),
             num_targets=int(targets.sum()),
             num_tokens=int(lengths.sum()),
+            shared_tokens=self._shared_tokens(sequences, packing),
             micro_steps=len(packing.packs),
             rank_efficiency=packing.rank_efficiency,
             mismatched=mismatched,
@@ -165,15 +179,24 @@ class StepLoader(Dataset[StepBatches]):
         lengths: np.ndarray,
         packing: Packing,
         teacher: Distributions | None = None,
+        share_prompts: bool = False,
     ) -> list[PackedBatch]:
         """This rank's packs."""
         own = [packs[self.rank] for packs in packing.packs]
         if self.gather == "step":  # no dummies, but every rank takes part
             own = [pack for pack in own if len(pack)] or own[:1]
-        return [
-            slice_pack(build_batch(tokens, sequences[pack], lengths[pack], teacher), *self.slice)
+        whole = [
+            build_batch(tokens, sequences[pack], lengths[pack], teacher, share_prompts)
             for pack in own
         ]
+        return [slice_pack(pack, *self.slice) for pack in whole]
+
+    def _shared_tokens(self, sequences: np.ndarray, packing: Packing) -> int:
+        """Over all ranks."""
+        if not self.share_prompts:
+            return 0
+        packs = [sequences[pack] for packs in packing.packs for pack in packs]
+        return sum(int(shared_prompts(self.tokens, pack)[1].sum()) for pack in packs)
 
     def steps(self, start_step: int) -> Iterator[StepBatches]:
         """Yield the steps after `start_step`, the last one that is already trained.

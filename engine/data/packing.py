@@ -431,10 +431,17 @@ class PackedBatch:
     teacher_logps: Tensor | None = None
     """float16 [T, K]: their log-probs; -inf where there is none."""
     row_cu_seqlens: Tensor | None = None
-    """int32: boundaries of the documents of the whole pack if this is a slice of it (`slice_pack`),
-    with those of its padding."""
+    """int32: boundaries of the documents that attention runs on if they are not those of
+    `cu_seqlens`: of a slice those of the whole pack with its padding (`slice_pack`), with shared
+    prompts those of whole traces."""
     padding: int = 0
     """Tokens at the end that are of no trace."""
+    attended: Tensor | None = None
+    """int64 [U]: for each token of whole traces its position in the pack; None unless traces share
+    prompts."""
+    own: Tensor | None = None
+    """int64 [T]: for each position the place of its token in `attended`, in the trace that has it
+    in the pack; None likewise."""
 
     @property
     def documents(self) -> Tensor:
@@ -479,6 +486,7 @@ def build_batch(
     sequence_ids: np.ndarray,
     lengths: np.ndarray,
     teacher: Distributions | None = None,
+    share_prompts: bool = False,
 ) -> PackedBatch:
     """Make the tensors of one pack.
 
@@ -488,6 +496,8 @@ def build_batch(
         lengths: int64 [S], number of tokens of each trace that are kept,
             `Examples.lengths[sequence_ids]`; each exceeds the length of the prompt.
         teacher: distributions of the traces, if the loss needs them.
+        share_prompts: of traces with equal prompts only the first has its prompt in the pack. The
+            others start with its last token, which predicts another one in each.
 
     Raises:
         ValueError: the two arrays differ in length.
@@ -496,33 +506,40 @@ def build_batch(
         raise ValueError(f"got {len(lengths)} lengths for {len(sequence_ids)} sequences")
     if len(sequence_ids) == 0:
         return _dummy_batch()
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    prompt_lengths = tokens.prompt_lengths[sequence_ids]
+    sources, shared = np.arange(len(lengths)), np.zeros_like(lengths)
+    if share_prompts:
+        sources, shared = shared_prompts(tokens, sequence_ids)
+    kept = lengths - shared
+    starts = np.concatenate([[0], np.cumsum(kept)])
     total = int(starts[-1])
     input_ids = np.empty(total, dtype=np.int64)
-    for index, start, length in zip(sequence_ids, starts, lengths, strict=False):
-        input_ids[start : start + length] = tokens.ids(int(index))[:length]
-    position_ids = np.arange(total) - np.repeat(starts[:-1], lengths)
+    for index, start, first, end in zip(sequence_ids, starts, shared, lengths, strict=False):
+        input_ids[start : start + end - first] = tokens.ids(int(index))[first:end]
+    position_ids = np.arange(total) - np.repeat(starts[:-1] - shared, kept)
 
     # The completion's first token is predicted from the prompt's last position.
-    prompt_lengths = tokens.prompt_lengths[sequence_ids]
-    first_valid = np.repeat(prompt_lengths - 1, lengths)
-    last = np.repeat(lengths - 1, lengths)
+    first_valid = np.repeat(prompt_lengths - 1, kept)
+    last = np.repeat(lengths - 1, kept)
     valid_index = np.flatnonzero((position_ids >= first_valid) & (position_ids < last))
-    token_weights = _token_weights(tokens, sequence_ids, starts, prompt_lengths)
+    first_targets = starts[:-1] - shared + prompt_lengths - 1
+    token_weights = _token_weights(tokens, sequence_ids, starts, first_targets)
     if token_weights is not None:
         valid_index = valid_index[token_weights[valid_index] != 0]
         if np.all(token_weights[valid_index] == 1):
             token_weights = None
     targets = np.full(total, IGNORE, dtype=np.int64)
     targets[valid_index] = input_ids[valid_index + 1]
-    positive = np.repeat(tokens.signs[sequence_ids] > 0, lengths)[valid_index]
+    positive = np.repeat(tokens.signs[sequence_ids] > 0, kept)[valid_index]
     valid_index = np.concatenate([valid_index[positive], valid_index[~positive]])
 
     teacher_ids = teacher_logps = None
     if teacher is not None:
-        teacher_ids, teacher_logps = _distributions(tokens, teacher, sequence_ids, starts)
+        found = _distributions(tokens, teacher, sequence_ids, starts, first_targets)
+        teacher_ids, teacher_logps = found
     weights, signs = tokens.weights[sequence_ids], tokens.signs[sequence_ids]
     num_targets = tokens.num_targets(sequence_ids, lengths)
+    whole = _whole_traces(lengths, starts, sources, shared) if shared.any() else {}
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
@@ -543,11 +560,58 @@ def build_batch(
         token_weights=None if token_weights is None else torch.from_numpy(token_weights),
         teacher_ids=teacher_ids,
         teacher_logps=teacher_logps,
+        **whole,
     )
 
 
+def shared_prompts(
+    tokens: TokenizedTraces, sequence_ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which traces of a pack can use the prompt of another one.
+
+    Args:
+        tokens: the data set.
+        sequence_ids: int64 [S], the traces of the pack.
+
+    Returns:
+        int64 [S], the place of the first trace with an equal prompt, and int64 [S], the tokens that
+        a trace shares with it: all of its prompt but the last; 0 for the first one itself.
+    """
+    prompts = tokens.prompt_digests[sequence_ids]
+    _, first, prompt = np.unique(prompts, return_index=True, return_inverse=True)
+    sources = first[prompt]
+    again = sources != np.arange(len(sources))
+    return sources, np.where(again, tokens.prompt_lengths[sequence_ids] - 1, 0)
+
+
+def _whole_traces(
+    lengths: np.ndarray, starts: np.ndarray, sources: np.ndarray, shared: np.ndarray
+) -> dict[str, Tensor]:
+    """The fields of a pack with shared prompts that attention needs; see `shared_prompts`.
+
+    Args:
+        lengths: int64 [S], tokens of each trace.
+        starts: int64 [S + 1], boundaries of what each has in the pack.
+    """
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    place = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+    is_own = place >= np.repeat(shared, lengths)
+    start = np.where(
+        is_own, np.repeat(starts[:-1] - shared, lengths), np.repeat(starts[sources], lengths)
+    )
+    return {
+        "row_cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
+        "attended": torch.from_numpy(start + place),
+        "own": torch.from_numpy(np.flatnonzero(is_own)),
+    }
+
+
 def _distributions(
-    tokens: TokenizedTraces, teacher: Distributions, sequence_ids: np.ndarray, starts: np.ndarray
+    tokens: TokenizedTraces,
+    teacher: Distributions,
+    sequence_ids: np.ndarray,
+    starts: np.ndarray,
+    first_targets: np.ndarray,
 ) -> tuple[Tensor, Tensor]:
     """`teacher_ids` and `teacher_logps` of a pack."""
     ids = np.full((int(starts[-1]), teacher.kept), PADDING, np.int32)
@@ -555,7 +619,7 @@ def _distributions(
     for place, index in enumerate(sequence_ids.tolist()):
         prompt = int(tokens.prompt_lengths[index])
         found = teacher.of(index, int(tokens.lengths[index]) - prompt)
-        first, end = starts[place] + prompt - 1, starts[place + 1] - 1
+        first, end = first_targets[place], starts[place + 1] - 1
         ids[first:end], logps[first:end] = (part[: end - first] for part in found)
     return torch.from_numpy(ids), torch.from_numpy(logps)
 
@@ -564,16 +628,21 @@ def _token_weights(
     tokens: TokenizedTraces,
     sequence_ids: np.ndarray,
     starts: np.ndarray,
-    prompt_lengths: np.ndarray,
+    first_targets: np.ndarray,
 ) -> np.ndarray | None:
-    """Weight of the token that each position predicts, float32 [T]; None if all are 1."""
+    """Weight of the token that each position predicts, float32 [T]; None if all are 1.
+
+    Args:
+        starts: int64 [S + 1], boundaries of the documents.
+        first_targets: int64 [S], the position that predicts a completion's first token.
+    """
     if not tokens.weighted[sequence_ids].any():
         return None
     found = np.ones(int(starts[-1]), dtype=np.float32)
     for place, index in enumerate(sequence_ids.tolist()):
         weights = tokens.token_weights(index)
         if weights is not None:
-            first, end = starts[place] + prompt_lengths[place] - 1, starts[place + 1] - 1
+            first, end = first_targets[place], starts[place + 1] - 1
             found[first:end] = weights[: end - first]
     return found
 

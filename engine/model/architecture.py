@@ -94,7 +94,10 @@ def check_dropout(path: str, config: Any, attention: str) -> None:
 
 
 def slice_problem(config: Any) -> str | None:
-    """Why the ranks of a context group cannot share packs of a model, or None."""
+    """Why a model needs whole documents in a pack, or None.
+
+    Ranks of a context group cannot share its packs, nor traces their prompts.
+    """
     if has_mixers(config):
         return "its linear attention, state spaces or convolutions need whole documents"
     if "longrope" in rope_types(config):

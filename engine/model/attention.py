@@ -148,7 +148,7 @@ def register_attention(kind: str, context: ContextGroup = ALONE) -> str:
     attend: Attention = _sdpa
     if kind != "sdpa":
         attend = _whole_pack(_flash_varlen(kind) if kind in FLASH else _torch_varlen(), kind)
-    AttentionInterface.register(NAME, share_heads(attend, context))
+    AttentionInterface.register(NAME, _with_prompts(share_heads(attend, context)))
     return NAME
 
 
@@ -191,6 +191,8 @@ class AttentionCall(NamedTuple):
     """What the mask probe was given."""
     context_ranks: int = 1
     """Ranks that shared its heads."""
+    shared_tokens: int = 0
+    """Tokens of prompts that are in the pack once for several documents, counted again."""
 
 
 _calls: list[AttentionCall] | None = None
@@ -213,16 +215,23 @@ def record_call(call: AttentionCall) -> None:
         _calls.append(call)
 
 
-def document_kwargs(cu_seqlens: torch.Tensor, max_seqlen: int) -> dict[str, Any]:
+def document_kwargs(
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    attended: torch.Tensor | None = None,
+    own: torch.Tensor | None = None,
+) -> dict[str, Any]:
     """The keyword arguments that carry documents through transformers to the functions here.
 
     Args:
         cu_seqlens: [S + 1] int32, document boundaries within the pack.
         max_seqlen: tokens of the longest document. A host int, because a tensor would sync the
             device or cause a recompile.
+        attended, own: see `PackedBatch`; if they are given, the boundaries are those of `attended`.
     """
     values = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return {**dict(zip(DOCUMENT_KWARGS, values, strict=True)), "use_cache": False}
+    arguments = {**dict(zip(DOCUMENT_KWARGS, values, strict=True)), "use_cache": False}
+    return arguments if attended is None else {**arguments, "attended": attended, "own": own}
 
 
 def _enter(
@@ -247,8 +256,8 @@ def _enter(
     for feature in features_of(pattern):
         if kind not in SUPPORT[feature]:
             raise InputError(f'the model\'s {feature} are not available with attention "{kind}"')
-    ranks = other.get("context_ranks", 1)
-    record_call(AttentionCall(kind, pattern, len(cu_seqlens) - 1, context_ranks=ranks))
+    counts = {name: other[name] for name in ("context_ranks", "shared_tokens") if name in other}
+    record_call(AttentionCall(kind, pattern, len(cu_seqlens) - 1, **counts))
     return pattern
 
 
@@ -301,6 +310,35 @@ def _mask(
     """A mask as transformers defines it, on the CPU, without padding."""
     queries, keys = torch.arange(q_length)[:, None], torch.arange(kv_length)
     return mask_function(0, 0, queries, keys)[None, None]
+
+
+def _with_prompts(attend: Attention) -> Attention:
+    """Wrap an attention function for packs whose traces share prompts.
+
+    The wrapped function gets whole traces, so it needs no other mask. A token of a shared prompt is
+    copied after the projections: its key and value get a gradient from each of its traces, its
+    query from the first alone.
+    """
+
+    def run(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        attended: torch.Tensor | None = None,
+        own: torch.Tensor | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
+        if attended is None or own is None:
+            return attend(module, query, key, value, attention_mask, **options)
+        query, key, value = (x.index_select(2, attended) for x in (query, key, value))
+        options["shared_tokens"] = len(attended) - len(own)
+        out, _ = attend(module, query, key, value, attention_mask, **options)
+        return out.index_select(1, own), None
+
+    return run
 
 
 @torch.compiler.disable  # would be recompiled for each number of documents

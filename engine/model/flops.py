@@ -70,10 +70,10 @@ class ModelSize:
     def _head_products(self) -> float:
         return (4.0 if self.adapter else 6.0) * self.head
 
-    def step_flops(self, lengths: np.ndarray, targets: int) -> float:
+    def step_flops(self, lengths: np.ndarray, targets: int, shared_tokens: int = 0) -> float:
         """Flops of one forward and backward of sequences: what a step needs, not what it executes.
 
-            6 trunk T + 6 head targets + 3 attention sum(length²),   T = sum(length)
+            6 trunk T + 6 head targets + 3 attention sum(length²),   T = sum(length) - shared_tokens
 
         With an adapter 4 trunk T + 6 adapter T + 4 head targets in place of the products.
 
@@ -85,9 +85,12 @@ class ModelSize:
         Args:
             lengths: int [S], tokens of each sequence.
             targets: trained tokens of all sequences.
+            shared_tokens: of prompts that are computed once for several sequences and counted
+                again in `lengths`. Attention computes them again.
         """
         trunk = self._cost(self._products, 3.0)
-        return float(trunk.of(lengths).sum()) + self._head_products * targets
+        products = self._head_products * targets - self._products * shared_tokens
+        return float(trunk.of(lengths).sum()) + products
 
     def training_cost(self) -> Cost:
         """Training flops of a sequence, for packing: every token counts as trained."""

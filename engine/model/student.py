@@ -24,6 +24,7 @@ from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.packed_loss import DistilledLoss, PackedLoss, StepTotals
 from redi.engine.loss.top_logprobs import top_logprobs
 from redi.engine.model.adapter import Adapter
+from redi.engine.model.architecture import slice_problem
 from redi.engine.model.attention import NAME, document_kwargs
 from redi.engine.model.first_forward import ForwardRecord, record_forward
 from redi.engine.model.logits import logits_of
@@ -105,6 +106,12 @@ class Student(nn.Module):
     def context(self) -> ContextGroup:
         """The ranks that share a pack; batches are slices then."""
         return self.objective.context
+
+    @property
+    def can_share_prompts(self) -> bool:
+        """False if a layer or the router loss needs each trace with its prompt in the pack."""
+        needs_whole = self.router_loss is not None or slice_problem(self.model.config) is not None
+        return self.context.size == 1 and not needs_whole
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -199,6 +206,6 @@ class Student(nn.Module):
         output = self.model.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
-            **document_kwargs(batch.documents, batch.max_seqlen),
+            **document_kwargs(batch.documents, batch.max_seqlen, batch.attended, batch.own),
         )
         return output.last_hidden_state[0]

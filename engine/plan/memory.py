@@ -306,6 +306,7 @@ def _step_of(packs: list[PackedBatch]) -> StepBatches:
         num_negatives=0,
         num_targets=sum(len(pack.valid_index) for pack in packs),
         num_tokens=sum(pack.num_tokens for pack in packs),
+        shared_tokens=0,
         micro_steps=len(packs),
         rank_efficiency=1.0,
     )

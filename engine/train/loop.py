@@ -98,6 +98,9 @@ def train(
         pin=world.device.type == "cuda",
         teacher=data.teacher,
         mismatched=data.mismatched,
+        share_prompts=recipe.train.share_prompts
+        and not recipe.shard.compile  # a pack with and one without would need a graph each
+        and student.can_share_prompts,
     )
     trackers = open_trackers(recipe, run_dir, done) if world.is_main else []
     metrics = MetricsLog(run_dir / "metrics.jsonl", done, trackers, active=world.is_main)
@@ -236,6 +239,7 @@ def _metrics_line(
         "update_norm": result.update_norm,
         "lr": rate,
         "tokens": batches.num_tokens,
+        "shared_tokens": batches.shared_tokens,
         "targets": batches.num_targets,
         "micro_steps": batches.micro_steps,
         "rank_efficiency": batches.rank_efficiency,

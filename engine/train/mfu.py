@@ -19,9 +19,10 @@ class Utilization:
 
         mfu = flops that the step's traces need / (seconds * ranks * peak of a device)
 
-    The flops are those of one forward and backward of the true documents, without padding, dummies
-    and recomputation (`ModelSize.step_flops`). The seconds are those of the whole step, including
-    the update and the wait for data. The peak is the dense bfloat16 peak of a data sheet.
+    The flops are those of one forward and backward of the true documents, with each shared prompt
+    once, without padding, dummies and recomputation (`ModelSize.step_flops`). The seconds are those
+    of the whole step, including the update and the wait for data. The peak is the dense bfloat16
+    peak of a data sheet.
 
     Args:
         recipe: resolved.
@@ -38,13 +39,14 @@ class Utilization:
         """The figures of a step.
 
         Args:
-            line: its line of metrics.jsonl, with `targets` and `seconds`.
+            line: its line of metrics.jsonl, with `targets`, `shared_tokens` and `seconds`.
             lengths: tokens of each of its traces on all ranks, int64 [S].
 
         Returns:
             `model_tflops`, 10^12 flops a second and rank, and `mfu`, a share of the peak or None.
         """
-        flops = self._size.step_flops(lengths, line["targets"]) / (line["seconds"] * self._ranks)
+        of_step = self._size.step_flops(lengths, line["targets"], line["shared_tokens"])
+        flops = of_step / (line["seconds"] * self._ranks)
         return {
             "model_tflops": flops / 1e12,
             "mfu": flops / self._peak if self._peak else None,

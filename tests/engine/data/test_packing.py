@@ -3,6 +3,7 @@
 import pickle
 from dataclasses import fields
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from data_cases import make_pairs, make_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
+from redi.bench.traces import InMemoryTraces
 from redi.engine.data.distributions import PADDING, Distributions, write_store
 from redi.engine.data.packing import IGNORE, Cost, PackedBatch, balance, build_batch, pack
 
@@ -292,6 +294,12 @@ def test_what_belongs_to_a_token_is_at_the_position_that_predicts_it(tmp_path):
     assert batch.teacher_logps is not None
     nothing = -np.inf
     assert batch.teacher_logps[:, 0].tolist() == [-4, -5, nothing, nothing, -1, -2, nothing]
+    # Twice the same trace: the second starts with the last token of the prompt.
+    twice = build_batch(tokens, np.array([0, 0]), np.array([4, 4]), teacher, share_prompts=True)
+    assert twice.token_weights is not None
+    assert twice.token_weights.tolist() == [1, 0.5, 0, 1, 0.5, 0, 1]
+    assert twice.teacher_logps is not None
+    assert twice.teacher_logps[:, 0].tolist() == [nothing, -1, -2, nothing, -1, -2, nothing]
 
 
 def test_weights_are_there_only_if_some_differ_from_one(tmp_path):
@@ -318,6 +326,57 @@ def test_a_pack_without_work_is_two_tokens_that_count_for_nothing(tmp_path):
     assert len(batch.valid_index) == 0
     with pytest.raises(ValueError, match="2 lengths for 1 sequences"):
         build_batch(tokens, np.array([0]), np.array([5, 5]))
+
+
+def test_traces_that_share_a_prompt_start_with_its_last_token() -> None:
+    ids = [np.array([1, 2, 3, 4, 5]), np.array([6, 7, 8]), np.array([1, 2, 3, 9, 10, 11])]
+    traces: Any = InMemoryTraces(ids, np.array([3, 2, 3]), np.array([1, 1, -1]))
+    batch = build_batch(traces, np.arange(3), traces.lengths, share_prompts=True)
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 3, 9, 10, 11]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 2, 3, 4, 5]
+    assert batch.cu_seqlens.tolist() == [0, 5, 8, 12]
+    assert batch.targets.tolist()[8:] == [9, 10, 11, IGNORE]
+    assert batch.documents.tolist() == [0, 5, 8, 14]
+    assert batch.attended is not None
+    assert batch.attended.tolist() == [*range(8), 0, 1, 8, 9, 10, 11]
+    assert batch.own is not None
+    assert batch.own.tolist() == [*range(8), 10, 11, 12, 13]
+    assert (batch.max_seqlen, batch.num_tokens) == (6, 12)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=8), st.integers(0, 99))
+def test_a_pack_with_shared_prompts_has_the_rows_of_whole_traces(prompts, seed):
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(0, 1000, rng.integers(1, 6)) for _ in range(5)]
+    ids = [np.concatenate([texts[p], rng.integers(0, 9, rng.integers(1, 6))]) for p in prompts]
+    starts = np.array([len(texts[p]) for p in prompts])
+    traces: Any = InMemoryTraces(ids, starts, rng.choice([-1, 1], len(ids)))
+    lengths = rng.integers(starts + 1, traces.lengths + 1)  # some are truncated
+    everything = np.arange(len(ids))
+    plain = build_batch(traces, everything, lengths)
+    shared = build_batch(traces, everything, lengths, share_prompts=True)
+    if len(set(prompts)) == len(prompts):
+        assert_same(plain, shared)
+    if shared.attended is None:
+        assert_same(plain, shared)
+        return
+    assert shared.own is not None
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(getattr(shared, name)[shared.attended], getattr(plain, name))
+    for name in ("input_ids", "position_ids", "targets"):
+        assert torch.equal(getattr(plain, name)[shared.own], getattr(shared, name))
+    assert torch.equal(shared.own[shared.valid_index], plain.valid_index)
+    assert torch.equal(shared.documents, plain.cu_seqlens)
+    first = [prompts.index(p) == place for place, p in enumerate(prompts)]
+    kept = [
+        length - (0 if f else start - 1)
+        for length, f, start in zip(lengths, first, starts, strict=True)
+    ]
+    assert shared.cu_seqlens.diff().tolist() == kept
+    same = {"signs", "num_targets", "full_targets", "sequence_ids", "target_counts", "max_seqlen"}
+    for name in same:
+        a, b = getattr(plain, name), getattr(shared, name)
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def assert_same(left: PackedBatch, right: PackedBatch) -> None:
