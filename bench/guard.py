@@ -44,8 +44,8 @@ LOSS = LossSizes(
 )
 PADDED_STEPS = 2
 
-LIMITS = {"operations": 24_750, "loss_time": 1.8, "step_time": 0.5, "peak_memory": 0.9}
-"""The most that each figure may be; seen on two cores with other jobs: 24,683, 1.0 to 1.3, 0.20 and
+LIMITS = {"operations": 24_900, "loss_time": 1.8, "step_time": 0.5, "peak_memory": 0.9}
+"""The most that each figure may be; seen on two cores with other jobs: 24,839, 1.0 to 1.3, 0.20 and
 0.76. With transformers' dense attention over the pack step_time is 1.05 and peak_memory 1.07.
 
 operations: of two profiled steps of the run, exact for a version of torch.

@@ -36,6 +36,7 @@ from redi.engine.errors import InputError
 from redi.engine.loss.packed_loss import StepTotals
 from redi.engine.model import composite
 from redi.engine.model.build import build_student, model_config
+from redi.engine.model.flops import model_size
 from redi.engine.model.load import empty_model
 from redi.engine.quickstart.task import write_model
 from redi.engine.train.step import clip
@@ -224,7 +225,7 @@ def _try(kind: str, variant: str, config: Any, folder: str) -> Seen:
     with join_world() as world:
         student, _ = build_student(recipe, model_config(recipe), torch.float32, world, QUIET)
         scores = student(batch, None)
-        out = student(pack(share_prompts=student.can_share_prompts), totals)
+        out = student(pack(share_prompts=model_size(config).shares_prompts(recipe)), totals)
         out.loss.backward()
         norm = float(clip(student, 0))
         loss = float(out.loss.detach())
@@ -383,12 +384,13 @@ The type is `model_type` in the model's config.json. A checkpoint's configuratio
 the type's default: `redi plan` with your recipe checks yours.
 
 A test makes the table below. For each type it builds a model of four small layers with the type's
-default features, saves and loads it as a run does, and trains it on a pack of three documents, in
-float32 on a CPU. "works" means that log-probs, REDI's loss and the gradient norm equal those of
-transformers' eager attention, document by document, to 1e-5 (if float32 is not that exact for a
-gradient norm: as close to float64 as transformers is). If the default has sliding or other layers,
-the type is tried again with full attention in every layer, which some of its checkpoints have.
-`python tests/architecture_cases.py --write` makes the table again (transformers {version}).
+default features, saves and loads it as a run does, and trains it on a pack of three documents, two
+of which share a prompt, in float32 on a CPU. "works" means that log-probs, REDI's loss and the
+gradient norm equal those of transformers' eager attention, document by document, to 1e-5 (if
+float32 is not that exact for a gradient norm: as close to float64 as transformers is). If the
+default has sliding or other layers, the type is tried again with full attention in every layer,
+which some of its checkpoints have. `python tests/architecture_cases.py --write` makes the table
+again (transformers {version}).
 
 | types | default configuration | full attention in every layer |
 |---|---|---|

@@ -234,7 +234,7 @@ def fill_cache(
     row_tokens = recipe.train.row_tokens
     if row_tokens == "auto":
         row_tokens = rows_without_card(recipe, size, data, ranks)
-    summary = data.summarize(row_tokens, ranks, size.training_cost(), recipe.shard)
+    summary = data.summarize(recipe, row_tokens, ranks, size.training_cost(), size)
     show(summary, ", ".join(recipe.data.paths), console)
     found = summarize_by_source(data.tokens, data.examples, recipe.data.max_tokens)
     console.table("traces by source", ORIGIN_COLUMNS, origin_rows(found))

@@ -30,6 +30,7 @@ def slice_pack(batch: PackedBatch, index: int, count: int) -> PackedBatch:
     """
     if count == 1:
         return batch
+    assert batch.attended is None, "ranks that share a pack do not share prompts"
     total = len(batch.input_ids)
     first, end = _bounds(total, index, count)
     size = end - first

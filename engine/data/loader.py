@@ -26,6 +26,7 @@ from redi.engine.data.packing import (
     Packing,
     build_batch,
     pack,
+    shared_by_pairs,
     shared_prompts,
 )
 from redi.engine.data.schedule import Examples, Schedule
@@ -138,11 +139,14 @@ class StepLoader(Dataset[StepBatches]):
         units = self.schedule.units(step)
         sequences = self.examples.units[units].reshape(-1)
         lengths = self.examples.lengths[sequences]
+        shared = None
+        if self.share_prompts:
+            shared = shared_by_pairs(self.tokens, self.examples.units[units])
         mismatched: list[PackedBatch] = []
         if (rows := self.mismatched) is not None:
             of_rows = rows.lengths[sequences]
             mismatched = self._batches(rows, sequences, of_rows, self._pack(of_rows))
-        packing = self._pack(lengths)
+        packing = self._pack(lengths, shared)
         targets = self.tokens.num_targets(sequences, lengths)
         signs = self.tokens.signs[sequences] * (targets > 0)
         return StepBatches(
@@ -162,7 +166,7 @@ class StepLoader(Dataset[StepBatches]):
             mismatched=mismatched,
         )
 
-    def _pack(self, lengths: np.ndarray) -> Packing:
+    def _pack(self, lengths: np.ndarray, shared: np.ndarray | None = None) -> Packing:
         return pack(
             lengths,
             row_tokens=self.row_tokens,
@@ -170,6 +174,7 @@ class StepLoader(Dataset[StepBatches]):
             cost=self.cost,
             keep_pairs_together=self.examples.keep_pairs_together,
             gather=self.gather,
+            shared=shared,
         )
 
     def _batches(

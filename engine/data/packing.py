@@ -6,6 +6,7 @@ negatives are packed alike. A pair shares a pack only for objectives that need i
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -84,6 +85,7 @@ def pack(
     cost: Cost,
     keep_pairs_together: int = 1,
     gather: str = "micro_step",
+    shared: np.ndarray | None = None,
 ) -> Packing:
     """Pack sequences into the fewest micro-steps that work, balanced by cost.
 
@@ -100,6 +102,9 @@ def pack(
             for pairs. It divides S.
         gather: as `[shard] gather`. "micro_step": ranks wait for each other in each micro-step.
             "step": only at the end of the step, so packs of one micro-step may differ in cost.
+        shared: int64 [S / 2], tokens that neighbours 2i and 2i + 1 share in one pack, which then
+            cost nothing for the second. A step that is shorter for it keeps all pairs together:
+            short traces save much, long ones are better balanced apart.
 
     Raises:
         ValueError: a length, or the sum over neighbours, is out of range.
@@ -108,16 +113,27 @@ def pack(
     if lengths.size == 0 or lengths.min() < 1 or lengths.max() > row_tokens:
         raise ValueError(f"lengths must be non-empty and in [1, row_tokens = {row_tokens}]")
     way = _pack if gather == "micro_step" else _pack_each_rank
+    costs = cost.of(lengths)
+    saved = np.zeros(len(lengths))
+    if shared is not None:
+        saved[1::2] = cost.linear * shared
+    together = partial(_pack_together, lengths, costs - saved, row_tokens, world_size, way=way)
     if keep_pairs_together > 1:
-        return _pack_together(lengths, row_tokens, world_size, cost, keep_pairs_together, way)
-    return way(lengths, cost.of(lengths), row_tokens, world_size)
+        return together(keep_pairs_together)
+    apart = way(lengths, costs, row_tokens, world_size)
+    if not saved.any() or lengths.reshape(-1, 2).sum(axis=1).max() > row_tokens:
+        return apart
+    of_pairs = together(2)
+    # A step takes its cost / (ranks x efficiency).
+    with_pairs = np.sum(costs - saved) / of_pairs.rank_efficiency
+    return of_pairs if with_pairs < costs.sum() / apart.rank_efficiency else apart
 
 
 def _pack_together(
     lengths: np.ndarray,
+    costs: np.ndarray,
     row_tokens: int,
     world_size: int,
-    cost: Cost,
     keep_pairs_together: int,
     way: Callable[[np.ndarray, np.ndarray, int, int], Packing],
 ) -> Packing:
@@ -127,8 +143,8 @@ def _pack_together(
         raise ValueError(
             f"{keep_pairs_together} neighbours must fit into row_tokens = {row_tokens}"
         )
-    costs = cost.of(lengths).reshape(-1, keep_pairs_together).sum(axis=1)
-    packing = way(tokens, costs, row_tokens, world_size)
+    of_groups = costs.reshape(-1, keep_pairs_together).sum(axis=1)
+    packing = way(tokens, of_groups, row_tokens, world_size)
     members = np.arange(len(lengths)).reshape(-1, keep_pairs_together)
     packs = tuple(tuple(members[groups].reshape(-1) for groups in step) for step in packing.packs)
     return replace(packing, packs=packs)
@@ -582,6 +598,18 @@ def shared_prompts(
     sources = first[prompt]
     again = sources != np.arange(len(sources))
     return sources, np.where(again, tokens.prompt_lengths[sequence_ids] - 1, 0)
+
+
+def shared_by_pairs(tokens: TokenizedTraces, pairs: np.ndarray) -> np.ndarray | None:
+    """Tokens of a prompt that the traces of each pair can share in a pack, int64 [P].
+
+    Args:
+        pairs: int64 [P, 2] or [P, 1], the traces of units; None is returned for single ones.
+    """
+    if pairs.shape[1] == 1:
+        return None
+    first, second = tokens.prompt_digests[pairs].T
+    return np.where(first == second, tokens.prompt_lengths[pairs[:, 0]] - 1, 0)
 
 
 def _whole_traces(

@@ -13,7 +13,7 @@ from redi.engine.console import Console
 from redi.engine.data.cache import TokenizedTraces
 from redi.engine.data.distributions import Distributions, StoreMeta
 from redi.engine.data.messages import DISTRIBUTION_COLUMNS
-from redi.engine.data.packing import Cost, pack
+from redi.engine.data.packing import Cost, pack, shared_by_pairs
 from redi.engine.data.schedule import Examples, Schedule
 from redi.engine.data.weight_counts import WeightCounts, count_weights
 
@@ -143,6 +143,7 @@ def summarize(
     gather: str = "micro_step",
     context: int = 1,
     teacher: Distributions | None = None,
+    share_prompts: bool = False,
 ) -> Summary:
     """Summarize the data set, its units and their packing.
 
@@ -152,6 +153,7 @@ def summarize(
         row_tokens, cost, gather: as for `pack`.
         world_size, context: number of ranks, and of those that share a pack.
         teacher: distributions of the traces, if the loss needs them.
+        share_prompts: whether traces share prompts in a pack.
     """
     in_use = np.zeros(len(tokens), dtype=bool)
     in_use[examples.units] = True
@@ -168,15 +170,16 @@ def summarize(
         identical = examples.units[first == second, 0]
     packings = []
     for step in range(1, min(schedule.total_steps, PACKED_STEPS) + 1):
-        lengths = examples.lengths[examples.units[schedule.units(step)].reshape(-1)]
+        drawn = examples.units[schedule.units(step)]
         packings.append(
             pack(
-                lengths,
+                examples.lengths[drawn.reshape(-1)],
                 row_tokens=row_tokens,
                 world_size=max(1, world_size // context),
                 cost=cost,
                 keep_pairs_together=examples.keep_pairs_together,
                 gather=gather,
+                shared=shared_by_pairs(tokens, drawn) if share_prompts else None,
             )
         )
     numbers = int(tokens.groups.max()) + 1

@@ -277,14 +277,17 @@ def _packed_calls(model: PreTrainedModel) -> list[AttentionCall] | None:
     tokens = torch.arange(PROBED_TOKENS, device="meta")[None]
     boundaries = torch.tensor([0, 4, PROBED_TOKENS], dtype=torch.int32)
     ops = _RandomOps()
+    documents = document_kwargs(boundaries, 4, attended=tokens[0], own=tokens[0])
     with ops:
-        calls = _calls_of(model, position_ids=tokens, **document_kwargs(boundaries, 4))
+        calls = _calls_of(model, position_ids=tokens, **documents)
     if calls is None:
         return None
     name = type(model).__name__
     attention, mixers = split_calls(calls)
     if len(attention) != (wanted := sum(map(has_attention, model.base_model.layers))):
         raise InputError(f"{name}: {len(attention)} of {wanted} layers call the attention function")
+    if not all(call.shares_prompts for call in attention):
+        raise InputError(f"{name}: it passes its attention the documents of a pack only in part")
     wanted = sum(mixer_of(block) is not None for block in model.base_model.layers)
     if len(mixers) != wanted:
         raise InputError(f"{name}: {len(mixers)} of {wanted} mixers are given document boundaries")

@@ -51,8 +51,10 @@ PLANNED = "planned"
 """Kind for `redi plan`: torch's varlen attention without a soft cap and sinks, whose result has the
 same size."""
 
-# Names of transformers' arguments for the boundaries of documents.
-DOCUMENT_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# Names of the arguments that carry documents: transformers' own for their boundaries, and two for
+# shared prompts.
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+DOCUMENT_KWARGS = (*BOUNDARIES, "attended", "own")
 
 # Kinds of attention that support dropout on the attention probabilities.
 WITH_DROPOUT = {"sdpa", "flash-2"}
@@ -160,7 +162,7 @@ def register_probe() -> str:
     Returns:
         The name to build a model with.
     """
-    AttentionInterface.register(PROBE, _probe)
+    AttentionInterface.register(PROBE, _with_prompts(_probe))
     return PROBE
 
 
@@ -191,8 +193,8 @@ class AttentionCall(NamedTuple):
     """What the mask probe was given."""
     context_ranks: int = 1
     """Ranks that shared its heads."""
-    shared_tokens: int = 0
-    """Tokens of prompts that are in the pack once for several documents, counted again."""
+    shares_prompts: bool = False
+    """True if documents shared the prompts in the pack."""
 
 
 _calls: list[AttentionCall] | None = None
@@ -230,8 +232,10 @@ def document_kwargs(
         attended, own: see `PackedBatch`; if they are given, the boundaries are those of `attended`.
     """
     values = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    arguments = {**dict(zip(DOCUMENT_KWARGS, values, strict=True)), "use_cache": False}
-    return arguments if attended is None else {**arguments, "attended": attended, "own": own}
+    arguments: dict[str, Any] = dict(zip(BOUNDARIES, values, strict=True))
+    if attended is not None:
+        arguments |= {"attended": attended, "own": own}
+    return {**arguments, "use_cache": False}
 
 
 def _enter(
@@ -256,7 +260,7 @@ def _enter(
     for feature in features_of(pattern):
         if kind not in SUPPORT[feature]:
             raise InputError(f'the model\'s {feature} are not available with attention "{kind}"')
-    counts = {name: other[name] for name in ("context_ranks", "shared_tokens") if name in other}
+    counts = {name: other[name] for name in ("context_ranks", "shares_prompts") if name in other}
     record_call(AttentionCall(kind, pattern, len(cu_seqlens) - 1, **counts))
     return pattern
 
@@ -334,8 +338,7 @@ def _with_prompts(attend: Attention) -> Attention:
         if attended is None or own is None:
             return attend(module, query, key, value, attention_mask, **options)
         query, key, value = (x.index_select(2, attended) for x in (query, key, value))
-        options["shared_tokens"] = len(attended) - len(own)
-        out, _ = attend(module, query, key, value, attention_mask, **options)
+        out, _ = attend(module, query, key, value, attention_mask, **options, shares_prompts=True)
         return out.index_select(1, own), None
 
     return run

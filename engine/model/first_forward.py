@@ -47,6 +47,8 @@ class ForwardRecord:
     """Number of layers that ran with an adapter, by name; empty without one."""
     linear: dict[str, int]
     """Number of linear layers that ran in float8 or with NF4 weights, by class."""
+    shared_prompts: bool = False
+    """True if traces of its pack shared a prompt."""
     routers: int = 0
     """Number of routers whose load-balancing loss is trained."""
 
@@ -60,9 +62,10 @@ class ForwardRecord:
         liger = ", ".join(f"{count} {name}" for name, count in self.liger.items())
         adapter = ", ".join(f"{count} {name}" for name, count in self.adapter.items())
         shared = f", shared by {self.context_ranks} ranks" if self.context_ranks > 1 else ""
+        prompts = " with shared prompts" if self.shared_prompts else ""
         linear = "".join(f"; {count} {name}" for name, count in self.linear.items())
         return (
-            f"attention {self.attention} in {self.attention_calls} layers{windows}{shared}"
+            f"attention {self.attention} in {self.attention_calls} layers{prompts}{windows}{shared}"
             f"{mixers}; "
             f"loss {loss}; liger-kernel {liger or 'off'}"
             + (f"; adapter on {adapter}" if adapter else "")
@@ -139,6 +142,7 @@ def record_forward(model: PreTrainedModel, forward: Callable[[], Out]) -> tuple[
         liger=liger_layers(model),
         adapter=dict(adapted),
         linear=dict(linear),
+        shared_prompts=any(call.shares_prompts for call in calls),
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from redi.engine.config.sections import AdapterConfig
+from redi.engine.config.sections import AdapterConfig, Recipe
 from redi.engine.data.packing import Cost
 from redi.engine.model.adapter import add_adapter
 from redi.engine.model.architecture import layer_patterns, slice_problem
@@ -52,6 +52,14 @@ class ModelSize:
     """Heads of keys and values of a layer."""
     has_router_loss: bool = False
     """True if a step of several packs counts experts before them."""
+    whole_documents: bool = False
+    """True if a layer needs whole documents in a pack (`slice_problem`)."""
+
+    def shares_prompts(self, recipe: Recipe) -> bool:
+        """True if traces of a pack share prompts: the loss and all layers run token by token."""
+        needs_whole = self.whole_documents or self.has_router_loss or recipe.shard.context > 1
+        # A pack with shared prompts and one without would need a graph each.
+        return recipe.train.share_prompts and not needs_whole and not recipe.shard.compile
 
     @property
     def trained(self) -> int:
@@ -164,6 +172,7 @@ def model_size(
         heads=1 if slice_problem(config) else config.num_attention_heads,
         key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         has_router_loss=has_router_loss,
+        whole_documents=slice_problem(config) is not None,
     )
     if adapter is None or not adapter.wanted:
         return size

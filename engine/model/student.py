@@ -24,7 +24,6 @@ from redi.engine.data.packing import PackedBatch
 from redi.engine.loss.packed_loss import DistilledLoss, PackedLoss, StepTotals
 from redi.engine.loss.top_logprobs import top_logprobs
 from redi.engine.model.adapter import Adapter
-from redi.engine.model.architecture import slice_problem
 from redi.engine.model.attention import NAME, document_kwargs
 from redi.engine.model.first_forward import ForwardRecord, record_forward
 from redi.engine.model.logits import logits_of
@@ -106,12 +105,6 @@ class Student(nn.Module):
     def context(self) -> ContextGroup:
         """The ranks that share a pack; batches are slices then."""
         return self.objective.context
-
-    @property
-    def can_share_prompts(self) -> bool:
-        """False if a layer or the router loss needs each trace with its prompt in the pack."""
-        needs_whole = self.router_loss is not None or slice_problem(self.model.config) is not None
-        return self.context.size == 1 and not needs_whole
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -77,7 +77,7 @@ def plan_recipes(
                 recipe, auto_rows(recipe, size, data, Gpus.of(cluster, config), console)
             )
         row_tokens = recipe.train.resolved_row_tokens
-        summary = data.summarize(row_tokens, cluster.ranks, size.training_cost(), recipe.shard)
+        summary = data.summarize(recipe, row_tokens, cluster.ranks, size.training_cost(), size)
         show(summary, path, console)
         for warning in warnings(summary):
             console.warn(warning)

@@ -8,7 +8,14 @@ import numpy as np
 
 from redi.engine.config.sections import Recipe, ShardConfig
 from redi.engine.console import Console
-from redi.engine.data.packing import Cost, Packing, build_batch, pack
+from redi.engine.data.packing import (
+    Cost,
+    Packing,
+    build_batch,
+    pack,
+    shared_by_pairs,
+    shared_prompts,
+)
 from redi.engine.model.flops import ModelSize
 from redi.engine.plan.cards import Cluster
 from redi.engine.plan.memory import Load
@@ -30,6 +37,8 @@ class PackedStep:
     """Indices of the traces in each pack, of all micro-steps and ranks (or context groups)."""
     lengths: np.ndarray
     """float64 [S], of the step's traces."""
+    shared: np.ndarray
+    """int64 [micro-steps, ranks or context groups], tokens of prompts that traces share."""
     mismatched: PackedStep | None = None
     """The step's mismatched rows, which are scored before, if the loss needs them."""
 
@@ -41,7 +50,7 @@ class PackedStep:
         Returns:
             Arrays float64 [micro-steps, ranks or context groups].
         """
-        own = pack_sums(self.packing, trained.of(self.lengths))
+        own = pack_sums(self.packing, trained.of(self.lengths)) - trained.linear * self.shared
         if self.mismatched is None:
             return [own]
         return [pack_sums(self.mismatched.packing, scored.of(self.mismatched.lengths)), own]
@@ -102,7 +111,7 @@ def pack_run(
     progress = console.progress("packing step", len(chosen), endpoints=False)
     steps = []
     for step in chosen:
-        steps.append(pack_step(step, data, recipe, ranks, balanced))
+        steps.append(pack_step(step, data, recipe, ranks, balanced, size))
         progress.update(1)
     progress.close()
 
@@ -135,11 +144,14 @@ def pack_run(
     )
 
 
-def pack_step(step: int, data: PreparedData, recipe: Recipe, ranks: int, cost: Cost) -> PackedStep:
+def pack_step(
+    step: int, data: PreparedData, recipe: Recipe, ranks: int, cost: Cost, size: ModelSize
+) -> PackedStep:
     """Pack a step as training does, which balances `cost`."""
-    traces = _traces(step, data)
+    units = data.examples.units[data.schedule.units(step)]
+    traces = units.reshape(-1)
 
-    def packed(lengths: np.ndarray) -> PackedStep:
+    def packed(lengths: np.ndarray, share_prompts: bool) -> PackedStep:
         packing = pack(
             lengths,
             row_tokens=recipe.train.resolved_row_tokens,
@@ -147,14 +159,19 @@ def pack_step(step: int, data: PreparedData, recipe: Recipe, ranks: int, cost: C
             cost=cost,
             keep_pairs_together=data.examples.keep_pairs_together,
             gather=recipe.shard.gather,
+            shared=shared_by_pairs(data.tokens, units) if share_prompts else None,
         )
         packs = [traces[places] for micro_step in packing.packs for places in micro_step]
-        return PackedStep(step, packing, packs, lengths.astype(np.float64))
+        shared = np.zeros(len(packs), dtype=np.int64)
+        if share_prompts:
+            shared[:] = [shared_prompts(data.tokens, pack)[1].sum() for pack in packs]
+        by_rank = shared.reshape(len(packing.packs), -1)
+        return PackedStep(step, packing, packs, lengths.astype(np.float64), by_rank)
 
-    own = packed(data.examples.lengths[traces])
+    own = packed(data.examples.lengths[traces], size.shares_prompts(recipe))
     if data.mismatched is None:
         return own
-    return replace(own, mismatched=packed(data.mismatched.lengths[traces]))
+    return replace(own, mismatched=packed(data.mismatched.lengths[traces], share_prompts=False))
 
 
 def pack_sums(packing: Packing, values: np.ndarray) -> np.ndarray:

@@ -237,7 +237,7 @@ def _candidates(
             if layout not in packed:
                 balanced = size.training_cost()
                 packed[layout] = [
-                    pack_step(step, data, chosen, ranks, balanced) for step in sampled
+                    pack_step(step, data, chosen, ranks, balanced, size) for step in sampled
                 ]
             steps = packed[layout]
             waits = [step.waits(size, shard, gpus.flops_per_second) for step in steps]

@@ -98,9 +98,7 @@ def train(
         pin=world.device.type == "cuda",
         teacher=data.teacher,
         mismatched=data.mismatched,
-        share_prompts=recipe.train.share_prompts
-        and not recipe.shard.compile  # a pack with and one without would need a graph each
-        and student.can_share_prompts,
+        share_prompts=training.size.shares_prompts(recipe),
     )
     trackers = open_trackers(recipe, run_dir, done) if world.is_main else []
     metrics = MetricsLog(run_dir / "metrics.jsonl", done, trackers, active=world.is_main)

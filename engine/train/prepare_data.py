@@ -12,7 +12,7 @@ import numpy as np
 
 from redi.engine.config.distill import is_distilled
 from redi.engine.config.objectives import UnitKind
-from redi.engine.config.sections import Recipe, ShardConfig
+from redi.engine.config.sections import Recipe
 from redi.engine.console import Console
 from redi.engine.data.distributions import Distributions
 from redi.engine.data.mismatched import MismatchedTraces, mismatch
@@ -26,6 +26,7 @@ from redi.engine.data.weight_counts import check_weights, count_weights
 from redi.engine.distill.token_filter import filtered
 from redi.engine.distributed import World
 from redi.engine.errors import InputError
+from redi.engine.model.flops import ModelSize
 from redi.engine.train.generation_accuracy import held_out_problems
 from redi.engine.train.teachers import teachers_of
 from redi.engine.train.validation import HeldOut
@@ -74,7 +75,9 @@ class PreparedData:
         """Tokens of each trace of units, int64 [traces]."""
         return self.examples.lengths[self.examples.units[units].reshape(-1)]
 
-    def summarize(self, row_tokens: int, ranks: int, cost: Cost, shard: ShardConfig) -> Summary:
+    def summarize(
+        self, recipe: Recipe, row_tokens: int, ranks: int, cost: Cost, size: ModelSize
+    ) -> Summary:
         """Summary of what a run on this number of ranks trains; see `summarize`."""
         held_out = self.held_out
         return summarize(
@@ -85,9 +88,10 @@ class PreparedData:
             row_tokens=row_tokens,
             world_size=ranks,
             cost=cost,
-            gather=shard.gather,
-            context=shard.context,
+            gather=recipe.shard.gather,
+            context=recipe.shard.context,
             teacher=self.teacher,
+            share_prompts=size.shares_prompts(recipe),
         )
 
 

@@ -147,7 +147,7 @@ def _run(recipe: Recipe, world: World, console: Console, stop: StopRequest, lock
     )
     recipe = resolve_rows(recipe, previous.row_tokens, found.config, size, data, world, console)
     row_tokens = recipe.train.resolved_row_tokens
-    summary = data.summarize(row_tokens, world.size, cost, recipe.shard)
+    summary = data.summarize(recipe, row_tokens, world.size, cost, size)
     show(summary, str(run_dir), console)
     counts = [summary.lengths[kind].count for kind in ("positive", "negative")]
     for warning in [*warnings(summary), *_recipe_warnings(recipe, total, *counts)]:

@@ -108,8 +108,9 @@ def test_every_field_is_of_tokens_or_of_whole_sequences() -> None:
     places = {"cu_seqlens", "row_cu_seqlens", "valid_index", "padding", "max_seqlen"}
     counts = {"num_positive_targets", "target_counts"}
     of_sequences = {"signs", "weights", "num_targets", "full_targets", "sequence_ids", "is_dummy"}
+    refused = {"attended", "own"}
     found = {field.name for field in fields(PackedBatch)}
-    assert found == of_tokens | places | counts | of_sequences
+    assert found == of_tokens | places | counts | of_sequences | refused
 
 
 def test_alone_a_pack_is_its_own_slice() -> None:

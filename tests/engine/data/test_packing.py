@@ -2,6 +2,7 @@
 
 import pickle
 from dataclasses import fields
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -243,6 +244,61 @@ def test_a_window_bounds_the_pairs_of_a_token() -> None:
     )
     with pytest.raises(ValueError, match="at least 0"):
         Cost(1.0, 1.0, ((8, -1.0),))
+
+
+def pairs_apart(packing, pairs: int) -> int:
+    """Number of pairs whose traces are in two packs."""
+    packs = [set(own.tolist()) for step in packing.packs for own in step]
+    return pairs - sum(
+        2 * pair in own and 2 * pair + 1 in own for own in packs for pair in range(pairs)
+    )
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 40), st.integers(1, 50), st.integers(1, 50)),
+        min_size=1,
+        max_size=20,
+    ),
+    st.integers(1, 4),
+    COSTS,
+)
+def test_pairs_share_a_pack_if_their_prompts_shorten_the_step(pairs, ranks, cost):
+    prompts, *completions = np.array(pairs).T
+    sizes = (prompts[:, None] + np.stack(completions, axis=1)).reshape(-1)
+    pack_some = partial(pack, sizes, row_tokens=200, world_size=ranks, cost=cost)
+    apart = pack_some()
+    found = pack_some(shared=prompts - 1)
+    packs = [own for step in found.packs for own in step]
+    assert sorted(np.concatenate(packs).tolist()) == list(range(len(sizes)))
+    assert all(sizes[own].sum() <= 200 for own in packs)
+
+    def slowest(packing) -> float:
+        saved = cost.linear * (prompts - 1)
+        own = cost.of(sizes)
+        return sum(
+            max(
+                own[some].sum()
+                - sum(saved[p] for p in range(len(pairs)) if {2 * p, 2 * p + 1} <= {*some})
+                for some in step
+            )
+            for step in packing.packs
+        )
+
+    assert slowest(found) <= cost.of(sizes).sum() / ranks / apart.rank_efficiency * (1 + 1e-9)
+
+
+def test_long_prompts_keep_pairs_together_and_long_traces_do_not() -> None:
+    rng = np.random.default_rng(0)
+    prompts, completions = rng.integers(60, 90, 32), rng.integers(40, 90, (32, 2))
+    short = (prompts[:, None] + completions).reshape(-1)
+    cost = Cost(1.0, 1e-5)
+    packed = partial(pack, row_tokens=2000, world_size=8, cost=cost)
+    assert pairs_apart(packed(short), 32) > 16
+    assert pairs_apart(packed(short, shared=prompts - 1), 32) == 0
+    long = short + rng.integers(1000, 9000, 64)
+    packed = partial(pack, row_tokens=20_000, world_size=32, cost=cost)
+    assert pairs_apart(packed(long, shared=prompts - 1), 32) > 16
 
 
 def test_a_batch_lays_traces_end_to_end_with_shifted_targets(tmp_path):

@@ -146,6 +146,7 @@ class RealStep:
                 num_negatives=2,
                 num_targets=2 * (TOKENS - 2),
                 num_tokens=2 * TOKENS,
+                shared_tokens=0,
                 micro_steps=2,
                 rank_efficiency=1.0,
                 mismatched=[small_pack(), small_pack()],
