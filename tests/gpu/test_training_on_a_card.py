@@ -1,5 +1,6 @@
 """What training needs of a card beside the loss: sharding, packed attention."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -64,7 +65,9 @@ def inputs(case: Case) -> tuple[Tensor, ...]:
     return case.hidden, *case.arguments[2:]
 
 
-def test_documents_of_a_packed_row_do_not_see_each_other() -> None:
+@pytest.fixture
+def states() -> Callable[..., Tensor]:
+    """Last hidden states [T, D] of a pack by a small model: `states(ids, bounds)`."""
     transformers = pytest.importorskip("transformers")
     from redi.engine.model.attention import choose_attention, document_kwargs, register_attention
 
@@ -80,17 +83,36 @@ def test_documents_of_a_packed_row_do_not_see_each_other() -> None:
         config, attn_implementation=register_attention(kind), dtype=dtype
     ).to(device)
 
-    def states(ids: Tensor, bounds: list[int]) -> Tensor:
+    def run(
+        ids: Tensor, bounds: list[int], attended: Tensor | None = None, own: Tensor | None = None
+    ) -> Tensor:
         lengths = [b - a for a, b in pairwise(bounds)]
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])
         with torch.no_grad():
             return model.base_model(
                 input_ids=ids[None],
-                position_ids=positions[None],
-                **document_kwargs(cu_seqlens, max(lengths)),
+                position_ids=(positions if own is None else positions[own])[None],
+                **document_kwargs(cu_seqlens, max(lengths), attended, own),
             ).last_hidden_state[0]
 
+    return run
+
+
+def test_traces_of_one_prompt_share_it_in_a_pack(states: Callable[..., Tensor]) -> None:
+    device = torch.device(SCALE.device)
+    prompt, first, second = (torch.randint(300, (n,), device=device) for n in (40, 30, 90))
+    whole = torch.cat([prompt, first, prompt, second])
+    expected = states(whole, [0, 70, 200])
+    own = torch.tensor([*range(70), *range(109, 200)], device=device)
+    attended = torch.tensor([*range(70), *range(39), *range(70, 161)], device=device)
+    assert torch.equal(whole[own][attended], whole)
+    shared = states(whole[own], [0, 70, 200], attended, own)
+    assert relative_error(shared, expected[own]) < 2e-2
+
+
+def test_documents_of_a_packed_row_do_not_see_each_other(states: Callable[..., Tensor]) -> None:
+    device = torch.device(SCALE.device)
     bounds = [0, 70, 71, 200, 233]
     ids = torch.randint(300, (233,), device=device)
     before = states(ids, bounds)
