@@ -614,7 +614,7 @@ def shared_by_pairs(tokens: TokenizedTraces, pairs: np.ndarray) -> np.ndarray | 
 
 def _whole_traces(
     lengths: np.ndarray, starts: np.ndarray, sources: np.ndarray, shared: np.ndarray
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """The fields of a pack with shared prompts that attention needs; see `shared_prompts`.
 
     Args:
