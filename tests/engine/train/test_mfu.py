@@ -96,7 +96,8 @@ def test_a_run_reports_the_flops_of_its_documents(
     capfd: pytest.CaptureFixture[str],
     ranks: int,
 ) -> None:
-    """Per step and rank, from the documents alone: dummies and packs make no difference."""
+    """Per step and rank, from the documents alone: dummies make no difference, and packs only in
+    that a pair has its prompt once, but for its last token."""
     data = tmp_path / "rows.jsonl"
     texts = [("1*1=", "1", "33"), ("7*8=", "56", "1" * 50)]
     rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in texts]
@@ -133,8 +134,12 @@ def test_a_run_reports_the_flops_of_its_documents(
         tokens = prompt + completion
         flops += 6 * layers * block * tokens + 6 * config["vocab_size"] * width * completion
         flops += 6 * layers * heads * own * tokens**2
+    # Two ranks have the long pair apart, which is shorter.
+    shared = sum(len(prompt) - 1 for prompt, *_ in texts[: 1 if ranks == 2 else 2])
+    flops -= 6 * layers * block * shared
     for line in steps(tmp_path / "run"):
         assert line["tokens"] == sum(map(sum, traces))
+        assert line["shared_tokens"] == shared
         speed = line["model_tflops"] * 1e12 * line["seconds"] * (ranks or 1)
         assert speed == pytest.approx(flops, rel=1e-12)
         assert line["mfu"] is None

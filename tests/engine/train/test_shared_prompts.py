@@ -14,7 +14,7 @@ from redi.engine.data.packing import PackedBatch
 from redi.engine.model.student import Student
 
 
-@pytest.mark.parametrize("objective", ["redi", "dpo"])
+@pytest.mark.parametrize("objective", ["redi", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_a_run_with_shared_prompts_computes_fewer_tokens_and_learns_the_same(
     recipe: Callable[..., Path],
     steps: Callable[[Path], list[dict[str, Any]]],
