@@ -1,7 +1,8 @@
 """Packs the sequences of an optimizer step, and makes the tensors of a pack.
 
 All functions are pure: every rank computes the same packing without communication. Positives and
-negatives are packed alike. A pair shares a pack only for objectives that need its margin.
+negatives are packed alike. A pair shares a pack if the objective needs its margin, or if the prompt
+that both can share makes the step shorter.
 """
 
 from collections.abc import Callable, Sequence
