@@ -699,7 +699,13 @@ def _check_names(argv: Sequence[str]) -> None:
         try:
             argument.encode()
         except UnicodeEncodeError:
-            raise InputError(f"{argument}: not valid UTF-8; rename the file or directory") from None
+            remedy = "not valid UTF-8; rename the file or directory"
+            with suppress(UnicodeDecodeError):
+                argument = os.fsencode(argument).decode()
+                remedy = (
+                    f"not readable in the locale's {sys.getfilesystemencoding()}; set PYTHONUTF8=1"
+                )
+            raise InputError(f"{argument}: {remedy}") from None
 
 
 def _check_directory() -> None:

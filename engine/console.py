@@ -18,6 +18,8 @@ from redi.engine.output import printable
 
 PLAIN_SECONDS = 10.0
 """Seconds between progress lines if the output is not a terminal."""
+_WORD = 20
+"""Characters of a word that a narrow table does not break."""
 
 
 class Console:
@@ -67,12 +69,16 @@ def print_table(
 ) -> None:
     """Print a table to `file`. If that is not a terminal, print without styles and never truncate.
 
+    A table that needs more than the width of the terminal (120 if it is none) is wider: figures
+    stay whole, and words up to _WORD characters.
+
     Args:
         title, columns: empty strings are not printed.
         rows: one string per column. A column of numbers is right-aligned.
         file: an open text file, such as sys.stdout.
     """
     from rich import box
+    from rich.cells import cell_len
     from rich.console import Console as RichConsole
     from rich.table import Table
 
@@ -81,7 +87,13 @@ def print_table(
     lines = [[printable(cell) for cell in row] for row in rows]
     for name, cells in zip(columns, zip(*lines, strict=True), strict=True):
         figures = all(cell[:1] in "+-0123456789" for cell in cells)
-        table.add_column(name, justify="right" if figures else "left", overflow="fold")
+        longest = max(map(cell_len, " ".join([name, *cells]).split()), default=0)
+        table.add_column(
+            name,
+            justify="right" if figures else "left",
+            overflow="fold",
+            min_width=longest if figures else min(longest, _WORD),  # else rich drops columns
+        )
     for line in lines:
         table.add_row(*line)
     text = io.StringIO()
@@ -90,7 +102,8 @@ def print_table(
     console = RichConsole(
         file=text, force_terminal=terminal, width=width, highlight=False, markup=False
     )
-    console.print(table)
+    console.width = max(console.width, _WORD)  # with less, rich prints no rows
+    console.print(table, crop=False)
     ruled = text.getvalue()
     try:
         "─".encode(getattr(file, "encoding", None) or "utf-8")
@@ -113,7 +126,7 @@ class Progress:
             initial=done,
             disable=not (console.shows and console.is_terminal),
             dynamic_ncols=True,
-            bar_format=what + " {n_fmt}/{total_fmt} {bar:12} {postfix}",
+            bar_format=what + " {n_fmt}/{total_fmt} {bar:12} {desc}",  # {postfix} begins with ", "
         )
 
     def update(self, more: int, *figures: str) -> None:
@@ -131,7 +144,7 @@ class Progress:
         else:
             rate = (now - self._after_first) / (self._done - self._first)
             shown.append(f"left {tqdm.format_interval(rate * (self._total - self._done))}")
-        self._bar.set_postfix_str("  ".join(shown), refresh=False)
+        self._bar.set_description_str("  ".join(shown), refresh=False)
         self._bar.update(more)
         at_end = self._endpoints and (is_first or self._done == self._total)
         if self._plain and (at_end or now - self._last > PLAIN_SECONDS):

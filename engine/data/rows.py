@@ -8,6 +8,7 @@ whole. Errors name file and row.
 import codecs
 import csv
 import gzip
+import io
 import json
 import os
 import zlib
@@ -415,15 +416,41 @@ def _csv_row(
 
 
 def _decoded_lines(file: IO[bytes], name: str, max_row_mb: int) -> Iterator[str]:
-    for number, line in enumerate(_lines(file, max_row_mb), start=1):
-        if line is None:
-            raise InputError(_too_long(f"{name}:{number}", max_row_mb))
-        if b"\0" in line:
-            raise InputError(f"{name}:{number}: {_ZERO_BYTES}")
+    """The lines of a file. They are decoded in blocks, because a cell may have millions."""
+    return chain.from_iterable(_decoded_blocks(file, name, max_row_mb))
+
+
+def _decoded_blocks(file: IO[bytes], name: str, max_row_mb: int) -> Iterator[Iterable[str]]:
+    longest = _STORED * max_row_mb * _MEGABYTE
+    number = 1
+    while block := file.read(_BLOCK):
+        if number == 1:
+            block = block.removeprefix(codecs.BOM_UTF8)
+        cut = block.rfind(b"\n") + 1
+        lines, last = block[:cut], block[cut:] + file.readline(longest + 1)
         try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{name}:{number}: {_not_utf8(line, error)}") from error
+            text = lines.decode()
+        except UnicodeDecodeError:
+            text = "\0"
+        if "\0" not in text:
+            yield io.StringIO(text, newline="\n")
+        else:  # one of the lines cannot be read
+            yield (_decoded(line, name, at) for at, line in enumerate(io.BytesIO(lines), number))
+        number += lines.count(b"\n")
+        if len(last) > longest:
+            raise InputError(_too_long(f"{name}:{number}", max_row_mb))
+        if last:
+            yield (_decoded(last, name, number),)
+            number += 1
+
+
+def _decoded(line: bytes, name: str, number: int) -> str:
+    if b"\0" in line:
+        raise InputError(f"{name}:{number}: {_ZERO_BYTES}")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}:{number}: {_not_utf8(line, error)}") from error
 
 
 def _not_utf8(text: bytes, error: UnicodeDecodeError) -> str:

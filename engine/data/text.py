@@ -314,7 +314,7 @@ def load_tokenizer(path: str) -> Any:
 
     Raises:
         InputError: there is none, its maximum length is no number, or it has no end-of-sequence
-            token.
+            token or no others.
     """
     from transformers import AutoTokenizer  # imported late: reading a cache does not need it
 
@@ -333,6 +333,8 @@ def load_tokenizer(path: str) -> Any:
         raise InputError(f"{path}: tokenizer_config.json: model_max_length must be a number")
     if tokenizer.eos_token is None:
         raise InputError(f"{path}: the tokenizer has no eos_token: the end could not be trained")
+    if tokenizer.get_vocab().keys() <= set(_control_tokens(tokenizer)):
+        raise InputError(f"{path}: tokenizer.json has no vocabulary, only special tokens")
     return tokenizer
 
 

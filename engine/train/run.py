@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from redi.engine.config.distill import is_distilled
-from redi.engine.config.sections import Recipe
+from redi.engine.config.sections import ObjectiveConfig, Recipe
 from redi.engine.config.stages import exports_adapter
 from redi.engine.console import Console
 from redi.engine.data.fingerprints import model_fingerprint
@@ -229,16 +229,38 @@ def _recipe_warnings(recipe: Recipe, total: int, positives: int, negatives: int)
             f"objective.alpha = {recipe.objective.alpha}: incorrect traces weigh more than correct "
             "ones; the paper's alpha is in [0, 1]"
         )
-    if objective.name == "kto":
-        correct = objective.desirable_weight * positives
-        incorrect = objective.undesirable_weight * negatives
-        if not 0.99 * incorrect <= correct <= 1.01 * 4 / 3 * incorrect:
-            found.append(
-                f"{positives:,} correct traces times objective.desirable_weight are "
-                f"{correct:,.10g}, {negatives:,} incorrect ones times undesirable_weight "
-                f"{incorrect:,.10g}: the paper of kto has the first 1 to 4/3 times the second"
-            )
+    found += _balance_warnings(objective, positives, negatives)
     return found
+
+
+def _balance_warnings(objective: ObjectiveConfig, positives: int, negatives: int) -> list[str]:
+    """Warnings about the numbers of correct and incorrect traces that are trained one by one."""
+    pushed, pulled = {
+        "signed": (objective.alpha, objective.positive_weight),
+        "apo_zero_unpaired": (1.0, 1.0),
+        "kto": (objective.undesirable_weight, objective.desirable_weight),
+    }.get(objective.name, (0.0, 0.0))
+    if pushed and not negatives:
+        return [
+            f"no trace is incorrect, but {objective.name} learns from incorrect ones too: are "
+            "verdicts missing? Rows without a column label are correct"
+        ]
+    if pulled and not positives:
+        return [f"no trace is correct, but {objective.name} learns from correct ones too"]
+    if objective.name != "kto" or not (positives and negatives):
+        return []
+    correct, incorrect = pulled * positives, pushed * negatives
+    if 0.99 * incorrect <= correct <= 1.01 * 4 / 3 * incorrect:
+        return []
+    if correct > incorrect:
+        key, low, high = "undesirable_weight", 3 / 4 * correct / negatives, correct / negatives
+    else:
+        key, low, high = "desirable_weight", incorrect / positives, 4 / 3 * incorrect / positives
+    return [
+        f"{positives:,} correct traces of weight {pulled:g} and {negatives:,} incorrect ones of "
+        f"weight {pushed:g} are out of balance: in the paper of kto the correct ones weigh 1 to "
+        f"4/3 times as much; set objective.{key} to a value of {low:.3g} to {high:.3g}"
+    ]
 
 
 def _build(

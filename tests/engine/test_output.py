@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redi.engine.cli import main
-from redi.engine.console import print_table
+from redi.engine.console import Console, print_table
 from redi.engine.output import LONGEST_LINE, printable
 
 ENTRY = [sys.executable, "-m", "redi.engine.cli"]
@@ -63,6 +63,17 @@ def test_a_name_that_is_not_utf8_is_one_line(capsys: pytest.CaptureFixture[str])
     )
 
 
+def test_a_name_that_the_locale_cannot_hold_is_one_line() -> None:
+    settings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ended = subprocess.run(
+        [*ENTRY, "train", "ü.toml"], env={**os.environ, **settings}, capture_output=True
+    )
+    assert (ended.returncode, ended.stdout) == (2, b"")
+    assert ended.stderr == (
+        b"redi: \\xfc.toml: not readable in the locale's ascii; set PYTHONUTF8=1\n"
+    )
+
+
 def test_cells_of_a_table_are_shown_as_text() -> None:
     file = io.StringIO()
     print_table("\x1b[1mtitle", ["\x07name"], [["\x1b[31mred"]], file)
@@ -76,6 +87,43 @@ def test_a_table_on_a_terminal_without_unicode(encoding: str) -> None:
     file = io.TextIOWrapper(raw, encoding)
     print_table("", ["name"], [["run"]], file)
     assert raw.getvalue().decode(encoding).split() == ["name", "-" * 4, "run"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("columns", [1, 20, 60])
+def test_a_table_on_a_narrow_terminal_keeps_its_figures(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    file = Terminal()
+    figures = [f"{10**n:,}" for n in range(8)]
+    print_table("", ["data", *map("figure {}".format, range(8))], [["a.jsonl", *figures]], file)
+    *_, cells = file.getvalue().splitlines()
+    assert cells.split() == ["a.jsonl", *figures]
+
+
+def test_a_file_has_all_columns_of_a_table() -> None:
+    file = io.StringIO()
+    names = [f"run-{number}" for number in range(40)]
+    print_table("", ["", *names], [["loss", *["0.25 to 0.2"] * 40]], file)
+    for name in names:
+        assert name in file.getvalue()
+    assert file.getvalue().count("0.25") == 40
+
+
+def test_figures_of_a_progress_line_follow_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = Console().progress("step", 2)
+    progress.update(2, "loss 0.5", "12 tok/s")
+    progress.close()
+    line = sys.stderr.getvalue().split("\r")[-1]  # type: ignore[attr-defined]
+    assert line.split()[:2] == ["step", "2/2"]
+    assert line.split()[3:] == ["loss", "0.5", "12", "tok/s"]
 
 
 def full() -> IO[str]:

@@ -2,8 +2,10 @@
 
 import csv
 import gzip
+import io
 import json
 import logging
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -661,3 +663,44 @@ def test_a_csv_header_of_many_columns_is_read_at_once(tmp_path: Path) -> None:
     path.write_text(",".join(f"c{n}" for n in range(100_000)) + "\n1\n")
     (found,) = scanned(path, "csv")
     assert "wide.csv:2: 1 cells, but the header has 100000" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        (b"\xff", "not valid UTF-8: invalid start byte; save it as UTF-8"),
+        (b"\0", "holds zero bytes; it looks like UTF-16; save it as UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("number", [2, 2500, 3001])  # the last is the end of the file
+def test_a_csv_line_that_cannot_be_read_is_named_after_the_rows_before_it(
+    number: int, bad: bytes, problem: str, tmp_path: Path
+) -> None:
+    lines = [b"prompt,completion\r\n", *[b"q,%a\r\n" % ("a" * 1000)] * 3000]  # of several blocks
+    lines[number - 1] = b"q," + bad + b"\n"
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"".join(lines))
+    *rows, last = scanned(path, "csv")
+    assert str(last) == f"{path}:{number}: {problem}"
+    assert [row.number for row in rows if isinstance(row, Row)] == list(range(2, number))
+
+
+def test_a_csv_cell_of_a_million_lines_is_read_as_fast_as_csv_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    cell = "a\n" * 1_000_000
+    path.write_text(f'prompt,completion\nq,"{cell}"\n')
+    start = time.process_time()
+    with path.open(newline="") as file:
+        text = io.StringIO(file.read(), newline="\n")
+    csv.field_size_limit(4_000_000)
+    *_, plain = csv.reader(text)
+    between = time.process_time()
+    (row,) = scanned(path, "csv")
+    seconds = time.process_time() - between
+    assert isinstance(row, Row)
+    assert (
+        row.value
+        == {"prompt": "q", "completion": cell}
+        == dict(zip(("prompt", "completion"), plain, strict=True))
+    )
+    assert seconds < 5 * (between - start)  # line by line it was 11 times

@@ -87,6 +87,16 @@ def test_a_maximum_length_that_is_no_number_is_one_line(make, tmp_path: Path) ->
         make([PAIR], str(folder))
 
 
+def test_a_tokenizer_without_a_vocabulary_is_one_line(make, tmp_path: Path) -> None:
+    folder = Path(save_tokenizer(tmp_path / "tokenizer"))
+    file = folder / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    whole["model"].update(vocab={}, merges=[])
+    file.write_text(json.dumps(whole))
+    with pytest.raises(InputError, match=r"tokenizer: tokenizer.json has no vocabulary, only sp"):
+        make([PAIR] * 30, str(folder))
+
+
 def test_chat_trains_exactly_completion_and_end_on_qwen(make, qwen):
     tokens = make([PAIR], qwen, system_prompt=SYSTEM)
     head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{PROMPT}<|im_end|>\n"

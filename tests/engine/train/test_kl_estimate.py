@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from redi.engine.cli import main
 from redi.engine.config.parse import load_recipe, train_parser
+from redi.engine.config.sections import ObjectiveConfig
 from redi.engine.console import Console
 from redi.engine.data.loader import StepLoader
 from redi.engine.data.packing import Cost
@@ -18,7 +19,7 @@ from redi.engine.distributed import join_world
 from redi.engine.model.build import build_student, model_config
 from redi.engine.train.kl_estimate import estimate_kl
 from redi.engine.train.prepare_data import PreparedData, prepare_data
-from redi.engine.train.run import _recipe_warnings
+from redi.engine.train.run import _balance_warnings, _recipe_warnings
 
 KTO = {
     "objective.name": "kto",
@@ -91,9 +92,11 @@ def test_it_is_the_mean_log_ratio_of_the_rows_and_at_least_0(
         (30, 30, 1.0, ""),
         (40, 30, 1.0, ""),
         (30, 60, 0.4, ""),
-        (58, 123, 1.0, "58 correct traces times objective.desirable_weight are 58, 123 incorrect"),
-        (30, 0, 1.0, "0 incorrect ones"),
-        (0, 30, 1.0, "0 correct traces"),
+        (58, 123, 1.0, "set objective.desirable_weight to a value of 2.12 to 2.83"),
+        (600, 1, 1.0, "set objective.undesirable_weight to a value of 450 to 600"),
+        (30, 60, 0.0, "set objective.undesirable_weight to a value of 0.375 to 0.5"),
+        (30, 0, 1.0, "no trace is incorrect, but kto learns from incorrect ones too"),
+        (0, 30, 1.0, "no trace is correct, but kto learns from correct ones too"),
     ],
 )
 def test_unequal_numbers_of_traces_warn(
@@ -102,6 +105,26 @@ def test_unequal_numbers_of_traces_warn(
     path = recipe("run", {**KTO, "objective.undesirable_weight": weight})
     kto = load_recipe(train_parser(), str(path), [str(path)])
     found = _recipe_warnings(kto, 1, positives, negatives)
+    assert (len(found) == 1 and warned in found[0]) if warned else not found
+
+
+@pytest.mark.parametrize(
+    ("objective", "positives", "negatives", "warned"),
+    [
+        ({"name": "signed"}, 30, 0, "no trace is incorrect, but signed learns from incorrect ones"),
+        ({"name": "signed", "positive_weight": 0.0}, 30, 0, "no trace is incorrect"),
+        ({"name": "signed", "alpha": 0.0}, 30, 0, ""),
+        ({"name": "signed"}, 0, 30, "no trace is correct"),
+        ({"name": "signed", "positive_weight": 0.0}, 0, 30, ""),
+        ({"name": "apo_zero_unpaired", "beta": 0.1}, 30, 0, "no trace is incorrect"),
+        ({"name": "apo_zero_unpaired", "beta": 0.1}, 30, 1, ""),
+        ({"name": "kd"}, 30, 0, ""),
+    ],
+)
+def test_an_objective_of_both_verdicts_warns_if_one_is_missing(
+    objective: dict[str, Any], positives: int, negatives: int, warned: str
+) -> None:
+    found = _balance_warnings(ObjectiveConfig(**objective), positives, negatives)
     assert (len(found) == 1 and warned in found[0]) if warned else not found
 
 
