@@ -48,6 +48,12 @@ _RUNS = (
     " -k 'accuracy_is or long_generation or overflows or too_many or collapsed or draws or held_out"
     " or plain_lines or first_step'"
 )
+_STEP = (
+    "tests/engine/train/test_expected_losses.py tests/engine/train/test_router_loss.py"
+    " tests/engine/train/test_guards.py tests/engine/loss/test_filter.py"
+    " tests/engine/train/test_generation_accuracy.py"
+    " -k 'committed or many_packs or overflows or too_many or logs or long_generation'"
+)
 _KERNELS = (
     " ".join(
         f"tests/kernels/test_{name}.py"
@@ -66,7 +72,7 @@ TESTS = {
         " -k 'not every_kind and not leave_the_end and not scored_without and not edited'"
     ),
     "engine/train/loop.py": _RUNS,
-    "engine/train/step.py": _RUNS,
+    "engine/train/step.py": _STEP,
     "kernels/reference.py": _KERNELS,
     "kernels/chunked.py": _KERNELS,
     "kernels/softmax.py": _KERNELS,
