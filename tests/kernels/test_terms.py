@@ -173,6 +173,24 @@ def test_halves_hold_the_gradients_of_all_terms(target: Target, dtype: torch.dty
         assert relative_error(got.dweight, exact.dweight) < LIMITS[dtype]
 
 
+def test_a_z_loss_of_large_logits_does_not_overflow_a_float16_gradient(target: Target) -> None:
+    """At a log-sum-exp of 500 it is 500 times the gradient of the token's log-prob."""
+    logits = torch.tensor([[500.0, 3, 1, 0, -2, 4, 2, 1]], device=target.device)
+    eye = torch.eye(8, device=target.device)
+    targets = torch.tensor([1], device=target.device)
+    weights = torch.tensor([1e-3], device=target.device)
+
+    def found(dtype: torch.dtype, loss: Any, **options: Any) -> Gradients:
+        hidden, lm_head = logits.to(dtype).requires_grad_(), eye.to(dtype).requires_grad_()
+        value, _ = loss(hidden, lm_head, targets, weights, z_loss=0.5, **options)
+        return gradients(value, hidden, lm_head)
+
+    got = found(torch.float16, signed_cross_entropy, backend=target.backend)
+    exact = found(torch.float64, reference.signed_cross_entropy)
+    assert relative_error(got.dhidden, exact.dhidden) < LIMITS[torch.float16]
+    assert relative_error(got.dweight, exact.dweight) < LIMITS[torch.float16]
+
+
 def test_terms_are_those_of_torch_s_own_functions(target: Target) -> None:
     """Label smoothing by cross_entropy, z-loss by logsumexp, entropy by Categorical."""
     case = leaves(small_case(device=target.device))

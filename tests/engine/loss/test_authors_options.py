@@ -39,20 +39,21 @@ def test_original_length_weighs_a_truncated_trace_less(name: str, tmp_path: Path
 
 
 def test_an_untrained_end_is_not_a_target(tmp_path: Path) -> None:
-    """Token ids are consecutive numbers: 8 ends the first trace, 14 the second."""
-    tokens = make_tokens(tmp_path / "set", [3, 2, 2], [5, 4, 1], [1, -1, 1], [0, 0, 1])
+    """Token ids are consecutive numbers: 8, 14, 17 and 21 end the traces."""
+    tokens = make_tokens(tmp_path / "set", [3, 2, 2, 2], [5, 4, 1, 2], [1, -1, 1, 1], [0, 0, 1, 1])
     options: dict[str, Any] = {"max_tokens": 7, "overlong": "truncate", "row_tokens": 99}
 
     def targets(end: int | None) -> list[int]:
         found = select(tokens, objective_needs="traces", untrained_end=end, **options)
-        assert found.truncated.tolist() == [end != 8, False, False]
-        batch = build_batch(tokens, np.array([0, 1, 2]), found.lengths)
+        assert found.truncated.tolist() == [end != 8, False, False, False]
+        batch = build_batch(tokens, np.arange(4), found.lengths)
         assert int(batch.num_targets.sum()) == len(batch.valid_index)
         return sorted(batch.targets[batch.valid_index].tolist())
 
-    assert targets(None) == [4, 5, 6, 7, 11, 12, 13, 14, 17]  # the first is truncated
+    assert targets(None) == [4, 5, 6, 7, 11, 12, 13, 14, 17, 20, 21]  # the first is truncated
     assert targets(8) == targets(None)  # its end was truncated anyway
-    assert targets(14) == [4, 5, 6, 7, 11, 12, 13, 17]
+    assert targets(14) == [4, 5, 6, 7, 11, 12, 13, 17, 20, 21]
+    assert targets(21) == [4, 5, 6, 7, 11, 12, 13, 14, 17, 20]
     assert targets(17) == targets(None)  # the only token of its completion
 
 

@@ -258,12 +258,15 @@ def test_too_many_in_a_row_end_the_run_which_may_resume(
 def test_the_command_of_a_collapsed_run_does_not_train_its_ruined_weights_on(
     recipe: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:
-    path = str(recipe("run", COLLAPSES))
+    path = str(recipe("run", COLLAPSES | {"run.save_every": 2}))
     assert main(["train", path]) == 1
     *earlier, ended = capsys.readouterr().err.splitlines()
     (warning,) = [line for line in earlier if "this looks like collapse" in line]
     assert warning.startswith("warning: step ")
     advice = ended[ended.index("the last good checkpoint:") :]
+    assert (
+        f"that of step 2; to continue from it with other settings: redi export {tmp_path}" in advice
+    )
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     last = json.loads(metrics.splitlines()[-1])
     assert (last["event"], last["goes_on"]) == ("collapse", False)
