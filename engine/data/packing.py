@@ -42,6 +42,8 @@ class Cost:
     """Of half a pair of tokens, in the layers without a window."""
     windows: tuple[tuple[int, float], ...] = ()
     """(w, cost of half a pair) of the layers with a window of w tokens."""
+    trained: float = 0.0
+    """What of `linear` only trained tokens cost: lm_head."""
 
     def __post_init__(self) -> None:
         attention = [self.quadratic, *(cost for _, cost in self.windows)]
@@ -56,6 +58,10 @@ class Cost:
             seen = np.minimum(lengths, window)
             cost += half_pair * seen * (2 * lengths - seen)
         return cost
+
+    def of_shared(self, tokens: np.ndarray) -> np.ndarray:
+        """Cost saved by tokens of prompts that a pack has once; attention computes them again."""
+        return (self.linear - self.trained) * tokens
 
     def attention_times(self, factor: float) -> "Cost":
         """The same with attention `factor` times as expensive."""
@@ -104,8 +110,9 @@ def pack(
         gather: as `[shard] gather`. "micro_step": ranks wait for each other in each micro-step.
             "step": only at the end of the step, so packs of one micro-step may differ in cost.
         shared: int64 [S / 2], tokens that neighbours 2i and 2i + 1 share in one pack, which then
-            cost nothing for the second. A step that is shorter for it keeps all pairs together:
-            short traces save much, long ones are better balanced apart.
+            cost nothing for the second but in attention. A step that is shorter for it keeps all
+            pairs together, if each fits: short traces save much, long ones are better balanced
+            apart. What pairs save that meet by chance is not counted.
 
     Raises:
         ValueError: a length, or the sum over neighbours, is out of range.
@@ -117,7 +124,7 @@ def pack(
     costs = cost.of(lengths)
     saved = np.zeros(len(lengths))
     if shared is not None:
-        saved[1::2] = cost.linear * shared
+        saved[1::2] = cost.of_shared(shared)
     together = partial(_pack_together, lengths, costs - saved, row_tokens, world_size, way=way)
     if keep_pairs_together > 1:
         return together(keep_pairs_together)
@@ -598,7 +605,8 @@ def shared_prompts(
     _, first, prompt = np.unique(prompts, return_index=True, return_inverse=True)
     sources = first[prompt]
     again = sources != np.arange(len(sources))
-    return sources, np.where(again, tokens.prompt_lengths[sequence_ids] - 1, 0)
+    inside = np.maximum(tokens.prompt_lengths[sequence_ids] - 1, 0)
+    return sources, np.where(again, inside, 0)
 
 
 def shared_by_pairs(tokens: TokenizedTraces, pairs: np.ndarray) -> np.ndarray | None:

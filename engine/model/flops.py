@@ -102,12 +102,12 @@ class ModelSize:
 
     def training_cost(self) -> Cost:
         """Training flops of a sequence, for packing: every token counts as trained."""
-        return self._cost(self._products + self._head_products, 3.0)
+        return self._cost(self._products + self._head_products, 3.0, self._head_products)
 
-    def _cost(self, linear: float, half_pair: float) -> Cost:
+    def _cost(self, linear: float, half_pair: float, trained: float = 0.0) -> Cost:
         """A cost with flops of half a pair of tokens for each dimension of a key or value."""
         windows = tuple((window, half_pair * dims) for window, dims in self.windows)
-        return Cost(linear, half_pair * self.attention, windows)
+        return Cost(linear, half_pair * self.attention, windows, trained)
 
     def run_cost(self, checkpointing: str, counts_experts: bool = False) -> Cost:
         """Flops executed for a sequence: those of training, plus recomputation.
@@ -127,7 +127,7 @@ class ModelSize:
         if counts_experts:
             linear += 2.0 * (self.trunk + self.adapter)
             attention_again += 2.0
-        return self._cost(linear, (6.0 + attention_again) / 2)
+        return self._cost(linear, (6.0 + attention_again) / 2, self._head_products)
 
     def scoring_cost(self) -> Cost:
         """Flops of a sequence's forward alone: every token counts as scored."""

@@ -50,7 +50,7 @@ class PackedStep:
         Returns:
             Arrays float64 [micro-steps, ranks or context groups].
         """
-        own = pack_sums(self.packing, trained.of(self.lengths)) - trained.linear * self.shared
+        own = pack_sums(self.packing, trained.of(self.lengths)) - trained.of_shared(self.shared)
         if self.mismatched is None:
             return [own]
         return [pack_sums(self.mismatched.packing, scored.of(self.mismatched.lengths)), own]
@@ -138,7 +138,9 @@ def pack_run(
         seconds=float(np.mean(seconds)),
     )
     return run, Load(
-        pack=build_batch(data.tokens, fullest, lengths[fullest], data.teacher),
+        pack=build_batch(
+            data.tokens, fullest, lengths[fullest], data.teacher, size.shares_prompts(recipe)
+        ),
         targets=frozenset(int(data.num_targets[traces].sum()) for traces in packs),
         micro_steps=run.most_micro_steps,
     )

@@ -268,7 +268,7 @@ def test_the_command_of_a_collapsed_run_does_not_train_its_ruined_weights_on(
     last = json.loads(metrics.splitlines()[-1])
     assert (last["event"], last["goes_on"]) == ("collapse", False)
     newest = (last["good_before"] - 1) // 2 * 2
-    assert 0 < newest
+    assert newest > 0
     assert advice.startswith(f"the last good checkpoint: that of step {newest}; to continue")
 
     assert main(["train", path]) == 2
