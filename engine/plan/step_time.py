@@ -147,6 +147,7 @@ def pack_seconds(
         runs.linear / speed + exchange_seconds(size, shard, passes),
         runs.quadratic / speed,
         tuple((window, cost / speed) for window, cost in runs.windows),
+        runs.trained / speed,
     )
 
 

@@ -99,10 +99,12 @@ def test_every_layer_of_a_real_run_has_packed_attention_on_each_rank(
         "liger": {},
         "adapter": {},
         "linear": {},
+        "shared_prompts": True,
         "routers": 0,
     }
     assert ran == [one] * ranks
-    assert f"ran: attention sdpa in {LAYERS} layers; loss token_weights (torch)" in done.stderr
+    said = f"ran: attention sdpa in {LAYERS} layers with shared prompts; loss token_weights (torch)"
+    assert said in done.stderr
 
 
 def test_an_empty_model_leaves_the_configuration_of_another_alone(world: Path) -> None:
