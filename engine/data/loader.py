@@ -27,7 +27,7 @@ from redi.engine.data.packing import (
     build_batch,
     pack,
     shared_by_pairs,
-    shared_prompts,
+    shared_in_packs,
 )
 from redi.engine.data.schedule import Examples, Schedule
 from redi.engine.errors import RunError
@@ -142,11 +142,11 @@ class StepLoader(Dataset[StepBatches]):
         shared = None
         if self.share_prompts:
             shared = shared_by_pairs(self.tokens, self.examples.units[units])
+        packing = self._pack(lengths, shared)
         mismatched: list[PackedBatch] = []
         if (rows := self.mismatched) is not None:
             of_rows = rows.lengths[sequences]
             mismatched = self._batches(rows, sequences, of_rows, self._pack(of_rows))
-        packing = self._pack(lengths, shared)
         targets = self.tokens.num_targets(sequences, lengths)
         signs = self.tokens.signs[sequences] * (targets > 0)
         return StepBatches(
@@ -200,8 +200,8 @@ class StepLoader(Dataset[StepBatches]):
         """Over all ranks."""
         if not self.share_prompts:
             return 0
-        packs = [sequences[pack] for packs in packing.packs for pack in packs]
-        return sum(int(shared_prompts(self.tokens, pack)[1].sum()) for pack in packs)
+        packs = (sequences[pack] for packs in packing.packs for pack in packs)
+        return int(shared_in_packs(self.tokens, packs).sum())
 
     def steps(self, start_step: int) -> Iterator[StepBatches]:
         """Yield the steps after `start_step`, the last one that is already trained.

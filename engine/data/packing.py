@@ -5,7 +5,7 @@ negatives are packed alike. A pair shares a pack if the objective needs its marg
 that both can share makes the step shorter.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import zip_longest
@@ -605,8 +605,12 @@ def shared_prompts(
     _, first, prompt = np.unique(prompts, return_index=True, return_inverse=True)
     sources = first[prompt]
     again = sources != np.arange(len(sources))
-    inside = np.maximum(tokens.prompt_lengths[sequence_ids] - 1, 0)
-    return sources, np.where(again, inside, 0)
+    return sources, np.where(again, _all_but_last(tokens, sequence_ids), 0)
+
+
+def shared_in_packs(tokens: TokenizedTraces, packs: Iterable[np.ndarray]) -> np.ndarray:
+    """Tokens of prompts that the traces of each pack share, int64 [packs]; see `shared_prompts`."""
+    return np.array([shared_prompts(tokens, pack)[1].sum() for pack in packs], dtype=np.int64)
 
 
 def shared_by_pairs(tokens: TokenizedTraces, pairs: np.ndarray) -> np.ndarray | None:
@@ -618,7 +622,12 @@ def shared_by_pairs(tokens: TokenizedTraces, pairs: np.ndarray) -> np.ndarray | 
     if pairs.shape[1] == 1:
         return None
     first, second = tokens.prompt_digests[pairs].T
-    return np.where(first == second, tokens.prompt_lengths[pairs[:, 0]] - 1, 0)
+    return np.where(first == second, _all_but_last(tokens, pairs[:, 0]), 0)
+
+
+def _all_but_last(tokens: TokenizedTraces, traces: np.ndarray) -> np.ndarray:
+    """Tokens of each trace's prompt before its last."""
+    return np.maximum(tokens.prompt_lengths[traces] - 1, 0)
 
 
 def _whole_traces(

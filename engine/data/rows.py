@@ -60,7 +60,7 @@ _MEGABYTE = 1_000_000
 _STORED = 4
 """Most bytes in a file for each character of a row: escapes, names, and numbers beside its text."""
 _BLOCK = 1 << 20
-"""Bytes of a JSON list that are read at a time."""
+"""Bytes of a JSON list or a CSV file that are read at a time; less than the longest line."""
 _CR_ALONE = "lines end in CR alone, as on old Macs; save it with LF line ends"
 _ZERO_BYTES = "holds zero bytes; it looks like UTF-16; save it as UTF-8"
 

@@ -161,6 +161,7 @@ def model_size(
         )
         window = pattern.window
         attention[window] = attention.get(window, 0) + heads * (key + value)
+    whole_documents = slice_problem(config) is not None
     size = ModelSize(
         trunk=trunk,
         head=model.get_output_embeddings().weight.numel(),
@@ -169,10 +170,10 @@ def model_size(
         layers=len(model.base_model.layers),
         spared=sum(map(_spared, model.base_model.layers)),
         windows=tuple((window, dims) for window, dims in attention.items() if window is not None),
-        heads=1 if slice_problem(config) else config.num_attention_heads,
+        heads=1 if whole_documents else config.num_attention_heads,
         key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         has_router_loss=has_router_loss,
-        whole_documents=slice_problem(config) is not None,
+        whole_documents=whole_documents,
     )
     if adapter is None or not adapter.wanted:
         return size

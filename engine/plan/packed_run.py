@@ -14,7 +14,7 @@ from redi.engine.data.packing import (
     build_batch,
     pack,
     shared_by_pairs,
-    shared_prompts,
+    shared_in_packs,
 )
 from redi.engine.model.flops import ModelSize
 from redi.engine.plan.cards import Cluster
@@ -166,7 +166,7 @@ def pack_step(
         packs = [traces[places] for micro_step in packing.packs for places in micro_step]
         shared = np.zeros(len(packs), dtype=np.int64)
         if share_prompts:
-            shared[:] = [shared_prompts(data.tokens, pack)[1].sum() for pack in packs]
+            shared = shared_in_packs(data.tokens, packs)
         by_rank = shared.reshape(len(packing.packs), -1)
         return PackedStep(step, packing, packs, lengths.astype(np.float64), by_rank)
 
